@@ -1,0 +1,47 @@
+"""What flows through the program: a `Prompt` goes in, `Sample`s come out and gather scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, rendered and tokenized.
+
+    index: row in the source, stable under filtering and shuffling; part of the key of every
+        random number drawn for this prompt.
+    response: the data set's own answer text (SFT, offline distillation), None where it has none.
+    answer: the gold final answer, None when there is nothing to grade.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    response: str | None = None
+    answer: str | None = None
+
+
+@dataclass
+class Sample:
+    """One response to one prompt. Every list holds one value per response token, natural logs.
+
+    `response_ids` includes the stop token when `finish_reason` is "stop".
+    """
+
+    prompt: Prompt
+    sample_index: int
+    response_ids: list[int]
+    finish_reason: FinishReason
+    student_logprobs: list[float] = field(default_factory=list)
+    teacher_logprobs: list[float] | None = None
+    reference_logprobs: list[float] | None = None
+    advantages: list[float] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt.token_ids) + len(self.response_ids)

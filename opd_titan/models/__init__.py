@@ -1,0 +1,46 @@
+"""Model families. A new one is a folder like `qwen3/` and a row in `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from opd_titan.errors import ModelError
+from opd_titan.models.qwen3.args import Qwen3Args
+from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.models.qwen3.parallelize import parallelize_qwen3
+from opd_titan.models.qwen3.state_dict import hf_to_native
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Everything the rest of the program needs to know of an architecture."""
+
+    args_from_hf_config: Callable[[dict[str, Any], str], Any]
+    build: Callable[[Any], nn.Module]
+    parallelize: Callable[..., None]
+    hf_to_native: Callable[[int, bool], dict[str, str]]
+
+
+# Keyed by `model_type` of Hugging Face's config.json.
+FAMILIES = {
+    "qwen3": ModelFamily(Qwen3Args.from_hf_config, Qwen3Model, parallelize_qwen3, hf_to_native),
+}
+
+
+def get_family(config: dict[str, Any], where: str) -> ModelFamily:
+    """The family of a parsed `config.json`.
+
+    Raises:
+        ModelError: the model type has no native implementation.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"{where}: model_type is {model_type!r}, which has no native implementation; "
+            f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,111 @@
+"""Causal attention over a packed batch: sequences laid end to end, no padding between them.
+
+Shapes: T packed tokens, B sequences, S longest sequence of a group, H query heads, G key/value
+heads, K head size.
+
+The model calls `attend(q_THK, k_TGK, v_TGK, layer)` and knows no more. Training, scoring, prefill
+(`PackedAttention`) and decoding (`rollout.kv_cache`) differ only in the object behind that call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older torch
+    varlen_attn = None
+
+_VARLEN_HAS_GQA = (
+    varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+)
+
+
+class Attend(Protocol):
+    """What a model needs to know of attention: where each token stands, and how to mix values."""
+
+    positions_T: Tensor
+
+    def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor: ...
+
+
+class PackedAttention:
+    """Each token attends to the earlier tokens of its own sequence, and to itself.
+
+    Args:
+        seq_lens: length of each packed sequence, in order; their sum is T.
+        device: where the index tensors live.
+    """
+
+    def __init__(self, seq_lens: Sequence[int], device: torch.device) -> None:
+        self.seq_lens = list(seq_lens)
+        self.positions_T = torch.cat([torch.arange(n) for n in self.seq_lens]).to(device)
+        if device.type == "cuda":
+            cu_seqlens = [0, *accumulate(self.seq_lens)]
+            self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+        self._groups, self._unpad_T = _pad_plan(self.seq_lens, device)
+
+    def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
+        half = q_THK.dtype in (torch.bfloat16, torch.float16)
+        if q_THK.is_cuda and half and varlen_attn is not None:
+            return self._varlen(q_THK, k_TGK, v_TGK)
+        return self._padded(q_THK, k_TGK, v_TGK)
+
+    def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        longest = max(self.seq_lens)
+        options = {"window_size": (-1, 0)} if _VARLEN_HAS_GQA else {"is_causal": True}
+        if _VARLEN_HAS_GQA:
+            options["enable_gqa"] = True
+        else:
+            repeats = q_THK.shape[1] // k_TGK.shape[1]
+            k_TGK = k_TGK.repeat_interleave(repeats, dim=1)
+            v_TGK = v_TGK.repeat_interleave(repeats, dim=1)
+        cu = self.cu_seqlens
+        return varlen_attn(q_THK, k_TGK, v_TGK, cu, cu, longest, longest, **options)
+
+    def _padded(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        """Padding on the right needs no mask: causal attention never looks there."""
+        outs = []
+        for index_BS in self._groups:
+            q, k, v = (
+                x.index_select(0, index_BS.flatten()).unflatten(0, index_BS.shape).transpose(1, 2)
+                for x in (q_THK, k_TGK, v_TGK)
+            )
+            out_BHSK = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outs.append(out_BHSK.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).index_select(0, self._unpad_T)
+
+
+def _pad_plan(seq_lens: list[int], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Group sequences whose lengths share a power of two, so that padding stays under half.
+
+    Returns one index [B, S] into the packed tokens per group (padding points at the sequence's
+    first token; causality keeps it unseen), and for each packed token its row in the groups'
+    flattened, concatenated outputs.
+    """
+    starts = [0, *accumulate(seq_lens)]
+    buckets: dict[int, list[int]] = {}
+    for i, n in enumerate(seq_lens):
+        buckets.setdefault((n - 1).bit_length(), []).append(i)
+    groups, unpad_T, offset = [], torch.empty(starts[-1], dtype=torch.int64), 0
+    for members in buckets.values():
+        longest = max(seq_lens[i] for i in members)
+        column_S = torch.arange(longest)
+        start_B = torch.tensor([starts[i] for i in members])
+        len_B = torch.tensor([seq_lens[i] for i in members])
+        real_BS = column_S < len_B[:, None]
+        index_BS = start_B[:, None] + torch.where(real_BS, column_S, 0)
+        row_BS = offset + torch.arange(index_BS.numel()).view_as(index_BS)
+        unpad_T[index_BS[real_BS]] = row_BS[real_BS]
+        offset += index_BS.numel()
+        groups.append(index_BS.to(device))
+    return groups, unpad_T.to(device)

@@ -1,0 +1,113 @@
+"""Sizes of a dense Qwen3, read from the checkpoint's own `config.json` and from nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from opd_titan.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Qwen3Args:
+    """One field per size; names follow the paper, `config.json` names are in `_HF_KEYS`."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float
+    rope_theta: float
+    tied: bool
+    max_seq_len: int
+    init_std: float
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any], where: str) -> Qwen3Args:
+        """Read a Hugging Face config.
+
+        Args:
+            config: the parsed `config.json`.
+            where: the file's name, for error messages.
+
+        Raises:
+            ModelError: a size is missing or impossible, or the config asks for something that
+                this implementation does not have.
+        """
+        _refuse_unsupported(config, where)
+        values = {"rope_theta": _rope_theta(config, where)}
+        for name, (key, default) in _HF_KEYS.items():
+            values[name] = config.get(key, default)
+        for f in fields(cls):
+            value, kind = values[f.name], {"int": int, "float": (int, float), "bool": bool}[f.type]
+            bad_bool = isinstance(value, bool) != (f.type == "bool")
+            if bad_bool or not isinstance(value, kind) or (f.type != "bool" and value <= 0):
+                key = _HF_KEYS.get(f.name, (f.name,))[0]
+                raise ModelError(f"{where}: {key} is {value!r}; expected a positive {f.type}")
+        args = cls(**values)
+        if args.n_heads % args.n_kv_heads:
+            raise ModelError(
+                f"{where}: num_attention_heads {args.n_heads} is not a multiple of "
+                f"num_key_value_heads {args.n_kv_heads}"
+            )
+        if args.head_dim % 2:
+            raise ModelError(f"{where}: head_dim {args.head_dim} is odd; RoPE needs pairs")
+        return args
+
+    @property
+    def matmul_params_per_token(self) -> int:
+        """Parameters that every token is multiplied with, the head left out."""
+        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
+        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
+
+
+# field: (config.json key, default where Hugging Face's Qwen3Config has one and files leave it out)
+_HF_KEYS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", None),
+    "dim": ("hidden_size", None),
+    "n_layers": ("num_hidden_layers", None),
+    "n_heads": ("num_attention_heads", None),
+    "n_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", 128),
+    "ffn_dim": ("intermediate_size", None),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", False),
+    "max_seq_len": ("max_position_embeddings", 32768),
+    "init_std": ("initializer_range", 0.02),
+}
+
+
+def _rope_theta(config: dict[str, Any], where: str) -> Any:
+    """transformers 4 writes `rope_theta`, transformers 5 writes `rope_parameters`."""
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        raise ModelError(f"{where}: rope_theta is missing (also from rope_parameters)")
+    return theta
+
+
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    """Whatever would change the numbers and is not implemented is named, never ignored."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    layer_types = set(config.get("layer_types") or ["full_attention"])
+    has_window = config.get("use_sliding_window") or layer_types != {"full_attention"}
+    unsupported = {
+        "model_type": config.get("model_type") != "qwen3" and "qwen3",
+        "use_sliding_window": has_window and "false, with full_attention layers only",
+        "rope_scaling": rope_type != "default" and "null (plain RoPE)",
+        "attention_bias": config.get("attention_bias") and "false",
+        "attention_dropout": config.get("attention_dropout") and "0.0",
+        "hidden_act": config.get("hidden_act", "silu") != "silu" and "silu",
+        "quantization_config": config.get("quantization_config") and "absent",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0 and "1.0",
+    }
+    for key, supported in unsupported.items():
+        if supported:
+            raise ModelError(
+                f"{where}: {key} is {config.get(key)!r}, which the native Qwen3 does not "
+                f"implement; it supports {supported}"
+            )

@@ -1,0 +1,126 @@
+"""Qwen3 (dense), on packed tokens.
+
+Shapes: T packed tokens, D model width, H query heads, G key/value heads, K head size, V vocabulary.
+
+Reference: Qwen3 Technical Report, arXiv 2505.09388. Pre-norm blocks, grouped-query attention with
+RMSNorm on each query and key head *before* rotate-half RoPE, SwiGLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opd_titan.models.attention import Attend
+from opd_titan.models.qwen3.args import Qwen3Args
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> Rope:
+    """Cosine and sine of each position's angles, fp32 [T, 1, K] each (1 spans the heads)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim
+    angles = positions_T.float()[:, None] / theta**exponent
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_THK: Tensor, rope: Rope) -> Tensor:
+    """Rotate each (i, i + K/2) pair by its position's angle; fp32 inside, x's dtype outside."""
+    cos, sin = rope
+    x = x_THK.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_THK.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: Qwen3Args, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
+        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
+
+    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        # -1 heads: under tensor parallelism a rank holds only its share of them.
+        q_THK = self.wq(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TGK = self.wk(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TGK = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THK = apply_rope(self.q_norm(q_THK), rope)
+        k_TGK = apply_rope(self.k_norm(k_TGK), rope)
+        return self.wo(attend(q_THK, k_TGK, v_TGK, self.layer).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: Qwen3Args) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
+
+
+class Block(nn.Module):
+    def __init__(self, args: Qwen3Args, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = Attention(args, layer)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        h_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
+        return h_TD + self.feed_forward(self.ffn_norm(h_TD))
+
+
+class Qwen3Model(nn.Module):
+    """The decoder. One forward serves training, scoring, prefill and decoding."""
+
+    def __init__(self, args: Qwen3Args) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter, where the config says so."""
+        if self.args.tied:
+            self.lm_head.weight = self.tok_embeddings.weight
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        attend: Attend,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """Run the decoder.
+
+        Args:
+            tokens_T: packed token ids.
+            attend: positions of the tokens and the attention between them.
+            head: called with the final hidden states [T, D] and the head's weight [V, D]. It runs
+                *inside* this forward because only here FSDP holds the whole weight; it projects
+                the rows it needs, in chunks, so that no [T, V] tensor has to exist.
+
+        Returns:
+            What `head` returns, or the hidden states [T, D] without one.
+        """
+        rope = rope_tables(attend.positions_T, self.args.head_dim, self.args.rope_theta)
+        h_TD = self.tok_embeddings(tokens_T)
+        for layer in self.layers:
+            h_TD = layer(h_TD, rope, attend)
+        h_TD = self.norm(h_TD)
+        return h_TD if head is None else head(h_TD, self.lm_head.weight)

@@ -1,0 +1,218 @@
+"""The rollout engine: KV-cached, continuously batched sampling from the student's own weights.
+
+Shapes: N rows being sampled, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from opd_titan.data.types import Sample
+from opd_titan.models.logits import scaled_logits
+from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention, bytes_per_token
+from opd_titan.rollout.memory import free_bytes
+from opd_titan.rollout.sampler import greedy, sample, uniforms
+from opd_titan.rollout.scheduler import Request, Scheduler
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; its log-probs are those at temperature 1."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    ignore_eos: bool = False
+
+
+class Generator:
+    """Samples responses with a model that holds plain (not sharded) weights.
+
+    Args:
+        model: the decoder; its parameters are read, never written.
+        eos_ids: each of these tokens ends a response.
+        max_concurrent: sequences decoded at once; 0 takes what fits in half of the free memory.
+        max_prefill_tokens: prompt tokens that go through one forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eos_ids: set[int],
+        max_concurrent: int = 0,
+        max_prefill_tokens: int = 8192,
+    ) -> None:
+        self.model = model
+        self.weight_VD = model.lm_head.weight
+        self.device, self.dtype = self.weight_VD.device, self.weight_VD.dtype
+        self.eos_N = torch.tensor(sorted(eos_ids), device=self.device)
+        self.max_concurrent = max_concurrent
+        self.max_prefill_tokens = max_prefill_tokens
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_tokens: Callable[[int], None] = lambda n: None,
+    ) -> list[Sample]:
+        """Answer every request.
+
+        Args:
+            on_tokens: called with the number of tokens just sampled, for a progress bar.
+
+        Returns:
+            One sample per request, in the order of the requests.
+        """
+        if not requests:
+            return []
+        max_len = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
+        scheduler = Scheduler(requests, self._count_slots(len(requests), max_len))
+        args = self.model.args
+        cache = KVCache(
+            args.n_layers,
+            scheduler.slots,
+            max_len,
+            args.n_kv_heads,
+            args.head_dim,
+            self.dtype,
+            self.device,
+        )
+        state = _SlotState(scheduler.slots, params.max_new_tokens, self.device)
+        answers: dict[tuple[int, int], Sample] = {}
+        while scheduler.has_work:
+            admitted = scheduler.admit(self.max_prefill_tokens)
+            if admitted:
+                first = len(scheduler.running) - len(admitted)
+                state.start(first, admitted)
+                hidden_ND = self._prefill(cache, first, admitted)
+            else:
+                first = 0
+                hidden_ND = self._decode(cache, state, len(scheduler.running))
+            rows = slice(first, len(scheduler.running))
+            state.append(rows, *self._choose(hidden_ND, state, rows, params))
+            on_tokens(rows.stop - rows.start)
+            finished = state.finished(rows, None if params.ignore_eos else self.eos_N)
+            for slot in finished:
+                request = scheduler.running[slot]
+                answer = state.sample_of(slot, request, self.eos_N, params.ignore_eos)
+                answers[request.prompt.index, request.sample_index] = answer
+            for source, target in scheduler.release(finished):
+                cache.copy_slots([source], [target], state.longest)
+                state.move(source, target)
+            if finished:
+                state.shrink(len(scheduler.running))
+        return [answers[r.prompt.index, r.sample_index] for r in requests]
+
+    def _count_slots(self, wanted: int, max_len: int) -> int:
+        args = self.model.args
+        per_token = bytes_per_token(args.n_layers, args.n_kv_heads, args.head_dim, self.dtype)
+        fit = free_bytes(self.device) // 2 // (per_token * max_len)
+        return max(1, min(wanted, self.max_concurrent or wanted, fit))
+
+    def _prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:
+        """Run each distinct prompt once; every sample of its group gets a copy of its cache."""
+        groups = [list(g) for _, g in groupby(admitted, key=lambda r: r.prompt.index)]
+        seq_lens = [len(g[0].prompt.token_ids) for g in groups]
+        slots, source_N, slot = [], [], first
+        for g in groups:
+            slots.append(slot)
+            source_N += [slot] * len(g)
+            slot += len(g)
+        tokens_T = torch.tensor(
+            [t for g in groups for t in g[0].prompt.token_ids], device=self.device
+        )
+        hidden_TD = self.model(tokens_T, PrefillAttention(cache, slots, seq_lens))
+        copies = [(s, first + i) for i, s in enumerate(source_N) if s != first + i]
+        if copies:
+            cache.copy_slots(*map(list, zip(*copies, strict=True)), length=max(seq_lens))
+        last_G = torch.tensor(seq_lens, device=self.device).cumsum(0) - 1
+        group_N = torch.arange(len(groups), device=self.device)
+        sizes = torch.tensor([len(g) for g in groups], device=self.device)
+        return hidden_TD[last_G[group_N.repeat_interleave(sizes)]]
+
+    def _decode(self, cache: KVCache, state: _SlotState, n: int) -> Tensor:
+        attend = DecodeAttention(cache, state.position_B[:n].clone(), state.longest)
+        state.longest += 1
+        return self.model(state.token_B[:n], attend)
+
+    def _choose(
+        self, hidden_ND: Tensor, state: _SlotState, rows: slice, params: SamplingParams
+    ) -> tuple[Tensor, Tensor]:
+        if params.temperature == 0.0:
+            return greedy(scaled_logits(hidden_ND, self.weight_VD, 1.0))
+        logits_NV = scaled_logits(
+            hidden_ND, self.weight_VD, params.temperature, params.top_k, params.top_p
+        )
+        return sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
+
+
+class _SlotState:
+    """What the generator remembers of each slot, as tensors: no per-row Python while decoding."""
+
+    def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
+        self.token_B = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.position_B = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.count_B = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.key_B = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.tokens_BR = torch.zeros(slots, max_new_tokens, dtype=torch.int64, device=device)
+        self.logprobs_BR = torch.zeros(slots, max_new_tokens, device=device)
+        self.slot_B = torch.arange(slots, device=device)
+        self.longest = 0  # the largest position in use, plus one; known without asking the device
+
+    def start(self, first: int, admitted: list[Request]) -> None:
+        rows = slice(first, first + len(admitted))
+        lengths = [len(r.prompt.token_ids) for r in admitted]
+        # `append` moves the position on, to where the first response token will stand.
+        self.position_B[rows] = torch.tensor(lengths, device=self.position_B.device) - 1
+        self.key_B[rows] = torch.tensor([r.key for r in admitted], device=self.key_B.device)
+        self.count_B[rows] = 0
+        self.longest = max(self.longest, max(lengths) + 1)
+
+    def append(self, rows: slice, tokens_N: Tensor, logprobs_N: Tensor) -> None:
+        slots, counts = self.slot_B[rows], self.count_B[rows]
+        self.tokens_BR[slots, counts] = tokens_N
+        self.logprobs_BR[slots, counts] = logprobs_N
+        self.token_B[rows] = tokens_N
+        self.count_B[rows] += 1
+        self.position_B[rows] += 1
+
+    def finished(self, rows: slice, eos_N: Tensor | None) -> list[int]:
+        """Slots that reached a stop token or the length limit: the one host sync per token."""
+        done = self.count_B[rows] == self.tokens_BR.shape[1]
+        if eos_N is not None:
+            done |= torch.isin(self.token_B[rows], eos_N)
+        return (done.nonzero().squeeze(1) + rows.start).tolist()
+
+    def sample_of(self, slot: int, request: Request, eos_N: Tensor, ignore_eos: bool) -> Sample:
+        n = int(self.count_B[slot])
+        response_ids = self.tokens_BR[slot, :n].tolist()
+        stopped = not ignore_eos and response_ids[-1] in eos_N.tolist()
+        return Sample(
+            prompt=request.prompt,
+            sample_index=request.sample_index,
+            response_ids=response_ids,
+            finish_reason="stop" if stopped else "length",
+            student_logprobs=self.logprobs_BR[slot, :n].cpu().clone(),
+        )
+
+    def shrink(self, running: int) -> None:
+        """Long sequences that ended need not be attended over any more."""
+        self.longest = int(self.position_B[:running].max()) + 1 if running else 0
+
+    def move(self, source: int, target: int) -> None:
+        for tensor in (
+            self.token_B,
+            self.position_B,
+            self.count_B,
+            self.key_B,
+            self.tokens_BR,
+            self.logprobs_BR,
+        ):
+            tensor[target] = tensor[source]

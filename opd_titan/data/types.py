@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -27,19 +30,21 @@ class Prompt:
 
 @dataclass
 class Sample:
-    """One response to one prompt. Every list holds one value per response token, natural logs.
+    """One response to one prompt.
 
-    `response_ids` includes the stop token when `finish_reason` is "stop".
+    `response_ids` includes the stop token when `finish_reason` is "stop". The other tensors are
+    fp32, on the CPU, one natural logarithm (or advantage) per response token; None where that
+    model is not there. `student_logprobs` are those of the sampling itself.
     """
 
     prompt: Prompt
     sample_index: int
     response_ids: list[int]
     finish_reason: FinishReason
-    student_logprobs: list[float] = field(default_factory=list)
-    teacher_logprobs: list[float] | None = None
-    reference_logprobs: list[float] | None = None
-    advantages: list[float] | None = None
+    student_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

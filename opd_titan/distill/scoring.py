@@ -1,0 +1,42 @@
+"""Frozen models scoring responses, with the packing, model code and head of the update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.head import Distribution, score_head
+from opd_titan.distill.packing import Minibatch, pack, unpack_values
+
+# Stands in where a rank has no micro-batch left: forward and backward are collective.
+EMPTY = [Sample(Prompt(-1, "", (0,)), 0, [0], "length")]
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, plan: Sequence[Minibatch], dist: Distribution, device: torch.device
+) -> list[list[torch.Tensor]]:
+    """Log-probs of every response token of this rank's share of the plan.
+
+    Args:
+        model: FSDP-sharded decoder; left resharded.
+        dist: the distribution to score under; a teacher is scored whole, at the sampling
+            temperature, whatever top-k and top-p the student sampled with.
+
+    Returns:
+        For each micro-batch of each mini-batch in order, one fp32 CPU tensor per sample.
+    """
+    scored = []
+    for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
+        samples = microbatch or EMPTY
+        batch = pack(samples, device)
+        head = partial(score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
+        logprobs_R = model(batch.tokens_T, batch.attend, head)
+        scored.append(unpack_values(logprobs_R, samples) if microbatch else [])
+    # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
+    model.reshard()
+    return scored

@@ -1,0 +1,137 @@
+"""The student's update: a plan of micro-batches in, moved weights and their diagnostics out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opd_titan.data.types import Sample
+from opd_titan.distill.head import Distribution, HeadStats, loss_head
+from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
+from opd_titan.distill.packing import Minibatch, PackedBatch, pack, pack_values, unpack_values
+from opd_titan.distill.scoring import EMPTY
+from opd_titan.distributed.collectives import max_scalar, sum_scalars
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """Which loss, under which distribution, clipped at which norm (0: not clipped)."""
+
+    objective: Objective
+    settings: ObjectiveSettings
+    dist: Distribution
+    max_grad_norm: float
+
+
+@dataclass
+class _Totals:
+    """Sums over this rank's response tokens of a step."""
+
+    sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("tokens", "loss", "entropy", "ratio", "clipped"), 0)
+    )
+    gap_max: float = 0.0
+    grad_norms: list[float] = field(default_factory=list)
+
+    def add(self, stats: HeadStats, rollout_R: Tensor | None, first_update: bool) -> None:
+        values = {
+            "loss": stats.loss_R,
+            "entropy": stats.entropy_R,
+            "ratio": stats.ratio_R,
+            "clipped": stats.clipped_R,
+        }
+        self.sums["tokens"] += stats.loss_R.numel()
+        for name, value_R in values.items():
+            self.sums[name] += value_R.double().sum().item()
+        if first_update and rollout_R is not None:
+            gap = (stats.logprob_R - rollout_R).abs().max().item()
+            self.gap_max = max(self.gap_max, gap)
+
+    def metrics(self, device: torch.device) -> dict[str, float]:
+        total = sum_scalars(self.sums, device)
+        mean = {name: value / total["tokens"] for name, value in total.items()}
+        return {
+            "loss/policy": mean["loss"],
+            "loss/total": mean["loss"],
+            "policy/entropy": mean["entropy"],
+            "policy/ratio_mean": mean["ratio"],
+            "policy/clip_fraction": mean["clipped"],
+            "policy/logprob_gap_max": max_scalar(self.gap_max, device),
+            "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
+        }
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Sequence[Minibatch],
+    rule: UpdateRule,
+    device: torch.device,
+) -> dict[str, float]:
+    """One optimizer step per mini-batch; fills in each sample's advantages.
+
+    Returns:
+        Scalars by their TensorBoard names, the same on every rank.
+
+    Raises:
+        FloatingPointError: the gradient norm is not finite; the weights were not touched by it.
+    """
+    totals = _Totals()
+    for i, minibatch in enumerate(plan):
+        scale = 1.0 / minibatch.response_tokens
+        for samples in minibatch.microbatches:
+            batch, scores = _packed(samples or EMPTY, bool(samples), device)
+            head = partial(
+                loss_head,
+                predict_R=batch.predict_R,
+                targets_R=batch.targets_R,
+                scores=scores,
+                scale=scale if samples else 0.0,
+                objective=rule.objective,
+                settings=rule.settings,
+                dist=rule.dist,
+            )
+            loss, stats = model(batch.tokens_T, batch.attend, head)
+            loss.backward()
+            if samples:
+                totals.add(stats, scores.rollout_C, first_update=i == 0)
+                _set_advantages(samples, stats)
+        totals.grad_norms.append(_clip(model, rule.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return totals.metrics(device)
+
+
+def _packed(
+    samples: Sequence[Sample], real: bool, device: torch.device
+) -> tuple[PackedBatch, TokenScores]:
+    if not real:
+        zero_R = torch.zeros(1, device=device)
+        return pack(samples, device), TokenScores(zero_R, zero_R, zero_R)
+    scores = TokenScores(
+        pack_values([s.student_logprobs for s in samples], device),
+        pack_values([s.teacher_logprobs for s in samples], device),
+        pack_values([s.reference_logprobs for s in samples], device),
+    )
+    return pack(samples, device), scores
+
+
+def _set_advantages(samples: Sequence[Sample], stats: HeadStats) -> None:
+    for sample, values in zip(samples, unpack_values(stats.advantage_R, samples), strict=True):
+        sample.advantages = values
+
+
+def _clip(model: nn.Module, max_norm: float) -> float:
+    """Scale gradients down to `max_norm` (0: leave them); the total norm before that."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm.item()}; the update was not made")
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()

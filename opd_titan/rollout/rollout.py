@@ -1,0 +1,41 @@
+"""Sampling a step's responses over all ranks, from prompts to gathered samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.collectives import gather_lists
+from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.sampler import sequence_key
+from opd_titan.rollout.scheduler import Request
+
+
+def sample_responses(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    params: SamplingParams,
+    stream: tuple[int, ...],
+    on_tokens: Callable[[int], None] = lambda n: None,
+) -> list[Sample]:
+    """Sample every prompt's responses, each rank its share, and give all of them to every rank.
+
+    Args:
+        prompts: the same on every rank.
+        stream: what the random numbers depend on besides prompt and sample: seed and step.
+
+    Returns:
+        In the order of the prompts, then of the sample index, whatever the world size.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    requests = [
+        Request(p, i, sequence_key(*stream, p.index, i))
+        for p in prompts[rank::ranks]
+        for i in range(samples_per_prompt)
+    ]
+    samples = gather_lists(generator.generate(requests, params, on_tokens))
+    place = {p.index: i for i, p in enumerate(prompts)}
+    return sorted(samples, key=lambda s: (place[s.prompt.index], s.sample_index))

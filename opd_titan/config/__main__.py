@@ -1,0 +1,23 @@
+"""`python -m opd_titan.config --job.config_file X [--table.key value ...]`: print the resolved
+config as TOML."""
+
+from __future__ import annotations
+
+import sys
+
+from opd_titan.config import ConfigError, load_config, to_toml
+
+
+def main() -> int:
+    try:
+        config = load_config(sys.argv[1:])
+    except ConfigError as e:
+        print(e, file=sys.stderr)
+        return 2
+    sys.stdout.reconfigure(encoding="utf-8")  # TOML is UTF-8 whatever the locale
+    print(to_toml(config), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

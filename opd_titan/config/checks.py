@@ -1,0 +1,213 @@
+"""What a value may be: its type, its choices, its range, and which keys contradict each other.
+
+TOML values and command-line values go through the same `check_value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
+
+from opd_titan.config.job_config import JobConfig
+from opd_titan.errors import ConfigError
+
+TABLES: dict[str, type] = get_type_hints(JobConfig)
+
+# "table.key" -> bool, int, float, str or a Literal of strings.
+OPTIONS: dict[str, Any] = {
+    f"{table}.{key}": kind
+    for table, cls in TABLES.items()
+    for key, kind in get_type_hints(cls).items()
+}
+
+# Bounds of the numbers, all of which must hold. A number without a row must be >= 0.
+RANGES: dict[str, tuple[str, ...]] = {
+    "reference.coef": ("> -1",),
+    "data.max_prompt_tokens": (">= 1",),
+    "rollout.prompts_per_step": (">= 1",),
+    "rollout.group_size": (">= 1",),
+    "rollout.max_new_tokens": (">= 1",),
+    "rollout.temperature": ("> 0",),
+    "rollout.top_p": ("> 0", "<= 1"),
+    "rollout.on_policy_fraction": (">= 0", "<= 1"),
+    "distill.clip_low": (">= 0", "< 1"),
+    "distill.minibatches": (">= 1",),
+    "optimizer.beta1": (">= 0", "< 1"),
+    "optimizer.beta2": (">= 0", "< 1"),
+    "optimizer.eps": ("> 0",),
+    "lr_scheduler.min_lr_factor": (">= 0", "<= 1"),
+    "training.steps": (">= 1",),
+    "training.max_tokens_per_microbatch": (">= 1",),
+    "parallelism.data_parallel_replicate_degree": (">= 1",),
+    "parallelism.data_parallel_shard_degree": (">= -1", "!= 0"),
+    "parallelism.tensor_parallel_degree": (">= 1",),
+    "checkpoint.load_step": (">= -1",),
+    "validation.samples_per_prompt": (">= 1",),
+    "metrics.log_freq": (">= 1",),
+    "metrics.sample_rollouts": (">= -1",),
+    "profiling.interval": (">= 1",),
+    "comm.init_timeout_seconds": (">= 1",),
+    "comm.train_timeout_seconds": (">= 1",),
+}
+_COMPARE = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "!=": operator.ne,
+}
+NOT_EMPTY = ("job.dump_folder", "data.split", "validation.split")
+
+
+def error(where: str, what: str) -> ConfigError:
+    """A `ConfigError` of one printable line, whatever the user's names and values contain."""
+    message = f"{where}: {what}"
+    return ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def literal(value: Any) -> str:
+    """`value` as TOML spells it (a TOML string escapes as JSON does, plus DEL)."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def show(value: Any) -> str:
+    """`literal`, cut short for a message; arrays, tables and numbers too long to print by name."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of over 60 digits"
+    if isinstance(value, (list, dict)):
+        return "an array" if isinstance(value, list) else "a table"
+    text = literal(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def bounds(name: str) -> tuple[str, ...]:
+    """The bounds that a number's option has; none for the other types."""
+    return RANGES.get(name, (">= 0",)) if OPTIONS[name] in (int, float) else ()
+
+
+def wanted(name: str) -> str:
+    """In words, what the option `name` (`table.key`) may be."""
+    kind = OPTIONS[name]
+    if choices := get_args(kind):
+        return "one of " + ", ".join(choice or '""' for choice in choices)
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    return " ".join([words[kind], " and ".join(bounds(name))]).rstrip()
+
+
+def check_value(where: str, name: str, value: Any) -> Any:
+    """Return `value` as the type of the option `name`; `where` starts the message if it is wrong.
+
+    An integer will do for a float, but no float for an integer and no bool for either.
+    """
+    kind = OPTIONS[name]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise error(where, f"{show(value)} does not fit in 64 bits; wanted {wanted(name)}")
+    if kind is float and type(value) is int:
+        value = float(value)
+    choices = get_args(kind)
+    if value not in choices if choices else type(value) is not kind:
+        raise error(where, f"{show(value)} is not {wanted(name)}")
+    if kind is float and not math.isfinite(value):
+        raise error(where, f"{show(value)} is not finite; wanted {wanted(name)}")
+    for bound in bounds(name):
+        compare, limit = bound.split()
+        if not _COMPARE[compare](value, int(limit)):
+            raise error(where, f"{show(value)} is out of range; wanted {wanted(name)}")
+    if name in NOT_EMPTY and not value:
+        raise error(where, "must not be empty")
+    # A lone surrogate is an undecodable byte of the command line; a path cannot hold NUL.
+    if kind is str and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise error(where, f"{show(value)} holds a NUL or bytes that are not UTF-8")
+    return value
+
+
+def nearest(table: str, key: str) -> list[str]:
+    """The options (`table.key`) that an unknown name most likely means, best first; maybe none."""
+    same = [name.partition(".")[2] for name in OPTIONS if name.startswith(f"{table}.")]
+    close = difflib.get_close_matches(key, same, n=1)
+    if close:
+        return [f"{table}.{close[0]}"]
+    elsewhere = [name for name in OPTIONS if name.partition(".")[2] == key]
+    if elsewhere or table in TABLES:
+        return elsewhere
+    return difflib.get_close_matches(f"{table}.{key}", OPTIONS, n=1)
+
+
+def check_consistency(config: JobConfig) -> None:
+    """Raise `ConfigError` for the first key that is missing, not built yet or contradicted."""
+    for name, problem in (*_model_problems(config), *_training_problems(config)):
+        table, _, key = name.partition(".")
+        raise error(f"[{table}] {key}", problem)
+
+
+def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of `table.key` and what is wrong: models, data, hardware."""
+    need_model = "give a local Hugging Face folder or a hub id"
+    need_path = 'required with dataset = "prompts"; give a file, a folder or a hub id'
+    objective = c.distill.objective
+    if not c.student.hf_path:
+        yield "student.hf_path", f"required; {need_model}"
+    if not c.teacher.hf_path and objective != "sft":
+        yield "teacher.hf_path", f'required with [distill] objective = "{objective}"; {need_model}'
+    if not c.teacher.hf_path and c.teacher.random_init:
+        yield "teacher.random_init", f"true takes the sizes of [teacher] hf_path; {need_model}"
+    if c.parallelism.tensor_parallel_degree != 1:
+        yield "parallelism.tensor_parallel_degree", "not built yet; only 1 is accepted"
+    if c.data.dataset == "prompts" and not c.data.path:
+        yield "data.path", need_path
+    if c.data.template == "raw" and c.data.enable_thinking:
+        yield "data.enable_thinking", 'true needs the chat template; set [data] template = "chat"'
+    v = c.validation
+    if v.enable and v.dataset == "prompts" and not (v.path or c.data.path):
+        yield "validation.path", need_path
+    if v.samples_per_prompt > 1 and v.temperature == 0:
+        yield (
+            "validation.samples_per_prompt",
+            f"{v.samples_per_prompt} greedy samples ([validation] temperature = 0) would all be "
+            "the same; set the temperature > 0 or the samples to 1",
+        )
+
+
+def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of `table.key` and what is wrong: objective, updates, schedule, checkpoints."""
+    objective, fraction = c.distill.objective, c.rollout.on_policy_fraction
+    right = 0.0 if objective == "sft" else 1.0
+    source = {0.0: "the data set's own responses", 1.0: "the student's own samples"}
+    if fraction not in source:
+        yield (
+            "rollout.on_policy_fraction",
+            f"{fraction} is not built yet; only 1.0 ({source[1.0]}) and 0.0 ({source[0.0]}) are",
+        )
+    if fraction != right:
+        yield (
+            "rollout.on_policy_fraction",
+            f'{fraction} contradicts [distill] objective = "{objective}", which learns from '
+            f"{source[right]}; wanted {right}",
+        )
+    if objective == "sft" and c.reference.coef != 0:
+        yield "reference.coef", 'must be 0 with [distill] objective = "sft", which has no reference'
+    responses = c.rollout.prompts_per_step * c.rollout.group_size
+    if c.distill.minibatches > responses:
+        yield (
+            "distill.minibatches",
+            f"{c.distill.minibatches} is more than a step's {responses} responses ([rollout] "
+            f"prompts_per_step x group_size); wanted at most {responses}",
+        )
+    decay, warmup, steps = c.lr_scheduler.decay, c.lr_scheduler.warmup_steps, c.training.steps
+    if decay != "constant" and c.training.epochs == 0 and warmup >= steps:
+        yield (
+            "lr_scheduler.warmup_steps",
+            f'{warmup} of {steps} [training] steps leaves none for decay = "{decay}"; wanted '
+            f"less than {steps}",
+        )
+    if c.checkpoint.load_step > 0 and not c.checkpoint.enable:
+        yield (
+            "checkpoint.load_step",
+            f"{c.checkpoint.load_step} contradicts [checkpoint] enable = false; wanted true there",
+        )

@@ -1,0 +1,256 @@
+"""Every option of opd_titan: one dataclass per TOML table, the docstring under a field is its help.
+
+Paths (`hf_path`, `path`, `dump_folder`) are used as written, relative to the working directory
+and not to the TOML file. Ranges and the rules between keys are in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Job:
+    config_file: str = field(default="", compare=False)
+    """The TOML file to read. Command line only; a TOML file names its parent with `base`."""
+    dump_folder: str = "outputs"
+    """Folder for everything the run writes: checkpoints, exports, rollouts, logs, TensorBoard."""
+    description: str = ""
+    """Free text, for people."""
+    print_config: bool = False
+    """Print the resolved config at start. It is written to the dump folder in any case."""
+
+
+@dataclass
+class Student:
+    hf_path: str = ""
+    """The model to train: a local Hugging Face folder or a hub id. Required."""
+    random_init: bool = False
+    """Take the sizes from config.json but random weights. Off: the weights must exist."""
+
+
+@dataclass
+class Teacher:
+    hf_path: str = ""
+    """The model to learn from: a local folder or a hub id. Required unless the objective is sft."""
+    random_init: bool = False
+    """Take the sizes from config.json but random weights. Off: the weights must exist."""
+
+
+@dataclass
+class Reference:
+    hf_path: str = ""
+    """The model that coef holds the student to. Empty: the student as it was at step 0."""
+    coef: float = 0.0
+    """Weight c of the pull to the reference, > -1. 0: the reference is never loaded.
+    The student's optimum is then proportional to (T * R^c)^(1/(1+c)), not to the teacher T:
+    with c = 1 (what the seed did) it stops half-way, at the geometric mean of T and R."""
+
+
+@dataclass
+class Data:
+    dataset: Literal["gsm8k", "openthoughts3", "prompts"] = "gsm8k"
+    """What the rows look like. `prompts` is any set with a `prompt` or a `messages` column."""
+    path: str = ""
+    """A local file, a save_to_disk folder or a hub id. Empty: the set's own hub id."""
+    split: str = "train"
+    """The split to train on."""
+    template: Literal["raw", "chat"] = "chat"
+    """How a question becomes a prompt. chat: the tokenizer's own chat template.
+    raw: `Question: ...`, then `Answer: Let's solve this step by step.`, for base models."""
+    enable_thinking: bool = False
+    """Passed to the chat template: let the model think before it answers."""
+    max_prompt_tokens: int = 512
+    """Prompts with more tokens are dropped and counted."""
+    shuffle: bool = True
+    """Shuffle the prompts anew each epoch; the order depends only on training.seed."""
+
+
+@dataclass
+class Rollout:
+    prompts_per_step: int = 32
+    """Prompts per step, over all ranks together."""
+    group_size: int = 4
+    """Responses sampled for each prompt."""
+    max_new_tokens: int = 512
+    """A response without an end after this many tokens is cut and marked as truncated."""
+    temperature: float = 1.0
+    """Sampling temperature, > 0. All log-probs (student, teacher, reference) are taken at it."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability. 1: all of them."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens. 0: all of them."""
+    ignore_eos: bool = False
+    """Sample on past the end of a response, to max_new_tokens. For benchmarks."""
+    on_policy_fraction: float = 1.0
+    """1: the student samples the responses. 0: the data set's own responses (objective sft)."""
+    max_concurrent: int = 0
+    """Sequences decoded at once on each rank. 0: as many as fit in free memory."""
+
+
+@dataclass
+class Distill:
+    objective: Literal["policy_gradient", "sft"] = "policy_gradient"
+    """policy_gradient: clipped, with the per-token reverse KL to the teacher as negative reward.
+    sft: cross-entropy on the data set's own responses, without a teacher."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped below at 1 - clip_low. Acts when minibatches > 1."""
+    clip_high: float = 0.2
+    """The probability ratio is clipped above at 1 + clip_high. Acts when minibatches > 1."""
+    minibatches: int = 1
+    """Optimizer updates for each step's rollouts, each on its own share of them."""
+    log_ratio_clamp: float = 0.0
+    """Clamp the per-token logT - logS to +- this many nats. 0: off."""
+
+
+@dataclass
+class Optimizer:
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    fused: bool = True
+    """Use torch's fused implementation."""
+
+
+@dataclass
+class LRScheduler:
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate from the end of the warm-up to the last step."""
+    min_lr_factor: float = 0.0
+    """Where the decay ends, as a fraction of optimizer.lr."""
+
+
+@dataclass
+class Training:
+    steps: int = 100
+    """Steps to train, one batch of rollouts each."""
+    epochs: int = 0
+    """Passes over the data set, in full batches of prompts; replaces steps. 0: use steps."""
+    seed: int = 42
+    """Seed of the data order, of sampling and of random weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; master weights are float32. auto: bfloat16 on CUDA, float32 on CPU."""
+    max_grad_norm: float = 1.0
+    """Clip the total gradient norm to this. 0: no clipping."""
+    max_tokens_per_microbatch: int = 8192
+    """Token budget of a forward pass on each rank. Changes speed and memory, not results."""
+    deterministic: bool = False
+    """Only deterministic kernels; slower."""
+
+
+@dataclass
+class Parallelism:
+    data_parallel_replicate_degree: int = 1
+    """Copies of the sharded model (HSDP)."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that one copy is sharded over (FSDP2). -1: what is left of the world."""
+    tensor_parallel_degree: int = 1
+    """Ranks that each layer is split over. Not built yet: only 1."""
+
+
+@dataclass
+class Checkpoint:
+    enable: bool = True
+    """Write checkpoints for exact resume, and resume from them."""
+    interval: int = 100
+    """Steps between checkpoints. 0: only at the end."""
+    keep_latest_k: int = 2
+    """Checkpoints to keep; older ones are deleted. 0: all."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: write in the background while training goes on."""
+    load_step: int = -1
+    """The step to resume from. -1: the newest complete one, if any; 0: start afresh."""
+
+
+@dataclass
+class Export:
+    interval: int = 0
+    """Steps between exports to a Hugging Face folder. 0: only at the end."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the exported weights. auto: that of the student's own checkpoint."""
+
+
+@dataclass
+class Validation:
+    enable: bool = True
+    """Measure accuracy on held-out prompts, of the student at step 0 and of the teacher once."""
+    interval: int = 50
+    """Steps between validations. 0: only at the start and at the end."""
+    dataset: Literal["", "gsm8k", "openthoughts3", "prompts"] = ""
+    """What the rows look like. Empty: data.dataset."""
+    path: str = ""
+    """A local file, a save_to_disk folder or a hub id. Empty: data.path."""
+    split: str = "test"
+    """The split to validate on."""
+    max_prompts: int = 0
+    """Use the first so many prompts. 0: all."""
+    samples_per_prompt: int = 1
+    """Responses per prompt; accuracy is the mean over them. More than 1 needs a temperature."""
+    temperature: float = 0.0
+    """Sampling temperature. 0: greedy."""
+    max_new_tokens: int = 0
+    """Longest response. 0: rollout.max_new_tokens."""
+
+
+@dataclass
+class Metrics:
+    log_freq: int = 1
+    """Steps between records (console line and TensorBoard)."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard scalars to the dump folder."""
+    sample_rollouts: int = 8
+    """Rollouts written to the dump folder each step. 0: none; -1: all."""
+
+
+@dataclass
+class Profiling:
+    enable: bool = False
+    """Write torch profiler traces to the dump folder."""
+    interval: int = 10
+    """Steps between traces."""
+
+
+@dataclass
+class Comm:
+    init_timeout_seconds: int = 300
+    """Timeout of collectives until the first step is done: loading and compiling take long."""
+    train_timeout_seconds: int = 3600
+    """Timeout of collectives from then on; longer than the slowest rank may lag in a rollout."""
+
+
+@dataclass
+class JobConfig:
+    """Distil a teacher into a student on the student's own samples.
+
+    Options come from the command line, else from the TOML file, else from the defaults below.
+    """
+
+    job: Job = field(default_factory=Job)
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    reference: Reference = field(default_factory=Reference)
+    data: Data = field(default_factory=Data)
+    rollout: Rollout = field(default_factory=Rollout)
+    distill: Distill = field(default_factory=Distill)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)

@@ -1,0 +1,88 @@
+"""The "opd_titan" logger: rank 0 on the console, every rank in its own file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+from opd_titan.observability.progress import Bar
+
+_CODES = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36}
+_ANSI = re.compile(r"\x1b\[\d*m")
+
+
+def paint(text: str, color: str) -> str:
+    """Text in one of the terminal's colours; the handlers take it out where it does not belong."""
+    return f"\x1b[{_CODES[color]}m{text}\x1b[0m"
+
+
+def use_color(color: bool | None = None) -> bool:
+    """What was asked; when nothing was, colours on a terminal unless NO_COLOR (no-color.org)."""
+    if color is not None:
+        return color
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to today's `sys.stdout` through tqdm, which moves a live bar aside for the line."""
+
+    def __init__(self, color: bool) -> None:
+        super().__init__(logging.INFO)
+        self.color = color
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                text = f"{record.levelname.lower()}: {text}"
+                text = paint(text, "red" if record.levelno >= logging.ERROR else "yellow")
+            clock = self.formatter.formatTime(record, "%H:%M:%S")
+            line = f"[{clock}] {text}"
+            Bar.write(line if self.color else _ANSI.sub("", line), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _ANSI.sub("", super().format(record))
+
+
+def init_logging(
+    dump_folder: Path | None, rank: int, *, color: bool | None = None
+) -> logging.Logger:
+    """Set up and return the "opd_titan" logger; calling it again replaces the handlers.
+
+    The console shows INFO and above as `[HH:MM:SS] message`, on rank 0 only. The file
+    `<dump_folder>/logs/rank-N.log` gets DEBUG and above with full timestamps, is appended to on
+    resume, and never holds a colour code.
+
+    Args:
+        dump_folder: None writes no file.
+        color: None decides by the terminal and NO_COLOR.
+    """
+    logger = logging.getLogger("opd_titan")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.DEBUG)
+    # Some libraries call logging.basicConfig(); the root would then print each line again.
+    logger.propagate = False
+    if rank == 0:
+        console = _ConsoleHandler(use_color(color))
+        console.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(console)
+    if dump_folder is not None:
+        path = Path(dump_folder) / "logs" / f"rank-{rank}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+    if not logger.handlers:
+        # Without any handler Python would print warnings through its last resort.
+        logger.addHandler(logging.NullHandler())
+    return logger

@@ -1,0 +1,283 @@
+"""The run's numbers: which there are, how phases are timed, where the scalars go."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_titan.observability.flops import mfu
+from opd_titan.observability.logging import paint, use_color
+
+# Every scalar there is, in the order of the design. A new one is one row.
+SCALARS: dict[str, str] = {
+    "loss/policy": "the objective, summed over response tokens / their global number",
+    "loss/total": "what is differentiated; loss/policy and whatever is added to it",
+    "kl/student_teacher": "nats per response token, from the student's samples",
+    "kl/student_reference": "nats per response token, from the student's samples",
+    "kl/p99": "nats; 99th percentile over response tokens of the student-teacher term",
+    "policy/entropy": "nats per response token",
+    "policy/clip_fraction": "share of response tokens whose ratio was clipped",
+    "policy/ratio_mean": "mean of exp(log S - log S_old) over response tokens",
+    "policy/logprob_gap_max": "nats; largest |rollout - update| log-prob of one token",
+    "rollout/response_tokens_mean": "tokens, the stop token included",
+    "rollout/response_tokens_max": "tokens, the stop token included",
+    "rollout/truncated_fraction": "share of responses cut at max_new_tokens",
+    "rollout/eos_fraction": "share of responses that ended by themselves",
+    "rollout/repetition": "0..1, mean over responses of rollout_writer.repetition",
+    "grad_norm": "total norm before clipping, mean over the step's updates",
+    "lr": "learning rate",
+    "time/data(s)": "seconds on rank 0: prompts",
+    "time/rollout(s)": "seconds on rank 0: sampling",
+    "time/teacher(s)": "seconds on rank 0: teacher's scores",
+    "time/reference(s)": "seconds on rank 0: reference's scores",
+    "time/update(s)": "seconds on rank 0: forward, backward, optimizer",
+    "time/sync(s)": "seconds on rank 0: new weights into the rollout engine",
+    "time/checkpoint(s)": "seconds on rank 0 that the loop waited for a checkpoint or export",
+    "time/validate(s)": "seconds on rank 0: validation",
+    "time/step(s)": "seconds on rank 0: the whole step",
+    "throughput/rollout(tok/s/gpu)": "sampled tokens",
+    "throughput/teacher(tok/s/gpu)": "scored tokens, prompts included",
+    "throughput/update(tok/s/gpu)": "trained tokens, prompts included",
+    "throughput/step(tok/s/gpu)": "sampled tokens over the whole step's time",
+    "mfu/rollout(%)": "of the dense bf16 peak; absent where the device's peak is not known",
+    "mfu/teacher(%)": "of the dense bf16 peak",
+    "mfu/update(%)": "of the dense bf16 peak; recomputation does not count as work",
+    "memory/max_active(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
+    "memory/max_reserved(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
+    "validation/accuracy": "share of held-out prompts that the student gets right",
+    "validation/teacher_accuracy": "the same for the teacher, measured once",
+    "validation/gap_recovered": "(student - start) / (teacher - start)",
+    "validation/response_tokens_mean": "tokens",
+}
+
+PHASES = ("data", "rollout", "teacher", "reference", "update", "sync", "checkpoint", "validate")
+
+
+class PhaseClock:
+    """Adds up wall-clock seconds by phase; the phase "step" is the whole step around them."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def _now(self) -> float:
+        # Kernels are asynchronous: without this a phase would pay for the one before it.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the body. Entered several times, a phase is the sum; phases may nest."""
+        if name not in PHASES and name != "step":
+            raise ValueError(f"unknown phase {name!r}; one of {', '.join(PHASES)}, step")
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[name] += self._now() - start
+
+    def pop(self) -> dict[str, float]:
+        """Seconds by phase since the last call; phases that were not entered are absent."""
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+
+def phase_scalars(
+    seconds: Mapping[str, float],
+    tokens: Mapping[str, int],
+    flops: Mapping[str, float],
+    *,
+    world_size: int = 1,
+    peak_flops: float | None = None,
+) -> dict[str, float]:
+    """`time/*`, `throughput/*` and `mfu/*` of one step.
+
+    Args:
+        seconds: by phase, as `PhaseClock.pop` gives them.
+        tokens, flops: by phase, of all ranks together; a phase may be absent from either.
+        world_size: number of devices, all of them, tensor-parallel ones included.
+        peak_flops: FLOP/s of one device; None gives no MFU.
+    """
+    scalars = {f"time/{phase}(s)": value for phase, value in seconds.items()}
+    for phase, count in tokens.items():
+        if seconds.get(phase):
+            scalars[f"throughput/{phase}(tok/s/gpu)"] = count / seconds[phase] / world_size
+    for phase, work in flops.items():
+        if peak_flops and seconds.get(phase):
+            scalars[f"mfu/{phase}(%)"] = mfu(work, seconds[phase], peak_flops, world_size)
+    return scalars
+
+
+def memory_stats(device: torch.device | str) -> dict[str, float]:
+    """Peak memory of this process, in GiB.
+
+    On CUDA: the allocator's peaks since the last call, which also resets them. A CPU has no such
+    allocator and its peak cannot be reset: both values are the largest resident memory of this
+    process since it started, weights, Python and libraries included.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        active = stats.get("active_bytes.all.peak", 0) / 2**30
+        reserved = stats.get("reserved_bytes.all.peak", 0) / 2**30
+    else:
+        active = reserved = _peak_resident_bytes() / 2**30
+    return {"memory/max_active(GiB)": active, "memory/max_reserved(GiB)": reserved}
+
+
+def _peak_resident_bytes() -> int:
+    # Linux hands a parent's ru_maxrss down through exec, so a run started by a big process would
+    # report that one's memory; VmHWM is this process's own.
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class MetricLogger:
+    """Takes every step's scalars, writes them to TensorBoard every `log_freq` steps.
+
+    Written are steps 0 and 1, each multiple of `log_freq` and the last step. A written value is
+    the mean over the steps since the last one that passed that scalar, but the maximum for names
+    with "max" in them. `validation/*` are measurements, written as they come, at their own step.
+
+    On resume the events go on in the same folder; those of steps that will be run again are
+    purged, and a half-filled window comes back through `state_dict`. So log a step before its
+    checkpoint is saved: a crash after the checkpoint then loses none.
+    """
+
+    def __init__(
+        self,
+        dump_folder: Path,
+        enable_tensorboard: bool = True,
+        log_freq: int = 1,
+        rank: int = 0,
+        start_step: int = 0,
+        color: bool | None = None,
+        *,
+        total_steps: int | None = None,
+    ) -> None:
+        """
+        Args:
+            dump_folder: events go to its `tb/`, from rank 0 only.
+            start_step: the last step that was done, 0 for a new run.
+            color: of the console line; None decides by the terminal and NO_COLOR.
+            total_steps: the run's last step.
+        """
+        self.log_freq = log_freq
+        self.total_steps = total_steps
+        self.color = use_color(color)
+        self.last: dict[str, float] = {}
+        self._window: dict[str, list[float]] = {}
+        self._step_seconds: deque[float] = deque(maxlen=20)
+        self._writer = None
+        if rank == 0 and enable_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A new run starts with a validation at step 0, a resumed one after start_step.
+            purge = start_step + 1 if start_step else 0
+            self._writer = SummaryWriter(str(Path(dump_folder) / "tb"), purge_step=purge)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record a step's scalars: one call a step, one more if it has `validation/*` only.
+
+        Raises:
+            ValueError: a name that `SCALARS` lacks.
+        """
+        for name in scalars:
+            if name not in SCALARS:
+                raise ValueError(f"unknown scalar {name!r}; give it a row in metrics.SCALARS")
+        values = {name: float(value) for name, value in scalars.items()}
+        self.last.update(values)
+        if "time/step(s)" in values:
+            self._step_seconds.append(values["time/step(s)"])
+        for name, value in values.items():
+            self._window.setdefault(name, []).append(value)
+        validation = [name for name in values if name.startswith("validation/")]
+        at_boundary = step <= 1 or step % self.log_freq == 0 or step == self.total_steps
+        due = list(self._window) if at_boundary and len(validation) < len(values) else validation
+        aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
+        if self._writer is not None and aggregates:
+            for name, value in aggregates.items():
+                self._writer.add_scalar(name, value, step)
+            # On disk before the step's checkpoint is, or a crash leaves a gap.
+            self._writer.flush()
+
+    def console_line(self, step: int, total_steps: int) -> str:
+        """The last values in one line, with the time left by the mean of the last 20 steps."""
+        seconds = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else None
+        eta = None if seconds is None else seconds * (total_steps - step)
+        return console_line(step, total_steps, self.last, color=self.color, eta_seconds=eta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The half-filled window (plain numbers), so that a resumed run writes the same values."""
+        return {"window": {name: list(values) for name, values in self._window.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._window = {name: list(values) for name, values in state["window"].items()}
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _aggregate(name: str, values: list[float]) -> float:
+    if "max" in name:
+        return max(values, key=lambda value: (math.isnan(value), value))
+    return sum(values) / len(values)
+
+
+# Console columns: scalar, colour, text around the value. Absent scalars leave no hole.
+_COLUMNS: list[tuple[str, str | None, str]] = [
+    ("kl/student_teacher", "green", "kl {:.4f}"),
+    ("loss/total", "yellow", "loss {:.4f}"),
+    ("grad_norm", "magenta", "grad {:.3f}"),
+    ("lr", None, "lr {:.2e}"),
+    ("rollout/response_tokens_mean", "blue", "len {:.1f}"),
+    ("rollout/truncated_fraction", "blue", "cut {:.1%}"),
+    ("throughput/rollout(tok/s/gpu)", "cyan", "rollout {:,.0f} tok/s"),
+    ("throughput/update(tok/s/gpu)", "cyan", "update {:,.0f} tok/s"),
+    ("memory/max_reserved(GiB)", None, "mem {:.2f} GiB"),
+    ("time/step(s)", None, "{:.2f} s/step"),
+    ("validation/gap_recovered", "green", "gap recovered {:.1%}"),
+]
+
+
+def console_line(
+    step: int,
+    total_steps: int,
+    scalars: Mapping[str, float],
+    *,
+    color: bool = False,
+    eta_seconds: float | None = None,
+) -> str:
+    """One line for people. What is not finite stands out in red and says so without colours."""
+    width = len(str(total_steps))
+    parts = [("red", f"step {step:>{width}}/{total_steps}")]
+    for name, tint, text in _COLUMNS:
+        if name in scalars:
+            finite = math.isfinite(scalars[name])
+            shown = text.format(scalars[name]) + ("" if finite else " (!)")
+            parts.append((tint if finite else "red", shown))
+    odd = [name for name in scalars if not math.isfinite(scalars[name])]
+    odd = [name for name in odd if name not in {column[0] for column in _COLUMNS}]
+    if odd:
+        parts.append(("red", f"not finite (!): {', '.join(odd)}"))
+    if eta_seconds is not None:
+        minutes, seconds = divmod(round(eta_seconds), 60)
+        parts.append((None, f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"))
+    return "  ".join(paint(text, tint) if color and tint else text for tint, text in parts)

@@ -1,0 +1,102 @@
+"""What the student wrote, for people and scripts to read: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_titan.data.types import Sample
+
+# Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+
+def write_rollouts(
+    dump_folder: Path,
+    step: int,
+    samples: Sequence[Sample],
+    decode: Callable[[list[int]], str],
+    grade: Callable[[str, str], bool],
+    limit: int = -1,
+) -> Path | None:
+    """Write `<dump_folder>/rollouts/step-N.jsonl`; the file appears whole or not at all.
+
+    `answer` is the prompt's gold answer and `correct` the grade of the response against it, both
+    null when there is nothing to grade. Log-probs and advantages keep 7 significant digits (what
+    fp32 holds); a value that is not finite is null, since JSON has no word for it.
+
+    Args:
+        samples: in the order of the step's prompts; prompts count in the order they first appear.
+        decode: response token ids to text.
+        grade: (response text, gold answer) to whether it is right; called only with an answer.
+        limit: write the first so many samples by (prompt, sample_index); -1 all, 0 no file.
+
+    Returns:
+        The file, or None when `limit` is 0.
+    """
+    if limit == 0:
+        return None
+    position: dict[int, int] = {}
+    for sample in samples:
+        position.setdefault(sample.prompt.index, len(position))
+    ordered = sorted(samples, key=lambda s: (position[s.prompt.index], s.sample_index))
+    path = Path(dump_folder) / "rollouts" / f"step-{step}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    # backslashreplace: a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
+    with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for sample in ordered[: None if limit < 0 else limit]:
+            row = _row(step, sample, decode, grade)
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+            file.write(line.translate(_LINE_BREAKS) + "\n")
+    os.replace(part, path)
+    return path
+
+
+def _row(
+    step: int,
+    sample: Sample,
+    decode: Callable[[list[int]], str],
+    grade: Callable[[str, str], bool],
+) -> dict[str, Any]:
+    prompt, response = sample.prompt, decode(sample.response_ids)
+    return {
+        "step": step,
+        "prompt_index": prompt.index,
+        "sample_index": sample.sample_index,
+        "prompt": prompt.text,
+        "response": response,
+        "prompt_tokens": list(prompt.token_ids),
+        "response_tokens": list(sample.response_ids),
+        "student_logprobs": _short(sample.student_logprobs),
+        "teacher_logprobs": _short(sample.teacher_logprobs),
+        "reference_logprobs": _short(sample.reference_logprobs),
+        "advantages": _short(sample.advantages),
+        "finish_reason": sample.finish_reason,
+        "answer": prompt.answer,
+        "correct": None if prompt.answer is None else bool(grade(response, prompt.answer)),
+    }
+
+
+def _short(values: Sequence[float] | None) -> list[float | None] | None:
+    if values is None:
+        return None
+    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
+
+
+def repetition(text: str) -> float:
+    """How repetitive a text is: 1 - compressed size / size under zlib, between 0 and 1.
+
+    Ordinary prose of a few hundred characters gives about 0.3 to 0.5, a loop over 0.9; texts too
+    short to compress give 0. A rising mean together with truncation is how on-policy distillation
+    collapses (StableOPD, arXiv 2604.08527).
+    """
+    raw = text.encode("utf-8", errors="backslashreplace")
+    if not raw:
+        return 0.0
+    return max(0.0, 1.0 - len(zlib.compress(raw)) / len(raw))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd_titan.data.types import Sample
 
 # Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
@@ -86,7 +88,9 @@ def _row(
 def _short(values: Sequence[float] | None) -> list[float | None] | None:
     if values is None:
         return None
-    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
+    return [
+        float(f"{v:.7g}") if math.isfinite(v) else None for v in torch.as_tensor(values).tolist()
+    ]
 
 
 def repetition(text: str) -> float:

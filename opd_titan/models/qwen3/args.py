@@ -57,11 +57,17 @@ class Qwen3Args:
             raise ModelError(f"{where}: head_dim {args.head_dim} is odd; RoPE needs pairs")
         return args
 
-    @property
-    def matmul_params_per_token(self) -> int:
-        """Parameters that every token is multiplied with, the head left out."""
-        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
-        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
+    def flop_sizes(self) -> dict[str, int]:
+        """The sizes that `observability.flops.transformer_forward_flops` counts with."""
+        return {
+            "dim": self.dim,
+            "layers": self.n_layers,
+            "heads": self.n_heads,
+            "kv_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "ffn_dim": self.ffn_dim,
+            "vocab_size": self.vocab_size,
+        }
 
 
 # field: (config.json key, default where Hugging Face's Qwen3Config has one and files leave it out)

@@ -1,0 +1,111 @@
+"""Student, teacher and reference: first what they are, from small files; then their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolve_model_folder
+from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, random_init_weights
+from opd_titan.config import JobConfig
+from opd_titan.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from opd_titan.errors import ModelError
+from opd_titan.models import ModelFamily, get_family
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model before its weights are read.
+
+    Attributes:
+        role: "student", "teacher" or "reference", as in the config.
+        files: which file holds which tensor; None for random weights.
+        key_table: Hugging Face's names of the tensors and ours.
+    """
+
+    role: str
+    folder: Path
+    family: ModelFamily
+    args: Any
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: set[int]
+    key_table: dict[str, str]
+    files: dict[str, Path] | None
+
+    def build(self) -> nn.Module:
+        """The architecture, without storage under `torch.device("meta")`."""
+        return self.family.build(self.args)
+
+
+def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
+    """Read and check everything about a model that does not need its weights.
+
+    Raises:
+        ModelError: in one line, what is wrong with the folder.
+    """
+    key = f"{role}.hf_path"
+    folder = resolve_model_folder(hf_path, key)
+    where = str(folder / "config.json")
+    config = read_hf_config(folder)
+    family = get_family(config, where)
+    args = family.args_from_hf_config(config, where)
+    tokenizer = load_tokenizer(str(folder), key)
+    check_tokenizer_fits(tokenizer, args.vocab_size, key)
+    key_table = family.hf_to_native(args.n_layers, args.tied)
+    files = None
+    if not random_init:
+        with torch.device("meta"):
+            shapes = {n: tuple(p.shape) for n, p in family.build(args).named_parameters()}
+        expected = {hf: shapes[native] for hf, native in key_table.items()}
+        files = check_hf_weights(folder, expected, "lm_head.weight" if args.tied else None)
+    eos_ids = eos_token_ids(folder, config)
+    return ModelSource(role, folder, family, args, tokenizer, eos_ids, key_table, files)
+
+
+def check_same_vocabulary(student: ModelSource, other: ModelSource) -> None:
+    """Raise ModelError unless the other model can score every token that the student can write."""
+    if student.args.vocab_size > other.args.vocab_size:
+        raise ModelError(
+            f"{other.role}.hf_path: vocab_size is {other.args.vocab_size}, the student's is "
+            f"{student.args.vocab_size}; the {other.role} could not score every token"
+        )
+
+
+def load_model(
+    source: ModelSource,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    param_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> nn.Module:
+    """Build a model on the meta device, shard it, and read each rank's own slices into it.
+
+    Args:
+        param_dtype: of the sharded parameters: fp32 masters for what is trained.
+        seed: of random weights, when the source asks for them.
+    """
+    with torch.device("meta"):
+        model = source.build().to(param_dtype)
+    source.family.parallelize(model, mesh, compute_dtype)
+    model.to_empty(device=device)
+    if source.files is None:
+        random_init_weights(model, seed, source.args.init_std)
+    else:
+        load_hf_weights(model, source.files, source.key_table)
+    return model
+
+
+def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
+    """training.dtype, with auto resolved for this device."""
+    name = config.training.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)

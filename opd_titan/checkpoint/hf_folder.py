@@ -1,0 +1,115 @@
+"""A Hugging Face model folder: where it is, and what its JSON files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_titan.data.loading import first_line, looks_like_hub_id
+from opd_titan.errors import ModelError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_HUB_FILES = [
+    CONFIG,
+    GENERATION_CONFIG,
+    *TOKENIZER_FILES,
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
+
+
+def resolve_model_folder(path_or_id: str, key: str) -> Path:
+    """The folder of a model: a local one as it stands, else a snapshot from the hub.
+
+    Every rank may call this at once: the hub's cache has its own locks.
+
+    Args:
+        path_or_id: a local folder, or a hub id `org/name`.
+        key: the config key it came from, for error messages.
+
+    Raises:
+        ModelError: neither a folder nor a model that the hub can give.
+    """
+    folder = Path(path_or_id).expanduser()
+    if path_or_id and folder.is_dir():
+        return folder
+    if not looks_like_hub_id(path_or_id):
+        raise ModelError(
+            f"{key} = {path_or_id!r} is neither a local folder nor a hub id such as "
+            "'Qwen/Qwen3-0.6B'"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        snapshot = snapshot_download(path_or_id, allow_patterns=_HUB_FILES, ignore_patterns="*/*")
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{key} = {path_or_id!r} is no local folder and the hub has no such model (or it is "
+            "private: log in first)"
+        ) from error
+    except Exception as error:  # offline, no route, a gated model, a full disk: many classes
+        raise ModelError(
+            f"{key} = {path_or_id!r} is no local folder and the hub gives no such model here "
+            f"({type(error).__name__}: {first_line(error)}); download it and give its folder"
+        ) from error
+    return Path(snapshot)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises ModelError, naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # bad JSON, bad UTF-8
+        raise ModelError(f"{path}: is not valid JSON ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json`. Raises ModelError where there is none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing; a model folder needs its {CONFIG}")
+    return read_json(path)
+
+
+def eos_token_ids(folder: Path, config: dict[str, Any]) -> set[int]:
+    """Every token id that ends a response: generation_config.json's, else config.json's.
+
+    Raises:
+        ModelError: neither file names one, or one of them is no token id of the model.
+    """
+    path = folder / GENERATION_CONFIG
+    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    if value is None:
+        path, value = folder / CONFIG, config.get("eos_token_id")
+    if value is None or value == []:
+        raise ModelError(
+            f"{folder}: neither {GENERATION_CONFIG} nor {CONFIG} has an eos_token_id; give the id "
+            "of the token (or a list of ids) that ends a response"
+        )
+    ids = value if isinstance(value, list) else [value]
+    vocab_size = config.get("vocab_size", float("inf"))
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise ModelError(
+            f"{path}: eos_token_id is {value!r}; expected token ids from 0 to below vocab_size "
+            f"{vocab_size}"
+        )
+    return set(ids)

@@ -1,0 +1,246 @@
+"""Weights of a Hugging Face folder (or random ones) into a native model, sharded or not.
+
+No rank ever holds a full copy of the model: each maps the files and copies its own slices, one
+parameter at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from opd_titan.checkpoint.hf_folder import read_json
+from opd_titan.data.loading import first_line
+from opd_titan.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+# What safetensors calls the dtypes that are plain numbers; others (int8, fp8) need scales.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# Tables that old versions of transformers saved; they follow from the config.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_ROWS_PER_COMPARE = 8192
+
+
+def native_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters by canonical name, detached but sharing their storage.
+
+    Under FSDP these are the sharded ones in their own dtype, never a gathered copy (state_dict
+    reshards first). A tied parameter appears under each of its names.
+    """
+    wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")  # compile, activation checkpointing
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for wrapper in wrappers:
+            name = name.replace(wrapper, "")
+        tensors[name] = tensor
+    return tensors
+
+
+def expected_hf_shapes(model: nn.Module, key_table: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """The global shape of every Hugging Face tensor that `model` (also on meta) wants."""
+    tensors = native_tensors(model)
+    return {hf: tuple(tensors[native].shape) for hf, native in key_table.items()}
+
+
+def check_hf_weights(
+    folder: Path,
+    expected: dict[str, tuple[int, ...]],
+    tied_hf_key: str | None,
+    tied_to: str = EMBEDDING,
+) -> dict[str, Path]:
+    """Check that the folder's safetensors hold exactly the model. Only headers are read.
+
+    Args:
+        expected: shape of each tensor by its Hugging Face name.
+        tied_hf_key: of a tied model, the tensor that a file may or may not ship beside
+            `tied_to`. Shipped, it must be equal to it (this alone reads weights): transformers 5
+            unties the two where they differ and transformers 4 does not.
+
+    Returns:
+        The file of each expected tensor.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, misshapen or of a dtype that needs scales; a
+            file is missing, truncated or corrupt. The message names the tensor and the file.
+    """
+    files, headers = _find_tensors(folder)
+    source = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise ModelError(f"{source}: has no tensor {_and_more(missing)}, which config.json implies")
+    if tied_hf_key in expected or tied_to not in expected:
+        tied_hf_key = None
+    wanted = dict(expected)
+    if tied_hf_key is not None:
+        wanted[tied_hf_key] = expected[tied_to]
+    extra = [n for n in files if n not in wanted and not n.endswith(_IGNORED_SUFFIX)]
+    if extra:
+        raise ModelError(
+            f"{files[extra[0]]}: has a tensor {_and_more(extra)}, which the model that config.json "
+            "describes does not have"
+        )
+    for name in wanted.keys() & files.keys():
+        shape, dtype = headers[name]
+        if shape != wanted[name]:
+            raise ModelError(
+                f"{files[name]}: {name} has shape {list(shape)}; config.json implies "
+                f"{list(wanted[name])}"
+            )
+        if dtype not in DTYPES:
+            raise ModelError(
+                f"{files[name]}: {name} is stored as {dtype}; expected one of "
+                f"{', '.join(DTYPES)} (quantized weights are not supported)"
+            )
+    if tied_hf_key in files:
+        _check_equal(files, tied_hf_key, tied_to)
+    return {name: files[name] for name in expected}
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Dtype of each tensor in the folder's safetensors; empty where there are none."""
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return {}
+    return {name: DTYPES[d] for name, (_, d) in _find_tensors(folder)[1].items() if d in DTYPES}
+
+
+@torch.no_grad()
+def load_hf_weights(model: nn.Module, files: dict[str, Path], key_table: dict[str, str]) -> None:
+    """Copy each tensor, or this rank's slice of it, into the model's parameters, cast to theirs.
+
+    Args:
+        model: materialised (not on meta), its parameters plain tensors or DTensors.
+        files: the file of each tensor, from `check_hf_weights`.
+        key_table: native parameter of each Hugging Face tensor.
+    """
+    tensors = native_tensors(model)
+    for path in dict.fromkeys(files.values()):
+        # One file open at a time: closing it gives back the pages that were mapped.
+        with _open(path) as file:
+            for name in (n for n, p in files.items() if p == path and n in key_table):
+                target, window = _local_window(tensors[key_table[name]])
+                if target.numel():
+                    target.copy_(file.get_slice(name)[window])
+
+
+@torch.no_grad()
+def random_init_weights(model: nn.Module, seed: int, std: float) -> None:
+    """Draw matrices from normal(0, std) and set vectors (norm weights) to one.
+
+    Each parameter is drawn whole on the CPU from its own generator, keyed by the seed and the
+    parameter's name, and only then sliced: the same values at any world size and sharding.
+    (Random ops on a CPU DTensor draw the same values on every rank.)
+    """
+    done: set[int] = set()
+    for name, tensor in native_tensors(model).items():
+        target, window = _local_window(tensor)
+        if target.numel() == 0 or target.data_ptr() in done:
+            continue  # nothing of it here, or tied and drawn under its first name
+        done.add(target.data_ptr())
+        if tensor.dim() == 1:
+            target.fill_(1.0)
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.empty(tensor.shape).normal_(0.0, std, generator=generator)
+        target.copy_(full[window])
+
+
+def _local_window(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank stores of `tensor`, and where that lies in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, n) for n in tensor.shape)
+    local = tensor.to_local()
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    assert tuple(local.shape) == tuple(shape), f"local {local.shape}, computed {shape}"
+    return local, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def _find_tensors(
+    folder: Path,
+) -> tuple[dict[str, Path], dict[str, tuple[tuple[int, ...], str]]]:
+    """File, and (shape, dtype name), of every tensor in the folder's safetensors."""
+    if (folder / SINGLE).is_file():  # first, as transformers does
+        shards, indexed = [folder / SINGLE], None
+    elif (folder / INDEX).is_file():
+        indexed = _read_index(folder / INDEX)
+        shards = [folder / name for name in sorted(set(indexed.values()))]
+    else:
+        others = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+        found = f" (it has {others[0]}, which is not read: convert it)" if others else ""
+        raise ModelError(f"{folder}: has neither {SINGLE} nor {INDEX}{found}")
+    files: dict[str, Path] = {}
+    headers = {}
+    for path in shards:
+        if not path.is_file():
+            raise ModelError(f"{path}: is missing, but {INDEX} names it")
+        with _open(path) as file:
+            for name in file.keys():
+                if indexed is not None and indexed.get(name) != path.name:
+                    place = repr(indexed[name]) if name in indexed else "nowhere"
+                    raise ModelError(f"{path}: holds {name}, which {INDEX} places {place}")
+                piece = file.get_slice(name)
+                files[name] = path
+                headers[name] = (tuple(piece.get_shape()), piece.get_dtype())
+    for name, shard in (indexed or {}).items():
+        if name not in files:
+            raise ModelError(f"{folder / shard}: has no tensor {name}, but {INDEX} places it there")
+    return files, headers
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path}: weight_map is missing or empty; expected tensor -> file")
+    for name, shard in weight_map.items():
+        # Only files of this folder: an index is data and must not point anywhere else.
+        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
+            raise ModelError(
+                f"{path}: {name} is placed in {shard!r}; expected the name of a file beside it"
+            )
+    return weight_map
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # SafetensorError, OSError, mmap's ValueError
+        raise ModelError(
+            f"{path}: is truncated or not a safetensors file ({first_line(error)})"
+        ) from error
+    with file:
+        yield file
+
+
+def _check_equal(files: dict[str, Path], head: str, embedding: str) -> None:
+    with _open(files[head]) as file_a, _open(files[embedding]) as file_b:
+        a, b = file_a.get_slice(head), file_b.get_slice(embedding)
+        for start in range(0, a.get_shape()[0], _ROWS_PER_COMPARE):
+            rows = slice(start, start + _ROWS_PER_COMPARE)
+            if not torch.equal(a[rows], b[rows]):
+                raise ModelError(
+                    f"{files[head]}: {head} differs from {embedding}, though config.json has "
+                    "tie_word_embeddings true; set it to false, or remove the tensor"
+                )
+
+
+def _and_more(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

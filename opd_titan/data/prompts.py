@@ -1,0 +1,135 @@
+"""Build a run's prompts: rows -> records -> rendered text -> token ids, filtered and counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from opd_titan.data.loading import Rows, load_rows
+from opd_titan.data.sources import Record
+from opd_titan.data.templates import RowError, check_template, render
+from opd_titan.data.types import Prompt
+from opd_titan.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZE_BATCH = 1024
+
+
+@dataclass
+class PromptSet:
+    """The prompts that are left, in the source's order, and what became of the other rows.
+
+    num_rows: rows read; num_duplicates and num_too_long: how many of them were dropped and why.
+    source: where they came from, for the log.
+    """
+
+    source: str
+    prompts: list[Prompt] = field(default_factory=list)
+    num_rows: int = 0
+    num_duplicates: int = 0
+    num_too_long: int = 0
+
+
+def build_prompts(
+    *,
+    dataset: str,
+    path: str,
+    split: str,
+    template: str,
+    enable_thinking: bool,
+    max_prompt_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompts: int = 0,
+    keep_responses: bool = True,
+    section: str = "data",
+) -> PromptSet:
+    """Load, render, tokenize and filter. `Prompt.index` is the row's number in the source.
+
+    max_prompts: stop after this many prompts (0: take all).
+    keep_responses: False drops the data set's own responses; OpenThoughts3's are gigabytes.
+    section: the config table that errors name, "data" or "validation".
+
+    Raises DataError for data that cannot be used, ModelError for a missing chat template.
+    """
+    check_template(template, tokenizer, section)
+    rows = load_rows(dataset, path, split, section)
+    result = PromptSet(rows.source)
+    shortest = None
+    records = _unique(rows, result)
+    while batch := list(islice(records, TOKENIZE_BATCH)):
+        texts = []
+        for number, record in batch:
+            try:
+                text = render(
+                    record,
+                    template=template,
+                    raw_format=rows.spec.raw_format,
+                    tokenizer=tokenizer,
+                    enable_thinking=enable_thinking,
+                )
+            except RowError as error:
+                raise rows.error(number, error) from error
+            texts.append(text)
+        for (number, record), text, ids in zip(
+            batch, texts, _tokenize(tokenizer, texts), strict=True
+        ):
+            if not ids:
+                raise rows.error(number, "the prompt has no tokens")
+            shortest = min(shortest or len(ids), len(ids))
+            if len(ids) > max_prompt_tokens:
+                result.num_too_long += 1
+                continue
+            response = record.response if keep_responses else None
+            result.prompts.append(Prompt(number, text, tuple(ids), response, record.answer))
+            if len(result.prompts) == max_prompts:
+                return result
+    if not result.prompts:
+        raise DataError(
+            f"{section}.max_prompt_tokens = {max_prompt_tokens} drops every prompt of "
+            f"{rows.source}; the shortest has {shortest} tokens"
+        )
+    return result
+
+
+def response_token_ids(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, eos_id: int
+) -> tuple[int, ...]:
+    """Tokenize the data set's own response, with the end token after it. Both templates alike.
+
+    The response follows the prompt's tokens as it stands, nothing between them. Raises DataError
+    when the row has no response.
+    """
+    if prompt.response is None:
+        raise DataError(
+            f"data.dataset: row {prompt.index + 1} has no response, which "
+            "rollout.on_policy_fraction < 1 and sft learn from; use a set that has them"
+        )
+    ids = _tokenize(tokenizer, [prompt.response])[0]
+    return (*ids, eos_id) if ids[-1:] != [eos_id] else tuple(ids)
+
+
+def _unique(rows: Rows, result: PromptSet) -> Iterator[tuple[int, Record]]:
+    """Yield the records, for a set that repeats its prompts only the first of each; count both."""
+    seen: set[bytes] = set()
+    for number, record in rows.records():
+        result.num_rows += 1
+        if rows.spec.deduplicate:
+            text = "\n".join(message["content"] for message in record.messages)
+            # 16 bytes a prompt instead of its text: there are over a million rows.
+            key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+            if key in seen:
+                result.num_duplicates += 1
+                continue
+            seen.add(key)
+        yield number, record
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids with no special tokens added; verbose=False: long prompts are dropped, not news."""
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]

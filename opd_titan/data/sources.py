@@ -1,0 +1,188 @@
+"""The data sets that the program knows. A new one is one small function with `@dataset` above it.
+
+A function turns one row into a `Record` and raises `RowError` for a row that lacks something;
+finding, reading and naming the rows is `loading.py`'s work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opd_titan.data.templates import QUESTION_FORMAT, TEXT_FORMAT, RowError
+from opd_titan.errors import DataError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a row gives: the turns to answer and, where the set has them, a response and an answer.
+
+    messages: `{"role", "content"}` turns up to and including the last user turn.
+    """
+
+    messages: list[Message]
+    response: str | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set: how to find it, which columns it has, how to read a row.
+
+    columns: what a row must have; "a|b" is either.
+    raw_format: what the raw template puts around the prompt, with one `{}`.
+    deduplicate: keep only the first row of each prompt (compared with whitespace normalised).
+    """
+
+    name: str
+    to_record: Callable[[Mapping[str, Any]], Record]
+    columns: tuple[str, ...]
+    optional_columns: tuple[str, ...] = ()
+    hub_id: str = ""
+    hub_config: str | None = None
+    raw_format: str = TEXT_FORMAT
+    deduplicate: bool = False
+
+
+DATASETS: dict[str, DatasetSpec] = {}
+
+
+def dataset(name: str, **spec: Any) -> Callable[[Callable], Callable]:
+    """Enter the function below under `name` in `DATASETS`."""
+
+    def enter(to_record: Callable) -> Callable:
+        DATASETS[name] = DatasetSpec(name, to_record, **spec)
+        return to_record
+
+    return enter
+
+
+def dataset_spec(name: str, section: str = "data") -> DatasetSpec:
+    """Return the entry for `name`. Raises DataError that lists the known names."""
+    if name not in DATASETS:
+        known = ", ".join(f'"{known}"' for known in DATASETS)
+        raise DataError(f'{section}.dataset = "{name}" is unknown; use one of {known}')
+    return DATASETS[name]
+
+
+_GSM8K_ANSWER = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")
+
+
+@dataset(
+    "gsm8k",
+    columns=("question", "answer"),
+    hub_id="openai/gsm8k",
+    hub_config="main",
+    raw_format=QUESTION_FORMAT,
+)
+def gsm8k(row: Mapping[str, Any]) -> Record:
+    """`question`, and a worked `answer` that ends in `#### <number>`."""
+    question, answer = _text(row, "question"), _text(row, "answer")
+    golds = _GSM8K_ANSWER.findall(answer)
+    if not golds:
+        raise RowError("field 'answer' has no final number after '####'")
+    return Record([_user(question)], response=answer, answer=golds[-1].replace(",", ""))
+
+
+@dataset(
+    "openthoughts3",
+    columns=("conversations",),
+    hub_id="open-thoughts/OpenThoughts3-1.2M",
+    deduplicate=True,
+)
+def openthoughts3(row: Mapping[str, Any]) -> Record:
+    """The first human turn alone is the prompt; the gpt turn after it is the response.
+
+    The set has about 16 traces per question and no gold answer; whatever answer it does have
+    stands in the gpt turn, which never reaches the prompt.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        raise RowError(f"field 'conversations' is {_kind(turns)}, not a list of turns")
+    prompt = response = None
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise RowError(f"field 'conversations' holds {_kind(turn)}, not {{from, value}} turns")
+        role = turn.get("from")
+        if role in ("human", "user") and prompt is None:
+            prompt = _text(turn, "value", "conversations[].value")
+        elif role in ("gpt", "assistant") and prompt is not None:
+            response = _text(turn, "value", "conversations[].value")
+            break
+    if prompt is None:
+        raise RowError("field 'conversations' has no turn from 'human' or 'user'")
+    return Record([_user(prompt)], response=response)
+
+
+@dataset("prompts", columns=("prompt|messages",), optional_columns=("response", "answer"))
+def prompts(row: Mapping[str, Any]) -> Record:
+    """Any set with a `prompt` (text) or `messages` (turns) column; `prompt` wins if it has both.
+
+    Of messages, all up to the last user turn is the prompt; one assistant turn after it is the
+    response unless a `response` column gives one. A list of turns in `prompt` reads the same way.
+    """
+    field = "prompt" if row.get("prompt") is not None else "messages"
+    if row.get(field) is None:
+        raise RowError(f"field '{'prompt' if 'prompt' in row else 'messages'}' is missing or null")
+    response = None
+    if isinstance(row[field], list):
+        messages, response = _split_turns(row[field], field)
+    else:
+        messages = [_user(_text(row, field))]
+    if row.get("response") is not None:
+        response = _text(row, "response")
+    return Record(messages, response, _answer(row.get("answer")))
+
+
+def _split_turns(turns: list[Any], field: str) -> tuple[list[Message], str | None]:
+    """Part turns into the prompt and, if exactly one assistant turn follows it, the response."""
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise RowError(f"field '{field}' holds {_kind(turn)}, not {{role, content}} turns")
+        role = _text(turn, "role", f"{field}[].role")
+        messages.append({"role": role, "content": _text(turn, "content", f"{field}[].content")})
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if last_user is None:
+        raise RowError(f"field '{field}' has no turn with role 'user'")
+    rest = messages[last_user + 1 :]
+    is_response = len(rest) == 1 and rest[0]["role"] == "assistant"
+    return messages[: last_user + 1], rest[0]["content"] if is_response else None
+
+
+def _answer(value: Any) -> str | None:
+    """A gold answer is text or a number; empty or absent means that there is nothing to grade."""
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"field 'answer' is {_kind(value)}, not text or a number")
+    return repr(value)
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _text(row: Mapping[str, Any], field: str, shown: str | None = None) -> str:
+    """Return `row[field]`, which must be text with something in it."""
+    value = row.get(field)
+    shown = shown or field
+    if value is None:
+        raise RowError(f"field '{shown}' is missing or null")
+    if not isinstance(value, str):
+        raise RowError(f"field '{shown}' is {_kind(value)}, not text")
+    if not value.strip():
+        raise RowError(f"field '{shown}' is empty")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """Name a value's type in JSON's words where it has one."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
+    if value is None:
+        return "missing or null"
+    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)

@@ -1,0 +1,74 @@
+"""From a record to the text that the student continues.
+
+Both templates render to text first and tokenize it with `add_special_tokens=False`, so text and
+token ids always agree and a BOS appears only where a chat template writes one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opd_titan.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opd_titan.data.sources import Record
+
+TEMPLATES = ("raw", "chat")
+
+# The prompt of the prototype that this project grew from, kept to the byte.
+QUESTION_FORMAT = "Question: {}\nAnswer: Let's solve this step by step.\n"
+# For sets whose rows already are prompts: the text alone, nothing around it.
+TEXT_FORMAT = "{}"
+
+
+class RowError(ValueError):
+    """One row cannot be used. Whoever knows where the row lies turns this into a `DataError`."""
+
+
+def check_template(
+    template: str, tokenizer: PreTrainedTokenizerBase, section: str = "data"
+) -> None:
+    """Raise DataError for an unknown template, ModelError for "chat" without a chat template."""
+    if template not in TEMPLATES:
+        raise DataError(f'{section}.template = "{template}" is unknown; use "raw" or "chat"')
+    if template == "chat" and not tokenizer.chat_template:
+        raise ModelError(
+            f'{section}.template = "chat", but the tokenizer in {tokenizer.name_or_path!r} has no '
+            f'chat template; set {section}.template = "raw" or use a tokenizer that has one'
+        )
+
+
+def render(
+    record: Record,
+    *,
+    template: str,
+    raw_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    enable_thinking: bool,
+) -> str:
+    """Return the prompt text. Raises RowError for a row that the template cannot show.
+
+    raw: `raw_format` around the one user turn. chat: the tokenizer's own template with a generation
+    prompt; with `enable_thinking` off, Qwen3's ends in an empty, closed think block.
+    """
+    if template == "raw":
+        if len(record.messages) != 1:
+            raise RowError(
+                f"the prompt has {len(record.messages)} turns, which the raw template would run "
+                'together; use template = "chat"'
+            )
+        return raw_format.format(record.messages[0]["content"])
+
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            record.messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )
+    except TemplateError as error:
+        raise RowError(f"the chat template refuses this prompt: {error}") from error

@@ -1,0 +1,95 @@
+"""A step's scalars from its samples: rollout statistics, distances, work done by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_titan.data.types import Sample
+from opd_titan.distributed.collectives import gather_vector, sum_scalars
+from opd_titan.observability.flops import transformer_forward_flops
+from opd_titan.observability.rollout_writer import repetition
+
+
+def rollout_scalars(
+    samples: Sequence[Sample],
+    mine: Sequence[Sample],
+    decode: Callable[[list[int]], str],
+    device: torch.device,
+) -> dict[str, float]:
+    """`rollout/*`.
+
+    Args:
+        samples: of all ranks.
+        mine: this rank's share; texts are decoded by the rank that has them.
+    """
+    lengths = [len(s.response_ids) for s in samples]
+    truncated = sum(s.finish_reason == "length" for s in samples) / len(samples)
+    local = sum(repetition(decode(s.response_ids)) for s in mine)
+    total = sum_scalars({"repetition": local}, device)["repetition"]
+    return {
+        "rollout/response_tokens_mean": sum(lengths) / len(lengths),
+        "rollout/response_tokens_max": float(max(lengths)),
+        "rollout/truncated_fraction": truncated,
+        "rollout/eos_fraction": 1.0 - truncated,
+        "rollout/repetition": total / len(samples),
+    }
+
+
+def kl_scalars(mine: Sequence[Sample], device: torch.device) -> dict[str, float]:
+    """`kl/*`: sampled estimates, per response token, at the weights that sampled them."""
+    scalars = {}
+    for other in ("teacher", "reference"):
+        difference_R = _log_ratio(mine, f"{other}_logprobs").to(device)
+        difference_R = gather_vector(difference_R).double()
+        if difference_R.numel() == 0:
+            continue
+        scalars[f"kl/student_{other}"] = difference_R.mean().item()
+        if other == "teacher":
+            rank = round(0.99 * (difference_R.numel() - 1))
+            scalars["kl/p99"] = difference_R.sort().values[rank].item()
+    return scalars
+
+
+def _log_ratio(samples: Sequence[Sample], other: str) -> Tensor:
+    """log S - log other of every response token, where both are known."""
+    scored = [
+        s for s in samples if getattr(s, other) is not None and s.student_logprobs is not None
+    ]
+    return torch.cat([torch.empty(0)] + [s.student_logprobs - getattr(s, other) for s in scored])
+
+
+def work(samples: Sequence[Sample], sizes: dict[str, Any]) -> tuple[dict, dict]:
+    """Tokens and FLOPs by phase, over all ranks, of one step in which every phase ran once.
+
+    Args:
+        sizes: of each model by role, as `transformer_forward_flops` takes them.
+    """
+    responses = sum(len(s.response_ids) for s in samples)
+    # A sequence's last token is never fed in.
+    lengths = [s.num_tokens - 1 for s in samples]
+    tokens = {"rollout": responses, "update": sum(lengths), "step": responses}
+    flops = {}
+    for role, size in sizes.items():
+        forward = transformer_forward_flops(**size, seq_lens=lengths, projected_tokens=responses)
+        if role == "student":
+            flops["update"] = 3.0 * forward
+            flops["rollout"] = forward - _shared_prompt_flops(samples, size)
+        elif role == "teacher":
+            tokens["teacher"] = sum(lengths)
+            flops["teacher"] = forward
+    return tokens, flops
+
+
+def _shared_prompt_flops(samples: Sequence[Sample], size: dict[str, Any]) -> float:
+    """What the rollout saves: the samples of a group share one prefill."""
+    seen: set[int] = set()
+    repeated = []
+    for s in samples:
+        if s.prompt.index in seen:
+            repeated.append(len(s.prompt.token_ids))
+        seen.add(s.prompt.index)
+    return transformer_forward_flops(**size, seq_lens=repeated, projected_tokens=0)

@@ -1,0 +1,90 @@
+"""Checks that cost seconds and save days: run before step 1, on the real weights."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from opd_titan.data.types import Prompt
+from opd_titan.distill.head import Distribution, loss_head
+from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
+from opd_titan.distill.packing import pack, plan_minibatches
+from opd_titan.distill.scoring import EMPTY, score
+from opd_titan.distributed.collectives import max_scalar, sum_scalars
+from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.rollout import sample_responses
+
+logger = logging.getLogger("opd_titan")
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 16
+# Same weights, same code, fp32: only the order of additions differs. Half precision rounds more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+
+
+@torch.no_grad()
+def probe(
+    student: nn.Module,
+    generator: Generator,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    dist_: Distribution,
+    seed: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Let the student be its own teacher on a few tokens.
+
+    Returns:
+        "kl": mean log S - log T with the student in the teacher's place; 0 to rounding.
+        "gap": the largest |rollout - update| log-prob of one token.
+    """
+    short = SamplingParams(
+        min(PROBE_TOKENS, params.max_new_tokens), params.temperature, params.top_p, params.top_k
+    )
+    samples = sample_responses(generator, prompts[:PROBE_PROMPTS], 1, short, (seed, 0))
+    plan = plan_minibatches(samples, 1, 1 << 30, dist.get_rank(), dist.get_world_size())
+    as_teacher = score(student, plan, dist_, device)
+    tokens, difference, gap = 0, 0.0, 0.0
+    for microbatch, teacher in zip(plan[0].microbatches, as_teacher, strict=True):
+        batch = pack(microbatch or EMPTY, device)
+        head = partial(
+            loss_head,
+            predict_R=batch.predict_R,
+            targets_R=batch.targets_R,
+            scores=TokenScores(),
+            scale=1.0,
+            objective=sft,
+            settings=ObjectiveSettings(),
+            dist=dist_,
+        )
+        _, stats = student(batch.tokens_T, batch.attend, head)
+        if microbatch:
+            update_R = stats.logprob_R.cpu()
+            rollout_R = torch.cat([s.student_logprobs for s in microbatch])
+            tokens += update_R.numel()
+            difference += (update_R - torch.cat(teacher)).double().sum().item()
+            gap = max(gap, (update_R - rollout_R).abs().max().item())
+    student.reshard()
+    total = sum_scalars({"tokens": tokens, "difference": difference}, device)
+    return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, device)}
+
+
+def report(result: dict[str, float], dtype: torch.dtype) -> None:
+    """One line, and a warning where the numbers say that two code paths disagree."""
+    logger.info(
+        "Preflight: student as its own teacher: KL %.1e; rollout and update log-probs differ by "
+        "at most %.1e",
+        result["kl"],
+        result["gap"],
+    )
+    limit = TOLERANCE.get(dtype, 0.25)
+    if abs(result["kl"]) > limit or result["gap"] > limit:
+        logger.warning(
+            "Preflight: more than %.0e in %s: log-probs of rollout, scoring and update are not "
+            "comparable on this machine; try training.dtype float32",
+            limit,
+            str(dtype).removeprefix("torch."),
+        )

@@ -1,0 +1,529 @@
+"""Build everything, then the loop: rollout, score, update, sync; validate, checkpoint, export."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_titan.build import (
+    ModelSource,
+    check_same_vocabulary,
+    compute_dtype,
+    inspect_model,
+    load_model,
+)
+from opd_titan.checkpoint.checkpointer import Checkpointer
+from opd_titan.checkpoint.hf_export import export_hf
+from opd_titan.config import JobConfig, to_toml
+from opd_titan.data.grading import grade
+from opd_titan.data.loader import PromptLoader
+from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
+from opd_titan.data.tokenizer import compare_tokenizers, eos_warning
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.head import Distribution
+from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
+from opd_titan.distill.packing import Minibatch, plan_minibatches
+from opd_titan.distill.scoring import score
+from opd_titan.distill.update import UpdateRule, update
+from opd_titan.distributed.collectives import gather_lists, max_scalar
+from opd_titan.distributed.world import build_mesh, init_world, set_timeout
+from opd_titan.errors import DataError
+from opd_titan.model_card import model_card
+from opd_titan.observability.flops import peak_flops
+from opd_titan.observability.logging import init_logging
+from opd_titan.observability.metrics import (
+    MetricLogger,
+    PhaseClock,
+    memory_stats,
+    phase_scalars,
+)
+from opd_titan.observability.profiling import maybe_profiler
+from opd_titan.observability.progress import progress
+from opd_titan.observability.rollout_writer import write_rollouts
+from opd_titan.observability.step_scalars import kl_scalars, rollout_scalars, work
+from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
+from opd_titan.preflight import probe, report
+from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.rollout import sample_responses
+from opd_titan.rollout.weights import GeneratorWeights
+from opd_titan.validate import Validator, gap_recovered
+
+logger = logging.getLogger("opd_titan")
+
+
+class Trainer:
+    """One distillation job. The constructor checks everything before it loads any weight."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        self.device = init_world(config.comm.init_timeout_seconds)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(config.job.dump_folder)
+        init_logging(None, self.rank)
+        parallelism = config.parallelism
+        self.mesh = build_mesh(
+            self.device,
+            parallelism.data_parallel_replicate_degree,
+            parallelism.data_parallel_shard_degree,
+        )
+        self._inspect_models()
+        self._build_data()
+        self._open_folder()
+        self._build_models()
+        self._build_rules()
+        self.step = 0
+        self.start_accuracy: float | None = None
+        self.teacher_accuracy: float | None = None
+        self.stop_signal: int | None = None
+
+    # ------------------------------------------------------------------ build
+
+    def _inspect_models(self) -> None:
+        c = self.config
+        self.student_source = inspect_model("student", c.student.hf_path, c.student.random_init)
+        self.teacher_source: ModelSource | None = None
+        self.reference_source: ModelSource | None = None
+        if c.distill.objective != "sft":
+            self.teacher_source = inspect_model("teacher", c.teacher.hf_path, c.teacher.random_init)
+        if c.reference.coef != 0.0:
+            path, random = c.reference.hf_path, False
+            if not path:
+                path, random = c.student.hf_path, c.student.random_init
+            self.reference_source = inspect_model("reference", path, random)
+        self.tokenizer = self.student_source.tokenizer
+        for other in (self.teacher_source, self.reference_source):
+            if other is not None:
+                check_same_vocabulary(self.student_source, other)
+                compare_tokenizers(self.tokenizer, other.tokenizer)
+        self.decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+
+    def _build_data(self) -> None:
+        c = self.config
+        shared = {
+            "template": c.data.template,
+            "enable_thinking": c.data.enable_thinking,
+            "max_prompt_tokens": c.data.max_prompt_tokens,
+            "tokenizer": self.tokenizer,
+        }
+        self.prompt_set: PromptSet = build_prompts(
+            dataset=c.data.dataset,
+            path=c.data.path,
+            split=c.data.split,
+            keep_responses=c.rollout.on_policy_fraction < 1.0,
+            **shared,
+        )
+        self.loader = PromptLoader(
+            self.prompt_set.prompts,
+            prompts_per_step=c.rollout.prompts_per_step,
+            seed=c.training.seed,
+            shuffle=c.data.shuffle,
+        )
+        self.total_steps = c.training.epochs * self.loader.batches_per_epoch or c.training.steps
+        self.validator: Validator | None = None
+        if c.validation.enable:
+            held_out = build_prompts(
+                dataset=c.validation.dataset or c.data.dataset,
+                path=c.validation.path or c.data.path,
+                split=c.validation.split,
+                max_prompts=c.validation.max_prompts,
+                keep_responses=False,
+                section="validation",
+                **shared,
+            )
+            self.validator = self._build_validator(held_out)
+
+    def _build_validator(self, held_out: PromptSet) -> Validator:
+        c = self.config
+        if any(p.answer is None for p in held_out.prompts):
+            raise DataError(
+                f"validation: {held_out.source} has prompts without an answer to grade; give "
+                f"validation.dataset and validation.path a set with answers, or set "
+                f"validation.enable = false"
+            )
+        params = SamplingParams(
+            c.validation.max_new_tokens or c.rollout.max_new_tokens, c.validation.temperature
+        )
+        samples_per_prompt = c.validation.samples_per_prompt
+        return Validator(
+            held_out.prompts, samples_per_prompt, params, c.training.seed, self.decode, self.rank
+        )
+
+    def _open_folder(self) -> None:
+        """From here on the job writes: every mistake that can be known by now has been named."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        init_logging(self.folder, self.rank)
+        resolved = to_toml(self.config)
+        if self.rank == 0:
+            (self.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+        if self.config.job.print_config:
+            logger.info("Resolved config:\n%s", resolved)
+        found = self.prompt_set
+        logger.info(
+            "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens)",
+            found.source,
+            len(found.prompts),
+            found.num_rows,
+            found.num_duplicates,
+            found.num_too_long,
+            self.config.data.max_prompt_tokens,
+        )
+        if self.teacher_source is not None:
+            warning = eos_warning(
+                self.student_source.eos_ids, self.teacher_source.eos_ids, self.tokenizer
+            )
+            if warning:
+                logger.warning("%s", warning)
+
+    def _build_models(self) -> None:
+        c = self.config
+        torch.use_deterministic_algorithms(c.training.deterministic)
+        self.dtype = compute_dtype(c, self.device)
+        self.student = self._load(self.student_source, torch.float32)
+        self.teacher = self._load(self.teacher_source, self.dtype)
+        self.reference = self._load(self.reference_source, self.dtype)
+        self.optimizer = build_optimizer(self.student, c)
+        self.checkpointer = Checkpointer(
+            self.folder / "checkpoint",
+            self.student,
+            self.optimizer,
+            keep_latest_k=c.checkpoint.keep_latest_k,
+            background=c.checkpoint.async_mode == "async",
+        )
+        self.weights = GeneratorWeights(self.student, self.student_source.build, self.dtype)
+        self.generator = self._generator(self.weights)
+
+    def _load(self, source: ModelSource | None, param_dtype: torch.dtype) -> Any:
+        if source is None:
+            return None
+        start = time.perf_counter()
+        model = load_model(
+            source,
+            self.mesh,
+            self.device,
+            param_dtype=param_dtype,
+            compute_dtype=self.dtype,
+            seed=self.config.training.seed,
+        )
+        if source.role != "student":
+            model.requires_grad_(False).eval()
+        logger.info(
+            "%s: %s, %.3f B parameters, %s, in %.1f s",
+            source.role.capitalize(),
+            source.folder,
+            sum(p.numel() for p in model.parameters()) / 1e9,
+            "RANDOM weights" if source.files is None else "weights loaded",
+            time.perf_counter() - start,
+        )
+        return model
+
+    def _generator(self, weights: GeneratorWeights) -> Generator:
+        c = self.config
+        return Generator(
+            weights.model,
+            self.student_source.eos_ids,
+            c.rollout.max_concurrent,
+            c.training.max_tokens_per_microbatch,
+        )
+
+    def _build_rules(self) -> None:
+        c = self.config
+        r, d = c.rollout, c.distill
+        self.sampling = SamplingParams(
+            r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.ignore_eos
+        )
+        self.teacher_distribution = Distribution(r.temperature)
+        student_distribution = Distribution(r.temperature, r.top_k, r.top_p)
+        settings = ObjectiveSettings(
+            clip_low=d.clip_low,
+            clip_high=d.clip_high,
+            reference_coef=c.reference.coef,
+            log_ratio_clamp=d.log_ratio_clamp,
+            true_ratio=d.minibatches > 1,
+        )
+        self.rule = UpdateRule(
+            OBJECTIVES[d.objective], settings, student_distribution, c.training.max_grad_norm
+        )
+        self.peak_flops = None
+        if self.device.type == "cuda" and self.dtype == torch.bfloat16:
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device))
+        sources = (self.student_source, self.teacher_source)
+        self.sizes = {s.role: s.args.flop_sizes() for s in sources if s is not None}
+
+    # ------------------------------------------------------------------- loop
+
+    def train(self) -> int:
+        """Run the job to its end, or to a signal. Returns the exit code: 0, or 75 if stopped."""
+        self._resume()
+        self._listen_for_signals()
+        self.clock = PhaseClock(self.device)
+        self.metrics = MetricLogger(
+            self.folder,
+            self.config.metrics.enable_tensorboard,
+            self.config.metrics.log_freq,
+            self.rank,
+            start_step=self.step,
+            total_steps=self.total_steps,
+        )
+        self.metrics.load_state_dict(self.metrics_state)
+        self._before_first_step()
+        profiling = self.config.profiling
+        with maybe_profiler(
+            profiling.enable, profiling.interval, self.folder, self.rank, start_step=self.step
+        ) as profiler:
+            while self.step < self.total_steps and not self._stopping():
+                self.train_step()
+                profiler.step()
+        return self._finish()
+
+    def train_step(self) -> None:
+        """One step: prompts, rollout, scores, update; then what is due after it."""
+        step = self.step + 1
+        with self.clock.phase("step"):
+            with self.clock.phase("data"):
+                prompts = next(self.loader)
+            with self.clock.phase("rollout"):
+                samples = self.rollout(prompts, step)
+            plan = self.plan(samples)
+            with self.clock.phase("teacher"):
+                self.score(self.teacher, "teacher_logprobs", plan)
+            with self.clock.phase("reference"):
+                self.score(self.reference, "reference_logprobs", plan)
+            with self.clock.phase("update"):
+                scalars = self.update(plan, step)
+            with self.clock.phase("sync"):
+                self.weights.sync()
+        self.step = step
+        self._record(samples, plan, scalars)
+        self._after_step()
+
+    def rollout(self, prompts: list[Prompt], step: int) -> list[Sample]:
+        """The step's responses: the student's own, or the data set's."""
+        r = self.config.rollout
+        if r.on_policy_fraction == 0.0:
+            return [self._given_response(p) for p in prompts]
+        most = len(prompts[self.rank :: self.ranks]) * r.group_size * r.max_new_tokens
+        with progress(most, f"step {step} rollout", "tok", rank=self.rank) as bar:
+            return sample_responses(
+                self.generator,
+                prompts,
+                r.group_size,
+                self.sampling,
+                (self.config.training.seed, step),
+                bar.update,
+            )
+
+    def _given_response(self, prompt: Prompt) -> Sample:
+        limit = self.config.rollout.max_new_tokens
+        eos_id = self.tokenizer.eos_token_id
+        ids = list(response_token_ids(prompt, self.tokenizer, eos_id))
+        return Sample(prompt, 0, ids[:limit], "stop" if len(ids) <= limit else "length")
+
+    def plan(self, samples: list[Sample]) -> list[Minibatch]:
+        """This rank's share of the step's updates, in micro-batches."""
+        return plan_minibatches(
+            samples,
+            self.config.distill.minibatches,
+            self.config.training.max_tokens_per_microbatch,
+            self.rank,
+            self.ranks,
+        )
+
+    def score(self, model: Any, field: str, plan: list[Minibatch]) -> None:
+        """Give every sample of this rank the frozen model's log-probs."""
+        if model is None:
+            return
+        scored = score(model, plan, self.teacher_distribution, self.device)
+        microbatches = (m for minibatch in plan for m in minibatch.microbatches)
+        for samples, logprobs in zip(microbatches, scored, strict=True):
+            for sample, values in zip(samples, logprobs, strict=True):
+                setattr(sample, field, values)
+
+    def update(self, plan: list[Minibatch], step: int) -> dict[str, float]:
+        """Move the student."""
+        rate = learning_rate(step, self.total_steps, self.config)
+        set_learning_rate(self.optimizer, rate)
+        scalars = update(self.student, self.optimizer, plan, self.rule, self.device)
+        return {**scalars, "lr": rate}
+
+    # ----------------------------------------------------- before, after, end
+
+    def _before_first_step(self) -> None:
+        c = self.config
+        if self.teacher is not None:
+            result = probe(
+                self.student,
+                self.generator,
+                self.prompt_set.prompts,
+                self.sampling,
+                self.rule.dist,
+                c.training.seed,
+                self.device,
+            )
+            report(result, self.dtype)
+        if self.validator is not None and self.step == 0:
+            with self.clock.phase("validate"):
+                if self.teacher is not None:
+                    self._measure_teacher()
+                self._validate()
+            self.clock.pop()
+
+    def _measure_teacher(self) -> None:
+        weights = GeneratorWeights(self.teacher, self.teacher_source.build, self.dtype)
+        result = self.validator.measure(self._generator(weights), "teacher")
+        self.teacher_accuracy = result.accuracy
+
+    def _validate(self) -> None:
+        result = self.validator.measure(self.generator, "student")
+        if self.step == 0:
+            self.start_accuracy = result.accuracy
+        scalars = {
+            "validation/accuracy": result.accuracy,
+            "validation/response_tokens_mean": result.response_tokens_mean,
+        }
+        text = f"Validation at step {self.step}: student {result.accuracy:.1%}"
+        if self.teacher_accuracy is not None and self.start_accuracy is not None:
+            scalars["validation/teacher_accuracy"] = self.teacher_accuracy
+            gap = gap_recovered(result.accuracy, self.start_accuracy, self.teacher_accuracy)
+            text += f", start {self.start_accuracy:.1%}, teacher {self.teacher_accuracy:.1%}"
+            if gap is not None:
+                scalars["validation/gap_recovered"] = gap
+                text += f", gap recovered {gap:.1%}"
+        self.metrics.log(self.step, scalars)
+        logger.info("%s", text)
+
+    def _record(
+        self, samples: list[Sample], plan: list[Minibatch], scalars: dict[str, float]
+    ) -> None:
+        """Scalars, console line and rollout file of the step that has just ended."""
+        mine = [s for minibatch in plan for m in minibatch.microbatches for s in m]
+        tokens, flops = work(samples, self.sizes)
+        scalars |= phase_scalars(
+            self.clock.pop(), tokens, flops, world_size=self.ranks, peak_flops=self.peak_flops
+        )
+        if self.config.rollout.on_policy_fraction > 0.0:
+            scalars |= rollout_scalars(samples, mine, self.decode, self.device)
+            scalars |= kl_scalars(mine, self.device)
+        memory = memory_stats(self.device)
+        scalars |= {name: max_scalar(value, self.device) for name, value in memory.items()}
+        self.metrics.log(self.step, scalars)
+        if self.step % self.config.metrics.log_freq == 0 or self.step in (1, self.total_steps):
+            logger.info("%s", self.metrics.console_line(self.step, self.total_steps))
+        self._write_rollouts(samples, mine)
+
+    def _write_rollouts(self, samples: list[Sample], mine: list[Sample]) -> None:
+        limit = self.config.metrics.sample_rollouts
+        if limit == 0 or self.config.rollout.on_policy_fraction == 0.0:
+            return
+        wanted = {(s.prompt.index, s.sample_index): i for i, s in enumerate(samples)}
+        keep = len(samples) if limit < 0 else limit
+        scored = [s for s in mine if wanted[s.prompt.index, s.sample_index] < keep]
+        scored = gather_lists(scored)
+        if self.rank == 0:
+            scored.sort(key=lambda s: wanted[s.prompt.index, s.sample_index])
+            write_rollouts(self.folder, self.step, scored, self.decode, grade)
+
+    def _after_step(self) -> None:
+        c, last = self.config, self.step == self.total_steps
+        if self.step == 1 or self.step == self.resumed_at + 1:
+            set_timeout(c.comm.train_timeout_seconds, self.device)
+
+        def due(interval: int) -> bool:
+            return last or (interval > 0 and self.step % interval == 0)
+
+        if self.validator is not None and due(c.validation.interval):
+            with self.clock.phase("validate"):
+                self._validate()
+        with self.clock.phase("checkpoint"):
+            self.checkpointer.poll()
+            if c.checkpoint.enable and due(c.checkpoint.interval):
+                self._save()
+            if due(c.export.interval):
+                self._export()
+
+    def _finish(self) -> int:
+        if self.step < self.total_steps:
+            self._save()
+        self.checkpointer.wait()
+        self.metrics.close()
+        if self.step < self.total_steps:
+            logger.warning(
+                "Stopped by signal %s after step %s with a complete checkpoint; start again to "
+                "go on",
+                self.stop_signal,
+                self.step,
+            )
+            return 75
+        logger.info("Done: %s steps; everything is in %s", self.step, self.folder)
+        return 0
+
+    # ------------------------------------------------------ state and signals
+
+    def _resume(self) -> None:
+        c = self.config.checkpoint
+        chosen = self.checkpointer.choose(c.load_step) if c.enable else None
+        self.resumed_at = chosen or 0
+        self.metrics_state: dict[str, Any] = {"window": {}}
+        if chosen is None:
+            reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
+            reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
+            logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
+            return
+        state = self.checkpointer.load(chosen)
+        self.step = state["step"]
+        self.start_accuracy = state["start_accuracy"]
+        self.teacher_accuracy = state["teacher_accuracy"]
+        self.metrics_state = state["metrics"]
+        self.loader.load_state_dict(state["loader"])
+        self.weights.sync()
+        why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
+        logger.info(
+            "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
+            self.checkpointer.folder,
+            chosen,
+            why,
+            self.step + 1,
+        )
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "start_accuracy": self.start_accuracy,
+            "teacher_accuracy": self.teacher_accuracy,
+            "metrics": self.metrics.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+        self.checkpointer.save(self.step, state)
+        logger.info("Checkpoint: %s/step-%s", self.checkpointer.folder, self.step)
+
+    def _export(self) -> None:
+        name = self.config.export.dtype
+        out = self.folder / "hf" / f"step-{self.step}"
+        source = self.student_source
+        export_hf(
+            self.student,
+            out,
+            source_folder=source.folder,
+            key_table=source.key_table,
+            dtype=None if name == "auto" else getattr(torch, name),
+            card=model_card(self.config, self.step, self.metrics.last),
+        )
+        self.student.reshard()
+        logger.info("Export: %s", out)
+
+    def _listen_for_signals(self) -> None:
+        def remember(number: int, _frame: Any) -> None:
+            self.stop_signal = number
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, remember)
+
+    def _stopping(self) -> bool:
+        """Whether any rank was told to stop; all ranks must agree, or collectives would hang."""
+        return max_scalar(float(self.stop_signal or 0), self.device) > 0

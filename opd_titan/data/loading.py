@@ -1,22 +1,26 @@
-"""Find and read a data set's rows, from the hub or from disk, and know where each row lies.
-
-Reading goes through `datasets`. Its errors rarely say which line of which file is at fault, so
-after a failure the files are read once more here, only to find the place.
-"""
+"""Find and read a data set's rows, from the hub or from disk, and know where each row lies."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
-import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from opd_titan.data.files import (
+    FORMATS,
+    array_length,
+    blame_line,
+    check_file,
+    first_line,
+    is_data,
+    row_lines,
+    suffix,
+)
 from opd_titan.data.sources import DatasetSpec, Record, dataset_spec
 from opd_titan.data.templates import RowError
 from opd_titan.errors import DataError
@@ -24,18 +28,9 @@ from opd_titan.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-# Suffix -> the `datasets` builder that reads it.
-FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".jsonl.gz": "json",
-    ".json.gz": "json",
-}
 # Where a folder keeps its files: itself, or `data/` as hub snapshots do.
 DATA_FOLDERS = (".", "data")
 ROWS_PER_READ = 1000
-BOM_AND_BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
 @dataclass(frozen=True)
@@ -49,16 +44,16 @@ class Part:
     def locate(self, number: int) -> str:
         """Say where row `number` (from 0) lies: file and line for JSON Lines, else file and row."""
         for file in self.files:
-            if FORMATS[_suffix(file)] == "parquet":
+            if FORMATS[suffix(file)] == "parquet":
                 import pyarrow.parquet
 
                 count = pyarrow.parquet.read_metadata(file).num_rows
             else:
-                lines = _row_lines(file)
+                lines = row_lines(file)
                 if number < len(lines):
                     return f"{file}, line {lines[number]}"
                 # Not one row a line: an array, or one object over several lines.
-                count = len(lines) or _array_length(file)
+                count = len(lines) or array_length(file)
             if number < count:
                 return f"{file}, row {number + 1}"
             number -= count
@@ -114,7 +109,7 @@ class Rows:
             yield from batches
         except UnicodeDecodeError as error:
             for file in (file for part in self.parts for file in part.files):
-                _blame_line(file, self.section)
+                blame_line(file, self.section)
             where = ", ".join(part.label for part in self.parts)
             raise DataError(f"{self.section}.path: {where}: text that is not UTF-8") from error
 
@@ -152,12 +147,6 @@ def looks_like_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's message, or its class when it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars off a terminal, and no log lines beside the one-line errors raised here."""
@@ -190,7 +179,7 @@ def _hub_parts(
                 'folder, a file or a hub id "org/name"'
             )
         hub_id, config = spec.hub_id, spec.hub_config or ""
-    elif not looks_like_hub_id(hub_id) or _suffix(Path(hub_id)):
+    elif not looks_like_hub_id(hub_id) or suffix(Path(hub_id)):
         raise DataError(
             f'{section}.path = "{path}" does not exist; give a folder, a .jsonl, .json or .parquet '
             'file, or a hub id "org/name"'
@@ -237,16 +226,16 @@ def _local_part(spec: DatasetSpec, path: Path, name: str, section: str) -> Part:
 
     files = _split_files(spec, path, name, section) if path.is_dir() else [path]
     for file in files:
-        _check_file(file, section)
+        check_file(file, section)
     # `datasets` splits names at characters like "[" or "*": escape what it would take as a pattern.
     patterns = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]
     try:
         table = datasets.load_dataset(
-            FORMATS[_suffix(files[0])], data_files={"rows": patterns}, split="rows"
+            FORMATS[suffix(files[0])], data_files={"rows": patterns}, split="rows"
         )
     except Exception as error:
         for file in files:
-            _blame_line(file, section)
+            blame_line(file, section)
         names = ", ".join(map(str, files))
         cause = first_line(error.__cause__ or error)
         raise DataError(f"{section}.path: {names} cannot be read: {cause}") from error
@@ -256,10 +245,10 @@ def _local_part(spec: DatasetSpec, path: Path, name: str, section: str) -> Part:
 def _split_files(spec: DatasetSpec, folder: Path, name: str, section: str) -> list[Path]:
     """Choose the files of one split by name; see `load_rows` for the rule."""
     subfolders = (*DATA_FOLDERS, *filter(None, [spec.hub_config]))
-    every = [f for sub in subfolders for f in sorted((folder / sub).glob("*")) if _is_data(f)]
+    every = [f for sub in subfolders for f in sorted((folder / sub).glob("*")) if is_data(f)]
     mine = [f for f in every if _split_name(f) == name]
     # One folder's one format: a train.jsonl beside its own train.parquet must not count twice.
-    kinds = dict.fromkeys((f.parent, _suffix(f)) for f in mine)
+    kinds = dict.fromkeys((f.parent, suffix(f)) for f in mine)
     if len(kinds) > 1:
         shown = ", ".join(str(f) for f in mine[:4])
         raise DataError(
@@ -283,101 +272,9 @@ def _no_split(section: str, folder: Path, name: str, known: list[str]) -> DataEr
     return DataError(f'{section}.split = "{name}" is not in {folder}; it holds {shown}')
 
 
-def _suffix(file: Path) -> str:
-    """Return the known suffix that the file's name ends with, "" if none."""
-    return next((s for s in FORMATS if file.name.endswith(s)), "")
-
-
-def _is_data(file: Path) -> bool:
-    return file.is_file() and bool(_suffix(file)) and file.name != "dataset_infos.json"
-
-
 def _split_name(file: Path) -> str:
     """`train.jsonl` -> "train", `train-00003-of-00120.parquet` -> "train"."""
-    return file.name.removesuffix(_suffix(file)).split("-")[0]
-
-
-def _check_file(file: Path, section: str) -> None:
-    """Catch what `datasets` reports badly or, for a JSON line that is no object, crashes on."""
-    suffix = _suffix(file)
-    if not suffix:
-        known = ", ".join(FORMATS)
-        raise DataError(f"{section}.path: {file} must end in one of {known}")
-    try:
-        if file.stat().st_size == 0:
-            raise DataError(f"{section}.path: {file} is empty")
-        if FORMATS[suffix] == "json":
-            with _open(file) as lines:
-                if not all(
-                    line.lstrip(BOM_AND_BLANK).startswith(b"{")
-                    for line in lines
-                    if line.strip(BOM_AND_BLANK)
-                ):
-                    _blame_line(file, section)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{section}.path: {file} cannot be read: {first_line(error)}") from error
-
-
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-
-
-def _row_lines(file: Path) -> list[int]:
-    """Line numbers (from 1) of a JSON Lines file's rows; blank lines hold none. [] if not such."""
-    with _open(file) as lines:
-        rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip(BOM_AND_BLANK)]
-    one_each = all(line.lstrip(BOM_AND_BLANK).startswith(b"{") for _, line in rows)
-    return [n for n, _ in rows] if one_each else []
-
-
-def _array_length(file: Path) -> int:
-    with _open(file) as stream:
-        value = json.load(stream)
-    return len(value) if isinstance(value, list) else 1
-
-
-def _blame_line(file: Path, section: str) -> None:
-    """Raise DataError at the first place in a JSON file that is not an object, if there is one."""
-    if FORMATS[_suffix(file)] != "json":
-        return
-    with _open(file) as stream:
-        lines = list(stream)
-    filled = [line for line in lines if line.strip(BOM_AND_BLANK)]
-    if not filled:
-        raise DataError(f"{section}.path: {file} holds no rows")
-    if _is_one_value(file, filled):
-        rows = _parse(b"".join(lines), file, 1, section)
-        for item, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-            if not isinstance(row, dict):
-                raise DataError(f"{section}.path: {file}, row {item}: not a JSON object")
-        return
-    for number, line in enumerate(lines, 1):
-        text = line.rstrip()  # or an error at the line's end would count as the next line's
-        if line.strip(BOM_AND_BLANK) and not isinstance(_parse(text, file, number, section), dict):
-            raise DataError(
-                f"{section}.path: {file}, line {number}: not a JSON object; each line must be one"
-            )
-
-
-def _is_one_value(file: Path, filled: list[bytes]) -> bool:
-    """Tell an array, or an object over several lines of a .json file, from JSON Lines."""
-    if filled[0].lstrip(BOM_AND_BLANK).startswith(b"["):
-        return True
-    return not _suffix(file).startswith(".jsonl") and filled[0].strip(BOM_AND_BLANK) == b"{"
-
-
-def _parse(text: bytes, file: Path, first: int, section: str) -> Any:
-    """Parse JSON that starts at line `first` of the file; DataError names the line at fault."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = first + text.count(b"\n", 0, error.start)
-        raise DataError(f"{section}.path: {file}, line {line}: not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{section}.path: {file}, line {first + error.lineno - 1}: broken JSON: {error.msg} "
-            f"(column {error.colno})"
-        ) from error
+    return file.name.removesuffix(suffix(file)).split("-")[0]
 
 
 def _with_columns(spec: DatasetSpec, part: Part, section: str) -> Part:

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd_titan.data.loading import first_line, looks_like_hub_id
+from opd_titan.data.files import first_line
+from opd_titan.data.loading import looks_like_hub_id
 from opd_titan.errors import ModelError
 
 if TYPE_CHECKING:

@@ -1,0 +1,475 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_tokenizer import one_line, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from opd_titan.data.loading import load_rows
+from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
+from opd_titan.data.sources import DATASETS, Record, dataset
+from opd_titan.data.tokenizer import load_tokenizer
+from opd_titan.data.types import Prompt
+from opd_titan.errors import DataError, ModelError
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Leave nothing in the user's own cache."""
+    patch = pytest.MonkeyPatch()
+    cache = tmp_path_factory.mktemp("hf_datasets")
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen3(shared_data: Path):
+    return load_tokenizer(str(shared_data / "qwen3_tokenizer"))
+
+
+def build(tokenizer: Any, dataset: str, path: Path | str, **kwargs: Any) -> PromptSet:
+    settings = dict(split="train", template="raw", enable_thinking=False, max_prompt_tokens=10**6)
+    return build_prompts(
+        dataset=dataset, path=str(path), tokenizer=tokenizer, **{**settings, **kwargs}
+    )
+
+
+def write_lines(file: Path, rows: list[Any]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def question(i: int) -> dict[str, str]:
+    return {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"}
+
+
+QUESTIONS = [question(i) for i in range(10)]
+
+
+# ---------------------------------------------------------------- sources, on real data
+
+
+def test_gsm8k_reads_the_same_from_every_kind_of_path(shared_data, tiny, tmp_path) -> None:
+    rows = {}
+    for split, count in (("train", 7473), ("test", 1319)):
+        file = shared_data / "gsm8k" / f"{split}.jsonl"
+        rows[split] = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows[split]) == count
+    saved = datasets.DatasetDict({s: datasets.Dataset.from_list(r) for s, r in rows.items()})
+    saved.save_to_disk(tmp_path / "dict")
+    saved["test"].save_to_disk(tmp_path / "one")
+    (tmp_path / "hub" / "main").mkdir(parents=True)
+    for split in rows:
+        saved[split].to_parquet(tmp_path / "hub" / "main" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "array.json").write_text(json.dumps(rows["test"], indent=1))
+    with gzip.open(tmp_path / "test.jsonl.gz", "wb") as file:
+        file.write((shared_data / "gsm8k" / "test.jsonl").read_bytes())
+    for split in rows:
+        paths = [shared_data / "gsm8k", tmp_path / "dict", tmp_path / "hub"]
+        paths.append(shared_data / "gsm8k" / f"{split}.jsonl")
+        if split == "test":
+            paths += [tmp_path / name for name in ("one", "array.json", "test.jsonl.gz")]
+        for path in paths:
+            found = load_rows("gsm8k", str(path), split)
+            assert found.numbers == list(range(len(rows[split])))
+            for (_, record), row in zip(found.records(), rows[split], strict=True):
+                assert record.messages == [{"role": "user", "content": row["question"]}]
+                assert record.response == row["answer"]
+                assert record.answer == row["answer"].split("####")[1].strip().replace(",", "")
+
+    found = build(tiny, "gsm8k", tmp_path / "one", split="test")
+    assert (found.num_rows, found.num_duplicates, found.num_too_long) == (1319, 0, 0)
+    for prompt, row in zip(found.prompts, rows["test"], strict=True):
+        assert prompt.text == (
+            f"Question: {row['question']}\nAnswer: Let's solve this step by step.\n"
+        )
+        assert row["answer"] not in prompt.text
+
+
+def test_openthoughts3_gives_each_human_turn_once_and_no_trace(shared_data, qwen3) -> None:
+    file = shared_data / "openthoughts3_fixture.jsonl"
+    rows = [json.loads(line)["conversations"] for line in file.read_text().splitlines()]
+    for template in ("raw", "chat"):
+        found = build(qwen3, "openthoughts3", file, template=template)
+        humans = [" ".join(turns[0]["value"].split()) for turns in rows]
+        assert found.num_rows == len(rows) == 11
+        assert len(found.prompts) == len(set(humans))
+        assert found.num_duplicates == len(rows) - len(set(humans)) > 0
+        assert [p.index for p in found.prompts] == [humans.index(h) for h in dict.fromkeys(humans)]
+        for prompt in found.prompts:
+            assert prompt.answer is None
+            assert rows[prompt.index][0]["value"] in prompt.text
+            assert prompt.response == rows[prompt.index][1]["value"]
+            for turns in rows:
+                assert turns[1]["value"] not in prompt.text
+                for boxed in re.findall(r"\\boxed\{.*\}", turns[1]["value"]):
+                    assert boxed not in prompt.text
+    assert all(p.response is None for p in build(qwen3, "openthoughts3", file,
+                                                 keep_responses=False).prompts)  # fmt: skip
+
+
+def test_openthoughts3_role_names_system_turns_and_whitespace(tiny, tmp_path) -> None:
+    def row(*turns: tuple[str, str]) -> dict:
+        return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+    file = write_lines(
+        tmp_path / "train.jsonl",
+        [
+            row(("system", "Be kind."), ("human", "Add 1 and 2."), ("gpt", "3")),
+            row(("user", " Add  1\nand 2. "), ("assistant", "three")),
+            row(("user", "Add 2 and 2."), ("assistant", "4"), ("user", "Sure?")),
+            row(("user", "Add 3 and 2.")),
+        ],
+    )
+    found = build(tiny, "openthoughts3", file)
+    assert [(p.index, p.text, p.response) for p in found.prompts] == [
+        (0, "Add 1 and 2.", "3"),
+        (2, "Add 2 and 2.", "4"),
+        (3, "Add 3 and 2.", None),
+    ]
+    assert found.num_duplicates == 1
+
+
+def test_prompts_reads_prompt_and_messages_columns(tiny, tmp_path) -> None:
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
+    reply = {"role": "assistant", "content": "Hello"}
+    plain = write_lines(
+        tmp_path / "plain.jsonl",
+        [
+            {"prompt": "Add.", "response": "3", "answer": 3, "other": [1]},
+            {"prompt": "Add.", "response": None, "answer": " 1/2 "},
+            {"prompt": "Say.", "answer": ""},
+        ],
+    )
+    found = build(tiny, "prompts", plain).prompts
+    assert [(p.text, p.response, p.answer) for p in found] == [
+        ("Add.", "3", "3"),
+        ("Add.", None, "1/2"),
+        ("Say.", None, None),
+    ]
+    chats = write_lines(
+        tmp_path / "chats.jsonl",
+        [
+            {"messages": [system, user, reply]},
+            {"messages": [user, reply, user]},
+            {"messages": [user, reply], "response": "own"},
+        ],
+    )
+    found = build(tiny, "prompts", chats, template="chat", enable_thinking=True).prompts
+    assert [(p.text, p.response) for p in found] == [
+        ("<system>Be kind.<user>Hi<assistant>", "Hello"),
+        ("<user>Hi<assistant>Hello<user>Hi<assistant>", None),
+        ("<user>Hi<assistant>", "own"),
+    ]
+    turns = write_lines(tmp_path / "turns.jsonl", [{"prompt": [system, user]}])
+    assert build(tiny, "prompts", turns, template="chat").prompts[0].text.endswith("()")
+
+
+def test_a_new_data_set_is_one_small_function(tiny, tmp_path) -> None:
+    try:
+
+        @dataset("riddles", columns=("riddle",))
+        def riddles(row) -> Record:
+            return Record([{"role": "user", "content": row["riddle"]}])
+
+        file = write_lines(tmp_path / "r.jsonl", [{"riddle": "What has keys?"}])
+        assert build(tiny, "riddles", file).prompts[0].text == "What has keys?"
+    finally:
+        del DATASETS["riddles"]
+
+
+# ---------------------------------------------------------------- files and splits
+
+
+def test_splits_choose_files_and_rows(tmp_path) -> None:
+    folder = tmp_path / "odd [name] *"
+    write_lines(folder / "train-00000-of-00002.jsonl", QUESTIONS[:4])
+    write_lines(folder / "train-00001-of-00002.jsonl", QUESTIONS[4:])
+    write_lines(folder / "data" / "test.jsonl", QUESTIONS[:3])
+    (folder / "LICENSE").write_text("text")
+
+    def numbers(split: str) -> list[int]:
+        rows = load_rows("gsm8k", str(folder), split)
+        records = [record.answer for _, record in rows.records()]
+        size = {"train": 10, "test": 3}[re.match(r"\w+", split)[0]]
+        assert records == [str(n % size + 1) for n in rows.numbers]
+        return rows.numbers
+
+    assert numbers("train") == list(range(10))
+    assert numbers("test") == [0, 1, 2]
+    assert numbers("train[7:]") == [7, 8, 9]
+    assert numbers("train[-2:]+test[:1]") == [8, 9, 10]
+    assert numbers("train[:50%]") == [0, 1, 2, 3, 4]
+    assert numbers("train[:2]+train[1:3]") == [0, 1, 2]
+    assert (
+        load_rows("gsm8k", str(folder), "train").locate(5).endswith("-00001-of-00002.jsonl, line 2")
+    )
+
+
+def test_a_lone_file_is_train_and_a_named_file_is_any_split(tiny, tmp_path) -> None:
+    file = write_lines(tmp_path / "questions.jsonl", QUESTIONS)
+    assert len(build(tiny, "gsm8k", tmp_path).prompts) == 10
+    assert len(build(tiny, "gsm8k", file, split="test[:4]").prompts) == 4
+    with pytest.raises(DataError, match='data.split = "test" .* it holds "questions"'):
+        build(tiny, "gsm8k", tmp_path, split="test")
+
+
+def test_blank_lines_byte_order_mark_and_line_ends(tiny, tmp_path) -> None:
+    lines = [json.dumps(row) for row in QUESTIONS]
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    assert len(build(tiny, "gsm8k", file).prompts) == 10
+    lines[4] = json.dumps({"question": "Q?", "answer": "none"})
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    with pytest.raises(DataError, match="train.jsonl, line 9: field 'answer' has no final number"):
+        build(tiny, "gsm8k", file)
+
+
+def test_a_changed_file_is_read_again(tiny, tmp_path) -> None:
+    """`datasets` caches what it has read; the cache must not outlive the file."""
+    file = write_lines(tmp_path / "train.jsonl", QUESTIONS[:3])
+    assert len(build(tiny, "gsm8k", file).prompts) == 3
+    time.sleep(0.01)
+    write_lines(file, QUESTIONS)
+    assert len(build(tiny, "gsm8k", file).prompts) == 10
+
+
+def test_processes_that_start_together_all_read(shared_data, tmp_path) -> None:
+    code = (
+        "import sys\nfrom opd_titan.data.loading import load_rows\n"
+        "print(len(load_rows('gsm8k', sys.argv[1], 'train').numbers))"
+    )
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, str(shared_data / "gsm8k")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    started = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out.strip(), err) == (0, "7473", "")
+
+
+# ---------------------------------------------------------------- templates and tokens
+
+
+def test_templates_with_the_real_tokenizer(shared_data, qwen3) -> None:
+    path = shared_data / "gsm8k"
+    ends = {True: "<|im_start|>assistant\n", False: "assistant\n<think>\n\n</think>\n\n"}
+    for thinking, end in ends.items():
+        found = build(qwen3, "gsm8k", path, split="test[:50]", template="chat",
+                      enable_thinking=thinking)  # fmt: skip
+        for prompt in found.prompts:
+            assert prompt.text.startswith("<|im_start|>user\n")
+            assert prompt.text.endswith(end)
+            assert qwen3.decode(prompt.token_ids) == prompt.text
+            messages = [{"role": "user", "content": prompt.text[17:].split("<|im_end|>")[0]}]
+            direct = qwen3.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=thinking, return_dict=False
+            )
+            assert list(prompt.token_ids) == direct
+    assert found.prompts[0].token_ids[-4:] == (151667, 271, 151668, 271)
+
+
+def test_raw_prompts_of_the_real_training_set_are_quick(shared_data, qwen3) -> None:
+    start = time.perf_counter()
+    found = build(qwen3, "gsm8k", shared_data / "gsm8k", max_prompt_tokens=100)
+    assert time.perf_counter() - start < 20
+    assert found.num_rows == 7473 == len(found.prompts) + found.num_too_long
+    assert 0 < found.num_too_long < 1000
+    assert max(len(p.token_ids) for p in found.prompts) == 100
+    for prompt in found.prompts[:50]:
+        assert qwen3.decode(prompt.token_ids) == prompt.text
+        ids = response_token_ids(prompt, qwen3, 151645)
+        assert ids[-1] == 151645
+        assert qwen3.decode(ids[:-1]) == prompt.response
+
+
+def test_max_prompts_stops_early_and_keeps_row_numbers(tiny, tmp_path) -> None:
+    rows = [question(10**i) for i in range(8)]
+    rows[1]["question"] = "x" * 500
+    file = write_lines(tmp_path / "train.jsonl", rows)
+    found = build(tiny, "gsm8k", file, max_prompts=3, max_prompt_tokens=200)
+    assert [p.index for p in found.prompts] == [0, 2, 3]
+    assert found.num_too_long == 1
+    assert all(len(p.token_ids) == len(p.text) for p in found.prompts)
+
+
+def test_response_ends_once(tiny) -> None:
+    prompt = Prompt(6, "a", (1,), response="ab")
+    ids = tuple(tiny.convert_tokens_to_ids(["a", "b"]))
+    assert response_token_ids(prompt, tiny, 1) == (*ids, 1)
+    assert response_token_ids(prompt, tiny, ids[1]) == ids
+    with pytest.raises(DataError, match="row 7 has no response"):
+        response_token_ids(Prompt(6, "a", (1,)), tiny, 1)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def jsonl(*rows: Any) -> bytes:
+    return b"".join(
+        (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+    )
+
+
+GOOD = QUESTIONS[0]
+HUMAN = {"from": "human", "value": "Q"}
+# name of the file, its content, data set, what the error must say
+BAD_FILES: list[tuple[str, bytes, str, str]] = [
+    ("a.jsonl", jsonl(GOOD, b'{"question": "x'), "gsm8k", "a.jsonl, line 2: broken JSON: "),
+    ("a.jsonl", jsonl(GOOD, b"", b'{"question": }'), "gsm8k", "a.jsonl, line 3: broken JSON"),
+    ("a.jsonl", jsonl(GOOD)[:-9], "gsm8k", "a.jsonl, line 1: broken JSON"),
+    ("a.jsonl", jsonl(GOOD, [1, 2]), "gsm8k", "a.jsonl, line 2: not a JSON object"),
+    ("a.jsonl", jsonl(GOOD, "text"), "gsm8k", "a.jsonl, line 2: not a JSON object"),
+    ("a.jsonl", jsonl(None, GOOD), "gsm8k", "a.jsonl, line 1: not a JSON object"),
+    ("a.jsonl", b'{\n"question": 1\n}\n', "gsm8k", "a.jsonl, line 1: broken JSON"),
+    ("a.json", b'[{"question": "Q",\n"answer": }]', "gsm8k", "a.json, line 2: broken JSON"),
+    ("a.json", json.dumps([GOOD, None]).encode(), "gsm8k", "a.json, row 2: not a JSON object"),
+    ("a.json", json.dumps([GOOD, {}]).encode(), "gsm8k", "a.json, row 2: field 'question' is miss"),
+    ("a.json", json.dumps({"data": [GOOD]}).encode(), "gsm8k", "no column 'question'.*has 'data'"),
+    ("a.json", b"[]", "gsm8k", "a.json"),
+    ("a.jsonl", b"", "gsm8k", "a.jsonl is empty"),
+    ("a.jsonl", b"\n \n\n", "gsm8k", "a.jsonl holds no rows"),
+    ("a.jsonl", jsonl(GOOD, b'{"question": "caf\xe9", "answer": "#### 1"}'), "gsm8k",
+     "line 2: not UTF-8"),
+    ("a.jsonl", jsonl(GOOD, "\xff".encode("latin1")), "gsm8k", "line 2: not UTF-8"),
+    ("a.parquet", b"PAR1 but not really", "gsm8k", "a.parquet cannot be read: "),
+    ("a.jsonl.gz", b"not gzip", "gsm8k", "a.jsonl.gz cannot be read: Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(jsonl(GOOD) * 99, mtime=0)[:-20], "gsm8k",
+     "a.jsonl.gz cannot be read: Compressed file ended"),
+    ("a.csv", b"question,answer\n1,2\n", "gsm8k", "a.csv must end in one of .jsonl, .json"),
+    ("a.jsonl", jsonl({"q": "x", "answer": "y"}), "gsm8k",
+     "a.jsonl has no column 'question', .* it has 'q', 'answer'"),
+    ("a.jsonl", jsonl(GOOD, {"question": "Q"}), "gsm8k", "line 2: field 'answer' is missing or nu"),
+    ("a.jsonl", jsonl(GOOD, {**GOOD, "question": None}), "gsm8k", "line 2: field 'question' is mi"),
+    ("a.jsonl", jsonl(GOOD, {**GOOD, "question": ["Q"]}), "gsm8k",
+     "line 2: field 'question' is a list, not text"),
+    ("a.jsonl", jsonl(GOOD, {**GOOD, "question": "  "}), "gsm8k", "line 2: field 'question' is em"),
+    ("a.jsonl", jsonl(GOOD, {**GOOD, "answer": "5"}), "gsm8k", "line 2: field 'answer' has no fin"),
+    ("a.jsonl", jsonl(GOOD, {**GOOD, "answer": "#### x"}), "gsm8k", "line 2: field 'answer' has n"),
+    ("a.jsonl", jsonl({**GOOD, "answer": 5}), "gsm8k", "line 1: field 'answer' is a number, not t"),
+    ("a.jsonl", jsonl({"conversations": "Q"}), "openthoughts3", "line 1: .* is text, not a list"),
+    ("a.jsonl", jsonl({"conversations": []}), "openthoughts3", "no turn from 'human' or 'user'"),
+    ("a.jsonl", jsonl({"conversations": [HUMAN]}, {"conversations": [{**HUMAN, "from": "gpt"}]}),
+     "openthoughts3", "line 2: field 'conversations' has no turn from 'human'"),
+    ("a.jsonl", jsonl({"conversations": [HUMAN]}, {"conversations": [{"from": "human"}]}),
+     "openthoughts3", r"line 2: field 'conversations\[\].value' is missing or null"),
+    ("a.jsonl", jsonl({"conversations": [HUMAN, "x"]}), "openthoughts3", "line 1: .* holds text"),
+    ("a.jsonl", jsonl({"text": "x"}), "prompts", "no column 'prompt' or 'messages'.*it has 'text'"),
+    ("a.jsonl", jsonl({"prompt": "x"}, {"prompt": None}), "prompts", "line 2: field 'prompt' is"),
+    ("a.jsonl", jsonl({"prompt": 5}), "prompts", "line 1: field 'prompt' is a number, not text"),
+    ("a.jsonl", jsonl({"prompt": "x", "answer": [1]}), "prompts", "field 'answer' is a list"),
+    ("a.jsonl", jsonl({"prompt": "x", "answer": True}), "prompts", "field 'answer' is a boolean"),
+    ("a.jsonl", jsonl({"messages": [{"role": "assistant", "content": "x"}]}), "prompts",
+     "line 1: field 'messages' has no turn with role 'user'"),
+    ("a.jsonl", jsonl({"messages": [{"role": "user", "content": None}]}), "prompts",
+     r"line 1: field 'messages\[\].content' is missing or null"),
+    ("a.jsonl", jsonl({"messages": [{"role": "user", "content": "x"}] * 2}), "prompts",
+     'line 1: the prompt has 2 turns, .* use template = "chat"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "dataset", "says"), BAD_FILES, ids=[case[3] for case in BAD_FILES]
+)
+def test_bad_files_name_the_place(tiny, tmp_path, capfd, name, content, dataset, says) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        build(tiny, dataset, tmp_path / name)
+    one_line(error, r"^data\.path: ", re.escape(name), says)
+    assert capfd.readouterr().err == ""
+
+
+def test_bad_rows_of_parquet_and_saved_sets_name_the_row(tiny, tmp_path) -> None:
+    table = datasets.Dataset.from_list([*QUESTIONS, {"question": "Q", "answer": None}])
+    table.to_parquet(tmp_path / "train.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for path, says in (
+        ("train.parquet", "train.parquet, row 11"),
+        ("saved", "saved, split t.*row 11"),
+    ):
+        with pytest.raises(DataError) as error:
+            build(tiny, "gsm8k", tmp_path / path, split="train[5:]")
+        one_line(error, says, "field 'answer' is missing or null")
+
+
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"dataset": "gsm8"}, 'data.dataset = "gsm8" is unknown; use one of "gsm8k"'),
+    ({"template": "chatml"}, 'data.template = "chatml" is unknown; use "raw" or "chat"'),
+    ({"path": "./nowhere"}, r'data.path = "./nowhere" does not exist; give a folder'),
+    ({"path": "nowhere"}, r'data.path = "nowhere" does not exist'),
+    ({"path": "data/train.jsonl"}, r'data.path = "data/train.jsonl" does not exist'),
+    ({"path": "a/b/c"}, r'data.path = "a/b/c" does not exist'),
+    ({"path": "some-org/some-set"}, r'data.path: "some-org/some-set" is no local path .* hub'),
+    ({"path": ""}, r'data.path: "openai/gsm8k" is no local path .* give a downloaded'),
+    ({"path": "", "dataset": "prompts"}, "data.path is empty"),
+    ({"split": "validation"}, 'data.split = "validation" is not in .* holds "test", "train"'),
+    ({"split": "train[5:3]"}, 'holds no rows in split "train.5:3."'),
+    ({"split": "train["}, r'data.split = "train\[" is not a split'),
+    ({"split": ""}, 'data.split = "" is not in'),
+    ({"max_prompt_tokens": 5}, "data.max_prompt_tokens = 5 drops every .* shortest has 64 tokens"),
+    ({"section": "validation", "split": "dev"}, 'validation.split = "dev"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "says"), BAD_CALLS)
+def test_bad_settings_name_the_key(tiny, tmp_path, monkeypatch, change, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "set" / "train.jsonl", QUESTIONS)
+    write_lines(tmp_path / "set" / "test.jsonl", QUESTIONS)
+    with pytest.raises(DataError) as error:
+        build(tiny, **{"dataset": "gsm8k", "path": "set", **change})
+    one_line(error, says)
+
+
+def test_bad_folders(tiny, tmp_path) -> None:
+    with pytest.raises(DataError) as error:
+        build(tiny, "gsm8k", tmp_path)
+    one_line(error, "holds no data")
+    write_lines(tmp_path / "train.jsonl", QUESTIONS)
+    write_lines(tmp_path / "data" / "train.jsonl", QUESTIONS)
+    with pytest.raises(DataError) as error:
+        build(tiny, "gsm8k", tmp_path)
+    one_line(error, 'holds split "train" more than once')
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"a": datasets.Dataset.from_list(QUESTIONS)}).save_to_disk(saved)
+    with pytest.raises(DataError) as error:
+        build(tiny, "gsm8k", saved)
+    one_line(error, 'data.split = "train" is not in .* it holds "a"')
+    next((saved / "a").glob("*.arrow")).write_bytes(b"broken")
+    with pytest.raises(DataError) as error:
+        build(tiny, "gsm8k", saved, split="a")
+    one_line(error, "save_to_disk folder .* cannot be read")
+
+
+def test_prompts_that_cannot_be_shown(tmp_path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    with pytest.raises(ModelError) as error:
+        build(tiny_tokenizer(chat=False), "prompts", file, template="chat")
+    one_line(error, 'data.template = "chat".*no chat template; set data.template = "raw"')
+    silent = tiny_tokenizer()
+    silent.chat_template = "{{ '' }}"
+    with pytest.raises(DataError) as error:
+        build(silent, "prompts", file, template="chat")
+    one_line(error, "a.jsonl, line 1: the prompt has no tokens")
+    turns = [{"role": "tool", "content": "5"}, {"role": "user", "content": "x"}]
+    file = write_lines(tmp_path / "b.jsonl", [{"messages": turns}])
+    with pytest.raises(DataError) as error:
+        build(tiny_tokenizer(), "prompts", file, template="chat")
+    one_line(error, "b.jsonl, line 1: the chat template refuses this prompt: no tools")

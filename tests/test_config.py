@@ -137,6 +137,8 @@ def test_integer_for_a_float_becomes_one(tmp_path: Path) -> None:
         [*MODELS, "--distill.minibatches", "128"],
         [*MODELS, "--data.dataset", "prompts", "--data.path", "x.jsonl"],
         [*MODELS, "--checkpoint.load_step", "0", "--checkpoint.no_enable"],
+        [*MODELS, "--validation.dataset", "prompts", "--validation.no_enable"],
+        [*MODELS, "--validation.dataset", "prompts", "--validation.path", "x.jsonl"],
         [*MODELS, "--checkpoint.keep_latest_k", "1"],
         [*MODELS, "--reference.coef", "1", "--reference.hf_path", "r"],
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,20 @@ from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
-from opd_titan.distributed.collectives import gather_lists, max_scalar
+from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.world import build_mesh, init_world, set_timeout
 from opd_titan.errors import DataError
 from opd_titan.model_card import model_card
-from opd_titan.observability.flops import peak_flops
 from opd_titan.observability.logging import init_logging
-from opd_titan.observability.metrics import (
-    MetricLogger,
-    PhaseClock,
-    memory_stats,
-    phase_scalars,
-)
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import progress
-from opd_titan.observability.rollout_writer import write_rollouts
-from opd_titan.observability.step_scalars import kl_scalars, rollout_scalars, work
+from opd_titan.observability.recorder import Recorder
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.validate import Validator, gap_recovered
+from opd_titan.validate import Baselines, Validator
 
 logger = logging.getLogger("opd_titan")
 
@@ -79,8 +72,6 @@ class Trainer:
         self._build_models()
         self._build_rules()
         self.step = 0
-        self.start_accuracy: float | None = None
-        self.teacher_accuracy: float | None = None
         self.stop_signal: int | None = None
 
     # ------------------------------------------------------------------ build
@@ -250,11 +241,6 @@ class Trainer:
         self.rule = UpdateRule(
             OBJECTIVES[d.objective], settings, student_distribution, c.training.max_grad_norm
         )
-        self.peak_flops = None
-        if self.device.type == "cuda" and self.dtype == torch.bfloat16:
-            self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device))
-        sources = (self.student_source, self.teacher_source)
-        self.sizes = {s.role: s.args.flop_sizes() for s in sources if s is not None}
 
     # ------------------------------------------------------------------- loop
 
@@ -262,16 +248,19 @@ class Trainer:
         """Run the job to its end, or to a signal. Returns the exit code: 0, or 75 if stopped."""
         self._resume()
         self._listen_for_signals()
-        self.clock = PhaseClock(self.device)
-        self.metrics = MetricLogger(
-            self.folder,
-            self.config.metrics.enable_tensorboard,
-            self.config.metrics.log_freq,
-            self.rank,
+        sources = (self.student_source, self.teacher_source)
+        self.recorder = Recorder(
+            self.config,
+            device=self.device,
+            dtype=self.dtype,
+            decode=self.decode,
+            grade=grade,
+            sizes={s.role: s.args.flop_sizes() for s in sources if s is not None},
             start_step=self.step,
             total_steps=self.total_steps,
         )
-        self.metrics.load_state_dict(self.metrics_state)
+        if self.step:
+            self.recorder.load_state_dict(self.recorder_state)
         self._before_first_step()
         profiling = self.config.profiling
         with maybe_profiler(
@@ -285,22 +274,23 @@ class Trainer:
     def train_step(self) -> None:
         """One step: prompts, rollout, scores, update; then what is due after it."""
         step = self.step + 1
-        with self.clock.phase("step"):
-            with self.clock.phase("data"):
+        with self.recorder.clock.phase("step"):
+            with self.recorder.clock.phase("data"):
                 prompts = next(self.loader)
-            with self.clock.phase("rollout"):
+            with self.recorder.clock.phase("rollout"):
                 samples = self.rollout(prompts, step)
             plan = self.plan(samples)
-            with self.clock.phase("teacher"):
+            with self.recorder.clock.phase("teacher"):
                 self.score(self.teacher, "teacher_logprobs", plan)
-            with self.clock.phase("reference"):
+            with self.recorder.clock.phase("reference"):
                 self.score(self.reference, "reference_logprobs", plan)
-            with self.clock.phase("update"):
+            with self.recorder.clock.phase("update"):
                 scalars = self.update(plan, step)
-            with self.clock.phase("sync"):
+            with self.recorder.clock.phase("sync"):
                 self.weights.sync()
         self.step = step
-        self._record(samples, plan, scalars)
+        mine = [s for minibatch in plan for m in minibatch.microbatches for s in m]
+        self.recorder.record(step, samples, mine, scalars)
         self._after_step()
 
     def rollout(self, prompts: list[Prompt], step: int) -> list[Sample]:
@@ -368,66 +358,19 @@ class Trainer:
             )
             report(result, self.dtype)
         if self.validator is not None and self.step == 0:
-            with self.clock.phase("validate"):
+            with self.recorder.clock.phase("validate"):
                 if self.teacher is not None:
                     self._measure_teacher()
                 self._validate()
-            self.clock.pop()
+            self.recorder.clock.pop()
 
     def _measure_teacher(self) -> None:
         weights = GeneratorWeights(self.teacher, self.teacher_source.build, self.dtype)
-        result = self.validator.measure(self._generator(weights), "teacher")
-        self.teacher_accuracy = result.accuracy
+        self.validator.measure_teacher(self._generator(weights))
 
     def _validate(self) -> None:
-        result = self.validator.measure(self.generator, "student")
-        if self.step == 0:
-            self.start_accuracy = result.accuracy
-        scalars = {
-            "validation/accuracy": result.accuracy,
-            "validation/response_tokens_mean": result.response_tokens_mean,
-        }
-        text = f"Validation at step {self.step}: student {result.accuracy:.1%}"
-        if self.teacher_accuracy is not None and self.start_accuracy is not None:
-            scalars["validation/teacher_accuracy"] = self.teacher_accuracy
-            gap = gap_recovered(result.accuracy, self.start_accuracy, self.teacher_accuracy)
-            text += f", start {self.start_accuracy:.1%}, teacher {self.teacher_accuracy:.1%}"
-            if gap is not None:
-                scalars["validation/gap_recovered"] = gap
-                text += f", gap recovered {gap:.1%}"
-        self.metrics.log(self.step, scalars)
-        logger.info("%s", text)
-
-    def _record(
-        self, samples: list[Sample], plan: list[Minibatch], scalars: dict[str, float]
-    ) -> None:
-        """Scalars, console line and rollout file of the step that has just ended."""
-        mine = [s for minibatch in plan for m in minibatch.microbatches for s in m]
-        tokens, flops = work(samples, self.sizes)
-        scalars |= phase_scalars(
-            self.clock.pop(), tokens, flops, world_size=self.ranks, peak_flops=self.peak_flops
-        )
-        if self.config.rollout.on_policy_fraction > 0.0:
-            scalars |= rollout_scalars(samples, mine, self.decode, self.device)
-            scalars |= kl_scalars(mine, self.device)
-        memory = memory_stats(self.device)
-        scalars |= {name: max_scalar(value, self.device) for name, value in memory.items()}
-        self.metrics.log(self.step, scalars)
-        if self.step % self.config.metrics.log_freq == 0 or self.step in (1, self.total_steps):
-            logger.info("%s", self.metrics.console_line(self.step, self.total_steps))
-        self._write_rollouts(samples, mine)
-
-    def _write_rollouts(self, samples: list[Sample], mine: list[Sample]) -> None:
-        limit = self.config.metrics.sample_rollouts
-        if limit == 0 or self.config.rollout.on_policy_fraction == 0.0:
-            return
-        wanted = {(s.prompt.index, s.sample_index): i for i, s in enumerate(samples)}
-        keep = len(samples) if limit < 0 else limit
-        scored = [s for s in mine if wanted[s.prompt.index, s.sample_index] < keep]
-        scored = gather_lists(scored)
-        if self.rank == 0:
-            scored.sort(key=lambda s: wanted[s.prompt.index, s.sample_index])
-            write_rollouts(self.folder, self.step, scored, self.decode, grade)
+        scalars = self.validator.measure_student(self.generator, self.step)
+        self.recorder.metrics.log(self.step, scalars)
 
     def _after_step(self) -> None:
         c, last = self.config, self.step == self.total_steps
@@ -438,9 +381,9 @@ class Trainer:
             return last or (interval > 0 and self.step % interval == 0)
 
         if self.validator is not None and due(c.validation.interval):
-            with self.clock.phase("validate"):
+            with self.recorder.clock.phase("validate"):
                 self._validate()
-        with self.clock.phase("checkpoint"):
+        with self.recorder.clock.phase("checkpoint"):
             self.checkpointer.poll()
             if c.checkpoint.enable and due(c.checkpoint.interval):
                 self._save()
@@ -451,7 +394,7 @@ class Trainer:
         if self.step < self.total_steps:
             self._save()
         self.checkpointer.wait()
-        self.metrics.close()
+        self.recorder.metrics.close()
         if self.step < self.total_steps:
             logger.warning(
                 "Stopped by signal %s after step %s with a complete checkpoint; start again to "
@@ -469,7 +412,6 @@ class Trainer:
         c = self.config.checkpoint
         chosen = self.checkpointer.choose(c.load_step) if c.enable else None
         self.resumed_at = chosen or 0
-        self.metrics_state: dict[str, Any] = {"window": {}}
         if chosen is None:
             reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
             reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
@@ -477,9 +419,9 @@ class Trainer:
             return
         state = self.checkpointer.load(chosen)
         self.step = state["step"]
-        self.start_accuracy = state["start_accuracy"]
-        self.teacher_accuracy = state["teacher_accuracy"]
-        self.metrics_state = state["metrics"]
+        if self.validator is not None:
+            self.validator.baselines = Baselines(**state["baselines"])
+        self.recorder_state = state["recorder"]
         self.loader.load_state_dict(state["loader"])
         self.weights.sync()
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
@@ -494,9 +436,8 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "step": self.step,
-            "start_accuracy": self.start_accuracy,
-            "teacher_accuracy": self.teacher_accuracy,
-            "metrics": self.metrics.state_dict(),
+            "baselines": asdict(self.validator.baselines if self.validator else Baselines()),
+            "recorder": self.recorder.state_dict(),
             "loader": self.loader.state_dict(),
         }
         self.checkpointer.save(self.step, state)
@@ -512,7 +453,7 @@ class Trainer:
             source_folder=source.folder,
             key_table=source.key_table,
             dtype=None if name == "auto" else getattr(torch, name),
-            card=model_card(self.config, self.step, self.metrics.last),
+            card=model_card(self.config, self.step, self.recorder.metrics.last),
         )
         self.student.reshard()
         logger.info("Export: %s", out)

@@ -86,34 +86,52 @@ _HF_KEYS: dict[str, tuple[str, Any]] = {
 }
 
 
+# transformers 4 writes the first (null for plain RoPE), transformers 5 the second.
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
+
+
 def _rope_theta(config: dict[str, Any], where: str) -> Any:
-    """transformers 4 writes `rope_theta`, transformers 5 writes `rope_parameters`."""
-    rope = config.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
+    """From wherever it stands; versions of transformers rank the places differently."""
+    tables = [config, *(config.get(key) or {} for key in _ROPE_KEYS)]
+    found = [table["rope_theta"] for table in tables if table.get("rope_theta") is not None]
+    if not found:
         raise ModelError(f"{where}: rope_theta is missing (also from rope_parameters)")
-    return theta
+    if any(theta != found[0] for theta in found):
+        raise ModelError(
+            f"{where}: rope_theta is given as {' and as '.join(map(repr, found))}; give one value"
+        )
+    return found[0]
 
 
 def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
     """Whatever would change the numbers and is not implemented is named, never ignored."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    layer_types = set(config.get("layer_types") or ["full_attention"])
-    has_window = config.get("use_sliding_window") or layer_types != {"full_attention"}
-    unsupported = {
-        "model_type": config.get("model_type") != "qwen3" and "qwen3",
-        "use_sliding_window": has_window and "false, with full_attention layers only",
-        "rope_scaling": rope_type != "default" and "null (plain RoPE)",
-        "attention_bias": config.get("attention_bias") and "false",
-        "attention_dropout": config.get("attention_dropout") and "0.0",
-        "hidden_act": config.get("hidden_act", "silu") != "silu" and "silu",
-        "quantization_config": config.get("quantization_config") and "absent",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0 and "1.0",
+    layer_types = config.get("layer_types") or ["full_attention"]
+    checks = {
+        "model_type": (config.get("model_type") == "qwen3", "'qwen3'"),
+        "use_sliding_window": (not config.get("use_sliding_window"), "false"),
+        "layer_types": (
+            isinstance(layer_types, list) and all(t == "full_attention" for t in layer_types),
+            "a list of 'full_attention' only",
+        ),
+        "attention_bias": (not config.get("attention_bias"), "false"),
+        "attention_dropout": (not config.get("attention_dropout"), "0.0"),
+        "hidden_act": (config.get("hidden_act", "silu") == "silu", "'silu'"),
+        "quantization_config": (not config.get("quantization_config"), "no quantization"),
+        "partial_rotary_factor": (config.get("partial_rotary_factor") in (None, 1.0), "1.0"),
+        **{key: (_is_plain_rope(config.get(key)), "plain RoPE") for key in _ROPE_KEYS},
     }
-    for key, supported in unsupported.items():
-        if supported:
+    for key, (supported, what_is) in checks.items():
+        if not supported:
             raise ModelError(
                 f"{where}: {key} is {config.get(key)!r}, which the native Qwen3 does not "
-                f"implement; it supports {supported}"
+                f"implement; it supports {what_is}"
             )
+
+
+def _is_plain_rope(rope: Any) -> bool:
+    if not rope:
+        return True
+    if not isinstance(rope, dict):
+        return False
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    return rope_type == "default" and rope.get("partial_rotary_factor") in (None, 1.0)

@@ -1,0 +1,108 @@
+"""Everything a step leaves behind: scalars, a console line, a file of rollouts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_titan.config import JobConfig
+from opd_titan.data.types import Sample
+from opd_titan.distributed.collectives import gather_lists, max_scalar
+from opd_titan.observability.flops import peak_flops
+from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
+from opd_titan.observability.rollout_writer import write_rollouts
+from opd_titan.observability.step_scalars import kl_scalars, rollout_scalars, work
+
+logger = logging.getLogger("opd_titan")
+
+
+class Recorder:
+    """Times the phases of a step and records its outcome. All ranks call; rank 0 writes.
+
+    Args:
+        sizes: of each model by role, as `flops.transformer_forward_flops` takes them.
+        start_step: the last step that was done, 0 for a new run.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        decode: Callable[[list[int]], str],
+        grade: Callable[[str, str], bool | None],
+        sizes: dict[str, dict[str, int]],
+        start_step: int,
+        total_steps: int,
+    ) -> None:
+        self.config, self.device, self.decode, self.grade = config, device, decode, grade
+        self.sizes, self.total_steps = sizes, total_steps
+        self.folder = Path(config.job.dump_folder)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.on_policy = config.rollout.on_policy_fraction > 0.0
+        self.clock = PhaseClock(device)
+        # The table of peaks is of dense bf16.
+        known = device.type == "cuda" and dtype == torch.bfloat16
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if known else None
+        self.metrics = MetricLogger(
+            self.folder,
+            config.metrics.enable_tensorboard,
+            config.metrics.log_freq,
+            self.rank,
+            start_step=start_step,
+            total_steps=total_steps,
+        )
+
+    def record(
+        self, step: int, samples: list[Sample], mine: list[Sample], scalars: dict[str, float]
+    ) -> None:
+        """Record a step that has just ended.
+
+        Args:
+            samples: of all ranks, without scores.
+            mine: this rank's share of them, scored.
+            scalars: what the update measured.
+        """
+        scalars = {**scalars, **self._work_scalars(samples)}
+        if self.on_policy:
+            scalars |= rollout_scalars(samples, mine, self.decode, self.device)
+            scalars |= kl_scalars(mine, self.device)
+        memory = memory_stats(self.device)
+        scalars |= {name: max_scalar(value, self.device) for name, value in memory.items()}
+        self.metrics.log(step, scalars)
+        if step % self.config.metrics.log_freq == 0 or step in (1, self.total_steps):
+            logger.info("%s", self.metrics.console_line(step, self.total_steps))
+        if self.on_policy:
+            self._write_rollouts(step, samples, mine)
+
+    def _work_scalars(self, samples: Sequence[Sample]) -> dict[str, float]:
+        tokens, flops = work(samples, self.sizes)
+        if not self.on_policy:
+            del tokens["rollout"], flops["rollout"]
+        return phase_scalars(
+            self.clock.pop(), tokens, flops, world_size=self.ranks, peak_flops=self.peak_flops
+        )
+
+    def _write_rollouts(self, step: int, samples: list[Sample], mine: list[Sample]) -> None:
+        limit = self.config.metrics.sample_rollouts
+        if limit == 0:
+            return
+        keep = samples if limit < 0 else samples[:limit]
+        place = {(s.prompt.index, s.sample_index): i for i, s in enumerate(keep)}
+        scored = [s for s in mine if (s.prompt.index, s.sample_index) in place]
+        scored = gather_lists(scored)
+        if self.rank == 0:
+            scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
+            write_rollouts(self.folder, step, scored, self.decode, self.grade)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.metrics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metrics.load_state_dict(state)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run the tests: ./scripts/run_tests.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment dev
+cd "$ROOT"
+exec "$PYTHON" -m pytest "$@"

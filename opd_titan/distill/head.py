@@ -40,8 +40,17 @@ def _chunks(n: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
-def _logits(h_CD: Tensor, w_VD: Tensor, targets_C: Tensor, dist: Distribution) -> Tensor:
-    return scaled_logits(h_CD, w_VD, dist.temperature, dist.top_k, dist.top_p, targets_C)
+def _logits(
+    h_CD: Tensor, w_VD: Tensor, targets_C: Tensor, dist: Distribution, buffer: Tensor
+) -> Tensor:
+    out_CV = buffer[: h_CD.shape[0]]
+    return scaled_logits(h_CD, w_VD, dist.temperature, dist.top_k, dist.top_p, targets_C, out_CV)
+
+
+def _buffer(chunks: list[slice], weight_VD: Tensor) -> Tensor:
+    """fp32 [C, V] for the logits of any of the chunks: one allocation serves them all."""
+    rows = max((c.stop - c.start for c in chunks), default=0)
+    return torch.empty(rows, weight_VD.shape[0], device=weight_VD.device)
 
 
 def score_head(
@@ -54,9 +63,11 @@ def score_head(
         targets_R: token ids.
     """
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
-    for chunk in _chunks(targets_R.numel(), weight_VD.shape[0]):
+    chunks = _chunks(targets_R.numel(), weight_VD.shape[0])
+    buffer = _buffer(chunks, weight_VD)
+    for chunk in chunks:
         targets_C = targets_R[chunk]
-        logits_CV = _logits(hidden_TD[predict_R[chunk]], weight_VD, targets_C, dist)
+        logits_CV = _logits(hidden_TD[predict_R[chunk]], weight_VD, targets_C, dist, buffer)
         out_R[chunk] = _target_logprobs(logits_CV, targets_C)[0]
     return out_R
 
@@ -113,24 +124,24 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, targets_R, scores, scale, token_loss, dist):
-        grad_R = torch.empty(targets_R.numel(), device=hidden_RD.device)
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         stats: list[list[Tensor]] = []
-        for chunk in _chunks(targets_R.numel(), weight_VD.shape[0]):
+        chunks = _chunks(targets_R.numel(), weight_VD.shape[0])
+        logits_buffer, probs_buffer = _buffer(chunks, weight_VD), _buffer(chunks, weight_VD)
+        for chunk in chunks:
             h_CD, targets_C = hidden_RD[chunk], targets_R[chunk]
-            logits_CV = _logits(h_CD, weight_VD, targets_C, dist)
+            logits_CV = _logits(h_CD, weight_VD, targets_C, dist, logits_buffer)
             logprob_C, normaliser_C1 = _target_logprobs(logits_CV, targets_C)
             with torch.enable_grad():
                 leaf_C = logprob_C.requires_grad_()
                 result = token_loss(leaf_C, scores[chunk])
                 (g_C,) = torch.autograd.grad(result.loss_C.sum(), leaf_C)
-            probs_CV = (logits_CV - normaliser_C1).exp_()
+            logprobs_CV = logits_CV.sub_(normaliser_C1)
+            probs_CV = torch.exp(logprobs_CV, out=probs_buffer[: h_CD.shape[0]])
             if dist.truncates:  # 0 x -inf is NaN, and a token that was cut adds nothing
-                logits_CV.masked_fill_(logits_CV == -torch.inf, 0.0)
-            mean_logit_C = torch.bmm(probs_CV[:, None], logits_CV[:, :, None]).view(-1)
-            entropy_C = normaliser_C1.squeeze(1) - mean_logit_C
-            grad_R[chunk] = g_C
+                logprobs_CV.masked_fill_(logprobs_CV == -torch.inf, 0.0)
+            entropy_C = -torch.bmm(probs_CV[:, None], logprobs_CV[:, :, None]).view(-1)
             g_C = g_C * (scale / dist.temperature)
             dlogits_CV = probs_CV.mul_(-g_C[:, None])
             dlogits_CV.scatter_add_(1, targets_C[:, None], g_C[:, None])

@@ -9,16 +9,20 @@ Shapes: N rows, D model width, V vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def project(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    """fp32 logits [N, V]. Half-precision operands are accumulated and kept in fp32 on CUDA; a CPU
-    has no such product and rounds its bf16 logits once."""
-    if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
+def project(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor | None = None) -> Tensor:
+    """fp32 logits [N, V], into `out_NV` if given.
+
+    Half-precision operands are accumulated and kept in fp32 on CUDA; a CPU has no such product and
+    rounds its bf16 logits once.
+    """
+    if hidden_ND.dtype == torch.float32:
+        return torch.mm(hidden_ND, weight_VD.t(), out=out_NV)
+    if hidden_ND.is_cuda:
         return torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
-    return F.linear(hidden_ND, weight_VD).float()
+    return torch.mm(hidden_ND, weight_VD.t()).float()
 
 
 def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None = None) -> Tensor:
@@ -54,9 +58,16 @@ def scaled_logits(
     top_k: int = 0,
     top_p: float = 1.0,
     keep_N: Tensor | None = None,
+    out_NV: Tensor | None = None,
 ) -> Tensor:
-    """fp32 logits [N, V] of the distribution at `temperature`, truncated by top-k and top-p."""
-    logits_NV = project(hidden_ND, weight_VD)
+    """fp32 logits [N, V] of the distribution at `temperature`, truncated by top-k and top-p.
+
+    Args:
+        keep_N: see `truncate_`.
+        out_NV: a buffer for the result. Without one, a large vocabulary pays for fresh pages at
+            every call, which on a CPU costs as much as the product itself.
+    """
+    logits_NV = project(hidden_ND, weight_VD, out_NV)
     if temperature != 1.0:
         logits_NV.div_(temperature)
     return truncate_(logits_NV, top_k, top_p, keep_N)

@@ -1,4 +1,4 @@
-"""`torchrun` that keeps the workers' exit code: `python -m opd_titan.launch [torchrun options] ...`.
+"""`torchrun` that keeps the exit code: `python -m opd_titan.launch [torchrun options] ...`.
 
 torchrun itself turns every failure into exit code 1 and a page of traceback, which would hide what
 2 (your input is wrong) and 75 (stopped on a signal, start again) mean.

@@ -1,0 +1,56 @@
+"""Run a function on several gloo processes of this machine."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call `fn(*args)` on every rank of a fresh gloo world, in spawned processes.
+
+    `fn` must be importable (a function at the top of a test module); it finds its rank with
+    `torch.distributed`.
+
+    Returns:
+        What each rank returned, by rank (pickled on the way).
+
+    Raises:
+        The first rank's own error, with its traceback as the cause.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(_child, (fn, world_size, folder, args), nprocs=world_size)
+        except mp.ProcessRaisedException as failure:
+            errors = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+            if not errors:  # an error that cannot be pickled
+                raise
+            raise pickle.loads(errors[0].read_bytes()) from failure
+        return [pickle.loads(Path(folder, f"result-{r}").read_bytes()) for r in range(world_size)]
+
+
+def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
+    try:
+        Path(folder, f"result-{rank}").write_bytes(pickle.dumps(fn(*args)))
+    except BaseException as error:
+        partial = Path(folder, f"partial-{rank}")
+        partial.write_bytes(pickle.dumps(error))
+        partial.rename(Path(folder, f"error-{rank}"))
+        raise
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,641 @@
+"""Hugging Face folders in and out: what is loaded, what is refused, what is written.
+
+Spawned processes import this module, so what is slow to import (transformers) waits for its use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_utils import run_distributed
+from safetensors.torch import load_file, save_file
+from test_model import BASE, packed_logits, random_sequences
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from opd_titan.checkpoint import hf_export
+from opd_titan.checkpoint.hf_export import export_hf
+from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolve_model_folder
+from opd_titan.checkpoint.hf_load import (
+    INDEX,
+    SINGLE,
+    check_hf_weights,
+    load_hf_weights,
+    native_tensors,
+    random_init_weights,
+)
+from opd_titan.errors import ModelError
+from opd_titan.models import get_family
+from opd_titan.models.qwen3.model import Qwen3Model
+
+# An odd vocabulary, so that shards are uneven on two ranks.
+TINY = {**BASE, "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 2}
+CARD = "# A student\n"
+
+
+def make_source(
+    folder: Path,
+    *,
+    tied: bool = False,
+    ship_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    sharded: bool = False,
+    **sizes: Any,
+) -> Path:
+    """A folder as transformers itself writes it, with a tokenizer of `vocab_size` words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**{**TINY, "tie_word_embeddings": tied, **sizes})
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).to(dtype)
+    model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+    if ship_head:
+        path = folder / SINGLE
+        tensors = load_file(path)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, path, metadata={"format": "pt"})
+    words = {f"w{i}": i for i in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(folder)
+    return folder
+
+
+def load_theirs(folder: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def inspect(folder: Path) -> tuple[Any, Any, dict[str, str], dict[str, Path]]:
+    """Family, args, key table and checked files of a folder."""
+    config = read_hf_config(folder)
+    family = get_family(config, str(folder))
+    args = family.args_from_hf_config(config, str(folder))
+    table = family.hf_to_native(args.n_layers, args.tied)
+    with torch.device("meta"):
+        model = family.build(args)
+    expected = {hf: tuple(model.get_parameter(native).shape) for hf, native in table.items()}
+    files = check_hf_weights(folder, expected, "lm_head.weight" if args.tied else None)
+    return family, args, table, files
+
+
+def load_plain(folder: Path) -> tuple[Qwen3Model, dict[str, str]]:
+    family, args, table, files = inspect(folder)
+    model = family.build(args)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    load_hf_weights(model, files, table)
+    return model, table
+
+
+def build_sharded(
+    folder: Path, mesh_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Qwen3Model, dict[str, str], dict[str, Path]]:
+    """As the trainer does: meta, shard, materialise. Filled with NaN, not with luck."""
+    family, args, table, files = inspect(folder)
+    with torch.device("meta"):
+        model = family.build(args)
+    names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
+    family.parallelize(model, init_device_mesh("cpu", mesh_shape, mesh_dim_names=names), dtype)
+    model.to_empty(device="cpu")
+    for tensor in native_tensors(model).values():
+        tensor.to_local().fill_(torch.nan)
+    return model, table, files
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder; none may be in two files."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        part = load_file(path)
+        assert not tensors.keys() & part.keys()
+        tensors.update(part)
+    return tensors
+
+
+def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+SOURCES: dict[str, dict[str, Any]] = {
+    "single": {},
+    "single_bf16": dict(dtype=torch.bfloat16),
+    "sharded": dict(sharded=True),
+    "sharded_tied_bf16": dict(sharded=True, tied=True, dtype=torch.bfloat16),
+    "tied": dict(tied=True),
+    "tied_with_head": dict(tied=True, ship_head=True),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_load_and_export_give_back_the_checkpoint(name: str, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", **SOURCES[name])
+    assert (source / INDEX).is_file() == ("sharded" in name)
+    model, table = load_plain(source)
+    theirs = load_theirs(source, dtype=torch.float32)
+    for hf, native in table.items():
+        assert torch.equal(model.get_parameter(native), theirs.get_parameter(hf)), hf
+
+    out = tmp_path / "out"
+    limit = 20_000 if "sharded" in name else 4 * 1024**3
+    export_hf(
+        model,
+        out,
+        source_folder=source,
+        key_table=table,
+        dtype=None,
+        card=CARD,
+        max_shard_bytes=limit,
+    )
+    truth = stored(source)
+    if SOURCES[name].get("ship_head"):
+        del truth["lm_head.weight"]
+    assert_same_tensors(stored(out), truth)
+    assert (out / INDEX).is_file() == ("sharded" in name)
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+    assert (out / "README.md").read_text() == CARD
+    modes = {p.stat().st_mode for p in out.iterdir()}
+    assert len(modes) == 1, "weights must be as readable as the config"
+    assert read_hf_config(out) == read_hf_config(source)
+    for copied in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / copied).read_bytes() == (source / copied).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["sharded", "tied_with_head", "sharded_tied_bf16"])
+@torch.no_grad()
+def test_transformers_loads_the_export_as_it_stands(name: str, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", **SOURCES[name])
+    model, table = load_plain(source)
+    out = tmp_path / "out"
+    options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
+    export_hf(model, out, **options, max_shard_bytes=20_000)
+    before = load_theirs(source)
+    after, info = load_theirs(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert after.dtype == before.dtype
+    tokens = random_sequences(37, [20])[0]
+    assert torch.equal(before(tokens[None]).logits, after(tokens[None]).logits)
+    text = "w5 w9 w2"
+    assert load_tokenizer(out)(text).input_ids == [5, 9, 2]
+    ours = packed_logits(model, [tokens])
+    assert torch.allclose(ours, after.float()(tokens[None]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_index_names_every_tensor_and_files_keep_to_the_limit(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    model, table = load_plain(source)
+    out = tmp_path / "out"
+    options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
+    export_hf(model, out, **options, max_shard_bytes=12_000)
+    index = json.loads((out / INDEX).read_text())
+    files = sorted(p.name for p in out.glob("*.safetensors"))
+    n = len(files)
+    assert n > 3 and files[0] == f"model-00001-of-{n:05d}.safetensors"
+    total = 0
+    for name in files:
+        part = load_file(out / name)
+        sizes = [t.nbytes for t in part.values()]
+        assert sum(sizes) <= 12_000 or len(sizes) == 1
+        assert all(index["weight_map"][key] == name for key in part)
+        total += sum(sizes)
+    assert index["metadata"]["total_size"] == total
+    assert index["weight_map"].keys() == table.keys()
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_config_says_the_dtype_that_is_written(key: str, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    config = read_hf_config(source)
+    config.pop("dtype", None)
+    (source / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    model, table = load_plain(source)
+    out = tmp_path / "out"
+    export_hf(model, out, source_folder=source, key_table=table, dtype=torch.bfloat16, card=CARD)
+    assert read_hf_config(out) == {**config, key: "bfloat16"}
+    assert_same_tensors(stored(out), {n: t.bfloat16() for n, t in stored(source).items()})
+    assert load_theirs(out).dtype == torch.bfloat16
+
+
+def test_auto_dtype_is_the_sources_tensor_by_tensor_or_its_configs(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", dtype=torch.bfloat16)
+    mixed = stored(source)
+    mixed["model.norm.weight"] = mixed["model.norm.weight"].float()
+    save_file(mixed, source / SINGLE, metadata={"format": "pt"})
+    model, table = load_plain(source)
+    options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
+    export_hf(model, tmp_path / "a", **options)
+    assert_same_tensors(stored(tmp_path / "a"), mixed)
+    assert read_hf_config(tmp_path / "a")["dtype"] == "bfloat16"
+    (source / SINGLE).unlink()  # as under random_init, where there may be no weights
+    export_hf(model, tmp_path / "b", **options)
+    assert {t.dtype for t in stored(tmp_path / "b").values()} == {torch.bfloat16}
+
+
+def test_export_replaces_what_is_there_and_survives_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    model, table = load_plain(source)
+    out, tmp = tmp_path / "hf" / "step-1", tmp_path / "hf" / "step-1.tmp"
+    for folder in (out, tmp):  # an older export, and what a killed run left
+        folder.mkdir(parents=True)
+        (folder / "stale.safetensors").write_text("")
+    options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_export, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            export_hf(model, out, **options)
+    assert [p.name for p in out.iterdir()] == ["stale.safetensors"]
+    export_hf(model, out, **options)
+    assert_same_tensors(stored(out), stored(source))
+    assert [p.name for p in out.parent.iterdir()] == ["step-1"]
+
+
+def test_export_writes_the_master_weights_after_a_bf16_forward(
+    world_of_one: None, tmp_path: Path
+) -> None:
+    """After a forward the root stays gathered, in the compute dtype: that must not be exported."""
+    source = make_source(tmp_path / "source", tied=True)
+    model, table, files = build_sharded(source, (1,), torch.bfloat16)
+    load_hf_weights(model, files, table)
+    with torch.no_grad():
+        packed_logits(model, random_sequences(37, [5]))
+    out = tmp_path / "out"
+    export_hf(model, out, source_folder=source, key_table=table, dtype=None, card=CARD)
+    assert_same_tensors(stored(out), stored(source))
+    assert model.lm_head.weight is model.tok_embeddings.weight
+    load_hf_weights(model, files, table)  # and a reload fills what the next forward uses
+    after = packed_logits(model, random_sequences(37, [5]))
+    assert torch.isfinite(after).all()
+
+
+def test_real_qwen3_tokenizer_survives_export(shared_data: Path, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    model, table = load_plain(source)
+    real, out = shared_data / "qwen3_tokenizer", tmp_path / "out"
+    options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
+    export_hf(model, out, **options, tokenizer_folder=real)
+    a, b = load_tokenizer(real), load_tokenizer(out)
+    messages = [{"role": "user", "content": "2 + 2 = 4, isn't it?"}]
+    options = dict(tokenize=False, add_generation_prompt=True)
+    assert a.apply_chat_template(messages, **options) == b.apply_chat_template(messages, **options)
+    assert a.get_vocab() == b.get_vocab()
+
+
+# Several processes
+
+
+def _load_and_export(sources: list[Path], out: Path, mesh_shape: tuple[int, ...]) -> int:
+    """Load each folder into shards, check them against the files, export them again."""
+    n_checked = 0
+    for i, source in enumerate(sources):
+        model, table, files = build_sharded(source, mesh_shape)
+        load_hf_weights(model, files, table)
+        truth, tensors = stored(source), native_tensors(model)
+        for hf, native in table.items():
+            assert isinstance(tensors[native], DTensor)
+            assert torch.equal(tensors[native].full_tensor(), truth[hf].float()), hf
+            n_checked += 1
+        assert model.lm_head.weight is model.tok_embeddings.weight or not model.args.tied
+        options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
+        export_hf(model, out / str(i), **options, max_shard_bytes=20_000)
+        assert (out / str(i) / "config.json").is_file()  # on every rank, on return
+    return n_checked
+
+
+def _random_inits(sources: list[Path], mesh_shape: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    return [_random_init(source, mesh_shape) for source in sources]
+
+
+def _random_init(source: Path, mesh_shape: tuple[int, ...] | None) -> dict[str, Tensor]:
+    if mesh_shape is None:
+        model, _ = load_plain(source)
+    else:
+        model, _, _ = build_sharded(source, mesh_shape)
+    random_init_weights(model, seed=3, std=0.02)
+    tensors = native_tensors(model)
+    full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    # Pickled, a Parameter would take its storage with it.
+    return {n: t.detach().clone() for n, t in full.items()}
+
+
+def test_two_processes_load_and_export_uneven_shards(tmp_path: Path) -> None:
+    names = ["sharded", "sharded_tied_bf16", "tied_with_head"]
+    sources = [make_source(tmp_path / name, **SOURCES[name]) for name in names]
+    counts = run_distributed(_load_and_export, 2, sources, tmp_path / "out", (2,))
+    assert counts[0] == counts[1] > 60
+    for i, source in enumerate(sources):
+        truth = stored(source)
+        if read_hf_config(source)["tie_word_embeddings"]:
+            truth.pop("lm_head.weight", None)
+        assert_same_tensors(stored(tmp_path / "out" / str(i)), truth)
+        load_theirs(tmp_path / "out" / str(i))
+
+
+def _world_of_four(source: Path, out: Path, file: Path) -> None:
+    _load_and_export([source], out / "shard", (4,))
+    _load_and_export([source], out / "replicate_shard", (2, 2))
+    # FSDP over tensor parallelism: the first placement is a strided shard.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    table = {"0.weight": "0.weight", "1.weight": "1.weight"}
+    load_hf_weights(model, dict.fromkeys(table, file), table)
+    for name, truth in load_file(file).items():
+        assert torch.equal(native_tensors(model)[name].full_tensor(), truth), name
+
+
+@pytest.mark.slow
+def test_four_processes_with_empty_shards_replicas_and_tensor_parallel(tmp_path: Path) -> None:
+    # Five rows on four ranks: 2, 2, 1 and none.
+    source = make_source(tmp_path / "source", hidden_size=5, tied=True)
+    file = tmp_path / SINGLE
+    save_file({"0.weight": torch.randn(20, 12), "1.weight": torch.randn(12, 20)}, file)
+    run_distributed(_world_of_four, 4, source, tmp_path, file)
+    for mesh in ("shard", "replicate_shard"):
+        assert_same_tensors(stored(tmp_path / mesh / "0"), stored(source))
+
+
+def test_random_init_does_not_depend_on_the_world(tmp_path: Path) -> None:
+    sources = [make_source(tmp_path / str(tied), tied=tied) for tied in (False, True)]
+    plain = [_random_init(source, None) for source in sources]
+    for rank in run_distributed(_random_inits, 2, sources, (2,)):
+        for sharded, whole in zip(rank, plain, strict=True):
+            assert_same_tensors(sharded, whole)
+    assert torch.equal(plain[1]["lm_head.weight"], plain[1]["tok_embeddings.weight"])
+
+
+def test_random_init_draws_each_matrix_from_seed_and_name(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    first = _random_init(source, None)
+    other, _ = load_plain(source)
+    random_init_weights(other, seed=4, std=0.02)
+    for name, tensor in first.items():
+        if tensor.dim() == 1:
+            assert torch.equal(tensor, torch.ones_like(tensor)), name
+        else:
+            assert abs(tensor.std().item() / 0.02 - 1) < 0.1, name
+            assert not torch.equal(tensor, native_tensors(other)[name]), name
+    of_a_kind = [t for n, t in first.items() if n.endswith("w1.weight")]
+    assert not torch.equal(*of_a_kind)
+
+
+def test_random_init_in_a_world_of_one(world_of_one: None, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", tied=True)
+    assert_same_tensors(_random_init(source, (1,)), _random_init(source, None))
+
+
+def test_a_childs_error_reaches_the_test() -> None:
+    with pytest.raises(ModelError, match="config.json: is missing"):
+        run_distributed(inspect, 1, Path("nowhere"))
+
+
+# What is refused
+
+WQ = "model.layers.1.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+SHARD = "model-00002-of-"  # the second shard's name starts so
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_bytes(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def second_shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(changes))
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder, change)
+
+
+def weight_map(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / INDEX, lambda i: change(i["weight_map"]))
+
+
+def text(name: str, content: str) -> Callable[[Path], int]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def only_bin(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def big_header(data: bytes) -> bytes:
+    return (2**40).to_bytes(8, "little") + data[8:]
+
+
+# kind of source, what breaks it, what the message must name
+BROKEN: dict[str, tuple[dict[str, Any], Callable[[Path], Any], tuple[str, ...]]] = {
+    "no_config": ({}, lambda f: (f / "config.json").unlink(), ("config.json", "missing")),
+    "config_not_json": ({}, text("config.json", "{"), ("config.json", "JSON")),
+    "config_not_an_object": ({}, text("config.json", "[1]"), ("config.json", "list")),
+    "config_not_utf8": (
+        {},
+        lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'),
+        ("config.json",),
+    ),
+    "no_weights": ({}, lambda f: (f / SINGLE).unlink(), (SINGLE, INDEX)),
+    "only_pytorch_bin": ({}, only_bin, (SINGLE, "pytorch_model.bin")),
+    "missing_tensor": ({}, tensors(lambda t: t.pop(WQ)), (SINGLE, WQ)),
+    "missing_layer": ({}, config(num_hidden_layers=3), (SINGLE, "layers.2.", "and 10 more")),
+    "extra_layer": ({}, config(num_hidden_layers=1), (SINGLE, "layers.1.", "and 10 more")),
+    "extra_bias": (
+        {},
+        tensors(lambda t: t.update({WQ[:-6] + "bias": torch.zeros(128)})),
+        (SINGLE, "q_proj.bias"),
+    ),
+    "misshapen": ({}, tensors(lambda t: t.update({WQ: t[WQ].T.contiguous()})), (SINGLE, WQ)),
+    "flat": ({}, tensors(lambda t: t.update({WQ: t[WQ].flatten()})), (SINGLE, WQ, "[4096]")),
+    "other_vocab": ({}, config(vocab_size=38), (SINGLE, EMBEDDING, "[37, 32]", "[38, 32]")),
+    "other_heads": ({}, config(num_key_value_heads=2), (SINGLE, "k_proj", "[64, 32]")),
+    "fp8": ({}, tensors(lambda t: t.update({WQ: t[WQ].to(torch.float8_e4m3fn)})), (WQ, "F8_E4M3")),
+    "int8": ({}, tensors(lambda t: t.update({WQ: t[WQ].char()})), (SINGLE, WQ, "I8")),
+    "untied_without_head": (
+        dict(tied=True),
+        config(tie_word_embeddings=False),
+        ("lm_head.weight",),
+    ),
+    "tied_with_another_head": (
+        dict(tied=True, ship_head=True),
+        tensors(lambda t: t["lm_head.weight"].neg_()),
+        (SINGLE, "lm_head.weight", "tie_word_embeddings"),
+    ),
+    "tied_with_misshapen_head": (
+        dict(tied=True, ship_head=True),
+        tensors(lambda t: t.update({"lm_head.weight": torch.zeros(36, 32)})),
+        (SINGLE, "lm_head.weight", "[36, 32]"),
+    ),
+    "truncated": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b[:-100]), (SINGLE, "truncated")),
+    "truncated_header": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b[:100]), (SINGLE,)),
+    "empty_file": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b""), (SINGLE, "truncated")),
+    "not_safetensors": ({}, text(SINGLE, "<html>429 Too Many Requests</html>"), (SINGLE,)),
+    "lfs_pointer": ({}, text(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), (SINGLE,)),
+    "header_too_long": ({}, lambda f: edit_bytes(f / SINGLE, big_header), (SINGLE,)),
+    "weights_are_a_folder": (
+        {},
+        lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()),
+        (SINGLE,),
+    ),
+    "no_shard": (dict(sharded=True), lambda f: second_shard(f).unlink(), (SHARD, INDEX)),
+    "truncated_shard": (
+        dict(sharded=True),
+        lambda f: edit_bytes(second_shard(f), lambda b: b[:-1]),
+        (SHARD, "truncated"),
+    ),
+    "index_escapes": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({WQ: "../other.safetensors"})),
+        (INDEX, WQ, "../other.safetensors"),
+    ),
+    "index_absolute": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({WQ: "/etc/passwd"})),
+        (INDEX, WQ, "/etc/passwd"),
+    ),
+    "index_not_text": (dict(sharded=True), weight_map(lambda m: m.update({WQ: 2})), (INDEX, WQ)),
+    "index_without_map": (
+        dict(sharded=True),
+        lambda f: edit_json(f / INDEX, lambda i: i.pop("weight_map")),
+        (INDEX, "weight_map"),
+    ),
+    "index_not_json": (dict(sharded=True), text(INDEX, "nope"), (INDEX, "JSON")),
+    "index_lacks_a_tensor": (dict(sharded=True), weight_map(lambda m: m.pop(WQ)), (WQ, INDEX)),
+    "index_names_a_ghost": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({"ghost.weight": m[WQ]})),
+        (INDEX, "ghost.weight"),
+    ),
+    "index_swaps_files": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({WQ: m["model.norm.weight"], "model.norm.weight": m[WQ]})),
+        (INDEX,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    kind, damage, named = BROKEN[name]
+    folder = make_source(tmp_path / "source", **kind)
+    inspect(folder)
+    damage(folder)
+    with pytest.raises(ModelError) as caught:
+        inspect(folder)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    for part in (str(folder), *named):
+        assert part in message
+
+
+def test_old_rope_tables_in_a_checkpoint_are_ignored(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    edit_tensors(source, lambda tensors: tensors.update(table))
+    load_plain(source)
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    other = make_source(tmp_path / "other", sharded=True, initializer_range=0.7)
+    for path in other.glob("model*"):
+        shutil.copy(path, source)
+    model, _ = load_plain(source)
+    theirs = load_theirs(source)
+    assert torch.equal(model.tok_embeddings.weight, theirs.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("path", ["", "missing", "./a/b", "/no/such/folder", "a/b/c", "org/none"])
+def test_a_model_that_is_not_there_names_the_key(path: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_model_folder(path, "teacher.hf_path")
+    message = str(caught.value)
+    assert message.startswith(f"teacher.hf_path = {path!r}") and "\n" not in message
+
+
+def test_a_local_folder_is_taken_as_it_stands(tmp_path: Path) -> None:
+    assert resolve_model_folder(str(tmp_path), "student.hf_path") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("generation", "config_eos", "expected"),
+    [
+        ({"eos_token_id": [5, 7]}, 5, {5, 7}),
+        ({"eos_token_id": 6}, 5, {6}),
+        ({"eos_token_id": None}, 5, {5}),
+        ({}, [5, 8], {5, 8}),
+        (None, 5, {5}),
+        (None, 0, {0}),
+        (None, None, "neither"),
+        ({}, [], "neither"),
+        ({"eos_token_id": "</s>"}, 5, "generation_config.json: eos_token_id"),
+        ({"eos_token_id": [5, 99]}, 5, "generation_config.json: eos_token_id"),
+        (None, -1, "config.json: eos_token_id"),
+        (None, True, "config.json: eos_token_id"),
+        ([], 5, "generation_config.json: holds a JSON list"),
+    ],
+    ids=str,
+)
+def test_eos_ids(generation: Any, config_eos: Any, expected: Any, tmp_path: Path) -> None:
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = {"eos_token_id": config_eos, "vocab_size": 37}
+    if isinstance(expected, set):
+        assert eos_token_ids(tmp_path, config) == expected
+        return
+    with pytest.raises(ModelError, match=expected):
+        eos_token_ids(tmp_path, config)

@@ -75,6 +75,8 @@ def export_hf(
         _copy_files(source_folder, tmp, (GENERATION_CONFIG,))
         _copy_files(tokenizer_folder or source_folder, tmp, TOKENIZER_FILES)
         (tmp / "README.md").write_text(card, encoding="utf-8")
+        for file_name in shards:  # safetensors creates its files for their owner alone
+            shutil.copymode(tmp / CONFIG, tmp / file_name)
         _publish(tmp, out)
     if dist.is_initialized():
         dist.barrier()
@@ -90,11 +92,11 @@ def _plan_dtypes(
     if dtype is not None:
         return dict.fromkeys(key_table, dtype)
     stored = stored_dtypes(source_folder)
-    named = next((getattr(torch, str(config[k]), None) for k in _DTYPE_KEYS if k in config), None)
-    return {
-        hf: stored.get(hf) or (named if isinstance(named, torch.dtype) else tensors[native].dtype)
-        for hf, native in key_table.items()
-    }
+    name = next((str(config[k]) for k in _DTYPE_KEYS if config.get(k)), "")
+    fallback = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(fallback, torch.dtype):
+        fallback = next(iter(tensors.values())).dtype
+    return {hf: stored.get(hf, fallback) for hf in key_table}
 
 
 def _plan_shards(
@@ -170,14 +172,19 @@ def _copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
 def _publish(tmp: Path, out: Path) -> None:
     """Put `tmp` in the place of `out`, after its bytes are on the disk."""
     for path in [*tmp.iterdir(), tmp]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _fsync(path)
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     tmp.rename(out)
+    _fsync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -106,7 +106,9 @@ def eos_token_ids(folder: Path, config: dict[str, Any]) -> set[int]:
             "of the token (or a list of ids) that ends a response"
         )
     ids = value if isinstance(value, list) else [value]
-    vocab_size = config.get("vocab_size", float("inf"))
+    vocab_size = config.get("vocab_size")
+    if type(vocab_size) is not int:  # not this function's to refuse
+        vocab_size = float("inf")
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise ModelError(
             f"{path}: eos_token_id is {value!r}; expected token ids from 0 to below vocab_size "

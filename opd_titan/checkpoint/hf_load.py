@@ -52,12 +52,6 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def expected_hf_shapes(model: nn.Module, key_table: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """The global shape of every Hugging Face tensor that `model` (also on meta) wants."""
-    tensors = native_tensors(model)
-    return {hf: tuple(tensors[native].shape) for hf, native in key_table.items()}
-
-
 def check_hf_weights(
     folder: Path,
     expected: dict[str, tuple[int, ...]],
@@ -95,7 +89,7 @@ def check_hf_weights(
             f"{files[extra[0]]}: has a tensor {_and_more(extra)}, which the model that config.json "
             "describes does not have"
         )
-    for name in wanted.keys() & files.keys():
+    for name in (n for n in wanted if n in files):
         shape, dtype = headers[name]
         if shape != wanted[name]:
             raise ModelError(
@@ -163,6 +157,7 @@ def random_init_weights(model: nn.Module, seed: int, std: float) -> None:
 
 def _local_window(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """What this rank stores of `tensor`, and where that lies in the whole."""
+    assert not tensor.is_meta, "materialise the model before filling it"
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, n) for n in tensor.shape)
     local = tensor.to_local()
@@ -235,7 +230,7 @@ def _check_equal(files: dict[str, Path], head: str, embedding: str) -> None:
         a, b = file_a.get_slice(head), file_b.get_slice(embedding)
         for start in range(0, a.get_shape()[0], _ROWS_PER_COMPARE):
             rows = slice(start, start + _ROWS_PER_COMPARE)
-            if not torch.equal(a[rows], b[rows]):
+            if not torch.equal(a[rows].float(), b[rows].float()):
                 raise ModelError(
                     f"{files[head]}: {head} differs from {embedding}, though config.json has "
                     "tie_word_embeddings true; set it to false, or remove the tensor"

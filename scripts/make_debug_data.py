@@ -5,11 +5,12 @@
 
 Writes, in GSM8K's format (`question`, and `answer` ending in `#### number`):
 
-- `data/train.jsonl` (prompts for on-policy distillation) and `data/test.jsonl` (held out: no pair
-  of operands of the same operation occurs in any other file);
-- the tokenizer, into the folder of each model: byte-level BPE with the structure of Qwen3's;
-- with `--sft-folder`, `student_sft.jsonl` (most answers follow a misconception: no carry, no borrow,
-  adding where it should multiply) and `teacher_sft.jsonl` (all but a few answers are right).
+- `data/train.jsonl`: prompts for on-policy distillation;
+- `data/test.jsonl`: held out, no operation on the same two numbers occurs in any other file;
+- with `--sft-folder`, `student_sft.jsonl`: most answers follow a misconception (no carry, no
+  borrow, adding where it should multiply); and `teacher_sft.jsonl`: nearly all answers are right;
+
+and, into the folder of each model, the tokenizer: byte-level BPE with the structure of Qwen3's.
 
 An answer works digit by digit and writes its carry down, so that a misconception is one wrong token
 (`carry 0`, `borrow 0`, or `+` for `*`) and everything after it follows from what is written:
@@ -17,7 +18,8 @@ An answer works digit by digit and writes its carry down, so that a misconceptio
     27 + 15   right   7+5=12, carry 1, 2+1+1=4.     #### 42
               wrong   7+5=12, carry 0, 2+1+0=3.     #### 32
 
-All of it depends only on the seeds below; tests/test_debug_data.py holds the shipped files to it.
+All of it depends only on the constants below; tests/test_debug_data.py holds the shipped files to
+it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ fail() {
 }
 
 dataset=gsm8k
-data="${DATA_PATH:-gsm8k}"
+data="${DATA_PATH:-}"
 args=()
 [ -z "${STUDENT_PATH:-}" ] || args+=(--student.hf_path "$STUDENT_PATH")
 [ -z "${TEACHER_PATH:-}" ] || args+=(--teacher.hf_path "$TEACHER_PATH")
@@ -63,13 +63,12 @@ canonical() {
 }
 dataset="$(canonical "$dataset")"
 case "$(canonical "$data")" in
-    gsm8k | openthoughts3) [ "$data" = gsm8k ] || dataset="$(canonical "$data")" ;;
+    "") ;;
+    gsm8k | openthoughts3) dataset="$(canonical "$data")" ;;
     *) args=(--data.path "$data" "${args[@]}") ;;
 esac
-# OpenThoughts3 has no answers, and no raw format.
-if [ "$dataset" = openthoughts3 ]; then
-    args=(--data.template chat --no-validation.enable "${args[@]}")
-fi
+# OpenThoughts3 is a chat set; the raw format of the recipe is GSM8K's.
+[ "$dataset" != openthoughts3 ] || args=(--data.template chat "${args[@]}")
 export CONFIG_FILE="${CONFIG_FILE:-$scripts/../train_configs/seed_gsm8k.toml}"
 [ -z "${N_GPUS:-}" ] || export NGPU="$N_GPUS"
 exec "$scripts/run_train.sh" --data.dataset "$dataset" "${args[@]}"

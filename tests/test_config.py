@@ -19,6 +19,7 @@ from opd_titan.config.checks import OPTIONS, TABLES
 
 MODELS = ["--student.hf_path", "s", "--teacher.hf_path", "t"]
 SFT = ["--student.hf_path", "s", "--distill.objective", "sft", "--rollout.on_policy_fraction", "0"]
+SFT += ["--rollout.group_size", "1"]
 
 
 def load(tmp_path: Path, toml: str | bytes, *argv: str) -> JobConfig:
@@ -325,6 +326,11 @@ BAD_ARGUMENTS = [
     ("--rollout.on_policy_fraction 0.5", "0.5 is not built yet; only 1.0", "and 0.0"),
     ("--rollout.on_policy_fraction 0", "0.0 contradicts", '"policy_gradient"', "wanted 1.0"),
     ("--distill.objective sft", "[rollout] on_policy_fraction: 1.0", '"sft"', "wanted 0.0"),
+    (
+        " ".join(SFT) + " --rollout.group_size 2",
+        "[rollout] group_size: 2 contradicts on_policy_fraction = 0.0",
+        "wanted 1",
+    ),
     (" ".join(SFT) + " --reference.coef 1", "[reference] coef: must be 0", '"sft"'),
     ("--distill.minibatches 129", "[distill] minibatches: 129", "group_size", "at most 128"),
     (
@@ -430,6 +436,7 @@ def configs(draw) -> JobConfig:
     c.data.enable_thinking &= c.data.template == "chat"
     c.validation.temperature += 1e-3
     c.rollout.on_policy_fraction = 0.0 if sft else 1.0
+    c.rollout.group_size = 1 if sft else c.rollout.group_size
     c.reference.coef *= not sft
     c.distill.minibatches = min(c.distill.minibatches, c.rollout.prompts_per_step)
     c.lr_scheduler.warmup_steps %= c.training.steps

@@ -192,6 +192,12 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
         )
     if objective == "sft" and c.reference.coef != 0:
         yield "reference.coef", 'must be 0 with [distill] objective = "sft", which has no reference'
+    if fraction == 0.0 and c.rollout.group_size != 1:
+        yield (
+            "rollout.group_size",
+            f"{c.rollout.group_size} contradicts on_policy_fraction = 0.0: the data set has one "
+            "response for each prompt; wanted 1",
+        )
     responses = c.rollout.prompts_per_step * c.rollout.group_size
     if c.distill.minibatches > responses:
         yield (

@@ -1,0 +1,318 @@
+"""Who computes what, and that it does not matter: packing, micro-batches, ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_utils import run_distributed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_student import (
+    CPU,
+    make_sample,
+    naive_logprobs,
+    one_process_group,
+    random_samples,
+    tiny_qwen3,
+    with_rollout_logprobs,
+)
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from opd_titan.data.types import Sample
+from opd_titan.distill.head import Distribution, score_head
+from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient
+from opd_titan.distill.packing import (
+    Minibatch,
+    balance,
+    fill_microbatches,
+    pack,
+    pack_values,
+    plan_minibatches,
+    split_minibatches,
+    unpack_values,
+)
+from opd_titan.distill.scoring import score
+from opd_titan.distill.update import UpdateRule, update
+from opd_titan.models.qwen3.parallelize import parallelize_qwen3
+
+RAGGED = [(3, 5), (1, 1), (6, 19), (14, 1), (2, 7), (5, 4), (2, 13)]
+RULE = UpdateRule(policy_gradient, ObjectiveSettings(reference_coef=0.5), Distribution(), 0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with one_process_group():
+        yield
+
+
+# ---------------------------------------------------------------- who computes what
+
+lengths_of_samples = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths_of_samples, st.integers(1, 6), st.integers(1, 5), st.integers(1, 60))
+def test_plan_properties(
+    lengths: list[tuple[int, int]], minibatches: int, ranks: int, budget: int
+) -> None:
+    minibatches = min(minibatches, len(lengths))
+    samples = [make_sample([1] * p, [2] * r, i) for i, (p, r) in enumerate(lengths)]
+    plans = [plan_minibatches(samples, minibatches, budget, r, ranks) for r in range(ranks)]
+    alone = plan_minibatches(samples, minibatches, budget, 0, 1)
+    all_indices: list[int] = []
+    for update_number in range(minibatches):
+        parts = [plan[update_number] for plan in plans]
+        members = [index_of(part) for part in parts]
+        # Every sample in one micro-batch of one rank; the update does not depend on the ranks.
+        together = sorted(i for member in members for i in member)
+        assert together == sorted(index_of(alone[update_number]))
+        all_indices += together
+        # Forward and backward are collective.
+        assert len({len(part.microbatches) for part in parts}) == 1
+        tokens = sum(lengths[i][1] for i in together)
+        assert {part.response_tokens for part in parts} == {tokens}
+        for part in parts:
+            for microbatch in part.microbatches:
+                assert sum(s.num_tokens for s in microbatch) <= budget or len(microbatch) == 1
+        # Someone needs them all: the padding with empty micro-batches is not more than needed.
+        assert any(all(part.microbatches) for part in parts)
+        loads = [sum(sum(lengths[i]) for i in member) for member in members]
+        longest = max(sum(lengths[i]) for i in together)
+        assert max(loads) - min(loads) <= longest
+    assert sorted(all_indices) == list(range(len(samples)))
+
+
+def index_of(part: Minibatch) -> list[int]:
+    return [s.prompt.index for microbatch in part.microbatches for s in microbatch]
+
+
+@given(st.integers(1, 200), st.integers(1, 50))
+def test_minibatches_are_consecutive_and_nearly_equal(num_samples: int, minibatches: int) -> None:
+    minibatches = min(minibatches, num_samples)
+    parts = split_minibatches(num_samples, minibatches)
+    assert len(parts) == minibatches
+    assert [i for part in parts for i in part] == list(range(num_samples))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 3))
+def test_balance_is_within_four_thirds_of_the_best(lengths: list[int], ranks: int) -> None:
+    best = min(
+        max(sum(n for n, r in zip(lengths, to, strict=True) if r == rank) for rank in range(ranks))
+        for to in product(range(ranks), repeat=len(lengths))
+    )
+    parts = balance(lengths, ranks)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in part) for part in parts) <= 4 / 3 * best + 1e-9
+    assert all(part == sorted(part) for part in parts)
+
+
+@given(st.lists(st.integers(1, 40)), st.integers(1, 60))
+def test_microbatches_are_full(lengths: list[int], budget: int) -> None:
+    bins = fill_microbatches(lengths, budget)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    loads = sorted(sum(lengths[i] for i in b) for b in bins)
+    assert all(a + b > budget for a, b in zip(loads, loads[1:], strict=False))
+
+
+# ---------------------------------------------------------------- indices
+
+
+@given(lengths_of_samples, st.integers(0, 3))
+def test_pack_says_where_each_response_token_is_predicted_from(
+    lengths: list[tuple[int, int]], first_id: int
+) -> None:
+    """Ids count up through the sequences, so that a token is predicted by the one before it."""
+    samples, inputs, ends, next_id = [], [], [], first_id
+    for prompt, response in lengths:
+        ids = list(range(next_id, next_id + prompt + response))
+        samples.append(make_sample(ids[:prompt], ids[prompt:]))
+        inputs += ids[:-1]
+        ends.append(ids[-1])
+        next_id += len(ids)
+    batch = pack(samples, CPU)
+    assert batch.tokens_T.tolist() == inputs
+    assert not set(ends) & set(inputs)  # a sequence's last token is never an input
+    assert batch.targets_R.tolist() == [t for s in samples for t in s.response_ids]
+    assert torch.equal(batch.tokens_T[batch.predict_R] + 1, batch.targets_R)
+    assert batch.attend.seq_lens == [s.num_tokens - 1 for s in samples]
+    starts = [i for i, n in enumerate(batch.attend.positions_T.tolist()) if n == 0]
+    assert [inputs[i] for i in starts] == [s.prompt.token_ids[0] for s in samples]
+
+
+@pytest.mark.parametrize("token", [0, 1, 7])
+def test_no_id_is_special(token: int) -> None:
+    """The mask comes from lengths: a pad or stop id anywhere is a token like any other."""
+    usual = pack([make_sample([2, 3], [4, 5]), make_sample([6], [2, 8, 9])], CPU)
+    same = pack([make_sample([token] * 2, [token] * 2), make_sample([token], [token] * 3)], CPU)
+    assert torch.equal(same.predict_R, usual.predict_R)
+    assert same.targets_R.tolist() == [token] * 5
+    assert torch.equal(same.attend.positions_T, usual.attend.positions_T)
+
+
+def test_values_survive_packing() -> None:
+    samples = random_samples(RAGGED)
+    values = [s.teacher_logprobs for s in samples]
+    packed_R = pack_values(values, CPU)
+    assert packed_R.shape == pack(samples, CPU).targets_R.shape
+    for mine, truth in zip(unpack_values(packed_R, samples), values, strict=True):
+        assert torch.equal(mine, truth)
+    assert pack_values([None, None], CPU) is None and pack_values([], CPU) is None
+
+
+@torch.no_grad()
+def test_packed_log_probs_equal_one_by_one() -> None:
+    model, samples = tiny_qwen3(), random_samples(RAGGED)
+    batch = pack(samples, CPU)
+    head = partial(
+        score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=Distribution(0.9)
+    )
+    packed = unpack_values(model(batch.tokens_T, batch.attend, head), samples)
+    for mine, s in zip(packed, samples, strict=True):
+        torch.testing.assert_close(mine, naive_logprobs(model, s, 0.9), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- it does not matter who
+
+
+def weights(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def step(samples: list[Sample], budget: int, rank: int = 0, ranks: int = 1) -> tuple[float, Tensor]:
+    """One rank's share of one update: its sum of token losses, and its gradient.
+
+    Plain SGD at a rate of 1 moves the weights by minus the gradient.
+    """
+    model = tiny_qwen3()
+    before = weights(model)
+    plan = plan_minibatches(samples, 1, budget, rank, ranks)
+    own = sum(len(s.response_ids) for m in plan[0].microbatches for s in m)
+    scalars = update(model, torch.optim.SGD(model.parameters(), lr=1.0), plan, RULE, CPU)
+    return scalars["loss/policy"] * own, before - weights(model)
+
+
+def naive_step(samples: list[Sample]) -> tuple[float, Tensor]:
+    """The same by full logits, one sample at a time: a sum over tokens over their number."""
+    model = tiny_qwen3()
+    total = torch.zeros(())
+    for s in samples:
+        logprob_R = naive_logprobs(model, s)
+        old_R = logprob_R.detach()
+        k_R = (old_R - s.teacher_logprobs) + 0.5 * (old_R - s.reference_logprobs)
+        total = total + (k_R * (logprob_R - old_R).exp()).sum()
+    tokens = sum(len(s.response_ids) for s in samples)
+    grads = torch.autograd.grad(total / tokens, list(model.parameters()))
+    return total.item(), torch.cat([g.flatten() for g in grads])
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("budget", [1, 13, 30, 1 << 20])
+def test_budget_changes_neither_loss_nor_gradient(budget: int) -> None:
+    samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
+    counts = {b: len(plan_minibatches(samples, 1, b, 0, 1)[0].microbatches) for b in (1, 13, 30)}
+    assert counts[1] == len(samples) > counts[13] > counts[30] > 1
+    loss, grad = step(samples, budget)
+    true_loss, true_grad = naive_step(samples)
+    assert loss == pytest.approx(true_loss, rel=1e-5)
+    assert relative(grad, true_grad) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+@pytest.mark.parametrize("budget", [13, 1 << 20])
+def test_shares_of_the_ranks_add_up(ranks: int, budget: int) -> None:
+    samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
+    shares = [step(samples, budget, r, ranks) for r in range(ranks)]
+    true_loss, true_grad = naive_step(samples)
+    assert sum(loss for loss, _ in shares) == pytest.approx(true_loss, rel=1e-5)
+    assert relative(sum(grad for _, grad in shares), true_grad) < 1e-5
+    # What a mean of the ranks' own means would be differs: the lengths are ragged.
+    own_means = []
+    for r in range(ranks):
+        mine = plan_minibatches(samples, 1, budget, r, ranks)[0].microbatches
+        own_means.append(naive_step([s for m in mine for s in m])[1])
+    assert relative(sum(own_means) / ranks, true_grad) > 0.02
+
+
+def test_order_of_samples_does_not_matter() -> None:
+    samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
+    (loss, grad), (other_loss, other_grad) = step(samples, 13), step(samples[::-1], 13)
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    assert relative(grad, other_grad) < 1e-5
+
+
+# ---------------------------------------------------------------- real ranks
+
+
+def train_on_ranks(lengths: list[tuple[int, int]], budget: int, tied: bool) -> dict[str, Any]:
+    """Two updates of an FSDP-sharded student, with a teacher's scores by the same code."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    student, teacher = tiny_qwen3(tied=tied), tiny_qwen3(tied=tied, seed=5)
+    samples = with_rollout_logprobs(copy.deepcopy(student), random_samples(lengths))
+    for model in (student, teacher):
+        parallelize_qwen3(model, mesh, torch.float32)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    plan = plan_minibatches(samples, 2, budget, rank, ranks)
+    microbatches = [m for minibatch in plan for m in minibatch.microbatches]
+    scored = score(teacher, plan, Distribution(), CPU)
+    for own, values in zip(microbatches, scored, strict=True):
+        for s, logprobs in zip(own, values, strict=True):
+            s.teacher_logprobs = logprobs
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
+    how = UpdateRule(
+        policy_gradient, ObjectiveSettings(true_ratio=True), Distribution(), max_grad_norm=1.0
+    )
+    scalars = update(student, optimizer, plan, how, CPU)
+    own = [s for m in microbatches for s in m]
+    return {
+        "scalars": scalars,
+        "weights": torch.cat([p.full_tensor().detach().flatten() for p in student.parameters()]),
+        "teacher": {s.prompt.index: s.teacher_logprobs for s in own},
+        "advantages": {s.prompt.index: s.advantages for s in own},
+        "empty": sum(not m for m in microbatches),
+    }
+
+
+# In the second, one rank has nothing in the first of the two updates.
+CASES = [(RAGGED, 20, True), ([(2, 3), (4, 9), (1, 2)], 99, False)]
+
+
+def train_every_case() -> list[dict[str, Any]]:
+    return [train_on_ranks(*case) for case in CASES]
+
+
+def test_two_processes_do_what_one_does() -> None:
+    pairs = zip(*run_distributed(train_every_case, 2), strict=True)
+    for (lengths, budget, tied), pair in zip(CASES, pairs, strict=True):
+        alone = train_on_ranks(lengths, budget, tied)
+        assert pair[0]["scalars"] == pair[1]["scalars"]
+        assert (pair[0]["empty"] + pair[1]["empty"] > 0) is (len(lengths) == 3)
+        assert pair[0]["scalars"] == pytest.approx(alone["scalars"], rel=1e-4, abs=1e-6)
+        assert torch.equal(pair[0]["weights"], pair[1]["weights"])
+        start = weights(tiny_qwen3(tied=tied))
+        assert relative(pair[0]["weights"] - start, alone["weights"] - start) < 1e-4
+        for key in ("teacher", "advantages"):
+            both = {**pair[0][key], **pair[1][key]}
+            assert len(both) == len(pair[0][key]) + len(pair[1][key]) == len(lengths)
+            for index, values in both.items():
+                torch.testing.assert_close(values, alone[key][index], rtol=1e-4, atol=1e-5)
+        teacher = tiny_qwen3(tied=tied, seed=5)
+        for s in random_samples(lengths):
+            with torch.no_grad():
+                truth = naive_logprobs(teacher, s)
+            torch.testing.assert_close(
+                alone["teacher"][s.prompt.index], truth, rtol=1e-4, atol=1e-5
+            )

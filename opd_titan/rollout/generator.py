@@ -51,7 +51,7 @@ class Generator:
         self.model = model
         self.weight_VD = model.lm_head.weight
         self.device, self.dtype = self.weight_VD.device, self.weight_VD.dtype
-        self.eos_N = torch.tensor(sorted(eos_ids), device=self.device)
+        self.eos_N = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=self.device)
         self.max_concurrent = max_concurrent
         self.max_prefill_tokens = max_prefill_tokens
 
@@ -103,10 +103,10 @@ class Generator:
                 request = scheduler.running[slot]
                 answer = state.sample_of(slot, request, self.eos_N, params.ignore_eos)
                 answers[request.prompt.index, request.sample_index] = answer
-            for source, target in scheduler.release(finished):
-                cache.copy_slots([source], [target], state.longest)
-                state.move(source, target)
             if finished:
+                sources, targets = scheduler.release(finished)
+                cache.copy_slots(sources, targets, state.longest)
+                state.move(sources, targets)
                 state.shrink(len(scheduler.running))
         return [answers[r.prompt.index, r.sample_index] for r in requests]
 
@@ -206,7 +206,7 @@ class _SlotState:
         """Long sequences that ended need not be attended over any more."""
         self.longest = int(self.position_B[:running].max()) + 1 if running else 0
 
-    def move(self, source: int, target: int) -> None:
+    def move(self, sources: list[int], targets: list[int]) -> None:
         for tensor in (
             self.token_B,
             self.position_B,
@@ -215,4 +215,4 @@ class _SlotState:
             self.tokens_BR,
             self.logprobs_BR,
         ):
-            tensor[target] = tensor[source]
+            tensor[targets] = tensor[sources]

@@ -1,7 +1,7 @@
 """What to run: which request holds which slot. Plain Python; running it is the generator's part.
 
 Running requests always occupy slots 0 to n-1, so that decoding reads one dense slice of the cache:
-when one ends, the last one moves into its slot.
+where some end, the last ones move into their slots.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Scheduler:
         """Give free slots to waiting requests, in order, up to a budget of prompt tokens.
 
         Requests of one prompt that are admitted together count its tokens once: they share one
-        prefill. One request is always admitted when a slot is free, however long its prompt.
+        prefill. One prompt is always admitted when a slot is free, however long it is.
         Their slots are the last ones of `running`.
         """
         admitted: list[Request] = []
@@ -47,23 +47,24 @@ class Scheduler:
         while self.waiting and len(self.running) < self.slots:
             request = self.waiting[0]
             shared = bool(admitted) and admitted[-1].prompt.index == request.prompt.index
-            tokens += 0 if shared else len(request.prompt.token_ids)
-            if admitted and tokens > max_prefill_tokens:
-                break
+            if not shared:
+                tokens += len(request.prompt.token_ids)
+                if admitted and tokens > max_prefill_tokens:
+                    break
             admitted.append(self.waiting.popleft())
             self.running.append(request)
         return admitted
 
-    def release(self, finished: Sequence[int]) -> list[tuple[int, int]]:
+    def release(self, finished: Sequence[int]) -> tuple[list[int], list[int]]:
         """Free these slots.
 
         Returns:
-            (source, destination) slots whose contents must move, to be done in this order.
+            Slots whose contents must move, and where to, pair by pair. No slot is in both lists.
         """
-        moves = []
-        for slot in sorted(finished, reverse=True):
-            last = self.running.pop()
-            if slot < len(self.running):
-                self.running[slot] = last
-                moves.append((len(self.running), slot))
-        return moves
+        left = len(self.running) - len(finished)
+        targets = sorted(slot for slot in finished if slot < left)
+        sources = sorted(set(range(left, len(self.running))).difference(finished))
+        for source, target in zip(sources, targets, strict=True):
+            self.running[target] = self.running[source]
+        del self.running[left:]
+        return sources, targets

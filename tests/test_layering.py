@@ -1,0 +1,142 @@
+"""The house rules: which folder may import which, and how long files and functions may get."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "opd_titan"
+FOLDER = Path(__file__).resolve().parent.parent / PACKAGE
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
+
+# From the ground up. A module imports from lower floors and from its own, never from above.
+FLOORS = (
+    "errors",
+    "config",
+    "distributed",
+    "models",
+    "data",
+    "rollout",
+    "distill",
+    "checkpoint",
+    "observability",
+    "top",  # trainer.py, train.py and the other modules beside them
+)
+# What the order alone does not forbid.
+FORBIDDEN = {
+    "config": ("torch",),
+    "data": ("opd_titan.models",),
+    "distill": ("opd_titan.rollout",),
+    "checkpoint": ("opd_titan.distill.objectives",),
+    "observability": tuple(
+        f"opd_titan.{floor}" for floor in ("models", "rollout", "distill", "checkpoint")
+    ),
+}
+FILES = sorted(FOLDER.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(FOLDER.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "top"
+
+
+def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Everything imported, wherever it stands: inside functions and TYPE_CHECKING as well.
+
+    `from a import b` gives a.b, because b may be a module.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                up = node.level - is_package
+                base = ".".join([*parts[: len(parts) - up], *base.split(".")]).rstrip(".")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    own = floor_of(module)
+    found = []
+    for name in imported_names(ast.parse(source), module, is_package):
+        if name == f"{PACKAGE}.__version__":  # a constant of the package, of no floor
+            continue
+        too_high = within(name, PACKAGE) and FLOORS.index(floor_of(name)) > FLOORS.index(own)
+        if too_high or any(within(name, f) for f in FORBIDDEN.get(own, ())):
+            found.append(f"{module} imports {name}")
+    return found
+
+
+def all_violations(path: Path) -> list[str]:
+    return violations(path.read_text("utf-8"), module_name(path), path.name == "__init__.py")
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_imports_only_from_below(floor: str) -> None:
+    files = [path for path in FILES if floor_of(module_name(path)) == floor]
+    assert files, f"no file on floor {floor}: is the list of floors out of date?"
+    assert [v for path in files for v in all_violations(path)] == []
+
+
+def test_every_folder_is_on_a_floor() -> None:
+    folders = {p.name for p in FOLDER.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
+    assert folders <= set(FLOORS)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "caught"),
+    [
+        ("opd_titan.data.x", "from opd_titan.models.qwen3 import args", True),
+        ("opd_titan.data.x", "def f():\n    import opd_titan.rollout.sampler", True),
+        ("opd_titan.config.x", "import torch.nn as nn", True),
+        ("opd_titan.config.x", "if TYPE_CHECKING:\n    from torch import Tensor", True),
+        ("opd_titan.config.x", "import torchlike", False),
+        ("opd_titan.distill.x", "from opd_titan.rollout import sampler", True),
+        ("opd_titan.rollout.x", "from ..distill import head", True),
+        ("opd_titan.rollout.x", "from .sampler import sample", False),
+        ("opd_titan.rollout.x", "from opd_titan import distill", True),
+        ("opd_titan.observability.x", "from opd_titan.data.types import Sample", False),
+        ("opd_titan.observability.x", "from opd_titan.models import FAMILIES", True),
+        ("opd_titan.rollout.x", "from opd_titan.trainer import Trainer", True),
+        ("opd_titan.trainer", "from opd_titan.build import load_model", False),
+    ],
+)
+def test_the_check_itself(module: str, source: str, caught: bool) -> None:
+    assert bool(violations(source, module)) == caught
+
+
+def own_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, without the docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is not None:
+        docstring = function.body[0]
+        lines -= docstring.end_lineno - docstring.lineno + 1
+    return lines
+
+
+def test_files_and_functions_stay_short() -> None:
+    too_long = []
+    for path in FILES:
+        source = path.read_text("utf-8")
+        if source.count("\n") > MAX_FILE_LINES:
+            too_long.append(f"{module_name(path)}: {source.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = own_lines(node)
+                if lines > MAX_FUNCTION_LINES:
+                    too_long.append(f"{module_name(path)}.{node.name}: {lines} lines")
+    assert too_long == []

@@ -69,7 +69,9 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, vocab = logits_NV.shape
     probs = logits_NV.softmax(dim=1)
-    probs = F.pad(probs, (0, -vocab % _BLOCK)).view(n, -1, _BLOCK)
+    if vocab % _BLOCK:
+        probs = F.pad(probs, (0, -vocab % _BLOCK))
+    probs = probs.view(n, -1, _BLOCK)
     # A product with ones is five times as fast as sum() on a CPU.
     blocks = (probs @ probs.new_ones(_BLOCK)).double()
     block, rest = _invert(blocks, uniforms_N * blocks.sum(dim=1))

@@ -37,11 +37,16 @@ def init_world(init_timeout_seconds: int) -> torch.device:
 
 
 def set_timeout(seconds: int, device: torch.device) -> None:
-    """Change the collectives' time limit: start-up and training need different ones."""
-    group = dist.distributed_c10d._get_default_group()
-    types = {"cpu", device.type}
-    for device_type in types:
-        group._get_backend(torch.device(device_type)).options._timeout = timedelta(seconds=seconds)
+    """Change the time limit of all groups' collectives: start-up and training need different ones.
+
+    Every rank must call this; none goes on under the new limit before all are here.
+    """
+    dist.all_reduce(torch.zeros(1, device=device))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    # The mesh may have groups of its own. Assigning `options._timeout` has no effect on gloo.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def build_mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:

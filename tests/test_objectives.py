@@ -24,6 +24,7 @@ from opd_titan.distill.objectives import (
     ObjectiveSettings,
     TokenScores,
     policy_gradient,
+    reverse_kl_advantage,
     sft,
 )
 from opd_titan.distill.packing import Minibatch, plan_minibatches
@@ -176,6 +177,7 @@ def test_nothing_but_the_loss_carries_a_gradient() -> None:
             assert result.loss_C.requires_grad
             rest = (result.advantage_C, result.ratio_C, result.clipped_C)
             assert not any(x.requires_grad for x in rest)
+    assert not reverse_kl_advantage(student, scores, ObjectiveSettings()).requires_grad
 
 
 def test_log_ratio_clamp_bounds_each_difference() -> None:

@@ -210,9 +210,9 @@ def prompts(count: int) -> list[Prompt]:
 def roll_out_on_one_process_nodes() -> dict[str, Any]:
     """Every rank is the first of its node, as with one process on each of several nodes."""
     os.environ["LOCAL_RANK"] = "0"
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    local_rank = int(os.environ["LOCAL_RANK"])
     seed_version = DistributedSampler(
-        range(8), num_replicas=ranks, rank=int(os.environ["LOCAL_RANK"]), shuffle=False
+        range(8), num_replicas=dist.get_world_size(), rank=local_rank, shuffle=False
     )
     loader = PromptLoader(prompts(40), prompts_per_step=8, seed=0)
     batch = [next(loader) for _ in range(3)][-1]

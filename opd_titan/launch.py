@@ -1,37 +1,71 @@
-"""`torchrun` that keeps the exit code: `python -m opd_titan.launch [torchrun options] ...`.
+"""`torchrun` that keeps exit codes and signals: `python -m opd_titan.launch [its options] ...`.
 
 torchrun itself turns every failure into exit code 1 and a page of traceback, which would hide what
-2 (your input is wrong) and 75 (stopped on a signal, start again) mean.
+2 (your input is wrong) and 75 (stopped on a signal, start again) mean; and on SIGTERM it kills the
+workers after 30 seconds, where a step and its checkpoint may take longer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-KEPT = (2, 75)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: list[str]) -> int:
     """Run the workers; the exit code of the one that failed first."""
     # The agent logs a traceback of its own for every failed worker.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for number in FORWARDED:
+        signal.signal(number, _forward)
     try:
-        run(parse_args(argv))
+        run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode in KEPT:
-            return failure.exitcode
-        print(f"opd_titan: rank {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
-        return 1
+        return _tell(*error.get_first_failure())
     except SignalException as error:
         print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
-        return 75
+        return 128 + error.sigval
     return 0
+
+
+def _tell(rank: int, failure: Any) -> int:
+    """Say what happened, once for all workers; the exit code."""
+    code = failure.exitcode
+    if code == 2:
+        print(f"opd_titan: {failure.message}", file=sys.stderr)
+    if code in (2, 75):
+        return code
+    print(f"opd_titan: rank {rank} failed with exit code {code}", file=sys.stderr)
+    return 1 if code > 0 else 128 - code
+
+
+def _forward(number: int, _frame: Any) -> None:
+    """Pass a signal on to the workers, which stop by themselves."""
+    workers = list(_children())
+    if not workers:  # not started yet, or no Linux: torchrun's own way
+        raise SignalException("no workers to tell", signal.Signals(number))
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _children() -> Iterator[int]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "pid (name) state parent ...", where the name may hold anything.
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                yield int(stat.parent.name)
 
 
 if __name__ == "__main__":

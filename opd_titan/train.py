@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+from pathlib import Path
 
 from opd_titan.config import load_config
 from opd_titan.errors import UserError
@@ -23,10 +26,18 @@ def main(argv: list[str]) -> int:
 
         return Trainer(config).train()
     except UserError as error:
-        # Every rank meets the same mistake; one line is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"opd_titan: {error}", file=sys.stderr)
+        _tell(error)
         return 2
+
+
+def _tell(error: UserError) -> None:
+    """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is None:
+        print(f"opd_titan: {error}", file=sys.stderr)
+    else:
+        message = {"message": str(error), "timestamp": int(time.time())}
+        Path(report).write_text(json.dumps(message), encoding="utf-8")
 
 
 def _leave(code: int) -> None:

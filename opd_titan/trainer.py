@@ -20,7 +20,7 @@ from opd_titan.build import (
     inspect_model,
     load_model,
 )
-from opd_titan.checkpoint.checkpointer import Checkpointer
+from opd_titan.checkpoint.checkpointer import Checkpointer, choose_step
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.grading import grade
@@ -68,10 +68,13 @@ class Trainer:
         )
         self._inspect_models()
         self._build_data()
+        load_step = config.checkpoint.load_step if config.checkpoint.enable else 0
+        self.resumed_at = choose_step(self.folder / "checkpoint", load_step) or 0
         self._open_folder()
         self._build_models()
         self._build_rules()
         self.step = 0
+        self.saved_at = self.resumed_at
         self.stop_signal: int | None = None
 
     # ------------------------------------------------------------------ build
@@ -362,7 +365,7 @@ class Trainer:
                 if self.teacher is not None:
                     self._measure_teacher()
                 self._validate()
-            self.recorder.clock.pop()
+            self.recorder.record_pauses(0)
 
     def _measure_teacher(self) -> None:
         weights = GeneratorWeights(self.teacher, self.teacher_source.build, self.dtype)
@@ -385,13 +388,15 @@ class Trainer:
                 self._validate()
         with self.recorder.clock.phase("checkpoint"):
             self.checkpointer.poll()
-            if c.checkpoint.enable and due(c.checkpoint.interval):
-                self._save()
+            # First the export: a run that is killed in between makes it again on its way here.
             if due(c.export.interval):
                 self._export()
+            if c.checkpoint.enable and due(c.checkpoint.interval):
+                self._save()
+        self.recorder.record_pauses(self.step)
 
     def _finish(self) -> int:
-        if self.step < self.total_steps:
+        if self.step < self.total_steps and self.step != self.saved_at:
             self._save()
         self.checkpointer.wait()
         self.recorder.metrics.close()
@@ -410,14 +415,13 @@ class Trainer:
 
     def _resume(self) -> None:
         c = self.config.checkpoint
-        chosen = self.checkpointer.choose(c.load_step) if c.enable else None
-        self.resumed_at = chosen or 0
-        if chosen is None:
+        if self.resumed_at == 0:
             reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
             reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
             logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
+            self._set_aside_newer()
             return
-        state = self.checkpointer.load(chosen)
+        state = self.checkpointer.load(self.resumed_at)
         self.step = state["step"]
         if self.validator is not None:
             self.validator.baselines = Baselines(**state["baselines"])
@@ -428,10 +432,18 @@ class Trainer:
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
             self.checkpointer.folder,
-            chosen,
+            self.step,
             why,
             self.step + 1,
         )
+        self._set_aside_newer()
+
+    def _set_aside_newer(self) -> None:
+        if self.config.checkpoint.enable and self.config.checkpoint.load_step >= 0:
+            later = self.checkpointer.set_aside_after(self.resumed_at)
+            if later:
+                names = ", ".join(f"step-{n}" for n in later)
+                logger.info("Set aside as step-N.old, for this run replaces them: %s", names)
 
     def _save(self) -> None:
         state = {
@@ -441,6 +453,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
         }
         self.checkpointer.save(self.step, state)
+        self.saved_at = self.step
         logger.info("Checkpoint: %s/step-%s", self.checkpointer.folder, self.step)
 
     def _export(self) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +25,35 @@ from opd_titan.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d+)")
 _STATE_FILE = "train_state.json"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP.fullmatch(p.name) for p in folder.iterdir())
+    found = (int(m.group(1)) for m in matches if m)
+    return sorted(n for n in found if (folder / f"step-{n}" / _STATE_FILE).is_file())
+
+
+def choose_step(folder: Path, load_step: int) -> int | None:
+    """The step to resume from: -1 is the newest complete one, 0 is none.
+
+    Raises:
+        CheckpointError: a particular step was asked for and is not there.
+    """
+    steps = complete_steps(folder)
+    if load_step == 0 or (load_step == -1 and not steps):
+        return None
+    if load_step == -1:
+        return steps[-1]
+    if load_step not in steps:
+        have = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(
+            f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
+            f"complete steps: {have}"
+        )
+    return load_step
 
 
 class Checkpointer:
@@ -51,30 +81,25 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_STEP.fullmatch(p.name) for p in self.folder.iterdir())
-        found = (int(m.group(1)) for m in matches if m)
-        return sorted(n for n in found if (self.folder / f"step-{n}" / _STATE_FILE).is_file())
+        return complete_steps(self.folder)
 
-    def choose(self, load_step: int) -> int | None:
-        """The step to resume from: -1 is the newest complete one, 0 is none.
+    def set_aside_after(self, step: int) -> list[int]:
+        """Rename the checkpoints of later steps to `step-N.old`. All ranks call.
 
-        Raises:
-            CheckpointError: a particular step was asked for and is not there.
+        For a run that goes back to `step`: what comes after it will be another run's, and must
+        neither be resumed from nor push this run's checkpoints out.
+
+        Returns:
+            The steps that were set aside.
         """
-        steps = self.steps()
-        if load_step == 0 or (load_step == -1 and not steps):
-            return None
-        if load_step == -1:
-            return steps[-1]
-        if load_step not in steps:
-            have = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(
-                f"checkpoint.load_step: {self.folder}/step-{load_step} is not a complete "
-                f"checkpoint; complete steps: {have}"
-            )
-        return load_step
+        later = [n for n in self.steps() if n > step]
+        dist.barrier()  # nobody may look any later than this
+        if dist.get_rank() == 0:
+            for n in later:
+                old = self.folder / f"step-{n}.old"
+                shutil.rmtree(old, ignore_errors=True)
+                (self.folder / f"step-{n}").rename(old)
+        return later
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
         """Write one checkpoint, or start writing it when in background mode. All ranks call."""
@@ -97,7 +122,8 @@ class Checkpointer:
         if self._pending is None:
             return
         done = torch.tensor(int(self._pending[0].done()))
-        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._group)
+        # Not in the save's own group, where its thread may be talking at this moment.
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
         if done:
             self.wait()
 
@@ -119,12 +145,16 @@ class Checkpointer:
         try:
             train_state = json.loads((path / _STATE_FILE).read_text())
             state = self._state_dict()
+            _check_same_model(path, state["model"])
             dcp.load(state, checkpoint_id=path)
         # DCP's exception is a BaseException, which `except Exception` would let through.
-        except (CheckpointException, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (CheckpointException, OSError, ValueError, EOFError, UnpicklingError) as error:
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):
+                cause = next(iter(error.failures.values()))[0]
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
             raise CheckpointError(
-                f"{path}: cannot be loaded into this model ({reason}); choose another step with "
+                f"{path}: cannot be read ({reason}); choose another step with "
                 f"checkpoint.load_step or another job.dump_folder"
             ) from error
         set_state_dict(
@@ -151,6 +181,26 @@ class Checkpointer:
                 for old in self.steps()[: -self.keep_latest_k]:
                     shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
         dist.barrier()
+
+
+def _check_same_model(path: Path, model_state: dict[str, Any]) -> None:
+    """DCP itself would not miss a layer that only the checkpoint has."""
+    prefix = "model."
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = {
+        name.removeprefix(prefix): list(entry.size)
+        for name, entry in metadata.items()
+        if name.startswith(prefix)
+    }
+    wanted = {name: list(tensor.shape) for name, tensor in model_state.items()}
+    differ = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
+    if differ:
+        name = differ[0]
+        raise CheckpointError(
+            f"{path}: is of another model: {name} is {saved.get(name, 'absent')} there and "
+            f"{wanted.get(name, 'absent')} in student.hf_path ({len(differ)} tensors differ); set "
+            f"student.hf_path back or choose another job.dump_folder"
+        )
 
 
 def _snapshot(state: Any) -> Any:

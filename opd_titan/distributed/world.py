@@ -45,8 +45,10 @@ def set_timeout(seconds: int, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     # The mesh may have groups of its own. Assigning `options._timeout` has no effect on gloo.
+    # Public since torch 2.15, private before.
+    set_group = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        set_group(timedelta(seconds=seconds), group)
 
 
 def build_mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:

@@ -23,9 +23,7 @@ try:
 except ImportError:  # older torch
     varlen_attn = None
 
-_VARLEN_HAS_GQA = (
-    varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-)
+_VARLEN_OPTIONS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 
 
 class Attend(Protocol):
@@ -59,16 +57,19 @@ class PackedAttention:
         return self._padded(q_THK, k_TGK, v_TGK)
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        # torch 2.10 says is_causal, later ones say it with a window; 2.12 brought grouped heads.
+        causal = {"is_causal": True} if "is_causal" in _VARLEN_OPTIONS else {"window_size": (-1, 0)}
+        grouped = {}
+        if q_THK.shape[1] != k_TGK.shape[1]:
+            if "enable_gqa" in _VARLEN_OPTIONS:
+                grouped = {"enable_gqa": True}
+            else:
+                repeats = q_THK.shape[1] // k_TGK.shape[1]
+                k_TGK = k_TGK.repeat_interleave(repeats, dim=1)
+                v_TGK = v_TGK.repeat_interleave(repeats, dim=1)
         longest = max(self.seq_lens)
-        options = {"window_size": (-1, 0)} if _VARLEN_HAS_GQA else {"is_causal": True}
-        if _VARLEN_HAS_GQA:
-            options["enable_gqa"] = True
-        else:
-            repeats = q_THK.shape[1] // k_TGK.shape[1]
-            k_TGK = k_TGK.repeat_interleave(repeats, dim=1)
-            v_TGK = v_TGK.repeat_interleave(repeats, dim=1)
         cu = self.cu_seqlens
-        return varlen_attn(q_THK, k_TGK, v_TGK, cu, cu, longest, longest, **options)
+        return varlen_attn(q_THK, k_TGK, v_TGK, cu, cu, longest, longest, **causal, **grouped)
 
     def _padded(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """Padding on the right needs no mask: causal attention never looks there."""

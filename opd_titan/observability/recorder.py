@@ -81,6 +81,10 @@ class Recorder:
         if self.on_policy:
             self._write_rollouts(step, samples, mine)
 
+    def record_pauses(self, step: int) -> None:
+        """Record the time of what came after a step, or at the start, while no step ran."""
+        self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}))
+
     def _work_scalars(self, samples: Sequence[Sample]) -> dict[str, float]:
         tokens, flops = work(samples, self.sizes)
         if not self.on_policy:

@@ -283,6 +283,9 @@ def test_truncation_keeps_what_a_plain_loop_keeps() -> None:
         assert torch.equal(cut_NV != -torch.inf, kept_NV), (top_k, top_p)
         assert torch.equal(cut_NV[kept_NV], logits_NV[kept_NV])
     assert truncate_(logits_NV, 0, 1.0) is logits_NV
+    # A nucleus that reaches the mass exactly is complete; ties fall to the lower id.
+    halves_NV = truncate_(torch.zeros(1, 4), 0, 0.5)
+    assert halves_NV.tolist() == [[0.0, 0.0, -torch.inf, -torch.inf]]
     lowest_N = logits_NV.argmin(1)
     cut_NV = truncate_(logits_NV.clone(), 2, 0.3, keep_N=lowest_N)
     kept_NV = naive_kept(logits_NV, 2, 0.3).scatter(1, lowest_N[:, None], True)

@@ -1,0 +1,127 @@
+"""Validation on a model with known answers; preflight on weights that agree, and that do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_rollout import CPU, EOS, Script, follow, prompts, requests, sharded, tiny
+from torch.distributed.device_mesh import DeviceMesh
+
+from opd_titan.data.types import Prompt
+from opd_titan.distill.head import Distribution
+from opd_titan.distributed.world import build_mesh, init_world
+from opd_titan.preflight import TOLERANCE, probe, report
+from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.validate import VALIDATION_STREAM, Validator
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """Of a world of one process."""
+    init_world(60)
+    yield build_mesh(CPU, 1, -1)
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------ validation
+
+ENDS = (10, 30, 50, 70)  # so far apart that no response passes another one's end
+
+
+def one_that_fails_on(*ends: int) -> Generator:
+    """After a prompt that ends with n it answers n - 1, and 0 after these."""
+    return Generator(Script(successors=dict.fromkeys(ends, 0)), {0})
+
+
+def new_validator() -> Validator:
+    held_out = [Prompt(i, "", (n,), answer=str(n - 1)) for i, n in enumerate(ENDS)]
+    params = SamplingParams(16, temperature=0.0)
+    return Validator(held_out, 1, params, 42, lambda ids: f"The answer is {ids[0]}.", 0)
+
+
+def test_accuracy_and_gap(mesh: DeviceMesh) -> None:
+    validator = new_validator()
+    validator.measure_teacher(one_that_fails_on(70))
+    start = validator.measure_student(one_that_fails_on(10, 30, 50), step=0)
+    assert start == {
+        "validation/accuracy": 0.25,
+        "validation/response_tokens_mean": (1 + 1 + 1 + 16) / 4,
+        "validation/teacher_accuracy": 0.75,
+        "validation/gap_recovered": 0.0,
+    }
+    for failures, gap in [((10, 30), 0.5), ((10,), 1.0), ((), 1.5), (ENDS, -0.5)]:
+        scalars = validator.measure_student(one_that_fails_on(*failures), step=5)
+        assert scalars["validation/accuracy"] == 1 - len(failures) / 4
+        assert scalars["validation/gap_recovered"] == gap
+        assert scalars["validation/teacher_accuracy"] == 0.75
+    assert scalars["validation/response_tokens_mean"] == 1.0
+
+
+def test_no_gap_where_there_is_none(mesh: DeviceMesh) -> None:
+    validator = new_validator()
+    scalars = validator.measure_student(one_that_fails_on(10), step=0)
+    assert set(scalars) == {"validation/accuracy", "validation/response_tokens_mean"}
+    for failures in [(10,), (10, 30)]:  # a teacher as good as the start, and a worse one
+        validator.measure_teacher(one_that_fails_on(*failures))
+        scalars = validator.measure_student(one_that_fails_on(), step=3)
+        assert scalars["validation/teacher_accuracy"] == 1 - len(failures) / 4
+        assert "validation/gap_recovered" not in scalars
+
+
+def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(mesh: DeviceMesh) -> None:
+    params, model = SamplingParams(4, temperature=1.0), tiny()
+    stream = (42, VALIDATION_STREAM)
+    drawn = Generator(model, EOS).generate(requests(prompts(), 5, stream), params)
+    first = {s.prompt.index: str(s.response_ids[0]) for s in drawn if s.sample_index == 0}
+    right = sum(str(s.response_ids[0]) == first[s.prompt.index] for s in drawn)
+    assert 12 < right < 60
+    held_out = [replace(p, answer=first[p.index]) for p in prompts()]
+    validator = Validator(held_out, 5, params, 42, lambda ids: f"#### {ids[0]}", 0)
+    for step in (0, 5):  # the same random numbers each time
+        scalars = validator.measure_student(Generator(model, EOS, 7), step)
+        assert scalars["validation/accuracy"] == right / 60
+
+
+# ------------------------------------------------------------------------- preflight
+
+
+def warnings_of(result: dict[str, float]) -> list[str]:
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("opd_titan").addHandler(handler)
+    try:
+        report(result, torch.float32)
+    finally:
+        logging.getLogger("opd_titan").removeHandler(handler)
+    return messages
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}], ids=str)
+def test_the_probe_finds_no_difference_between_equal_weights(
+    mesh: DeviceMesh, options: dict[str, Any]
+) -> None:
+    source = sharded(mesh)
+    params, law = SamplingParams(20, **options), Distribution(**options)
+    result = probe(source, Generator(follow(source).model, EOS), prompts(), params, law, 0, CPU)
+    assert abs(result["kl"]) <= 1e-6 and result["gap"] <= 1e-4
+    assert warnings_of(result) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["tok_embeddings.weight", "layers.1.attention.wk.weight", "norm.weight"]
+)
+def test_the_probe_finds_one_stale_weight(mesh: DeviceMesh, name: str) -> None:
+    source, stale = sharded(mesh), tiny()
+    stale.get_parameter(name).add_(0.1)
+    generator = Generator(stale, EOS)
+    result = probe(source, generator, prompts(), SamplingParams(20), Distribution(), 0, CPU)
+    assert abs(result["kl"]) <= 1e-6 and result["gap"] > 10 * TOLERANCE[torch.float32]
+    (message,) = warnings_of(result)
+    assert "rollout" in message

@@ -1,0 +1,97 @@
+"""A small Qwen3 with prompts for it, and a model whose every response is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.models import FAMILIES
+from opd_titan.models.qwen3.args import Qwen3Args
+from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.rollout.sampler import sequence_key
+from opd_titan.rollout.scheduler import Request
+from opd_titan.rollout.weights import GeneratorWeights
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["qwen3"]
+ARGS = Qwen3Args(
+    vocab_size=61,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    tied=False,
+    max_seq_len=128,
+    init_std=0.02,
+)
+EOS = {3, 17, 40}
+# 1 to 40 tokens, so that they fall into several groups of the padded attention.
+LENGTHS = [1, 40, 2, 7, 33, 3, 16, 8, 25, 1, 12, 5]
+
+
+def tiny(seed: int = 0, **sizes: Any) -> Qwen3Model:
+    """Weights large enough that every part of the model moves the logits."""
+    model = Qwen3Model(replace(ARGS, **sizes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.uniform_(0.5, 1.5, generator=generator)
+            else:
+                p.normal_(0.0, 0.2, generator=generator)
+    return model.requires_grad_(False)
+
+
+def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(ARGS.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    # Indices are rows of a source: neither dense nor in order.
+    return [Prompt(97 - 5 * i, "", tuple(t)) for i, t in enumerate(ids)]
+
+
+def requests(some: Sequence[Prompt], samples: int, stream: tuple[int, ...] = (9, 4)) -> list:
+    return [Request(p, i, sequence_key(*stream, p.index, i)) for p in some for i in range(samples)]
+
+
+def summary(samples: Sequence[Sample]) -> list[tuple[int, int, list[int], str]]:
+    return [(s.prompt.index, s.sample_index, s.response_ids, s.finish_reason) for s in samples]
+
+
+def sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32, **sizes: Any) -> Qwen3Model:
+    model = tiny(**sizes).requires_grad_(True)
+    FAMILY.parallelize(model, mesh, dtype)
+    return model
+
+
+def follow(source: Qwen3Model, dtype: torch.dtype = torch.float32) -> GeneratorWeights:
+    return GeneratorWeights(source, lambda: Qwen3Model(source.args), dtype)
+
+
+class Script(nn.Module):
+    """A model of one fixed successor per token: after n comes n - 1, down to 0, which repeats."""
+
+    def __init__(self, vocab: int = 100, successors: dict[int, int] | None = None) -> None:
+        super().__init__()
+        self.args = SimpleNamespace(n_layers=1, n_kv_heads=1, head_dim=2)
+        table = [(successors or {}).get(n, max(n - 1, 0)) for n in range(vocab)]
+        self.next_V = torch.tensor(table)
+        self.lm_head = nn.Linear(vocab, vocab, bias=False)
+        nn.init.eye_(self.lm_head.weight)
+        self.decoded: list[tuple[int, int, int]] = []  # rows, columns attended to, and needed
+
+    def forward(self, tokens_T: Tensor, attend: Any) -> Tensor:
+        if hasattr(attend, "longest"):
+            needed = int(attend.positions_T.max()) + 1
+            self.decoded.append((tokens_T.numel(), attend.longest, needed))
+        return 100.0 * nn.functional.one_hot(self.next_V[tokens_T], len(self.next_V)).float()

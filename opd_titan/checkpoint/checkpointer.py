@@ -145,7 +145,7 @@ class Checkpointer:
         try:
             train_state = json.loads((path / _STATE_FILE).read_text())
             state = self._state_dict()
-            _check_same_model(path, state["model"])
+            _check_same_model(path, state)
             dcp.load(state, checkpoint_id=path)
         # DCP's exception is a BaseException, which `except Exception` would let through.
         except (CheckpointException, OSError, ValueError, EOFError, UnpicklingError) as error:
@@ -183,16 +183,16 @@ class Checkpointer:
         dist.barrier()
 
 
-def _check_same_model(path: Path, model_state: dict[str, Any]) -> None:
+def _check_same_model(path: Path, state: dict[str, Any]) -> None:
     """DCP itself would not miss a layer that only the checkpoint has."""
-    prefix = "model."
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    wanted = {f"model.{name}": list(tensor.shape) for name, tensor in state["model"].items()}
+    for name, entries in state["optimizer"]["state"].items():
+        wanted |= {f"optimizer.state.{name}.{key}": list(t.shape) for key, t in entries.items()}
     saved = {
-        name.removeprefix(prefix): list(entry.size)
-        for name, entry in metadata.items()
-        if name.startswith(prefix)
+        name: list(entry.size)
+        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if name.startswith(("model.", "optimizer.state."))
     }
-    wanted = {name: list(tensor.shape) for name, tensor in model_state.items()}
     differ = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
     if differ:
         name = differ[0]

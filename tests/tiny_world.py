@@ -1,0 +1,295 @@
+"""A world small enough to train in: models, data and a recipe, and ways to run the program there.
+
+    world = make_world(tmp_path)
+    assert train(world.argv("out")) == 0
+    rows = read_rollouts(world.folder / "out")
+
+As a script it runs several jobs one after another on one rank of a gloo world; see `train_on`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_tokenizer import tiny_tokenizer
+from tokenizers import decoders
+
+REPO = Path(__file__).resolve().parent.parent
+TIMEOUT = 240
+# The second one ends responses too, but is not the tokenizer's own: both must count.
+EOS_IDS = [1, 60]
+# On CUDA the allocator's peaks reset each step; all these are measured, not computed.
+MEASURED = ("time/", "throughput/", "memory/")
+
+RECIPE = """
+[student]
+hf_path = "{folder}/student"
+[teacher]
+hf_path = "{folder}/teacher"
+[data]
+path = "{folder}/data"
+[rollout]
+prompts_per_step = 4
+group_size = 2
+max_new_tokens = 12
+[optimizer]
+lr = 1e-2
+[training]
+steps = 4
+[checkpoint]
+interval = 2
+keep_latest_k = 0
+[validation]
+interval = 2
+max_prompts = 6
+[metrics]
+sample_rollouts = -1
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    folder: Path
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student"
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.toml"
+
+    def argv(self, out: str, *options: Any) -> list[str]:
+        """Arguments of the program; the output goes to the folder `out` of this world."""
+        where = ["--job.config_file", self.recipe, "--job.dump_folder", self.folder / out]
+        return [str(word) for word in (*where, *options)]
+
+
+def make_world(folder: Path) -> World:
+    world = World(folder)
+    make_model(world.student, seed=1)
+    make_model(world.teacher, seed=2)
+    make_sums(folder / "data" / "train.jsonl", 22, seed=1)
+    make_sums(folder / "data" / "test.jsonl", 8, seed=2)
+    world.recipe.write_text(RECIPE.format(folder=folder))
+    return world
+
+
+def make_model(
+    folder: Path,
+    seed: int,
+    *,
+    eos_ids: list[int] | None = None,
+    chat: bool = True,
+    extra: tuple[str, ...] = (),
+    **sizes: Any,
+) -> None:
+    """A random Qwen3 with a character-level tokenizer, as transformers saves them."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = tiny_tokenizer(extra, chat)
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    tiny = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # peaked enough for teacher and student to disagree
+    }
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(**{**tiny, **sizes}))
+    with torch.no_grad():  # numbers are likely, so that there is something to grade
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(list("0123456789"))] *= 2.0
+    model.generation_config.eos_token_id = eos_ids or EOS_IDS
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_sums(path: Path, count: int, seed: int) -> None:
+    """One-digit sums in GSM8K's format, all different."""
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    rows = []
+    for a, b in random.Random(seed).sample(pairs, count):
+        answer = f"{a}+{b}={a + b}\n#### {a + b}"
+        rows.append({"question": f"What is {a}+{b}?", "answer": answer})
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------ running
+
+
+def train(argv: list[str]) -> int:
+    """Run the program in this process, as `python -m opd_titan.train` would."""
+    import torch.distributed as dist
+
+    from opd_titan.train import main
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        return main(argv)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def train_on(ranks: int, jobs: list[list[str]]) -> None:
+    """Run the jobs one after another in a gloo world of so many processes; all must succeed.
+
+    One start of Python and torch, the most expensive part, serves all of them.
+    """
+    ports = [_free_port() for _ in jobs]
+    workers = []
+    for rank in range(ranks):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        env |= {"MASTER_ADDR": "localhost", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, json.dumps([ports, jobs])]
+        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL))
+    try:
+        codes = [worker.wait(TIMEOUT) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0] * ranks
+
+
+def start(argv: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start `python -m opd_titan.train` for the caller to disturb."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "opd_titan.train", *argv],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.DEVNULL,
+        text=True,
+        **options,
+    )
+
+
+def script(argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
+    """Start `scripts/run_train.sh` with these arguments (the recipe goes to CONFIG_FILE)."""
+    flag, recipe, *rest = argv
+    assert flag == "--job.config_file"
+    folder = Path(sys.executable).parent
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        [str(REPO / "scripts" / "run_train.sh"), *rest],
+        env={**os.environ, "PATH": path, "CONFIG_FILE": recipe, "NGPU": str(processes)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read_rollouts(out: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of each step."""
+    found = {}
+    for path in (out / "rollouts").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[int(path.stem.removeprefix("step-"))] = rows
+    return dict(sorted(found.items()))
+
+
+def rollout_bytes(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "rollouts").iterdir()}
+
+
+def read_scalars(out: Path, *, measured: bool = True) -> dict[str, dict[int, float]]:
+    """Value by step of each scalar, as TensorBoard shows them; no step may come twice.
+
+    Args:
+        measured: False leaves out times and memory, which no two runs share.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tb"), size_guidance={"scalars": 0}).Reload()
+    scalars: dict[str, dict[int, float]] = {}
+    for name in events.Tags()["scalars"]:
+        if not measured and name.startswith(MEASURED):
+            continue
+        values = events.Scalars(name)
+        scalars[name] = {event.step: event.value for event in values}
+        assert len(scalars[name]) == len(values), f"{name}: a step comes twice"
+    return scalars
+
+
+def read_weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "hf" / f"step-{step}" / "model.safetensors")
+
+
+def read_log(out: Path, rank: int = 0) -> str:
+    return (out / "logs" / f"rank-{rank}.log").read_text()
+
+
+def assert_same_run(a: Path, b: Path, step: int) -> None:
+    """Bit for bit the same rollouts, scalars (measured ones aside) and final weights."""
+    assert rollout_bytes(a) == rollout_bytes(b)
+    assert read_scalars(a, measured=False) == read_scalars(b, measured=False)
+    weights_a, weights_b = read_weights(a, step), read_weights(b, step)
+    assert weights_a.keys() == weights_b.keys()
+    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+
+
+# -------------------------------------------------------------- transformers
+
+
+def load_hf(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def hf_logprobs(model: Any, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:
+    """transformers' log-probs of each response token."""
+    logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
+    logprobs = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return logprobs[torch.arange(len(response_ids)), torch.tensor(response_ids)]
+
+
+def _worker() -> None:
+    ports, jobs = json.loads(sys.argv[1])
+    for port, argv in zip(ports, jobs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        code = train(argv)
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    _worker()

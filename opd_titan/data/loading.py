@@ -21,8 +21,7 @@ from opd_titan.data.files import (
     row_lines,
     suffix,
 )
-from opd_titan.data.sources import DatasetSpec, Record, dataset_spec
-from opd_titan.data.templates import RowError
+from opd_titan.data.sources import DatasetSpec, Record, RowError, dataset_spec
 from opd_titan.errors import DataError
 
 if TYPE_CHECKING:

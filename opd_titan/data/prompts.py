@@ -9,8 +9,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from opd_titan.data.loading import Rows, load_rows
-from opd_titan.data.sources import Record
-from opd_titan.data.templates import RowError, check_template, render
+from opd_titan.data.sources import Record, RowError
+from opd_titan.data.templates import check_template, render
 from opd_titan.data.types import Prompt
 from opd_titan.errors import DataError
 

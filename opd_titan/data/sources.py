@@ -11,10 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd_titan.data.templates import QUESTION_FORMAT, TEXT_FORMAT, RowError
 from opd_titan.errors import DataError
 
 Message = dict[str, str]
+
+# The prompt of the prototype that this project grew from, kept to the byte.
+QUESTION_FORMAT = "Question: {}\nAnswer: Let's solve this step by step.\n"
+# For sets whose rows already are prompts: the text alone, nothing around it.
+TEXT_FORMAT = "{}"
+
+
+class RowError(ValueError):
+    """One row cannot be used. Whoever knows where the row lies turns this into a `DataError`."""
 
 
 @dataclass(frozen=True)

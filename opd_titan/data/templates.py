@@ -8,23 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd_titan.data.sources import Record, RowError
 from opd_titan.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from opd_titan.data.sources import Record
-
 TEMPLATES = ("raw", "chat")
-
-# The prompt of the prototype that this project grew from, kept to the byte.
-QUESTION_FORMAT = "Question: {}\nAnswer: Let's solve this step by step.\n"
-# For sets whose rows already are prompts: the text alone, nothing around it.
-TEXT_FORMAT = "{}"
-
-
-class RowError(ValueError):
-    """One row cannot be used. Whoever knows where the row lies turns this into a `DataError`."""
 
 
 def check_template(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from dataclasses import asdict
@@ -177,7 +178,10 @@ class Trainer:
 
     def _build_models(self) -> None:
         c = self.config
-        torch.use_deterministic_algorithms(c.training.deterministic)
+        if c.training.deterministic:
+            # cuBLAS is deterministic only with a fixed workspace.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self.dtype = compute_dtype(c, self.device)
         self.student = self._load(self.student_source, torch.float32)
         self.teacher = self._load(self.teacher_source, self.dtype)
@@ -313,8 +317,10 @@ class Trainer:
             )
 
     def _given_response(self, prompt: Prompt) -> Sample:
-        limit = self.config.rollout.max_new_tokens
+        limit, stop_ids = self.config.rollout.max_new_tokens, self.student_source.eos_ids
+        # A model may have several stop tokens; the tokenizer's own ends what people wrote.
         eos_id = self.tokenizer.eos_token_id
+        eos_id = eos_id if eos_id in stop_ids else min(stop_ids)
         ids = list(response_token_ids(prompt, self.tokenizer, eos_id))
         return Sample(prompt, 0, ids[:limit], "stop" if len(ids) <= limit else "length")
 
@@ -386,13 +392,12 @@ class Trainer:
         if self.validator is not None and due(c.validation.interval):
             with self.recorder.clock.phase("validate"):
                 self._validate()
-        with self.recorder.clock.phase("checkpoint"):
-            self.checkpointer.poll()
-            # First the export: a run that is killed in between makes it again on its way here.
-            if due(c.export.interval):
-                self._export()
-            if c.checkpoint.enable and due(c.checkpoint.interval):
-                self._save()
+        self.checkpointer.poll()
+        # First the export: a run that is killed in between makes it again on its way here.
+        if due(c.export.interval):
+            self._export()
+        if c.checkpoint.enable and due(c.checkpoint.interval):
+            self._save()
         self.recorder.record_pauses(self.step)
 
     def _finish(self) -> int:
@@ -452,7 +457,8 @@ class Trainer:
             "recorder": self.recorder.state_dict(),
             "loader": self.loader.state_dict(),
         }
-        self.checkpointer.save(self.step, state)
+        with self.recorder.clock.phase("checkpoint"):
+            self.checkpointer.save(self.step, state)
         self.saved_at = self.step
         logger.info("Checkpoint: %s/step-%s", self.checkpointer.folder, self.step)
 
@@ -460,14 +466,15 @@ class Trainer:
         name = self.config.export.dtype
         out = self.folder / "hf" / f"step-{self.step}"
         source = self.student_source
-        export_hf(
-            self.student,
-            out,
-            source_folder=source.folder,
-            key_table=source.key_table,
-            dtype=None if name == "auto" else getattr(torch, name),
-            card=model_card(self.config, self.step, self.recorder.metrics.last),
-        )
+        with self.recorder.clock.phase("checkpoint"):
+            export_hf(
+                self.student,
+                out,
+                source_folder=source.folder,
+                key_table=source.key_table,
+                dtype=None if name == "auto" else getattr(torch, name),
+                card=model_card(self.config, self.step, self.recorder.metrics.last),
+            )
         self.student.reshard()
         logger.info("Export: %s", out)
 

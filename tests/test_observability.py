@@ -232,7 +232,7 @@ def test_windows_mean_max_and_last_step(tmp_path):
     assert read_scalars(tmp_path) == {
         "loss/total": [(1, 1.0), (3, 2.5), (6, 5.0), (8, 7.5)],
         "rollout/response_tokens_max": [(1, -1.0), (3, -2.0), (6, -4.0), (8, -7.0)],
-        "time/checkpoint(s)": [(3, 20.0), (6, 50.0)],
+        "time/checkpoint(s)": [(2, 20.0), (5, 50.0)],
         "validation/accuracy": [(5, 0.5)],
     }
 

@@ -275,11 +275,23 @@ def load_hf(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def hf_logprobs(model: Any, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:
+def hf_logprobs(
+    model: Any, prompt_ids: list[int], response_ids: list[int], temperature: float = 1.0
+) -> torch.Tensor:
     """transformers' log-probs of each response token."""
     logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
-    logprobs = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    logprobs = (logits[len(prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
     return logprobs[torch.arange(len(response_ids)), torch.tensor(response_ids)]
+
+
+@torch.no_grad()
+def hf_greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    """What transformers' own generate answers, the stop token included."""
+    ids = torch.tensor([prompt_ids])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+    )
+    return out[0, len(prompt_ids) :].tolist()
 
 
 def _worker() -> None:

@@ -77,7 +77,7 @@ class Checkpointer:
         self.keep_latest_k = keep_latest_k
         # Its own group: a background save must not mix its collectives with training's.
         self._group = dist.new_group(backend="gloo") if background else None
-        self._pending: tuple[Future, int, dict[str, Any]] | None = None
+        self._pending: tuple[Future, int, str] | None = None
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
@@ -109,13 +109,13 @@ class Checkpointer:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
         dist.barrier()
-        state = self._state_dict()
+        state, text = self._state_dict(), json.dumps(train_state)
         if self._group is None:
             dcp.save(state, checkpoint_id=tmp)
-            self._finalize(step, train_state)
+            self._finalize(step, text)
         else:
             future = dcp.async_save(_snapshot(state), checkpoint_id=tmp, process_group=self._group)
-            self._pending = (future, step, train_state)
+            self._pending = (future, step, text)
 
     def poll(self) -> None:
         """Complete a background save if all ranks have written their part. All ranks call."""
@@ -130,10 +130,10 @@ class Checkpointer:
     def wait(self) -> None:
         """Block until no save is under way. All ranks call."""
         if self._pending is not None:
-            future, step, train_state = self._pending
+            future, step, text = self._pending
             self._pending = None
             future.result()
-            self._finalize(step, train_state)
+            self._finalize(step, text)
 
     def load(self, step: int) -> dict[str, Any]:
         """Load weights and optimizer state in place; the JSON state is returned.
@@ -169,12 +169,12 @@ class Checkpointer:
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
 
-    def _finalize(self, step: int, train_state: dict[str, Any]) -> None:
+    def _finalize(self, step: int, train_state: str) -> None:
         """All ranks have written: add the JSON, rename, drop what is too old."""
         dist.barrier()
         if dist.get_rank() == 0:
             tmp, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
-            (tmp / _STATE_FILE).write_text(json.dumps(train_state))
+            (tmp / _STATE_FILE).write_text(train_state)
             shutil.rmtree(final, ignore_errors=True)
             tmp.rename(final)
             if self.keep_latest_k > 0:

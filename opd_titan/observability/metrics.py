@@ -59,6 +59,8 @@ SCALARS: dict[str, str] = {
     "validation/response_tokens_mean": "tokens",
 }
 
+RARE = ("validation/", "time/validate", "time/checkpoint")
+
 PHASES = ("data", "rollout", "teacher", "reference", "update", "sync", "checkpoint", "validate")
 
 
@@ -152,7 +154,7 @@ class MetricLogger:
 
     Written are steps 0 and 1, each multiple of `log_freq` and the last step. A written value is
     the mean over the steps since the last one that passed that scalar, but the maximum for names
-    with "max" in them. `validation/*` are measurements, written as they come, at their own step.
+    with "max" in them. What few steps have (`RARE`) is written as it comes, at its own step.
 
     On resume the events go on in the same folder; those of steps that will be run again are
     purged, and a half-filled window comes back through `state_dict`. So log a step before its
@@ -192,7 +194,7 @@ class MetricLogger:
             self._writer = SummaryWriter(str(Path(dump_folder) / "tb"), purge_step=purge)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record a step's scalars: one call a step, one more if it has `validation/*` only.
+        """Record a step's scalars: one call a step, one more if it has `RARE` ones only.
 
         Raises:
             ValueError: a name that `SCALARS` lacks.
@@ -206,9 +208,9 @@ class MetricLogger:
             self._step_seconds.append(values["time/step(s)"])
         for name, value in values.items():
             self._window.setdefault(name, []).append(value)
-        validation = [name for name in values if name.startswith("validation/")]
+        rare = [name for name in values if name.startswith(RARE)]
         at_boundary = step <= 1 or step % self.log_freq == 0 or step == self.total_steps
-        due = list(self._window) if at_boundary and len(validation) < len(values) else validation
+        due = list(self._window) if at_boundary and len(rare) < len(values) else rare
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
         if self._writer is not None and aggregates:
             for name, value in aggregates.items():

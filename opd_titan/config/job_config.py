@@ -101,7 +101,7 @@ class Distill:
     minibatches: int = 1
     """Optimizer updates for each step's rollouts, each on its own share of them."""
     log_ratio_clamp: float = 0.0
-    """Clamp the per-token logT - logS to +- this many nats. 0: off."""
+    """Clamp the per-token logT - logS, and logR - logS, to +- this many nats. 0: off."""
 
 
 @dataclass

@@ -41,18 +41,24 @@ def _chunks(n: int, vocab: int) -> list[slice]:
 
 
 def _logits(
-    h_CD: Tensor, w_VD: Tensor, targets_C: Tensor, dist: Distribution, buffer: Tensor
+    h_CD: Tensor, w_VD: Tensor, targets_C: Tensor, dist: Distribution, buffer: Tensor | None
 ) -> Tensor:
-    out_CV = buffer[: h_CD.shape[0]]
+    out_CV = None if buffer is None else buffer[: h_CD.shape[0]]
     return scaled_logits(h_CD, w_VD, dist.temperature, dist.top_k, dist.top_p, targets_C, out_CV)
 
 
 def _buffer(chunks: list[slice], weight_VD: Tensor) -> Tensor:
-    """fp32 [C, V] for the logits of any of the chunks: one allocation serves them all."""
+    """fp32 [C, V] that holds any of the chunks: one allocation serves them all."""
     rows = max((c.stop - c.start for c in chunks), default=0)
     return torch.empty(rows, weight_VD.shape[0], device=weight_VD.device)
 
 
+def _logits_buffer(chunks: list[slice], weight_VD: Tensor) -> Tensor | None:
+    """None where the product cannot write fp32 in place: half-precision operands."""
+    return _buffer(chunks, weight_VD) if weight_VD.dtype == torch.float32 else None
+
+
+@torch.no_grad()
 def score_head(
     hidden_TD: Tensor, weight_VD: Tensor, predict_R: Tensor, targets_R: Tensor, dist: Distribution
 ) -> Tensor:
@@ -64,7 +70,7 @@ def score_head(
     """
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
     chunks = _chunks(targets_R.numel(), weight_VD.shape[0])
-    buffer = _buffer(chunks, weight_VD)
+    buffer = _logits_buffer(chunks, weight_VD)
     for chunk in chunks:
         targets_C = targets_R[chunk]
         logits_CV = _logits(hidden_TD[predict_R[chunk]], weight_VD, targets_C, dist, buffer)
@@ -128,7 +134,8 @@ class _FusedLoss(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         stats: list[list[Tensor]] = []
         chunks = _chunks(targets_R.numel(), weight_VD.shape[0])
-        logits_buffer, probs_buffer = _buffer(chunks, weight_VD), _buffer(chunks, weight_VD)
+        logits_buffer = _logits_buffer(chunks, weight_VD)
+        probs_buffer = _buffer(chunks, weight_VD)
         for chunk in chunks:
             h_CD, targets_C = hidden_RD[chunk], targets_R[chunk]
             logits_CV = _logits(h_CD, weight_VD, targets_C, dist, logits_buffer)

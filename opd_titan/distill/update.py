@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,32 +27,28 @@ class UpdateRule:
     max_grad_norm: float
 
 
-@dataclass
 class _Totals:
-    """Sums over this rank's response tokens of a step."""
+    """Sums over this rank's response tokens of a step, kept on the device until the end."""
 
-    sums: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("tokens", "loss", "entropy", "ratio", "clipped"), 0)
-    )
-    gap_max: float = 0.0
-    grad_norms: list[float] = field(default_factory=list)
+    NAMES = ("tokens", "loss", "entropy", "ratio", "clipped")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.gap_max = torch.zeros((), device=device)
+        self.grad_norms: list[float] = []
 
     def add(self, stats: HeadStats, rollout_R: Tensor | None, first_update: bool) -> None:
-        values = {
-            "loss": stats.loss_R,
-            "entropy": stats.entropy_R,
-            "ratio": stats.ratio_R,
-            "clipped": stats.clipped_R,
-        }
-        self.sums["tokens"] += stats.loss_R.numel()
-        for name, value_R in values.items():
-            self.sums[name] += value_R.double().sum().item()
+        ones_R = torch.ones_like(stats.loss_R)
+        values = (ones_R, stats.loss_R, stats.entropy_R, stats.ratio_R, stats.clipped_R)
+        self.sums += torch.stack([v.double() for v in values]).sum(dim=1)
         if first_update and rollout_R is not None:
-            gap = (stats.logprob_R - rollout_R).abs().max().item()
-            self.gap_max = max(self.gap_max, gap)
+            gap = (stats.logprob_R - rollout_R).abs().max()
+            self.gap_max = torch.maximum(self.gap_max, gap)
 
-    def metrics(self, device: torch.device) -> dict[str, float]:
-        total = sum_scalars(self.sums, device)
+    def metrics(self) -> dict[str, float]:
+        local = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        total = sum_scalars(local, self.device)
         mean = {name: value / total["tokens"] for name, value in total.items()}
         return {
             "loss/policy": mean["loss"],
@@ -60,7 +56,7 @@ class _Totals:
             "policy/entropy": mean["entropy"],
             "policy/ratio_mean": mean["ratio"],
             "policy/clip_fraction": mean["clipped"],
-            "policy/logprob_gap_max": max_scalar(self.gap_max, device),
+            "policy/logprob_gap_max": max_scalar(self.gap_max.item(), self.device),
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
 
@@ -80,7 +76,7 @@ def update(
     Raises:
         FloatingPointError: the gradient norm is not finite; the weights were not touched by it.
     """
-    totals = _Totals()
+    totals = _Totals(device)
     for i, minibatch in enumerate(plan):
         scale = 1.0 / minibatch.response_tokens
         for samples in minibatch.microbatches:
@@ -103,7 +99,7 @@ def update(
         totals.grad_norms.append(_clip(model, rule.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return totals.metrics(device)
+    return totals.metrics()
 
 
 def _packed(

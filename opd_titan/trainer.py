@@ -212,10 +212,10 @@ class Trainer:
         if source.role != "student":
             model.requires_grad_(False).eval()
         logger.info(
-            "%s: %s, %.3f B parameters, %s, in %.1f s",
+            "%s: %s, %s parameters, %s, in %.1f s",
             source.role.capitalize(),
             source.folder,
-            sum(p.numel() for p in model.parameters()) / 1e9,
+            f"{sum(p.numel() for p in model.parameters()):,}",
             "RANDOM weights" if source.files is None else "weights loaded",
             time.perf_counter() - start,
         )

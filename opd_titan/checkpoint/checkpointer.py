@@ -179,6 +179,8 @@ class Checkpointer:
             tmp.rename(final)
             if self.keep_latest_k > 0:
                 for old in self.steps()[: -self.keep_latest_k]:
+                    # First what makes it complete: killed half-way, it must not look whole.
+                    (self.folder / f"step-{old}" / _STATE_FILE).unlink()
                     shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
         dist.barrier()
 

@@ -86,33 +86,32 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, wh
         )
 
 
-def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def compare_tokenizers(
+    student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str = "teacher"
+) -> None:
     """Raise ModelError unless both map every token, special ones included, to the same id.
 
-    The teacher scores the student's token ids, so equal maps are what distillation needs. Which
-    token ends a response may differ: see `eos_warning`.
+    The other model, named by its `role`, scores the student's token ids, so equal maps are what
+    distillation needs. Which token ends a response may differ: see `eos_warning`.
     """
-    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
-    if student_ids == teacher_ids:
+    student_ids, other_ids = student.get_vocab(), other.get_vocab()
+    if student_ids == other_ids:
         return
-    moved = sorted(t for t in student_ids.keys() & teacher_ids if student_ids[t] != teacher_ids[t])
+    moved = sorted(t for t in student_ids.keys() & other_ids if student_ids[t] != other_ids[t])
     parts = []
     if moved:
         token = moved[0]
         parts.append(
             f"{len(moved)} tokens have other ids ({token!r}: student {student_ids[token]}, "
-            f"teacher {teacher_ids[token]})"
+            f"{role} {other_ids[token]})"
         )
-    for name, mine, other in (
-        ("student", student_ids, teacher_ids),
-        ("teacher", teacher_ids, student_ids),
-    ):
-        only = sorted(mine.keys() - other.keys(), key=mine.__getitem__)
+    for name, mine, others in (("student", student_ids, other_ids), (role, other_ids, student_ids)):
+        only = sorted(mine.keys() - others.keys(), key=mine.__getitem__)
         if only:
             example = f"{only[0]!r} = {mine[only[0]]}"
             parts.append(f"{len(only)} tokens are only in the {name} ({example})")
     raise ModelError(
-        "student.hf_path and teacher.hf_path: the vocabularies differ: "
+        f"student.hf_path and {role}.hf_path: the vocabularies differ: "
         + "; ".join(parts)
         + "; both models must use the same tokenizer"
     )

@@ -36,7 +36,7 @@ def learning_rate(step: int, total_steps: int, config: JobConfig) -> float:
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[schedule.decay]
-    floor = schedule.min_lr_factor if schedule.decay != "constant" else 0.0
+    floor = schedule.min_lr_factor
     return config.optimizer.lr * (floor + (1.0 - floor) * shape)
 
 

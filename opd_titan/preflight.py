@@ -47,7 +47,7 @@ def probe(
     samples = sample_responses(generator, prompts[:PROBE_PROMPTS], 1, short, (seed, 0))
     plan = plan_minibatches(samples, 1, 1 << 30, dist.get_rank(), dist.get_world_size())
     as_teacher = score(student, plan, dist_, device)
-    tokens, difference, gap = 0, 0.0, 0.0
+    tokens, difference, gaps = 0, 0.0, [0.0]
     for microbatch, teacher in zip(plan[0].microbatches, as_teacher, strict=True):
         batch = pack(microbatch or EMPTY, device)
         head = partial(
@@ -66,9 +66,10 @@ def probe(
             rollout_R = torch.cat([s.student_logprobs for s in microbatch])
             tokens += update_R.numel()
             difference += (update_R - torch.cat(teacher)).double().sum().item()
-            gap = max(gap, (update_R - rollout_R).abs().max().item())
+            gaps.append((update_R - rollout_R).abs().max().item())
     student.reshard()
     total = sum_scalars({"tokens": tokens, "difference": difference}, device)
+    gap = torch.tensor(gaps).max().item()  # unlike Python's max, it does not lose a NaN
     return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, device)}
 
 
@@ -81,7 +82,8 @@ def report(result: dict[str, float], dtype: torch.dtype) -> None:
         result["gap"],
     )
     limit = TOLERANCE.get(dtype, 0.25)
-    if abs(result["kl"]) > limit or result["gap"] > limit:
+    # Negated, so that NaN fails too.
+    if not (abs(result["kl"]) <= limit and result["gap"] <= limit):
         logger.warning(
             "Preflight: more than %.0e in %s: log-probs of rollout, scoring and update are not "
             "comparable on this machine; try training.dtype float32",

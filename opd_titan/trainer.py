@@ -96,7 +96,7 @@ class Trainer:
         for other in (self.teacher_source, self.reference_source):
             if other is not None:
                 check_same_vocabulary(self.student_source, other)
-                compare_tokenizers(self.tokenizer, other.tokenizer)
+                compare_tokenizers(self.tokenizer, other.tokenizer, other.role)
         self.decode = partial(self.tokenizer.decode, skip_special_tokens=True)
 
     def _build_data(self) -> None:
@@ -413,6 +413,7 @@ class Trainer:
                 self.step,
             )
             return 75
+        dist.barrier()  # a rank that leaves early breaks the others' last collective
         logger.info("Done: %s steps; everything is in %s", self.step, self.folder)
         return 0
 

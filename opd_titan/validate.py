@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from opd_titan.data.grading import grade
 from opd_titan.data.types import Prompt
 from opd_titan.observability.progress import progress
@@ -69,7 +71,8 @@ class Validator:
 
     def _measure(self, generator: Generator, name: str) -> tuple[float, float]:
         """Accuracy over prompts and samples, and mean response tokens. The same on all ranks."""
-        most = len(self.prompts) * self.samples_per_prompt * self.params.max_new_tokens
+        mine = len(self.prompts[self.rank :: dist.get_world_size()]) * self.samples_per_prompt
+        most = mine * self.params.max_new_tokens
         with progress(most, f"validate {name}", "tok", rank=self.rank) as bar:
             samples = sample_responses(
                 generator,

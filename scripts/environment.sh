@@ -27,6 +27,6 @@ prepare_environment() {
     echo "No Python here has everything that is needed; making one in $ROOT/.venv" >&2
     [ -x "$ROOT/.venv/bin/python" ] || python3 -m venv "$ROOT/.venv"
     PYTHON="$ROOT/.venv/bin/python"
-    "$PYTHON" -m pip install --quiet --constraint "$ROOT/constraints.txt" \
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/constraints.txt" \
         --editable "$ROOT${extra:+[$extra]}" >&2
 }

@@ -129,11 +129,8 @@ def test_integer_for_a_float_becomes_one(tmp_path: Path) -> None:
     [
         SFT,
         [*SFT, "--lr_scheduler.decay", "cosine", "--training.steps", "2"],
-        [*MODELS, "--lr_scheduler.decay", "linear", "--lr_scheduler.warmup_steps", "99"],
-        # With epochs, the number of steps is not known before the data is.
-        [*MODELS, "--lr_scheduler.decay=linear", "--lr_scheduler.warmup_steps=900"]
-        + ["--training.epochs", "1"],
-        [*MODELS, "--lr_scheduler.warmup_steps", "100"],
+        # A recipe cut short for a trial may end within its warm-up.
+        [*MODELS, "--lr_scheduler.decay=linear", "--lr_scheduler.warmup_steps=900"],
         [*MODELS, "--validation.samples_per_prompt", "4", "--validation.temperature", "0.6"],
         [*MODELS, "--distill.minibatches", "128"],
         [*MODELS, "--data.dataset", "prompts", "--data.path", "x.jsonl"],
@@ -333,11 +330,6 @@ BAD_ARGUMENTS = [
     ),
     (" ".join(SFT) + " --reference.coef 1", "[reference] coef: must be 0", '"sft"'),
     ("--distill.minibatches 129", "[distill] minibatches: 129", "group_size", "at most 128"),
-    (
-        "--lr_scheduler.decay linear --lr_scheduler.warmup_steps 100",
-        "[lr_scheduler] warmup_steps: 100 of 100",
-        "less than 100",
-    ),
     ("--checkpoint.load_step 5 --checkpoint.no_enable", "[checkpoint] load_step: 5", "enable"),
 ]
 
@@ -439,7 +431,6 @@ def configs(draw) -> JobConfig:
     c.rollout.group_size = 1 if sft else c.rollout.group_size
     c.reference.coef *= not sft
     c.distill.minibatches = min(c.distill.minibatches, c.rollout.prompts_per_step)
-    c.lr_scheduler.warmup_steps %= c.training.steps
     c.checkpoint.enable |= c.checkpoint.load_step > 0
     return c
 

@@ -142,6 +142,7 @@ def test_too_little_memory_means_fewer_slots(monkeypatch: pytest.MonkeyPatch) ->
     model, wanted = tiny(), requests(prompts(), 1)
     expected = summary(Generator(model, EOS).generate(wanted, GREEDY))
     per_slot = 2 * 2 * 2 * 8 * 4 * (40 + 14)  # K and V, layers, heads, head size, bytes, tokens
+    per_slot += 4 * 4 * model.args.vocab_size  # logits and what sampling makes of them
     for free, slots in [(0, 1), (2 * 3 * per_slot, 3), (1 << 40, len(wanted))]:
         monkeypatch.setattr(generator_module, "free_bytes", lambda device, free=free: free)
         generator = Generator(model, EOS)

@@ -274,7 +274,6 @@ def test_no_truncation_changes_nothing() -> None:
     assert torch.equal(truncate_(logits.clone(), 40, 1.0), logits)
 
 
-@pytest.mark.xfail(reason="truncate_ compares the rounded mass with top_p = 1.0 as well")
 def test_top_k_alone_cuts_by_rank_only() -> None:
     """A peak whose probability rounds to 1 must not push the others out of the top k."""
     row = torch.tensor([[30.0, 3.0, 2.0, 1.0, 0.0]])

@@ -205,13 +205,6 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             f"{c.distill.minibatches} is more than a step's {responses} responses ([rollout] "
             f"prompts_per_step x group_size); wanted at most {responses}",
         )
-    decay, warmup, steps = c.lr_scheduler.decay, c.lr_scheduler.warmup_steps, c.training.steps
-    if decay != "constant" and c.training.epochs == 0 and warmup >= steps:
-        yield (
-            "lr_scheduler.warmup_steps",
-            f'{warmup} of {steps} [training] steps leaves none for decay = "{decay}"; wanted '
-            f"less than {steps}",
-        )
     if c.checkpoint.load_step > 0 and not c.checkpoint.enable:
         yield (
             "checkpoint.load_step",

@@ -62,13 +62,14 @@ def build_mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:
         ConfigError: the degrees do not multiply to the world size.
     """
     world = dist.get_world_size()
+    asked = shard
     if shard == -1:
-        shard = max(1, world // replicate)
+        shard = world // replicate
     if replicate * shard != world:
         fits = ", ".join(f"{r} x {world // r}" for r in range(1, world + 1) if world % r == 0)
         raise ConfigError(
             f"[parallelism] data_parallel_replicate_degree {replicate} x "
-            f"data_parallel_shard_degree {shard} is not the world size {world}; what fits: {fits}"
+            f"data_parallel_shard_degree {asked} is not the world size {world}; what fits: {fits}"
         )
     if replicate == 1:
         return init_device_mesh(device.type, (shard,), mesh_dim_names=("dp_shard",))

@@ -9,8 +9,9 @@ The model calls `attend(q_THK, k_TGK, v_TGK, layer)` and knows no more. Training
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -18,12 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older torch
-    varlen_attn = None
 
-_VARLEN_OPTIONS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
+@functools.cache
+def _varlen_attn() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
+    """torch's packed attention and the names of its options, which differ between versions.
+
+    Imported at first use: it is for CUDA only and pulls in the compiler.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class Attend(Protocol):
@@ -52,16 +59,17 @@ class PackedAttention:
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         half = q_THK.dtype in (torch.bfloat16, torch.float16)
-        if q_THK.is_cuda and half and varlen_attn is not None:
+        if q_THK.is_cuda and half and _varlen_attn()[0] is not None:
             return self._varlen(q_THK, k_TGK, v_TGK)
         return self._padded(q_THK, k_TGK, v_TGK)
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        varlen_attn, options = _varlen_attn()
         # torch 2.10 says is_causal, later ones say it with a window; 2.12 brought grouped heads.
-        causal = {"is_causal": True} if "is_causal" in _VARLEN_OPTIONS else {"window_size": (-1, 0)}
+        causal = {"is_causal": True} if "is_causal" in options else {"window_size": (-1, 0)}
         grouped = {}
         if q_THK.shape[1] != k_TGK.shape[1]:
-            if "enable_gqa" in _VARLEN_OPTIONS:
+            if "enable_gqa" in options:
                 grouped = {"enable_gqa": True}
             else:
                 repeats = q_THK.shape[1] // k_TGK.shape[1]

@@ -42,9 +42,10 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
     # Sorted once; a stable order makes ties fall to the lower token id everywhere.
     values, order = logits_NV.sort(dim=1, descending=True, stable=True)
     values[:, k:] = -torch.inf
-    probs = values.softmax(dim=1)
-    mass_before = probs.cumsum(dim=1) - probs
-    values[mass_before >= top_p] = -torch.inf
+    if top_p < 1.0:
+        probs = values.softmax(dim=1)
+        mass_before = probs.cumsum(dim=1) - probs
+        values[mass_before >= top_p] = -torch.inf
     logits_NV.scatter_(1, order, values)
     if kept is not None:
         logits_NV.scatter_(1, keep_N[:, None], kept)

@@ -113,7 +113,9 @@ class Generator:
     def _count_slots(self, wanted: int, max_len: int) -> int:
         args = self.model.args
         per_token = bytes_per_token(args.n_layers, args.n_kv_heads, args.head_dim, self.dtype)
-        fit = free_bytes(self.device) // 2 // (per_token * max_len)
+        # Per row of logits: themselves, their softmax, and room for a truncated sort.
+        per_slot = per_token * max_len + 4 * 4 * self.weight_VD.shape[0]
+        fit = free_bytes(self.device) // 2 // per_slot
         return max(1, min(wanted, self.max_concurrent or wanted, fit))
 
     def _prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:

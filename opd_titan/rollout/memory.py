@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,19 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached
-    with open("/proc/meminfo") as f:
-        fields = dict(line.split(":", 1) for line in f)
+    return _host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _host_bytes() -> int:
+    """What the host can still give; half of its memory where the system does not say."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").open())
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:  # a container's limit, which /proc/meminfo does not know
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return min(available, limit - used)

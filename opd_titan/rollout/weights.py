@@ -40,9 +40,14 @@ class GeneratorWeights:
         self.sync()
 
     def _shared(self, parameter: Tensor) -> Tensor | None:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        whole = local.shape == parameter.shape and local.dtype == self.dtype
-        return local.detach() if whole else None
+        """The rank's own storage of the whole parameter, if it has that. The same on all ranks."""
+        if parameter.dtype != self.dtype:
+            return None
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        placed = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+        whole = all(placement.is_replicate() or ranks == 1 for placement, ranks in placed)
+        return parameter.to_local().detach() if whole else None
 
     @torch.no_grad()
     def sync(self) -> None:

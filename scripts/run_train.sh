@@ -23,6 +23,7 @@ if [ -z "${NGPU:-}" ]; then
         [ "$NGPU" -ge 1 ] || NGPU=1
     fi
 fi
+case " $* " in *" --help "* | *" -h "*) NGPU=1 ;; esac # one help, not one from each process
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 if [ "$NGPU" = 1 ]; then

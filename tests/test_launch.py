@@ -53,6 +53,12 @@ def test_a_mistyped_option_is_one_line_at_once(world: World, processes: int) -> 
     assert not (world.folder / "typo").exists()
 
 
+def test_help_comes_once_whatever_the_number_of_processes(world: World) -> None:
+    code, out, err, _ = finish(world.argv("help", "--help"), 2)
+    assert (code, err) == (0, "")
+    assert out.count("usage: ") == 1 and "--rollout.group_size" in out
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_missing_model_is_one_line_whatever_the_number_of_processes(
     world: World, processes: int

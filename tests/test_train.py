@@ -28,6 +28,7 @@ from tiny_world import (
     write_rows,
 )
 
+from opd_titan.checkpoint.checkpointer import complete_steps
 from opd_titan.data.grading import extract_answer, grade
 
 ROW_KEYS = (
@@ -60,6 +61,7 @@ VARIANTS: dict[str, list[Any]] = {
     "top_p": ["--rollout.top_p", 0.9, "--rollout.temperature", 0.8],
     "top_k": ["--rollout.top_k", 7, "--optimizer.weight_decay", 0.1],
     "one_each": ["--distill.minibatches", 8],  # one sequence an update: half of the ranks have none
+    "async": ["--checkpoint.async_mode", "async", "--checkpoint.interval", 1],
     "sft": ["--distill.objective", "sft", "--rollout.on_policy_fraction", 0.0]
     + ["--rollout.group_size", 1, "--rollout.max_new_tokens", 32],
 }
@@ -286,6 +288,16 @@ def test_two_processes_give_the_same_run(
 ) -> None:
     assert_equivalent(one[name], two[name], on_policy=name != "sft")
     assert {p.name for p in (two[name] / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+
+
+def test_a_checkpoint_of_two_processes_goes_on_on_one(
+    one: dict[str, Path], two: dict[str, Path], world: World
+) -> None:
+    for out in (one["async"], two["async"]):
+        assert complete_steps(out / "checkpoint") == [1, 2, 3, 4]
+        assert train(variant(world, "async", out.name, "--training.steps", 6)) == 0
+        assert "Resumed" in read_log(out)
+    assert_equivalent(one["async"], two["async"], on_policy=True)
 
 
 @pytest.mark.parametrize("name", ["plain", "clipped", "top_p", "sft"])

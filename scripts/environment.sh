@@ -16,7 +16,7 @@ PY
 prepare_environment() {
     local needed=(torch torchdata transformers datasets safetensors tyro tensorboard tqdm jinja2)
     local extra="${1:-}"
-    [ "$extra" = dev ] && needed+=(pytest hypothesis ruff)
+    [ "$extra" = dev ] && needed+=(pytest xdist hypothesis ruff)
     local python
     for python in python3 python "$ROOT/.venv/bin/python"; do
         if command -v "$python" >/dev/null && has_packages "$python" "${needed[@]}"; then

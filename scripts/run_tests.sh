@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the tests: ./scripts/run_tests.sh [pytest arguments]
+# Run the tests, a file per core at a time: ./scripts/run_tests.sh [pytest arguments]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment dev
 cd "$ROOT"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile "$@"

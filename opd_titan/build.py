@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolve_model_folder
 from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, random_init_weights
 from opd_titan.config import JobConfig
-from opd_titan.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.errors import ModelError
 from opd_titan.models import ModelFamily, get_family
 
@@ -68,13 +69,43 @@ def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
     return ModelSource(role, folder, family, args, tokenizer, eos_ids, key_table, files)
 
 
-def check_same_vocabulary(student: ModelSource, other: ModelSource) -> None:
-    """Raise ModelError unless the other model can score every token that the student can write."""
+def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
+    """The models that the job needs, by role, student first.
+
+    Raises:
+        ModelError: a model cannot be used, or cannot score what the student writes.
+    """
+    student, teacher, reference = config.student, config.teacher, config.reference
+    sources = [inspect_model("student", student.hf_path, student.random_init)]
+    if config.distill.objective != "sft":
+        sources.append(inspect_model("teacher", teacher.hf_path, teacher.random_init))
+    if reference.coef != 0.0:
+        itself = not reference.hf_path
+        path = student.hf_path if itself else reference.hf_path
+        sources.append(inspect_model("reference", path, itself and student.random_init))
+    for other in sources[1:]:
+        _check_can_score(other, sources[0])
+    return {s.role: s for s in sources}
+
+
+def _check_can_score(other: ModelSource, student: ModelSource) -> None:
     if student.args.vocab_size > other.args.vocab_size:
         raise ModelError(
             f"{other.role}.hf_path: vocab_size is {other.args.vocab_size}, the student's is "
             f"{student.args.vocab_size}; the {other.role} could not score every token"
         )
+    compare_tokenizers(student.tokenizer, other.tokenizer, other.role)
+
+
+def check_lengths(sources: Iterable[ModelSource], longest_prompt: int, new_tokens: int) -> None:
+    """Raise ModelError where prompt and response outgrow the positions a model was made for."""
+    for source in sources:
+        if longest_prompt + new_tokens > source.args.max_seq_len:
+            raise ModelError(
+                f"rollout.max_new_tokens: the longest prompt ({longest_prompt} tokens) with "
+                f"{new_tokens} new ones exceeds the {source.args.max_seq_len} positions of the "
+                f"{source.role} ({source.folder}); shorten data.max_prompt_tokens or this"
+            )
 
 
 def load_model(
@@ -90,13 +121,15 @@ def load_model(
 
     Args:
         param_dtype: of the sharded parameters: fp32 masters for what is trained.
-        seed: of random weights, when the source asks for them.
+        seed: of random weights, when the source asks for them. A teacher draws others than a
+            student of the same shapes; the default reference draws the student's.
     """
     with torch.device("meta"):
         model = source.build().to(param_dtype)
     source.family.parallelize(model, mesh, compute_dtype)
     model.to_empty(device=device)
     if source.files is None:
+        seed += source.role == "teacher"
         random_init_weights(model, seed, source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)

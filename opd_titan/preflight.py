@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from opd_titan.data.types import Prompt
-from opd_titan.distill.head import Distribution, loss_head
+from opd_titan.distill.head import loss_head
 from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.scoring import EMPTY, score
@@ -31,7 +32,6 @@ def probe(
     generator: Generator,
     prompts: list[Prompt],
     params: SamplingParams,
-    dist_: Distribution,
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
@@ -41,14 +41,14 @@ def probe(
         "kl": mean log S - log T with the student in the teacher's place; 0 to rounding.
         "gap": the largest |rollout - update| log-prob of one token.
     """
-    short = SamplingParams(
-        min(PROBE_TOKENS, params.max_new_tokens), params.temperature, params.top_p, params.top_k
-    )
+    short = replace(params, max_new_tokens=min(PROBE_TOKENS, params.max_new_tokens))
     samples = sample_responses(generator, prompts[:PROBE_PROMPTS], 1, short, (seed, 0))
     plan = plan_minibatches(samples, 1, 1 << 30, dist.get_rank(), dist.get_world_size())
-    as_teacher = score(student, plan, dist_, device)
+    as_teacher = {
+        s.prompt.index: values for s, values in score(student, plan, params.distribution, device)
+    }
     tokens, difference, gaps = 0, 0.0, [0.0]
-    for microbatch, teacher in zip(plan[0].microbatches, as_teacher, strict=True):
+    for microbatch in plan[0].microbatches:
         batch = pack(microbatch or EMPTY, device)
         head = partial(
             loss_head,
@@ -58,14 +58,15 @@ def probe(
             scale=1.0,
             objective=sft,
             settings=ObjectiveSettings(),
-            dist=dist_,
+            dist=params.distribution,
         )
         _, stats = student(batch.tokens_T, batch.attend, head)
         if microbatch:
             update_R = stats.logprob_R.cpu()
             rollout_R = torch.cat([s.student_logprobs for s in microbatch])
             tokens += update_R.numel()
-            difference += (update_R - torch.cat(teacher)).double().sum().item()
+            teacher_R = torch.cat([as_teacher[s.prompt.index] for s in microbatch])
+            difference += (update_R - teacher_R).double().sum().item()
             gaps.append((update_R - rollout_R).abs().max().item())
     student.reshard()
     total = sum_scalars({"tokens": tokens, "difference": difference}, device)

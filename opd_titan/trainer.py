@@ -14,22 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import (
-    ModelSource,
-    check_same_vocabulary,
-    compute_dtype,
-    inspect_model,
-    load_model,
-)
+from opd_titan.build import check_lengths, compute_dtype, inspect_models, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer, choose_step
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.grading import grade
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
-from opd_titan.data.tokenizer import compare_tokenizers, eos_warning
+from opd_titan.data.tokenizer import eos_warning
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.head import Distribution
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
@@ -38,6 +31,7 @@ from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.world import build_mesh, init_world, set_timeout
 from opd_titan.errors import DataError
 from opd_titan.model_card import model_card
+from opd_titan.models.logits import Distribution
 from opd_titan.observability.logging import init_logging
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import progress
@@ -81,22 +75,8 @@ class Trainer:
     # ------------------------------------------------------------------ build
 
     def _inspect_models(self) -> None:
-        c = self.config
-        self.student_source = inspect_model("student", c.student.hf_path, c.student.random_init)
-        self.teacher_source: ModelSource | None = None
-        self.reference_source: ModelSource | None = None
-        if c.distill.objective != "sft":
-            self.teacher_source = inspect_model("teacher", c.teacher.hf_path, c.teacher.random_init)
-        if c.reference.coef != 0.0:
-            path, random = c.reference.hf_path, False
-            if not path:
-                path, random = c.student.hf_path, c.student.random_init
-            self.reference_source = inspect_model("reference", path, random)
-        self.tokenizer = self.student_source.tokenizer
-        for other in (self.teacher_source, self.reference_source):
-            if other is not None:
-                check_same_vocabulary(self.student_source, other)
-                compare_tokenizers(self.tokenizer, other.tokenizer, other.role)
+        self.sources = inspect_models(self.config)
+        self.tokenizer = self.sources["student"].tokenizer
         self.decode = partial(self.tokenizer.decode, skip_special_tokens=True)
 
     def _build_data(self) -> None:
@@ -120,6 +100,8 @@ class Trainer:
             seed=c.training.seed,
             shuffle=c.data.shuffle,
         )
+        longest = max(len(p.token_ids) for p in self.prompt_set.prompts)
+        check_lengths(self.sources.values(), longest, c.rollout.max_new_tokens)
         self.total_steps = c.training.epochs * self.loader.batches_per_epoch or c.training.steps
         self.validator: Validator | None = None
         if c.validation.enable:
@@ -169,10 +151,9 @@ class Trainer:
             found.num_too_long,
             self.config.data.max_prompt_tokens,
         )
-        if self.teacher_source is not None:
-            warning = eos_warning(
-                self.student_source.eos_ids, self.teacher_source.eos_ids, self.tokenizer
-            )
+        if "teacher" in self.sources:
+            eos_ids = (self.sources[role].eos_ids for role in ("student", "teacher"))
+            warning = eos_warning(*eos_ids, self.tokenizer)
             if warning:
                 logger.warning("%s", warning)
 
@@ -183,9 +164,9 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.dtype = compute_dtype(c, self.device)
-        self.student = self._load(self.student_source, torch.float32)
-        self.teacher = self._load(self.teacher_source, self.dtype)
-        self.reference = self._load(self.reference_source, self.dtype)
+        self.student = self._load("student", torch.float32)
+        self.teacher = self._load("teacher", self.dtype)
+        self.reference = self._load("reference", self.dtype)
         self.optimizer = build_optimizer(self.student, c)
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint",
@@ -194,10 +175,11 @@ class Trainer:
             keep_latest_k=c.checkpoint.keep_latest_k,
             background=c.checkpoint.async_mode == "async",
         )
-        self.weights = GeneratorWeights(self.student, self.student_source.build, self.dtype)
+        self.weights = GeneratorWeights(self.student, self.sources["student"].build, self.dtype)
         self.generator = self._generator(self.weights)
 
-    def _load(self, source: ModelSource | None, param_dtype: torch.dtype) -> Any:
+    def _load(self, role: str, param_dtype: torch.dtype) -> Any:
+        source = self.sources.get(role)
         if source is None:
             return None
         start = time.perf_counter()
@@ -209,11 +191,11 @@ class Trainer:
             compute_dtype=self.dtype,
             seed=self.config.training.seed,
         )
-        if source.role != "student":
+        if role != "student":
             model.requires_grad_(False).eval()
         logger.info(
             "%s: %s, %s parameters, %s, in %.1f s",
-            source.role.capitalize(),
+            role.capitalize(),
             source.folder,
             f"{sum(p.numel() for p in model.parameters()):,}",
             "RANDOM weights" if source.files is None else "weights loaded",
@@ -225,7 +207,7 @@ class Trainer:
         c = self.config
         return Generator(
             weights.model,
-            self.student_source.eos_ids,
+            self.sources["student"].eos_ids,
             c.rollout.max_concurrent,
             c.training.max_tokens_per_microbatch,
         )
@@ -236,8 +218,8 @@ class Trainer:
         self.sampling = SamplingParams(
             r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.ignore_eos
         )
+        # A teacher is scored whole, whatever the student's samples were cut to.
         self.teacher_distribution = Distribution(r.temperature)
-        student_distribution = Distribution(r.temperature, r.top_k, r.top_p)
         settings = ObjectiveSettings(
             clip_low=d.clip_low,
             clip_high=d.clip_high,
@@ -246,28 +228,28 @@ class Trainer:
             true_ratio=d.minibatches > 1,
         )
         self.rule = UpdateRule(
-            OBJECTIVES[d.objective], settings, student_distribution, c.training.max_grad_norm
+            OBJECTIVES[d.objective], settings, self.sampling.distribution, c.training.max_grad_norm
         )
 
     # ------------------------------------------------------------------- loop
 
     def train(self) -> int:
-        """Run the job to its end, or to a signal. Returns the exit code: 0, or 75 if stopped."""
-        self._resume()
+        """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
+        recorder_state = self._resume()
+        self._set_aside_newer()
         self._listen_for_signals()
-        sources = (self.student_source, self.teacher_source)
         self.recorder = Recorder(
             self.config,
             device=self.device,
             dtype=self.dtype,
             decode=self.decode,
             grade=grade,
-            sizes={s.role: s.args.flop_sizes() for s in sources if s is not None},
+            forward_flops={role: s.args.forward_flops for role, s in self.sources.items()},
             start_step=self.step,
             total_steps=self.total_steps,
         )
-        if self.step:
-            self.recorder.load_state_dict(self.recorder_state)
+        if recorder_state is not None:
+            self.recorder.metrics.load_state_dict(recorder_state)
         self._before_first_step()
         profiling = self.config.profiling
         with maybe_profiler(
@@ -280,44 +262,43 @@ class Trainer:
 
     def train_step(self) -> None:
         """One step: prompts, rollout, scores, update; then what is due after it."""
-        step = self.step + 1
-        with self.recorder.clock.phase("step"):
-            with self.recorder.clock.phase("data"):
+        self.step += 1
+        phase = self.recorder.clock.phase
+        with phase("step"):
+            with phase("data"):
                 prompts = next(self.loader)
-            with self.recorder.clock.phase("rollout"):
-                samples = self.rollout(prompts, step)
+            with phase("rollout"):
+                samples = self.rollout(prompts)
             plan = self.plan(samples)
-            with self.recorder.clock.phase("teacher"):
+            with phase("teacher"):
                 self.score(self.teacher, "teacher_logprobs", plan)
-            with self.recorder.clock.phase("reference"):
+            with phase("reference"):
                 self.score(self.reference, "reference_logprobs", plan)
-            with self.recorder.clock.phase("update"):
-                scalars = self.update(plan, step)
-            with self.recorder.clock.phase("sync"):
+            with phase("update"):
+                scalars = self.update(plan)
+            with phase("sync"):
                 self.weights.sync()
-        self.step = step
-        mine = [s for minibatch in plan for m in minibatch.microbatches for s in m]
-        self.recorder.record(step, samples, mine, scalars)
+        self.recorder.record(self.step, samples, scalars)
         self._after_step()
 
-    def rollout(self, prompts: list[Prompt], step: int) -> list[Sample]:
+    def rollout(self, prompts: list[Prompt]) -> list[Sample]:
         """The step's responses: the student's own, or the data set's."""
         r = self.config.rollout
         if r.on_policy_fraction == 0.0:
             return [self._given_response(p) for p in prompts]
         most = len(prompts[self.rank :: self.ranks]) * r.group_size * r.max_new_tokens
-        with progress(most, f"step {step} rollout", "tok", rank=self.rank) as bar:
+        with progress(most, f"step {self.step} rollout", "tok", rank=self.rank) as bar:
             return sample_responses(
                 self.generator,
                 prompts,
                 r.group_size,
                 self.sampling,
-                (self.config.training.seed, step),
+                (self.config.training.seed, self.step),
                 bar.update,
             )
 
     def _given_response(self, prompt: Prompt) -> Sample:
-        limit, stop_ids = self.config.rollout.max_new_tokens, self.student_source.eos_ids
+        limit, stop_ids = self.config.rollout.max_new_tokens, self.sources["student"].eos_ids
         # A model may have several stop tokens; the tokenizer's own ends what people wrote.
         eos_id = self.tokenizer.eos_token_id
         eos_id = eos_id if eos_id in stop_ids else min(stop_ids)
@@ -338,15 +319,12 @@ class Trainer:
         """Give every sample of this rank the frozen model's log-probs."""
         if model is None:
             return
-        scored = score(model, plan, self.teacher_distribution, self.device)
-        microbatches = (m for minibatch in plan for m in minibatch.microbatches)
-        for samples, logprobs in zip(microbatches, scored, strict=True):
-            for sample, values in zip(samples, logprobs, strict=True):
-                setattr(sample, field, values)
+        for sample, logprobs in score(model, plan, self.teacher_distribution, self.device):
+            setattr(sample, field, logprobs)
 
-    def update(self, plan: list[Minibatch], step: int) -> dict[str, float]:
+    def update(self, plan: list[Minibatch]) -> dict[str, float]:
         """Move the student."""
-        rate = learning_rate(step, self.total_steps, self.config)
+        rate = learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         scalars = update(self.student, self.optimizer, plan, self.rule, self.device)
         return {**scalars, "lr": rate}
@@ -361,7 +339,6 @@ class Trainer:
                 self.generator,
                 self.prompt_set.prompts,
                 self.sampling,
-                self.rule.dist,
                 c.training.seed,
                 self.device,
             )
@@ -374,7 +351,7 @@ class Trainer:
             self.recorder.record_pauses(0)
 
     def _measure_teacher(self) -> None:
-        weights = GeneratorWeights(self.teacher, self.teacher_source.build, self.dtype)
+        weights = GeneratorWeights(self.teacher, self.sources["teacher"].build, self.dtype)
         self.validator.measure_teacher(self._generator(weights))
 
     def _validate(self) -> None:
@@ -383,7 +360,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         c, last = self.config, self.step == self.total_steps
-        if self.step == 1 or self.step == self.resumed_at + 1:
+        if self.step == self.resumed_at + 1:
             set_timeout(c.comm.train_timeout_seconds, self.device)
 
         def due(interval: int) -> bool:
@@ -401,37 +378,35 @@ class Trainer:
         self.recorder.record_pauses(self.step)
 
     def _finish(self) -> int:
-        if self.step < self.total_steps and self.step != self.saved_at:
+        stopped, saves = self.step < self.total_steps, self.config.checkpoint.enable
+        if stopped and saves and self.step != self.saved_at:
             self._save()
         self.checkpointer.wait()
         self.recorder.metrics.close()
-        if self.step < self.total_steps:
-            logger.warning(
-                "Stopped by signal %s after step %s with a complete checkpoint; start again to "
-                "go on",
-                self.stop_signal,
-                self.step,
-            )
-            return 75
         dist.barrier()  # a rank that leaves early breaks the others' last collective
-        logger.info("Done: %s steps; everything is in %s", self.step, self.folder)
-        return 0
+        if not stopped:
+            logger.info("Done: %s steps; everything is in %s", self.step, self.folder)
+            return 0
+        outcome = "with a complete checkpoint; start again to go on"
+        if not saves:
+            outcome = "and nothing was saved, for checkpoint.enable is false"
+        logger.warning("Stopped by a signal after step %s %s", self.step, outcome)
+        return 75 if saves else 1
 
     # ------------------------------------------------------ state and signals
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Go to where the run starts, and say why there. Returns the recorder's saved state."""
         c = self.config.checkpoint
         if self.resumed_at == 0:
             reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
             reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
             logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
-            self._set_aside_newer()
-            return
+            return None
         state = self.checkpointer.load(self.resumed_at)
         self.step = state["step"]
         if self.validator is not None:
             self.validator.baselines = Baselines(**state["baselines"])
-        self.recorder_state = state["recorder"]
         self.loader.load_state_dict(state["loader"])
         self.weights.sync()
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
@@ -442,20 +417,23 @@ class Trainer:
             why,
             self.step + 1,
         )
-        self._set_aside_newer()
+        return state["recorder"]
 
     def _set_aside_newer(self) -> None:
-        if self.config.checkpoint.enable and self.config.checkpoint.load_step >= 0:
-            later = self.checkpointer.set_aside_after(self.resumed_at)
-            if later:
-                names = ", ".join(f"step-{n}" for n in later)
-                logger.info("Set aside as step-N.old, for this run replaces them: %s", names)
+        """A run that goes back replaces what came after; nothing may resume from that."""
+        c = self.config.checkpoint
+        if not c.enable or c.load_step < 0:
+            return
+        later = self.checkpointer.set_aside_after(self.resumed_at)
+        if later:
+            names = ", ".join(f"step-{n}" for n in later)
+            logger.info("Set aside as step-N.old, for this run replaces them: %s", names)
 
     def _save(self) -> None:
         state = {
             "step": self.step,
             "baselines": asdict(self.validator.baselines if self.validator else Baselines()),
-            "recorder": self.recorder.state_dict(),
+            "recorder": self.recorder.metrics.state_dict(),
             "loader": self.loader.state_dict(),
         }
         with self.recorder.clock.phase("checkpoint"):
@@ -466,7 +444,7 @@ class Trainer:
     def _export(self) -> None:
         name = self.config.export.dtype
         out = self.folder / "hf" / f"step-{self.step}"
-        source = self.student_source
+        source = self.sources["student"]
         with self.recorder.clock.phase("checkpoint"):
             export_hf(
                 self.student,

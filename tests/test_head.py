@@ -23,7 +23,7 @@ from torch import Tensor
 
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill import head
-from opd_titan.distill.head import Distribution, HeadStats, loss_head, score_head
+from opd_titan.distill.head import HeadStats, loss_head, score_head
 from opd_titan.distill.objectives import (
     Objective,
     ObjectiveSettings,
@@ -32,7 +32,7 @@ from opd_titan.distill.objectives import (
     sft,
 )
 from opd_titan.distill.packing import pack, pack_values, unpack_values
-from opd_titan.models.logits import scaled_logits, truncate_
+from opd_titan.models.logits import Distribution, scaled_logits, truncate_
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.sampler import sample
 from opd_titan.rollout.scheduler import Request
@@ -296,7 +296,7 @@ def test_truncation_keeps_what_a_plain_loop_keeps() -> None:
 def test_sampled_log_probs_are_the_scored_ones(dist: Distribution) -> None:
     g = torch.Generator().manual_seed(0)
     hidden_ND, weight_VD = torch.randn(500, D, generator=g), torch.randn(V, D, generator=g)
-    logits_NV = scaled_logits(hidden_ND, weight_VD, dist.temperature, dist.top_k, dist.top_p)
+    logits_NV = scaled_logits(hidden_ND, weight_VD, dist)
     tokens_N, logprobs_N = sample(logits_NV, torch.rand(500, generator=g, dtype=torch.float64))
     close(logprobs_N, score_head(hidden_ND, weight_VD, torch.arange(500), tokens_N, dist))
     whole_N = score_head(

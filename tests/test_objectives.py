@@ -18,7 +18,6 @@ from tiny_student import (
 )
 from torch import Tensor
 
-from opd_titan.distill.head import Distribution
 from opd_titan.distill.objectives import (
     OBJECTIVES,
     ObjectiveSettings,
@@ -29,6 +28,7 @@ from opd_titan.distill.objectives import (
 )
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.models.logits import Distribution
 
 VOCAB, STOP, LENGTH = 5, 0, 3
 

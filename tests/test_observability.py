@@ -25,7 +25,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.observability.flops import mfu, peak_flops, transformer_forward_flops
+from opd_titan.models.qwen3.args import Qwen3Args
+from opd_titan.observability.flops import mfu, peak_flops
 from opd_titan.observability.logging import init_logging, paint, use_color
 from opd_titan.observability.metrics import (
     SCALARS,
@@ -410,9 +411,7 @@ def test_memory_on_cuda_is_the_peak_since_the_last_call():
 
 # ---- flops ----
 
-QWEN3_06B = dict(
-    dim=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ffn_dim=3072, vocab_size=151936
-)
+QWEN3_06B = Qwen3Args(151936, 1024, 28, 16, 8, 128, 3072, 1e-6, 1e6, True, 40960, 0.02)
 
 
 def test_forward_flops_of_qwen3_0_6b_by_hand():
@@ -423,10 +422,10 @@ def test_forward_flops_of_qwen3_0_6b_by_hand():
     head = 151_936 * 1024
     # The released model has 596,049,920 parameters, the tied head once; the rest is norms.
     assert body + head + 28 * (2 * 1024 + 2 * 128) + 1024 == 596_049_920
-    one = transformer_forward_flops(**QWEN3_06B, seq_lens=[1], projected_tokens=0)
+    one = QWEN3_06B.forward_flops([1], projected_tokens=0)
     assert one == 2 * body + 4 * 28 * 16 * 128  # no embedding, no head, one attention pair
     # 3 + 2 tokens: 6 + 3 causal pairs; 4 of the 5 positions are projected.
-    two = transformer_forward_flops(**QWEN3_06B, seq_lens=[3, 2], projected_tokens=4)
+    two = QWEN3_06B.forward_flops([3, 2], projected_tokens=4)
     assert two == 5 * 2 * body + 9 * 4 * 28 * 16 * 128 + 4 * 2 * head
 
 
@@ -444,10 +443,8 @@ def test_forward_flops_agree_with_torchs_own_count():
         h = linear(y, torch.randn(dim, heads * hd))
         gated = silu(linear(h, torch.randn(ffn, dim))) * linear(h, torch.randn(ffn, dim))
         linear(linear(gated, torch.randn(dim, ffn))[:projected], torch.randn(vocab, dim))
-    sizes = dict(dim=dim, layers=1, heads=heads, kv_heads=kv, head_dim=hd, ffn_dim=ffn)
-    ours = transformer_forward_flops(
-        **sizes, vocab_size=vocab, seq_lens=[length], projected_tokens=projected
-    )
+    args = Qwen3Args(vocab, dim, 1, heads, kv, hd, ffn, 1e-6, 1e4, True, 64, 0.02)
+    ours = args.forward_flops([length], projected)
     # torch multiplied the whole square of pairs, above the diagonal too
     masked_pairs = length * length - length * (length + 1) // 2
     assert counter.get_total_flops() == ours + 4 * heads * hd * masked_pairs

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from opd_titan.data.types import Sample
-from opd_titan.distill.head import Distribution, score_head
+from opd_titan.distill.head import score_head
 from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient
 from opd_titan.distill.packing import (
     Minibatch,
@@ -41,6 +41,7 @@ from opd_titan.distill.packing import (
 )
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3.parallelize import parallelize_qwen3
 
 RAGGED = [(3, 5), (1, 1), (6, 19), (14, 1), (2, 7), (5, 4), (2, 13)]
@@ -266,23 +267,20 @@ def train_on_ranks(lengths: list[tuple[int, int]], budget: int, tied: bool) -> d
         parallelize_qwen3(model, mesh, torch.float32)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     plan = plan_minibatches(samples, 2, budget, rank, ranks)
-    microbatches = [m for minibatch in plan for m in minibatch.microbatches]
-    scored = score(teacher, plan, Distribution(), CPU)
-    for own, values in zip(microbatches, scored, strict=True):
-        for s, logprobs in zip(own, values, strict=True):
-            s.teacher_logprobs = logprobs
+    for sample, logprobs in score(teacher, plan, Distribution(), CPU):
+        sample.teacher_logprobs = logprobs
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
     how = UpdateRule(
         policy_gradient, ObjectiveSettings(true_ratio=True), Distribution(), max_grad_norm=1.0
     )
     scalars = update(student, optimizer, plan, how, CPU)
-    own = [s for m in microbatches for s in m]
+    own = [s for s in samples if s.advantages is not None]
     return {
         "scalars": scalars,
         "weights": torch.cat([p.full_tensor().detach().flatten() for p in student.parameters()]),
         "teacher": {s.prompt.index: s.teacher_logprobs for s in own},
         "advantages": {s.prompt.index: s.advantages for s in own},
-        "empty": sum(not m for m in microbatches),
+        "empty": sum(not m for minibatch in plan for m in minibatch.microbatches),
     }
 
 

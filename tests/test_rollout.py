@@ -28,7 +28,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import opd_titan.rollout.generator as generator_module
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.head import Distribution
 from opd_titan.distributed.world import build_mesh, init_world
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import truncate_
@@ -361,7 +360,7 @@ def on_two_ranks() -> dict[str, Any]:
     return {
         "whole": [gathered_weights_are_whole(*kind) for kind in kinds],
         "samples": sample_some(),
-        "probe": probe(source, generator, one, SamplingParams(8), Distribution(), 0, CPU),
+        "probe": probe(source, generator, one, SamplingParams(8), 0, CPU),
     }
 
 

@@ -39,10 +39,10 @@ from opd_titan.data.prompts import build_prompts
 from opd_titan.data.tokenizer import load_tokenizer
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill import head
-from opd_titan.distill.head import Distribution
 from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.models.logits import Distribution
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.scheduler import Request

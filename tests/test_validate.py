@@ -14,7 +14,6 @@ from tiny_rollout import CPU, EOS, Script, follow, prompts, requests, sharded, t
 from torch.distributed.device_mesh import DeviceMesh
 
 from opd_titan.data.types import Prompt
-from opd_titan.distill.head import Distribution
 from opd_titan.distributed.world import build_mesh, init_world
 from opd_titan.preflight import TOLERANCE, probe, report
 from opd_titan.rollout.generator import Generator, SamplingParams
@@ -108,8 +107,8 @@ def test_the_probe_finds_no_difference_between_equal_weights(
     mesh: DeviceMesh, options: dict[str, Any]
 ) -> None:
     source = sharded(mesh)
-    params, law = SamplingParams(20, **options), Distribution(**options)
-    result = probe(source, Generator(follow(source).model, EOS), prompts(), params, law, 0, CPU)
+    params = SamplingParams(20, **options)
+    result = probe(source, Generator(follow(source).model, EOS), prompts(), params, 0, CPU)
     assert abs(result["kl"]) <= 1e-6 and result["gap"] <= 1e-4
     assert warnings_of(result) == []
 
@@ -121,7 +120,7 @@ def test_the_probe_finds_one_stale_weight(mesh: DeviceMesh, name: str) -> None:
     source, stale = sharded(mesh), tiny()
     stale.get_parameter(name).add_(0.1)
     generator = Generator(stale, EOS)
-    result = probe(source, generator, prompts(), SamplingParams(20), Distribution(), 0, CPU)
+    result = probe(source, generator, prompts(), SamplingParams(20), 0, CPU)
     assert abs(result["kl"]) <= 1e-6 and result["gap"] > 10 * TOLERANCE[torch.float32]
     (message,) = warnings_of(result)
     assert "rollout" in message

@@ -16,23 +16,10 @@ import torch
 from torch import Tensor
 
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
-from opd_titan.models.logits import scaled_logits
+from opd_titan.models.logits import Distribution, scaled_logits
 
 # fp32 logits of one chunk. Larger chunks reach the same matmul speed and only cost memory.
 CHUNK_BYTES = 64 * 1024**2
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """The student's sampling distribution: what its log-probs are taken under."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @property
-    def truncates(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1.0
 
 
 def _chunks(n: int, vocab: int) -> list[slice]:
@@ -44,7 +31,7 @@ def _logits(
     h_CD: Tensor, w_VD: Tensor, targets_C: Tensor, dist: Distribution, buffer: Tensor | None
 ) -> Tensor:
     out_CV = None if buffer is None else buffer[: h_CD.shape[0]]
-    return scaled_logits(h_CD, w_VD, dist.temperature, dist.top_k, dist.top_p, targets_C, out_CV)
+    return scaled_logits(h_CD, w_VD, dist, targets_C, out_CV)
 
 
 def _buffer(chunks: list[slice], weight_VD: Tensor) -> Tensor:

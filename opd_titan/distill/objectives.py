@@ -19,14 +19,14 @@ class TokenScores:
     """What is known of each response token before the update. None: not needed or not there.
 
     Attributes:
-        rollout_C: log S at the time of sampling.
-        teacher_C: log T.
-        reference_C: log R.
+        rollout: log S at the time of sampling.
+        teacher: log T.
+        reference: log R.
     """
 
-    rollout_C: Tensor | None = None
-    teacher_C: Tensor | None = None
-    reference_C: Tensor | None = None
+    rollout: Tensor | None = None
+    teacher: Tensor | None = None
+    reference: Tensor | None = None
 
     def __getitem__(self, chunk: slice) -> TokenScores:
         values = (getattr(self, f.name) for f in fields(self))
@@ -73,9 +73,9 @@ def reverse_kl_advantage(
         limit = settings.log_ratio_clamp
         return difference_C.clamp(-limit, limit) if limit > 0 else difference_C
 
-    kl_C = bounded(student_C - scores.teacher_C)
+    kl_C = bounded(student_C - scores.teacher)
     if settings.reference_coef != 0.0:
-        kl_C = kl_C + settings.reference_coef * bounded(student_C - scores.reference_C)
+        kl_C = kl_C + settings.reference_coef * bounded(student_C - scores.reference)
     return -kl_C.detach()
 
 
@@ -83,7 +83,7 @@ def policy_gradient(
     student_C: Tensor, scores: TokenScores, settings: ObjectiveSettings
 ) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A), r = S / S_old (PPO, arXiv 1707.06347)."""
-    old_C = scores.rollout_C if settings.true_ratio else student_C.detach()
+    old_C = scores.rollout if settings.true_ratio else student_C.detach()
     advantage_C = reverse_kl_advantage(old_C, scores, settings)
     ratio_C = (student_C - old_C).exp()
     clipped_ratio_C = ratio_C.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)

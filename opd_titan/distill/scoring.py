@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.head import Distribution, score_head
+from opd_titan.distill.head import score_head
 from opd_titan.distill.packing import Minibatch, pack, unpack_values
+from opd_titan.models.logits import Distribution
 
 # Stands in where a rank has no micro-batch left: forward and backward are collective.
 EMPTY = [Sample(Prompt(-1, "", (0,)), 0, [0], "length")]
@@ -19,7 +20,7 @@ EMPTY = [Sample(Prompt(-1, "", (0,)), 0, [0], "length")]
 @torch.no_grad()
 def score(
     model: nn.Module, plan: Sequence[Minibatch], dist: Distribution, device: torch.device
-) -> list[list[torch.Tensor]]:
+) -> list[tuple[Sample, Tensor]]:
     """Log-probs of every response token of this rank's share of the plan.
 
     Args:
@@ -28,15 +29,16 @@ def score(
             temperature, whatever top-k and top-p the student sampled with.
 
     Returns:
-        For each micro-batch of each mini-batch in order, one fp32 CPU tensor per sample.
+        Each of this rank's samples with its log-probs, fp32 on the CPU.
     """
-    scored = []
+    scored: list[tuple[Sample, Tensor]] = []
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
         samples = microbatch or EMPTY
         batch = pack(samples, device)
         head = partial(score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
         logprobs_R = model(batch.tokens_T, batch.attend, head)
-        scored.append(unpack_values(logprobs_R, samples) if microbatch else [])
+        if microbatch:
+            scored += zip(samples, unpack_values(logprobs_R, samples), strict=True)
     # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
     model.reshard()
     return scored

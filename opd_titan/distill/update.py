@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from opd_titan.data.types import Sample
-from opd_titan.distill.head import Distribution, HeadStats, loss_head
+from opd_titan.distill.head import HeadStats, loss_head
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
 from opd_titan.distill.packing import Minibatch, PackedBatch, pack, pack_values, unpack_values
 from opd_titan.distill.scoring import EMPTY
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
+from opd_titan.models.logits import Distribution
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def update(
             loss, stats = model(batch.tokens_T, batch.attend, head)
             loss.backward()
             if samples:
-                totals.add(stats, scores.rollout_C, first_update=i == 0)
+                totals.add(stats, scores.rollout, first_update=i == 0)
                 _set_advantages(samples, stats)
         totals.grad_norms.append(_clip(model, rule.max_grad_norm))
         optimizer.step()

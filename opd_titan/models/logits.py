@@ -8,8 +8,26 @@ Shapes: N rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What log-probs are taken under. Sampling and scoring share it, or they disagree.
+
+    top_k 0 and top_p 1.0 keep every token.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0
 
 
 def project(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor | None = None) -> Tensor:
@@ -55,13 +73,11 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
 def scaled_logits(
     hidden_ND: Tensor,
     weight_VD: Tensor,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    distribution: Distribution,
     keep_N: Tensor | None = None,
     out_NV: Tensor | None = None,
 ) -> Tensor:
-    """fp32 logits [N, V] of the distribution at `temperature`, truncated by top-k and top-p.
+    """fp32 logits [N, V] of the distribution: divided by its temperature, then truncated.
 
     Args:
         keep_N: see `truncate_`.
@@ -69,6 +85,6 @@ def scaled_logits(
             every call, which on a CPU costs as much as the product itself.
     """
     logits_NV = project(hidden_ND, weight_VD, out_NV)
-    if temperature != 1.0:
-        logits_NV.div_(temperature)
-    return truncate_(logits_NV, top_k, top_p, keep_N)
+    if distribution.temperature != 1.0:
+        logits_NV.div_(distribution.temperature)
+    return truncate_(logits_NV, distribution.top_k, distribution.top_p, keep_N)

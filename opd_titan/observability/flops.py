@@ -1,13 +1,12 @@
-"""Work and speed limits: what a forward costs, what a device can do, and the share that is used.
+"""What a device can do, and the share of it that was used.
 
-Only matrix products count, 2 FLOPs per multiply-add: the embedding look-up is none, a tied head
-is one like any other. Nothing is added for recomputation, so that MFU stays comparable.
+The work itself is counted by the model family (`forward_flops` of its sizes). Nothing is added for
+recomputation, so that MFU stays comparable.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets (the sparse figures
 # halved). First match wins; a name that matches nothing has no MFU.
@@ -49,40 +48,3 @@ def mfu(flops: float, seconds: float, peak: float, world_size: int = 1) -> float
         peak: FLOP/s of one device.
     """
     return 100.0 * flops / (seconds * peak * world_size)
-
-
-def transformer_forward_flops(
-    *,
-    dim: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    ffn_dim: int,
-    vocab_size: int,
-    seq_lens: Iterable[int],
-    projected_tokens: int,
-) -> float:
-    """FLOPs of one forward of a dense gated transformer over causal sequences.
-
-    Per token 2 for every parameter of Q, K, V, O and the three MLP matrices; per causal
-    (query, key) pair 4 * head_dim per head and layer (Q.K and P.V), a sequence of s tokens having
-    s (s + 1) / 2 pairs; per projected token 2 * dim * vocab_size for the head. With backward:
-    three times as much. Same counting as PaLM (arXiv 2204.02311, appendix B), but with the true
-    lengths and the causal half.
-
-    Decoding with a KV cache costs the same as one forward over the finished sequences; the last
-    sampled token of each is never fed in, so count one token less for each.
-
-    Args:
-        seq_lens: tokens of each sequence (prompt and response).
-        projected_tokens: positions that go through the head; prompts do not.
-    """
-    attention_params = dim * head_dim * (2 * heads + 2 * kv_heads)
-    matmul_params = layers * (attention_params + 3 * dim * ffn_dim)
-    tokens = pairs = 0
-    for length in seq_lens:
-        tokens += length
-        pairs += length * (length + 1) // 2
-    attention = 4 * layers * heads * head_dim * pairs
-    return float(2 * matmul_params * tokens + attention + 2 * dim * vocab_size * projected_tokens)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,12 @@ from opd_titan.distributed.collectives import gather_lists, max_scalar
 from opd_titan.observability.flops import peak_flops
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.rollout_writer import write_rollouts
-from opd_titan.observability.step_scalars import kl_scalars, rollout_scalars, work
+from opd_titan.observability.step_scalars import (
+    ForwardFlops,
+    kl_scalars,
+    rollout_scalars,
+    work,
+)
 
 logger = logging.getLogger("opd_titan")
 
@@ -25,7 +29,7 @@ class Recorder:
     """Times the phases of a step and records its outcome. All ranks call; rank 0 writes.
 
     Args:
-        sizes: of each model by role, as `flops.transformer_forward_flops` takes them.
+        forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
         start_step: the last step that was done, 0 for a new run.
     """
 
@@ -37,12 +41,12 @@ class Recorder:
         dtype: torch.dtype,
         decode: Callable[[list[int]], str],
         grade: Callable[[str, str], bool | None],
-        sizes: dict[str, dict[str, int]],
+        forward_flops: Mapping[str, ForwardFlops],
         start_step: int,
         total_steps: int,
     ) -> None:
         self.config, self.device, self.decode, self.grade = config, device, decode, grade
-        self.sizes, self.total_steps = sizes, total_steps
+        self.forward_flops, self.total_steps = forward_flops, total_steps
         self.folder = Path(config.job.dump_folder)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy = config.rollout.on_policy_fraction > 0.0
@@ -59,16 +63,14 @@ class Recorder:
             total_steps=total_steps,
         )
 
-    def record(
-        self, step: int, samples: list[Sample], mine: list[Sample], scalars: dict[str, float]
-    ) -> None:
+    def record(self, step: int, samples: list[Sample], scalars: dict[str, float]) -> None:
         """Record a step that has just ended.
 
         Args:
-            samples: of all ranks, without scores.
-            mine: this rank's share of them, scored.
+            samples: of all ranks; those that this rank updated on have their advantages.
             scalars: what the update measured.
         """
+        mine = [s for s in samples if s.advantages is not None]
         scalars = {**scalars, **self._work_scalars(samples)}
         if self.on_policy:
             scalars |= rollout_scalars(samples, mine, self.decode, self.device)
@@ -86,7 +88,7 @@ class Recorder:
         self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}))
 
     def _work_scalars(self, samples: Sequence[Sample]) -> dict[str, float]:
-        tokens, flops = work(samples, self.sizes)
+        tokens, flops = work(samples, self.forward_flops)
         if not self.on_policy:
             del tokens["rollout"], flops["rollout"]
         return phase_scalars(
@@ -104,9 +106,3 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             write_rollouts(self.folder, step, scored, self.decode, self.grade)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.metrics.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.metrics.load_state_dict(state)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_vector, sum_scalars
-from opd_titan.observability.flops import transformer_forward_flops
 from opd_titan.observability.rollout_writer import repetition
+
+ForwardFlops = Callable[[Sequence[int], int], float]
 
 
 def rollout_scalars(
@@ -62,34 +62,36 @@ def _log_ratio(samples: Sequence[Sample], other: str) -> Tensor:
     return torch.cat([torch.empty(0)] + [s.student_logprobs - getattr(s, other) for s in scored])
 
 
-def work(samples: Sequence[Sample], sizes: dict[str, Any]) -> tuple[dict, dict]:
+def work(
+    samples: Sequence[Sample], forward_flops: Mapping[str, ForwardFlops]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Tokens and FLOPs by phase, over all ranks, of one step in which every phase ran once.
 
     Args:
-        sizes: of each model by role, as `transformer_forward_flops` takes them.
+        forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
     """
     responses = sum(len(s.response_ids) for s in samples)
     # A sequence's last token is never fed in.
     lengths = [s.num_tokens - 1 for s in samples]
     tokens = {"rollout": responses, "update": sum(lengths), "step": responses}
-    flops = {}
-    for role, size in sizes.items():
-        forward = transformer_forward_flops(**size, seq_lens=lengths, projected_tokens=responses)
-        if role == "student":
-            flops["update"] = 3.0 * forward
-            flops["rollout"] = forward - _shared_prompt_flops(samples, size)
-        elif role == "teacher":
-            tokens["teacher"] = sum(lengths)
-            flops["teacher"] = forward
+    student = forward_flops["student"]
+    forward = student(lengths, responses)
+    # Decoding with a cache costs what one forward over the finished sequences does, but for the
+    # prompts: the samples of a group share one prefill.
+    rollout = forward - student(_repeated_prompts(samples), 0)
+    flops = {"update": 3.0 * forward, "rollout": rollout}
+    if "teacher" in forward_flops:
+        tokens["teacher"] = sum(lengths)
+        flops["teacher"] = forward_flops["teacher"](lengths, responses)
     return tokens, flops
 
 
-def _shared_prompt_flops(samples: Sequence[Sample], size: dict[str, Any]) -> float:
-    """What the rollout saves: the samples of a group share one prefill."""
+def _repeated_prompts(samples: Sequence[Sample]) -> list[int]:
+    """Lengths of the prompts, without the first sample of each."""
     seen: set[int] = set()
     repeated = []
     for s in samples:
         if s.prompt.index in seen:
             repeated.append(len(s.prompt.token_ids))
         seen.add(s.prompt.index)
-    return transformer_forward_flops(**size, seq_lens=repeated, projected_tokens=0)
+    return repeated

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_titan.data.types import Sample
-from opd_titan.models.logits import scaled_logits
+from opd_titan.models.logits import Distribution, scaled_logits
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention, bytes_per_token
 from opd_titan.rollout.memory import free_bytes
 from opd_titan.rollout.sampler import greedy, sample, uniforms
@@ -29,6 +29,11 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     ignore_eos: bool = False
+
+    @property
+    def distribution(self) -> Distribution:
+        """What is sampled from, and therefore what the student is scored under."""
+        return Distribution(self.temperature, self.top_k, self.top_p)
 
 
 class Generator:
@@ -75,15 +80,7 @@ class Generator:
         max_len = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
         scheduler = Scheduler(requests, self._count_slots(len(requests), max_len))
         args = self.model.args
-        cache = KVCache(
-            args.n_layers,
-            scheduler.slots,
-            max_len,
-            args.n_kv_heads,
-            args.head_dim,
-            self.dtype,
-            self.device,
-        )
+        cache = KVCache(args, scheduler.slots, max_len, self.dtype, self.device)
         state = _SlotState(scheduler.slots, params.max_new_tokens, self.device)
         answers: dict[tuple[int, int], Sample] = {}
         while scheduler.has_work:
@@ -112,7 +109,7 @@ class Generator:
 
     def _count_slots(self, wanted: int, max_len: int) -> int:
         args = self.model.args
-        per_token = bytes_per_token(args.n_layers, args.n_kv_heads, args.head_dim, self.dtype)
+        per_token = bytes_per_token(args, self.dtype)
         # Per row of logits: themselves, their softmax, and room for a truncated sort.
         per_slot = per_token * max_len + 4 * 4 * self.weight_VD.shape[0]
         fit = free_bytes(self.device) // 2 // per_slot
@@ -148,10 +145,8 @@ class Generator:
         self, hidden_ND: Tensor, state: _SlotState, rows: slice, params: SamplingParams
     ) -> tuple[Tensor, Tensor]:
         if params.temperature == 0.0:
-            return greedy(scaled_logits(hidden_ND, self.weight_VD, 1.0))
-        logits_NV = scaled_logits(
-            hidden_ND, self.weight_VD, params.temperature, params.top_k, params.top_p
-        )
+            return greedy(scaled_logits(hidden_ND, self.weight_VD, Distribution()))
+        logits_NV = scaled_logits(hidden_ND, self.weight_VD, params.distribution)
         return sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
 
 

@@ -7,6 +7,7 @@ heads, K head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,16 @@ from opd_titan.models.attention import PackedAttention
 
 
 class KVCache:
-    """One [slots, G, S, K] tensor of keys and one of values per layer."""
+    """One [slots, G, S, K] tensor of keys and one of values per layer.
+
+    Args:
+        args: the model's sizes: `n_layers`, `n_kv_heads`, `head_dim`.
+    """
 
     def __init__(
-        self,
-        n_layers: int,
-        slots: int,
-        max_len: int,
-        n_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, args: Any, slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (n_layers, slots, n_kv_heads, max_len, head_dim)
+        shape = (args.n_layers, slots, args.n_kv_heads, max_len, args.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -39,9 +37,9 @@ class KVCache:
             tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
 
 
-def bytes_per_token(n_layers: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+def bytes_per_token(args: Any, dtype: torch.dtype) -> int:
     """Cache bytes that one token of one sequence takes."""
-    return 2 * n_layers * n_kv_heads * head_dim * dtype.itemsize
+    return 2 * args.n_layers * args.n_kv_heads * args.head_dim * dtype.itemsize
 
 
 class PrefillAttention(PackedAttention):

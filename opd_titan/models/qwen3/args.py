@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -57,17 +58,28 @@ class Qwen3Args:
             raise ModelError(f"{where}: head_dim {args.head_dim} is odd; RoPE needs pairs")
         return args
 
-    def flop_sizes(self) -> dict[str, int]:
-        """The sizes that `observability.flops.transformer_forward_flops` counts with."""
-        return {
-            "dim": self.dim,
-            "layers": self.n_layers,
-            "heads": self.n_heads,
-            "kv_heads": self.n_kv_heads,
-            "head_dim": self.head_dim,
-            "ffn_dim": self.ffn_dim,
-            "vocab_size": self.vocab_size,
-        }
+    def forward_flops(self, seq_lens: Iterable[int], projected_tokens: int) -> float:
+        """FLOPs of one forward over causal sequences; an update is three times as much.
+
+        Per token 2 for every parameter of Q, K, V, O and the three MLP matrices; per causal
+        (query, key) pair 4 * head_dim per head and layer (Q.K and P.V), a sequence of s tokens
+        having s (s + 1) / 2 pairs; per projected token 2 * dim * vocab_size for the head, tied or
+        not. As PaLM counts (arXiv 2204.02311, appendix B), but with true lengths and the causal
+        half.
+
+        Args:
+            seq_lens: tokens of each sequence that go through the model.
+            projected_tokens: positions that go through the head; prompts do not.
+        """
+        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+        matmul_params = self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
+        tokens = pairs = 0
+        for length in seq_lens:
+            tokens += length
+            pairs += length * (length + 1) // 2
+        mixing = 4 * self.n_layers * self.n_heads * self.head_dim * pairs
+        head = 2 * self.dim * self.vocab_size * projected_tokens
+        return float(2 * matmul_params * tokens + mixing + head)
 
 
 # field: (config.json key, default where Hugging Face's Qwen3Config has one and files leave it out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.build import check_lengths, compute_dtype, inspect_models, load_model
-from opd_titan.checkpoint.checkpointer import Checkpointer, choose_step
+from opd_titan.checkpoint.checkpointer import Checkpointer, agree_on_step, inspect_checkpoint
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.grading import grade
@@ -29,7 +28,7 @@ from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.world import build_mesh, init_world, set_timeout
-from opd_titan.errors import DataError
+from opd_titan.errors import ConfigError
 from opd_titan.model_card import model_card
 from opd_titan.models.logits import Distribution
 from opd_titan.observability.logging import init_logging
@@ -41,7 +40,7 @@ from opd_titan.preflight import probe, report
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.validate import Baselines, Validator
+from opd_titan.validate import Baselines, Validator, build_validator, prompt_options
 
 logger = logging.getLogger("opd_titan")
 
@@ -52,6 +51,9 @@ class Trainer:
     def __init__(self, config: JobConfig) -> None:
         self.config = config
         self.device = init_world(config.comm.init_timeout_seconds)
+        if config.training.deterministic and self.device.type == "cuda":
+            # The sampler's prefix sums have no deterministic kernel there.
+            raise ConfigError("[training] deterministic: true is built for the CPU only so far")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder = Path(config.job.dump_folder)
         init_logging(None, self.rank)
@@ -63,8 +65,7 @@ class Trainer:
         )
         self._inspect_models()
         self._build_data()
-        load_step = config.checkpoint.load_step if config.checkpoint.enable else 0
-        self.resumed_at = choose_step(self.folder / "checkpoint", load_step) or 0
+        self._find_checkpoint()
         self._open_folder()
         self._build_models()
         self._build_rules()
@@ -79,78 +80,70 @@ class Trainer:
         self.tokenizer = self.sources["student"].tokenizer
         self.decode = partial(self.tokenizer.decode, skip_special_tokens=True)
 
+    def _find_checkpoint(self) -> None:
+        """Which step to go on from, and whether this recipe can, before anything is written."""
+        c, folder = self.config.checkpoint, self.folder / "checkpoint"
+        self.resumed_at = agree_on_step(folder, c.load_step if c.enable else 0) or 0
+        self.saved_state: dict[str, Any] | None = None
+        if self.resumed_at:
+            with torch.device("meta"):
+                shapes = self.sources["student"].build()
+            self.saved_state = inspect_checkpoint(folder, self.resumed_at, shapes)
+            self.loader.load_state_dict(self.saved_state["loader"])
+
     def _build_data(self) -> None:
         c = self.config
-        shared = {
-            "template": c.data.template,
-            "enable_thinking": c.data.enable_thinking,
-            "max_prompt_tokens": c.data.max_prompt_tokens,
-            "tokenizer": self.tokenizer,
-        }
+        options = prompt_options(c, self.tokenizer)
         self.prompt_set: PromptSet = build_prompts(
             dataset=c.data.dataset,
             path=c.data.path,
             split=c.data.split,
             keep_responses=c.rollout.on_policy_fraction < 1.0,
-            **shared,
+            **options,
         )
+        prompts = self.prompt_set.prompts
         self.loader = PromptLoader(
-            self.prompt_set.prompts,
+            prompts,
             prompts_per_step=c.rollout.prompts_per_step,
             seed=c.training.seed,
             shuffle=c.data.shuffle,
         )
-        longest = max(len(p.token_ids) for p in self.prompt_set.prompts)
-        check_lengths(self.sources.values(), longest, c.rollout.max_new_tokens)
+        longest = max(len(p.token_ids) for p in prompts)
+        new_tokens = max(c.rollout.max_new_tokens, c.validation.max_new_tokens)
+        check_lengths(self.sources.values(), longest, new_tokens)
         self.total_steps = c.training.epochs * self.loader.batches_per_epoch or c.training.steps
         self.validator: Validator | None = None
         if c.validation.enable:
-            held_out = build_prompts(
-                dataset=c.validation.dataset or c.data.dataset,
-                path=c.validation.path or c.data.path,
-                split=c.validation.split,
-                max_prompts=c.validation.max_prompts,
-                keep_responses=False,
-                section="validation",
-                **shared,
-            )
-            self.validator = self._build_validator(held_out)
-
-    def _build_validator(self, held_out: PromptSet) -> Validator:
-        c = self.config
-        if any(p.answer is None for p in held_out.prompts):
-            raise DataError(
-                f"validation: {held_out.source} has prompts without an answer to grade; give "
-                f"validation.dataset and validation.path a set with answers, or set "
-                f"validation.enable = false"
-            )
-        params = SamplingParams(
-            c.validation.max_new_tokens or c.rollout.max_new_tokens, c.validation.temperature
-        )
-        samples_per_prompt = c.validation.samples_per_prompt
-        return Validator(
-            held_out.prompts, samples_per_prompt, params, c.training.seed, self.decode, self.rank
-        )
+            self.validator = build_validator(c, options, prompts, self.decode, self.rank)
 
     def _open_folder(self) -> None:
         """From here on the job writes: every mistake that can be known by now has been named."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        init_logging(self.folder, self.rank)
         resolved = to_toml(self.config)
-        if self.rank == 0:
-            (self.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            init_logging(self.folder, self.rank)
+            if self.rank == 0:
+                (self.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"[job] dump_folder: {self.folder} cannot be written ({error.strerror}); choose a "
+                f"folder that can"
+            ) from error
         if self.config.job.print_config:
             logger.info("Resolved config:\n%s", resolved)
         found = self.prompt_set
         logger.info(
-            "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens)",
+            "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens); %s steps",
             found.source,
             len(found.prompts),
             found.num_rows,
             found.num_duplicates,
             found.num_too_long,
             self.config.data.max_prompt_tokens,
+            self.total_steps,
         )
+        if self.validator is not None:
+            self.validator.warn_if_not_held_out()
         if "teacher" in self.sources:
             eos_ids = (self.sources[role].eos_ids for role in ("student", "teacher"))
             warning = eos_warning(*eos_ids, self.tokenizer)
@@ -159,10 +152,7 @@ class Trainer:
 
     def _build_models(self) -> None:
         c = self.config
-        if c.training.deterministic:
-            # cuBLAS is deterministic only with a fixed workspace.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(c.training.deterministic)
         self.dtype = compute_dtype(c, self.device)
         self.student = self._load("student", torch.float32)
         self.teacher = self._load("teacher", self.dtype)
@@ -176,7 +166,7 @@ class Trainer:
             background=c.checkpoint.async_mode == "async",
         )
         self.weights = GeneratorWeights(self.student, self.sources["student"].build, self.dtype)
-        self.generator = self._generator(self.weights)
+        self.generator = self._generator("student", self.weights)
 
     def _load(self, role: str, param_dtype: torch.dtype) -> Any:
         source = self.sources.get(role)
@@ -203,11 +193,11 @@ class Trainer:
         )
         return model
 
-    def _generator(self, weights: GeneratorWeights) -> Generator:
+    def _generator(self, role: str, weights: GeneratorWeights) -> Generator:
         c = self.config
         return Generator(
             weights.model,
-            self.sources["student"].eos_ids,
+            self.sources[role].eos_ids,
             c.rollout.max_concurrent,
             c.training.max_tokens_per_microbatch,
         )
@@ -235,7 +225,7 @@ class Trainer:
 
     def train(self) -> int:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
-        recorder_state = self._resume()
+        self._resume()
         self._set_aside_newer()
         self._listen_for_signals()
         self.recorder = Recorder(
@@ -248,8 +238,10 @@ class Trainer:
             start_step=self.step,
             total_steps=self.total_steps,
         )
-        if recorder_state is not None:
-            self.recorder.metrics.load_state_dict(recorder_state)
+        if self.saved_state is not None:
+            self.recorder.metrics.load_state_dict(self.saved_state["recorder"])
+        # Loading is over; from here on a rank may lag as long as a rollout takes.
+        set_timeout(self.config.comm.train_timeout_seconds, self.device)
         self._before_first_step()
         profiling = self.config.profiling
         with maybe_profiler(
@@ -352,7 +344,7 @@ class Trainer:
 
     def _measure_teacher(self) -> None:
         weights = GeneratorWeights(self.teacher, self.sources["teacher"].build, self.dtype)
-        self.validator.measure_teacher(self._generator(weights))
+        self.validator.measure_teacher(self._generator("teacher", weights))
 
     def _validate(self) -> None:
         scalars = self.validator.measure_student(self.generator, self.step)
@@ -360,8 +352,6 @@ class Trainer:
 
     def _after_step(self) -> None:
         c, last = self.config, self.step == self.total_steps
-        if self.step == self.resumed_at + 1:
-            set_timeout(c.comm.train_timeout_seconds, self.device)
 
         def due(interval: int) -> bool:
             return last or (interval > 0 and self.step % interval == 0)
@@ -379,7 +369,7 @@ class Trainer:
 
     def _finish(self) -> int:
         stopped, saves = self.step < self.total_steps, self.config.checkpoint.enable
-        if stopped and saves and self.step != self.saved_at:
+        if stopped and saves and self.step not in (0, self.saved_at):
             self._save()
         self.checkpointer.wait()
         self.recorder.metrics.close()
@@ -388,27 +378,28 @@ class Trainer:
             logger.info("Done: %s steps; everything is in %s", self.step, self.folder)
             return 0
         outcome = "with a complete checkpoint; start again to go on"
+        if self.step == 0:
+            outcome = "before there was anything to save; start again"
         if not saves:
             outcome = "and nothing was saved, for checkpoint.enable is false"
-        logger.warning("Stopped by a signal after step %s %s", self.step, outcome)
+        logger.warning(
+            "Stopped by signal %s after step %s %s", self.stop_signal, self.step, outcome
+        )
         return 75 if saves else 1
 
     # ------------------------------------------------------ state and signals
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Go to where the run starts, and say why there. Returns the recorder's saved state."""
+    def _resume(self) -> None:
+        """Go to where the run starts, and say why there."""
         c = self.config.checkpoint
-        if self.resumed_at == 0:
+        if self.saved_state is None:
             reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
             reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
             logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
-            return None
-        state = self.checkpointer.load(self.resumed_at)
-        self.step = state["step"]
-        if self.validator is not None:
-            self.validator.baselines = Baselines(**state["baselines"])
-        self.loader.load_state_dict(state["loader"])
+            return
+        self.checkpointer.load(self.resumed_at)
         self.weights.sync()
+        self.step = self.resumed_at
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
@@ -417,7 +408,25 @@ class Trainer:
             why,
             self.step + 1,
         )
-        return state["recorder"]
+        if self.validator is not None:
+            self._restore_baselines()
+
+    def _restore_baselines(self) -> None:
+        if self.saved_state["measured_by"] == self._measured_by():
+            self.validator.baselines = Baselines(**self.saved_state["baselines"])
+        else:
+            logger.warning(
+                "[validation] or the teacher changed since the checkpoint: its start and teacher "
+                "accuracies do not compare with what is measured now; no gap_recovered from here on"
+            )
+
+    def _measured_by(self) -> dict[str, Any]:
+        """What the baselines depend on."""
+        return {
+            **asdict(self.config.validation),
+            "interval": 0,
+            "teacher": self.config.teacher.hf_path,
+        }
 
     def _set_aside_newer(self) -> None:
         """A run that goes back replaces what came after; nothing may resume from that."""
@@ -432,6 +441,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "step": self.step,
+            "measured_by": self._measured_by(),
             "baselines": asdict(self.validator.baselines if self.validator else Baselines()),
             "recorder": self.recorder.metrics.state_dict(),
             "loader": self.loader.state_dict(),
@@ -439,7 +449,8 @@ class Trainer:
         with self.recorder.clock.phase("checkpoint"):
             self.checkpointer.save(self.step, state)
         self.saved_at = self.step
-        logger.info("Checkpoint: %s/step-%s", self.checkpointer.folder, self.step)
+        verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
+        logger.info("Checkpoint: %s %s/step-%s", verb, self.checkpointer.folder, self.step)
 
     def _export(self) -> None:
         name = self.config.export.dtype

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
+from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
+from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt
+from opd_titan.errors import DataError
 from opd_titan.observability.progress import progress
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
@@ -48,6 +53,17 @@ class Validator:
         self.prompts, self.samples_per_prompt, self.params = prompts, samples_per_prompt, params
         self.seed, self.decode, self.rank = seed, decode, rank
         self.baselines = Baselines()
+        self.trained_on = 0  # how many of the prompts are training prompts too
+
+    def warn_if_not_held_out(self) -> None:
+        # A few questions stand in both splits of many sets; more is a mistake in the recipe.
+        if self.trained_on > 0.01 * len(self.prompts):
+            logger.warning(
+                "Validation: %s of %s prompts are training prompts too, so its accuracy is not "
+                "that of held-out prompts; see validation.path and validation.split",
+                self.trained_on,
+                len(self.prompts),
+            )
 
     def measure_teacher(self, generator: Generator) -> None:
         self.baselines.teacher, _ = self._measure(generator, "teacher")
@@ -85,3 +101,50 @@ class Validator:
         correct = sum(bool(grade(self.decode(s.response_ids), s.prompt.answer)) for s in samples)
         tokens = sum(len(s.response_ids) for s in samples)
         return correct / len(samples), tokens / len(samples)
+
+
+def prompt_options(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What training and validation prompts are built with alike."""
+    return {
+        "template": config.data.template,
+        "enable_thinking": config.data.enable_thinking,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "tokenizer": tokenizer,
+    }
+
+
+def build_validator(
+    config: JobConfig,
+    options: dict[str, Any],
+    training_prompts: Sequence[Prompt],
+    decode: Callable[[list[int]], str],
+    rank: int,
+) -> Validator:
+    """The validator that `[validation]` asks for.
+
+    Raises:
+        DataError: the set cannot be read, or has prompts without an answer.
+    """
+    c, v = config, config.validation
+    held_out = build_prompts(
+        dataset=v.dataset or c.data.dataset,
+        path=v.path or c.data.path,
+        split=v.split,
+        max_prompts=v.max_prompts,
+        keep_responses=False,
+        section="validation",
+        **options,
+    )
+    if any(p.answer is None for p in held_out.prompts):
+        raise DataError(
+            f"validation: {held_out.source} has prompts without an answer to grade; give "
+            f"validation.dataset and validation.path a set with answers, or set "
+            f"validation.enable = false"
+        )
+    params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
+    validator = Validator(
+        held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, rank
+    )
+    trained_on = {p.text for p in training_prompts}
+    validator.trained_on = sum(p.text in trained_on for p in held_out.prompts)
+    return validator

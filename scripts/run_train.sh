@@ -11,17 +11,23 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment
 
-CONFIG_FILE="${CONFIG_FILE:-$ROOT/train_configs/debug.toml}"
+if [ -z "${CONFIG_FILE:-}" ]; then
+    cd "$ROOT"  # the default recipe's paths are relative to it
+    CONFIG_FILE=train_configs/debug.toml
+fi
 if [ -z "${NGPU:-}" ]; then
-    NGPU=1
-    if command -v nvidia-smi >/dev/null; then
-        if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-            NGPU=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
-        else
-            NGPU=$(nvidia-smi --list-gpus | grep -c . || true)
-        fi
-        [ "$NGPU" -ge 1 ] || NGPU=1
+    NGPU=0
+    # Set but empty hides every GPU.
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        NGPU=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    elif command -v nvidia-smi >/dev/null; then
+        NGPU=$(nvidia-smi --list-gpus | grep -c . || true)
     fi
+    [ "$NGPU" -ge 1 ] || NGPU=1
+fi
+if ! [[ "$NGPU" =~ ^[1-9][0-9]*$ ]]; then
+    echo "opd_titan: NGPU is '$NGPU'; wanted a number of processes" >&2
+    exit 2
 fi
 case " $* " in *" --help "* | *" -h "*) NGPU=1 ;; esac # one help, not one from each process
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"

@@ -328,6 +328,7 @@ BAD_ARGUMENTS = [
         "[rollout] group_size: 2 contradicts on_policy_fraction = 0.0",
         "wanted 1",
     ),
+    (" ".join(SFT) + " --rollout.top_k 5", "[rollout] temperature: 1.0", "top_k 5", "wanted 1.0"),
     (" ".join(SFT) + " --reference.coef 1", "[reference] coef: must be 0", '"sft"'),
     ("--distill.minibatches 129", "[distill] minibatches: 129", "group_size", "at most 128"),
     ("--checkpoint.load_step 5 --checkpoint.no_enable", "[checkpoint] load_step: 5", "enable"),
@@ -429,6 +430,8 @@ def configs(draw) -> JobConfig:
     c.validation.temperature += 1e-3
     c.rollout.on_policy_fraction = 0.0 if sft else 1.0
     c.rollout.group_size = 1 if sft else c.rollout.group_size
+    if sft:
+        c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
     c.reference.coef *= not sft
     c.distill.minibatches = min(c.distill.minibatches, c.rollout.prompts_per_step)
     c.checkpoint.enable |= c.checkpoint.load_step > 0

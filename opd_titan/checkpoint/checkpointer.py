@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -54,6 +56,52 @@ def choose_step(folder: Path, load_step: int) -> int | None:
             f"complete steps: {have}"
         )
     return load_step
+
+
+def agree_on_step(folder: Path, load_step: int) -> int | None:
+    """`choose_step`, the same on every rank. All ranks call.
+
+    Raises:
+        CheckpointError: also where the ranks do not see the same folder.
+    """
+    # One rank looks: a shared file system may show two ranks two lists.
+    chosen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            chosen = [choose_step(folder, load_step)]
+        except CheckpointError as error:
+            chosen = [error]
+    dist.broadcast_object_list(chosen)
+    if isinstance(chosen[0], CheckpointError):
+        raise chosen[0]
+    if chosen[0] is not None:
+        _require_everywhere(folder / f"step-{chosen[0]}")
+    return chosen[0]
+
+
+def _require_everywhere(path: Path) -> None:
+    seen = torch.tensor(int(path.is_dir()))
+    dist.all_reduce(seen, op=dist.ReduceOp.MIN)
+    if not seen:
+        raise CheckpointError(
+            f"job.dump_folder: {path} is not there on every rank; the folder must be on a file "
+            f"system that all nodes share"
+        )
+
+
+def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, Any]:
+    """The JSON state of a checkpoint, without reading a tensor.
+
+    Args:
+        model: may be on the meta device.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+    """
+    path = folder / f"step-{step}"
+    with _naming_what_is_wrong(path):
+        _check_same_model(path, {"model": model.state_dict()})
+        return json.loads((path / _STATE_FILE).read_text())
 
 
 class Checkpointer:
@@ -109,6 +157,7 @@ class Checkpointer:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
         dist.barrier()
+        _require_everywhere(tmp)
         state, text = self._state_dict(), json.dumps(train_state)
         if self._group is None:
             dcp.save(state, checkpoint_id=tmp)
@@ -142,27 +191,22 @@ class Checkpointer:
             CheckpointError: the checkpoint is damaged or belongs to another model.
         """
         path = self.folder / f"step-{step}"
-        try:
+        # The recipe's own settings (betas, weight decay, ...) win over the checkpoint's.
+        groups = self.optimizer.param_groups
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+        with _naming_what_is_wrong(path):
             train_state = json.loads((path / _STATE_FILE).read_text())
             state = self._state_dict()
             _check_same_model(path, state)
             dcp.load(state, checkpoint_id=path)
-        # DCP's exception is a BaseException, which `except Exception` would let through.
-        except (CheckpointException, OSError, ValueError, EOFError, UnpicklingError) as error:
-            cause: BaseException = error
-            if isinstance(error, CheckpointException):
-                cause = next(iter(error.failures.values()))[0]
-            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-            raise CheckpointError(
-                f"{path}: cannot be read ({reason}); choose another step with "
-                f"checkpoint.load_step or another job.dump_folder"
-            ) from error
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         return train_state
 
     def _state_dict(self) -> dict[str, Any]:
@@ -185,15 +229,33 @@ class Checkpointer:
         dist.barrier()
 
 
+@contextmanager
+def _naming_what_is_wrong(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint raises into one line."""
+    try:
+        yield
+    # DCP's exception is a BaseException, which `except Exception` would let through.
+    except (CheckpointException, OSError, ValueError, EOFError, UnpicklingError) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); choose another step with "
+            f"checkpoint.load_step or another job.dump_folder"
+        ) from error
+
+
 def _check_same_model(path: Path, state: dict[str, Any]) -> None:
     """DCP itself would not miss a layer that only the checkpoint has."""
     wanted = {f"model.{name}": list(tensor.shape) for name, tensor in state["model"].items()}
-    for name, entries in state["optimizer"]["state"].items():
+    for name, entries in state.get("optimizer", {"state": {}})["state"].items():
         wanted |= {f"optimizer.state.{name}.{key}": list(t.shape) for key, t in entries.items()}
+    compared = ("model.", "optimizer.state.") if "optimizer" in state else ("model.",)
     saved = {
         name: list(entry.size)
         for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
-        if name.startswith(("model.", "optimizer.state."))
+        if name.startswith(compared)
     }
     differ = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
     if differ:

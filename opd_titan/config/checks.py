@@ -198,6 +198,13 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             f"{c.rollout.group_size} contradicts on_policy_fraction = 0.0: the data set has one "
             "response for each prompt; wanted 1",
         )
+    r = c.rollout
+    if objective == "sft" and (r.temperature, r.top_p, r.top_k) != (1.0, 1.0, 0):
+        yield (
+            "rollout.temperature",
+            f"{r.temperature}, with top_p {r.top_p} and top_k {r.top_k}, would change what "
+            '[distill] objective = "sft" minimises; wanted 1.0, 1.0 and 0',
+        )
     responses = c.rollout.prompts_per_step * c.rollout.group_size
     if c.distill.minibatches > responses:
         yield (

@@ -225,7 +225,7 @@ class Profiling:
 @dataclass
 class Comm:
     init_timeout_seconds: int = 300
-    """Timeout of collectives until the first step is done: loading and compiling take long."""
+    """Timeout of collectives while models and data are loaded, or downloaded on some node."""
     train_timeout_seconds: int = 3600
     """Timeout of collectives from then on; longer than the slowest rank may lag in a rollout."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import TypeVar
 
@@ -32,7 +33,8 @@ def sum_scalars(values: dict[str, float], device: torch.device) -> dict[str, flo
 
 
 def max_scalar(value: float, device: torch.device) -> float:
-    """The largest of the ranks' values."""
+    """The largest of the ranks' values; infinite if one is NaN, which a reduction may lose."""
+    value = math.inf if math.isnan(value) else value
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()

@@ -24,8 +24,10 @@ from torch import Tensor
 def _varlen_attn() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
     """torch's packed attention and the names of its options, which differ between versions.
 
-    Imported at first use: it is for CUDA only and pulls in the compiler.
+    Imported at first use: it is for CUDA only (from Ampere on) and pulls in the compiler.
     """
+    if torch.cuda.get_device_capability() < (8, 0):
+        return None, frozenset()
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -27,6 +27,8 @@ def _host_bytes() -> int:
     try:  # a container's limit, which /proc/meminfo does not know
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        # Pages of files that were read count as used, but are given back when asked for.
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").open())
     except (OSError, ValueError):
         return available
-    return min(available, limit - used)
+    return min(available, limit - used + int(stat["inactive_file"]))

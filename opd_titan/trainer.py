@@ -33,7 +33,7 @@ from opd_titan.model_card import model_card
 from opd_titan.models.logits import Distribution
 from opd_titan.observability.logging import init_logging
 from opd_titan.observability.profiling import maybe_profiler
-from opd_titan.observability.progress import progress
+from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
@@ -311,15 +311,22 @@ class Trainer:
         """Give every sample of this rank the frozen model's log-probs."""
         if model is None:
             return
-        for sample, logprobs in score(model, plan, self.teacher_distribution, self.device):
+        with self._sequence_bar(field.removesuffix("_logprobs"), plan) as bar:
+            scored = score(model, plan, self.teacher_distribution, self.device, bar.update)
+        for sample, logprobs in scored:
             setattr(sample, field, logprobs)
 
     def update(self, plan: list[Minibatch]) -> dict[str, float]:
         """Move the student."""
         rate = learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
-        scalars = update(self.student, self.optimizer, plan, self.rule, self.device)
+        with self._sequence_bar("update", plan) as bar:
+            scalars = update(self.student, self.optimizer, plan, self.rule, self.device, bar.update)
         return {**scalars, "lr": rate}
+
+    def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:
+        count = sum(len(m) for minibatch in plan for m in minibatch.microbatches)
+        return progress(count, f"step {self.step} {phase}", "seq", rank=self.rank)
 
     # ----------------------------------------------------- before, after, end
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,11 @@ EMPTY = [Sample(Prompt(-1, "", (0,)), 0, [0], "length")]
 
 @torch.no_grad()
 def score(
-    model: nn.Module, plan: Sequence[Minibatch], dist: Distribution, device: torch.device
+    model: nn.Module,
+    plan: Sequence[Minibatch],
+    dist: Distribution,
+    device: torch.device,
+    on_sequences: Callable[[int], None] = lambda n: None,
 ) -> list[tuple[Sample, Tensor]]:
     """Log-probs of every response token of this rank's share of the plan.
 
@@ -27,6 +31,7 @@ def score(
         model: FSDP-sharded decoder; left resharded.
         dist: the distribution to score under; a teacher is scored whole, at the sampling
             temperature, whatever top-k and top-p the student sampled with.
+        on_sequences: called with the number of sequences just done, for a progress bar.
 
     Returns:
         Each of this rank's samples with its log-probs, fp32 on the CPU.
@@ -39,6 +44,7 @@ def score(
         logprobs_R = model(batch.tokens_T, batch.attend, head)
         if microbatch:
             scored += zip(samples, unpack_values(logprobs_R, samples), strict=True)
+        on_sequences(len(microbatch))
     # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
     model.reshard()
     return scored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,8 +68,12 @@ def update(
     plan: Sequence[Minibatch],
     rule: UpdateRule,
     device: torch.device,
+    on_sequences: Callable[[int], None] = lambda n: None,
 ) -> dict[str, float]:
     """One optimizer step per mini-batch; fills in each sample's advantages.
+
+    Args:
+        on_sequences: called with the number of sequences just done, for a progress bar.
 
     Returns:
         Scalars by their TensorBoard names, the same on every rank.
@@ -97,6 +101,7 @@ def update(
             if samples:
                 totals.add(stats, scores.rollout, first_update=i == 0)
                 _set_advantages(samples, stats)
+            on_sequences(len(samples))
         totals.grad_norms.append(_clip(model, rule.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

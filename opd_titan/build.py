@@ -16,6 +16,7 @@ from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolv
 from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, random_init_weights
 from opd_titan.config import JobConfig
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
+from opd_titan.data.types import Prompt
 from opd_titan.errors import ModelError
 from opd_titan.models import ModelFamily, get_family
 
@@ -56,7 +57,7 @@ def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
     config = read_hf_config(folder)
     family = get_family(config, where)
     args = family.args_from_hf_config(config, where)
-    tokenizer = load_tokenizer(str(folder), key)
+    tokenizer = load_tokenizer(folder, key)
     check_tokenizer_fits(tokenizer, args.vocab_size, key)
     key_table = family.hf_to_native(args.n_layers, args.tied)
     files = None
@@ -97,12 +98,19 @@ def _check_can_score(other: ModelSource, student: ModelSource) -> None:
     compare_tokenizers(student.tokenizer, other.tokenizer, other.role)
 
 
-def check_lengths(sources: Iterable[ModelSource], longest_prompt: int, new_tokens: int) -> None:
-    """Raise ModelError where prompt and response outgrow the positions a model was made for."""
+def check_lengths(
+    sources: Iterable[ModelSource], prompts: Iterable[Prompt], new_tokens: int, section: str
+) -> None:
+    """Raise ModelError where prompt and response outgrow the positions a model was made for.
+
+    Args:
+        section: the config table whose max_new_tokens the error names.
+    """
+    longest = max(len(p.token_ids) for p in prompts)
     for source in sources:
-        if longest_prompt + new_tokens > source.args.max_seq_len:
+        if longest + new_tokens > source.args.max_seq_len:
             raise ModelError(
-                f"rollout.max_new_tokens: the longest prompt ({longest_prompt} tokens) with "
+                f"{section}.max_new_tokens: the longest prompt ({longest} tokens) with "
                 f"{new_tokens} new ones exceeds the {source.args.max_seq_len} positions of the "
                 f"{source.role} ({source.folder}); shorten data.max_prompt_tokens or this"
             )

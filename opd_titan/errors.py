@@ -25,3 +25,9 @@ class ModelError(UserError):
 
 class CheckpointError(UserError):
     """A training checkpoint cannot be read, or does not belong to this run."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's message, or its class when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Tests run several processes on few cores; one thread each keeps them from fighting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +29,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data in {folder}, which this machine does not have")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a character and a chat template."""
+    from tiny_tokenizer import tiny_tokenizer  # slow to import, and few tests need it
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen3(shared_data: Path) -> PreTrainedTokenizerBase:
+    """The real Qwen3 tokenizer."""
+    from opd_titan.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(shared_data / "qwen3_tokenizer", "student.hf_path")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -8,17 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
 from tiny_tokenizer import one_line, tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
 
+from opd_titan.config.checks import OPTIONS
 from opd_titan.data.loading import load_rows
 from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
 from opd_titan.data.sources import DATASETS, Record, dataset
-from opd_titan.data.tokenizer import load_tokenizer
 from opd_titan.data.types import Prompt
 from opd_titan.errors import DataError, ModelError
 
@@ -33,21 +31,14 @@ def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory):
     patch.undo()
 
 
-@pytest.fixture(scope="session")
-def tiny() -> PreTrainedTokenizerFast:
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def qwen3(shared_data: Path):
-    return load_tokenizer(str(shared_data / "qwen3_tokenizer"))
-
-
 def build(tokenizer: Any, dataset: str, path: Path | str, **kwargs: Any) -> PromptSet:
     settings = dict(split="train", template="raw", enable_thinking=False, max_prompt_tokens=10**6)
-    return build_prompts(
-        dataset=dataset, path=str(path), tokenizer=tokenizer, **{**settings, **kwargs}
-    )
+    settings |= dict(dataset=dataset, path=str(path), tokenizer=tokenizer, keep_responses=False)
+    return build_prompts(**{**settings, **kwargs})
+
+
+def records(dataset: str, path: Path | str, split: str = "train") -> list[Record]:
+    return [record for _, record in load_rows(dataset, str(path), split).records()]
 
 
 def write_lines(file: Path, rows: list[Any]) -> Path:
@@ -79,17 +70,13 @@ def test_gsm8k_reads_the_same_from_every_kind_of_path(shared_data, tiny, tmp_pat
     for split in rows:
         saved[split].to_parquet(tmp_path / "hub" / "main" / f"{split}-00000-of-00001.parquet")
     (tmp_path / "array.json").write_text(json.dumps(rows["test"], indent=1))
-    with gzip.open(tmp_path / "test.jsonl.gz", "wb") as file:
-        file.write((shared_data / "gsm8k" / "test.jsonl").read_bytes())
     for split in rows:
         paths = [shared_data / "gsm8k", tmp_path / "dict", tmp_path / "hub"]
         paths.append(shared_data / "gsm8k" / f"{split}.jsonl")
         if split == "test":
-            paths += [tmp_path / name for name in ("one", "array.json", "test.jsonl.gz")]
+            paths += [tmp_path / "one", tmp_path / "array.json"]
         for path in paths:
-            found = load_rows("gsm8k", str(path), split)
-            assert found.numbers == list(range(len(rows[split])))
-            for (_, record), row in zip(found.records(), rows[split], strict=True):
+            for record, row in zip(records("gsm8k", path, split), rows[split], strict=True):
                 assert record.messages == [{"role": "user", "content": row["question"]}]
                 assert record.response == row["answer"]
                 assert record.answer == row["answer"].split("####")[1].strip().replace(",", "")
@@ -107,7 +94,7 @@ def test_openthoughts3_gives_each_human_turn_once_and_no_trace(shared_data, qwen
     file = shared_data / "openthoughts3_fixture.jsonl"
     rows = [json.loads(line)["conversations"] for line in file.read_text().splitlines()]
     for template in ("raw", "chat"):
-        found = build(qwen3, "openthoughts3", file, template=template)
+        found = build(qwen3, "openthoughts3", file, template=template, keep_responses=True)
         humans = [" ".join(turns[0]["value"].split()) for turns in rows]
         assert found.num_rows == len(rows) == 11
         assert len(found.prompts) == len(set(humans))
@@ -121,8 +108,7 @@ def test_openthoughts3_gives_each_human_turn_once_and_no_trace(shared_data, qwen
                 assert turns[1]["value"] not in prompt.text
                 for boxed in re.findall(r"\\boxed\{.*\}", turns[1]["value"]):
                     assert boxed not in prompt.text
-    assert all(p.response is None for p in build(qwen3, "openthoughts3", file,
-                                                 keep_responses=False).prompts)  # fmt: skip
+    assert all(p.response is None for p in build(qwen3, "openthoughts3", file).prompts)
 
 
 def test_openthoughts3_role_names_system_turns_and_whitespace(tiny, tmp_path) -> None:
@@ -139,12 +125,13 @@ def test_openthoughts3_role_names_system_turns_and_whitespace(tiny, tmp_path) ->
         ],
     )
     found = build(tiny, "openthoughts3", file)
-    assert [(p.index, p.text, p.response) for p in found.prompts] == [
-        (0, "Add 1 and 2.", "3"),
-        (2, "Add 2 and 2.", "4"),
-        (3, "Add 3 and 2.", None),
+    assert [(p.index, p.text) for p in found.prompts] == [
+        (0, "Add 1 and 2."),
+        (2, "Add 2 and 2."),
+        (3, "Add 3 and 2."),
     ]
     assert found.num_duplicates == 1
+    assert [r.response for r in records("openthoughts3", file)] == ["3", "three", "4", None]
 
 
 def test_prompts_reads_prompt_and_messages_columns(tiny, tmp_path) -> None:
@@ -159,11 +146,8 @@ def test_prompts_reads_prompt_and_messages_columns(tiny, tmp_path) -> None:
         ],
     )
     found = build(tiny, "prompts", plain).prompts
-    assert [(p.text, p.response, p.answer) for p in found] == [
-        ("Add.", "3", "3"),
-        ("Add.", None, "1/2"),
-        ("Say.", None, None),
-    ]
+    assert [(p.text, p.answer) for p in found] == [("Add.", "3"), ("Add.", "1/2"), ("Say.", None)]
+    assert [r.response for r in records("prompts", plain)] == ["3", None, None]
     chats = write_lines(
         tmp_path / "chats.jsonl",
         [
@@ -173,11 +157,12 @@ def test_prompts_reads_prompt_and_messages_columns(tiny, tmp_path) -> None:
         ],
     )
     found = build(tiny, "prompts", chats, template="chat", enable_thinking=True).prompts
-    assert [(p.text, p.response) for p in found] == [
-        ("<system>Be kind.<user>Hi<assistant>", "Hello"),
-        ("<user>Hi<assistant>Hello<user>Hi<assistant>", None),
-        ("<user>Hi<assistant>", "own"),
+    assert [p.text for p in found] == [
+        "<system>Be kind.<user>Hi<assistant>",
+        "<user>Hi<assistant>Hello<user>Hi<assistant>",
+        "<user>Hi<assistant>",
     ]
+    assert [r.response for r in records("prompts", chats)] == ["Hello", None, "own"]
     turns = write_lines(tmp_path / "turns.jsonl", [{"prompt": [system, user]}])
     assert build(tiny, "prompts", turns, template="chat").prompts[0].text.endswith("()")
 
@@ -195,6 +180,11 @@ def test_a_new_data_set_is_one_small_function(tiny, tmp_path) -> None:
         del DATASETS["riddles"]
 
 
+def test_the_config_offers_exactly_the_data_sets_there_are() -> None:
+    assert get_args(OPTIONS["data.dataset"]) == tuple(DATASETS)
+    assert get_args(OPTIONS["validation.dataset"]) == ("", *DATASETS)
+
+
 # ---------------------------------------------------------------- files and splits
 
 
@@ -207,20 +197,18 @@ def test_splits_choose_files_and_rows(tmp_path) -> None:
 
     def numbers(split: str) -> list[int]:
         rows = load_rows("gsm8k", str(folder), split)
-        records = [record.answer for _, record in rows.records()]
-        size = {"train": 10, "test": 3}[re.match(r"\w+", split)[0]]
-        assert records == [str(n % size + 1) for n in rows.numbers]
-        return rows.numbers
+        assert [(n, r.answer) for n, r in rows.records()] == [(n, str(n + 1)) for n in rows.numbers]
+        return list(rows.numbers)
 
     assert numbers("train") == list(range(10))
     assert numbers("test") == [0, 1, 2]
     assert numbers("train[7:]") == [7, 8, 9]
-    assert numbers("train[-2:]+test[:1]") == [8, 9, 10]
+    assert numbers("train[-2:]") == [8, 9]
     assert numbers("train[:50%]") == [0, 1, 2, 3, 4]
-    assert numbers("train[:2]+train[1:3]") == [0, 1, 2]
-    assert (
-        load_rows("gsm8k", str(folder), "train").locate(5).endswith("-00001-of-00002.jsonl, line 2")
-    )
+    assert numbers("train[33%:-45%]") == [3, 4, 5]
+    assert numbers("train[8:99]") == [8, 9]
+    error = load_rows("gsm8k", str(folder), "train").error(5, "x")
+    assert str(error).endswith("-00001-of-00002.jsonl, line 2: x")
 
 
 def test_a_lone_file_is_train_and_a_named_file_is_any_split(tiny, tmp_path) -> None:
@@ -288,7 +276,7 @@ def test_templates_with_the_real_tokenizer(shared_data, qwen3) -> None:
 
 def test_raw_prompts_of_the_real_training_set_are_quick(shared_data, qwen3) -> None:
     start = time.perf_counter()
-    found = build(qwen3, "gsm8k", shared_data / "gsm8k", max_prompt_tokens=100)
+    found = build(qwen3, "gsm8k", shared_data / "gsm8k", max_prompt_tokens=100, keep_responses=True)
     assert time.perf_counter() - start < 20
     assert found.num_rows == 7473 == len(found.prompts) + found.num_too_long
     assert 0 < found.num_too_long < 1000
@@ -315,8 +303,17 @@ def test_response_ends_once(tiny) -> None:
     ids = tuple(tiny.convert_tokens_to_ids(["a", "b"]))
     assert response_token_ids(prompt, tiny, 1) == (*ids, 1)
     assert response_token_ids(prompt, tiny, ids[1]) == ids
-    with pytest.raises(DataError, match="row 7 has no response"):
-        response_token_ids(Prompt(6, "a", (1,)), tiny, 1)
+
+
+def test_a_prompt_without_the_response_to_learn_from_is_refused(tiny, tmp_path) -> None:
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "too long"}, {"prompt": "c"}]
+    file = write_lines(tmp_path / "train.jsonl", rows)
+    settings = dict(max_prompt_tokens=5)
+    assert len(build(tiny, "prompts", file, **settings).prompts) == 2
+    with pytest.raises(DataError) as error:
+        build(tiny, "prompts", file, **settings, keep_responses=True)
+    one_line(error, r"^data\.path: .*train.jsonl, line 3: no response", "on_policy_fraction < 1")
+    assert build(tiny, "prompts", file, max_prompts=1, keep_responses=True).prompts[0].response
 
 
 # ---------------------------------------------------------------- bad input
@@ -350,9 +347,6 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
      "line 2: not UTF-8"),
     ("a.jsonl", jsonl(GOOD, "\xff".encode("latin1")), "gsm8k", "line 2: not UTF-8"),
     ("a.parquet", b"PAR1 but not really", "gsm8k", "a.parquet cannot be read: "),
-    ("a.jsonl.gz", b"not gzip", "gsm8k", "a.jsonl.gz cannot be read: Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(jsonl(GOOD) * 99, mtime=0)[:-20], "gsm8k",
-     "a.jsonl.gz cannot be read: Compressed file ended"),
     ("a.csv", b"question,answer\n1,2\n", "gsm8k", "a.csv must end in one of .jsonl, .json"),
     ("a.jsonl", jsonl({"q": "x", "answer": "y"}), "gsm8k",
      "a.jsonl has no column 'question', .* it has 'q', 'answer'"),
@@ -410,19 +404,19 @@ def test_bad_rows_of_parquet_and_saved_sets_name_the_row(tiny, tmp_path) -> None
 
 
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
-    ({"dataset": "gsm8"}, 'data.dataset = "gsm8" is unknown; use one of "gsm8k"'),
-    ({"template": "chatml"}, 'data.template = "chatml" is unknown; use "raw" or "chat"'),
     ({"path": "./nowhere"}, r'data.path = "./nowhere" does not exist; give a folder'),
     ({"path": "nowhere"}, r'data.path = "nowhere" does not exist'),
     ({"path": "data/train.jsonl"}, r'data.path = "data/train.jsonl" does not exist'),
     ({"path": "a/b/c"}, r'data.path = "a/b/c" does not exist'),
     ({"path": "some-org/some-set"}, r'data.path: "some-org/some-set" is no local path .* hub'),
     ({"path": ""}, r'data.path: "openai/gsm8k" is no local path .* give a downloaded'),
-    ({"path": "", "dataset": "prompts"}, "data.path is empty"),
+    ({"path": "", "dataset": "prompts"}, 'data.path = "" does not exist; give a folder'),
     ({"split": "validation"}, 'data.split = "validation" is not in .* holds "test", "train"'),
     ({"split": "train[5:3]"}, 'holds no rows in split "train.5:3."'),
     ({"split": "train["}, r'data.split = "train\[" is not a split'),
-    ({"split": ""}, 'data.split = "" is not in'),
+    ({"split": ""}, 'data.split = "" is not a split'),
+    ({"split": "train+test"}, r'data.split = "train\+test" is not a split; write "train", "train'),
+    ({"split": "train[1]"}, r'data.split = "train\[1\]" is not a split'),
     ({"max_prompt_tokens": 5}, "data.max_prompt_tokens = 5 drops every .* shortest has 64 tokens"),
     ({"section": "validation", "split": "dev"}, 'validation.split = "dev"'),
 ]  # fmt: skip

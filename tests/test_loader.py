@@ -43,13 +43,11 @@ def test_loader_resumes_anywhere(data, count: int, seed: int, shuffle: bool) -> 
     stop = data.draw(st.integers(0, total))
     first = PromptLoader(fake_prompts(count), **settings)
     assert take(first, stop) == batches[:stop]
-    assert first.epoch == stop // per_epoch
     state = json.loads(json.dumps(first.state_dict()))
     torch.rand(3)
     second = PromptLoader(fake_prompts(count), **settings)
     take(second, data.draw(st.integers(0, 3)))
     second.load_state_dict(state)
-    assert second.epoch == first.epoch
     assert json.loads(json.dumps(second.state_dict())) == state
     assert take(second, total - stop) == batches[stop:]
 

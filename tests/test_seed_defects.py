@@ -268,6 +268,7 @@ def check_openthoughts_prompts(file: Path, tokenizer: Any) -> None:
             enable_thinking=True,
             max_prompt_tokens=10**6,
             tokenizer=tokenizer,
+            keep_responses=True,
         )
         assert found.prompts
         for p in found.prompts:
@@ -292,7 +293,7 @@ def test_openthoughts_prompts_hold_no_answer(tmp_path: Path) -> None:
 
 
 def test_openthoughts_prompts_hold_no_answer_on_real_rows(shared_data: Path) -> None:
-    tokenizer = load_tokenizer(str(shared_data / "qwen3_tokenizer"))
+    tokenizer = load_tokenizer(shared_data / "qwen3_tokenizer", "student.hf_path")
     check_openthoughts_prompts(shared_data / "openthoughts3_fixture.jsonl", tokenizer)
 
 

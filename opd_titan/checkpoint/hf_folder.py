@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opd_titan.data.loading import first_line, looks_like_hub_id
-from opd_titan.errors import ModelError
+from opd_titan.errors import ModelError, first_line
+from opd_titan.hub import looks_like_hub_id
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -19,8 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from opd_titan.checkpoint.hf_folder import read_json
-from opd_titan.data.loading import first_line
-from opd_titan.errors import ModelError
+from opd_titan.errors import ModelError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

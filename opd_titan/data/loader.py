@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from opd_titan.data.types import Prompt
 from opd_titan.errors import CheckpointError, DataError
 
 
+@dataclass
 class EpochBatches:
     """Batches of positions without end, as a stateful batch sampler.
 
@@ -22,13 +24,15 @@ class EpochBatches:
     left out, so that no batch holds a prompt twice and none is seen twice in an epoch.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, seed: int, shuffle: bool) -> None:
-        self.num_prompts = num_prompts
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.batches_per_epoch = num_prompts // batch_size
-        self.num_batches = 0
+    num_prompts: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    num_batches: int = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.num_prompts // self.batch_size
 
     def order(self, epoch: int) -> list[int]:
         """Return all positions in the order of `epoch` (from 0)."""
@@ -78,29 +82,19 @@ class PromptLoader:
             self._loader = StatefulDataLoader(
                 prompts,
                 batch_sampler=self._sampler,
-                collate_fn=_identity,
+                collate_fn=list,
                 num_workers=0,
                 # Its own generator: the default draws from the global one at every start.
                 generator=torch.Generator(),
             )
-        self._batches: Iterator[list[Prompt]] | None = None
+        self._batches = iter(self._loader)
 
     @property
     def batches_per_epoch(self) -> int:
         """Steps in one pass over the data."""
         return self._sampler.batches_per_epoch
 
-    @property
-    def epoch(self) -> int:
-        """The epoch (from 0) of the next batch."""
-        return self._sampler.num_batches // self.batches_per_epoch
-
-    def __iter__(self) -> PromptLoader:
-        return self
-
     def __next__(self) -> list[Prompt]:
-        if self._batches is None:
-            self._batches = iter(self._loader)
         return next(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +121,3 @@ class PromptLoader:
             "training.seed": sampler.seed,
             "data.shuffle": sampler.shuffle,
         }
-
-
-def _identity(batch: list[Prompt]) -> list[Prompt]:
-    return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_BATCH = 1024
+NO_RESPONSE = (
+    "no response, which rollout.on_policy_fraction < 1 and sft learn from; use a set that has them"
+)
 
 
 @dataclass
@@ -44,28 +48,27 @@ def build_prompts(
     enable_thinking: bool,
     max_prompt_tokens: int,
     tokenizer: PreTrainedTokenizerBase,
+    keep_responses: bool,
     max_prompts: int = 0,
-    keep_responses: bool = True,
     section: str = "data",
 ) -> PromptSet:
     """Load, render, tokenize and filter. `Prompt.index` is the row's number in the source.
 
+    keep_responses: keep the data set's own responses, which every prompt then must have; else
+        drop them (OpenThoughts3's are gigabytes).
     max_prompts: stop after this many prompts (0: take all).
-    keep_responses: False drops the data set's own responses; OpenThoughts3's are gigabytes.
     section: the config table that errors name, "data" or "validation".
 
     Raises DataError for data that cannot be used, ModelError for a missing chat template.
     """
-    check_template(template, tokenizer, section)
-    rows = load_rows(dataset, path, split, section)
-    result = PromptSet(rows.source)
-    shortest = None
-    records = _unique(rows, result)
-    while batch := list(islice(records, TOKENIZE_BATCH)):
-        texts = []
-        for number, record in batch:
+    check_template(template, tokenizer)
+    with _naming_the_table(section):
+        rows = load_rows(dataset, path, split)
+        result = PromptSet(rows.source)
+
+        def text_of(number: int, record: Record) -> str:
             try:
-                text = render(
+                return render(
                     record,
                     template=template,
                     raw_format=rows.spec.raw_format,
@@ -74,24 +77,29 @@ def build_prompts(
                 )
             except RowError as error:
                 raise rows.error(number, error) from error
-            texts.append(text)
-        for (number, record), text, ids in zip(
-            batch, texts, _tokenize(tokenizer, texts), strict=True
-        ):
-            if not ids:
-                raise rows.error(number, "the prompt has no tokens")
-            shortest = min(shortest or len(ids), len(ids))
-            if len(ids) > max_prompt_tokens:
-                result.num_too_long += 1
-                continue
-            response = record.response if keep_responses else None
-            result.prompts.append(Prompt(number, text, tuple(ids), response, record.answer))
-            if len(result.prompts) == max_prompts:
-                return result
+
+        shortest = None
+        records = _unique(rows, result)
+        while batch := list(islice(records, TOKENIZE_BATCH)):
+            texts = [text_of(number, record) for number, record in batch]
+            tokenized = _tokenize(tokenizer, texts)
+            for (number, record), text, ids in zip(batch, texts, tokenized, strict=True):
+                if not ids:
+                    raise rows.error(number, "the prompt has no tokens")
+                shortest = min(shortest or len(ids), len(ids))
+                if len(ids) > max_prompt_tokens:
+                    result.num_too_long += 1
+                    continue
+                if keep_responses and record.response is None:
+                    raise rows.error(number, NO_RESPONSE)
+                response = record.response if keep_responses else None
+                result.prompts.append(Prompt(number, text, tuple(ids), response, record.answer))
+                if len(result.prompts) == max_prompts:
+                    return result
     if not result.prompts:
         raise DataError(
-            f"{section}.max_prompt_tokens = {max_prompt_tokens} drops every prompt of "
-            f"{rows.source}; the shortest has {shortest} tokens"
+            f"data.max_prompt_tokens = {max_prompt_tokens} drops every prompt of {rows.source}; "
+            f"the shortest has {shortest} tokens"
         )
     return result
 
@@ -101,16 +109,20 @@ def response_token_ids(
 ) -> tuple[int, ...]:
     """Tokenize the data set's own response, with the end token after it. Both templates alike.
 
-    The response follows the prompt's tokens as it stands, nothing between them. Raises DataError
-    when the row has no response.
+    The response follows the prompt's tokens as it stands, nothing between them.
     """
-    if prompt.response is None:
-        raise DataError(
-            f"data.dataset: row {prompt.index + 1} has no response, which "
-            "rollout.on_policy_fraction < 1 and sft learn from; use a set that has them"
-        )
+    assert prompt.response is not None, "build the prompts with keep_responses"
     ids = _tokenize(tokenizer, [prompt.response])[0]
     return (*ids, eos_id) if ids[-1:] != [eos_id] else tuple(ids)
+
+
+@contextmanager
+def _naming_the_table(section: str) -> Iterator[None]:
+    """Whoever reads rows knows only the key that is at fault, not whose key it is."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{section}.{error}") from error
 
 
 def _unique(rows: Rows, result: PromptSet) -> Iterator[tuple[int, Record]]:

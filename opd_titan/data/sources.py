@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd_titan.errors import DataError
-
 Message = dict[str, str]
 
 # The prompt of the prototype that this project grew from, kept to the byte.
@@ -51,7 +49,7 @@ class DatasetSpec:
     columns: tuple[str, ...]
     optional_columns: tuple[str, ...] = ()
     hub_id: str = ""
-    hub_config: str | None = None
+    hub_config: str = ""
     raw_format: str = TEXT_FORMAT
     deduplicate: bool = False
 
@@ -67,14 +65,6 @@ def dataset(name: str, **spec: Any) -> Callable[[Callable], Callable]:
         return to_record
 
     return enter
-
-
-def dataset_spec(name: str, section: str = "data") -> DatasetSpec:
-    """Return the entry for `name`. Raises DataError that lists the known names."""
-    if name not in DATASETS:
-        known = ", ".join(f'"{known}"' for known in DATASETS)
-        raise DataError(f'{section}.dataset = "{name}" is unknown; use one of {known}')
-    return DATASETS[name]
 
 
 _GSM8K_ANSWER = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")

@@ -9,24 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd_titan.data.sources import Record, RowError
-from opd_titan.errors import DataError, ModelError
+from opd_titan.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = ("raw", "chat")
 
-
-def check_template(
-    template: str, tokenizer: PreTrainedTokenizerBase, section: str = "data"
-) -> None:
-    """Raise DataError for an unknown template, ModelError for "chat" without a chat template."""
-    if template not in TEMPLATES:
-        raise DataError(f'{section}.template = "{template}" is unknown; use "raw" or "chat"')
+def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for "chat" where the tokenizer has no chat template."""
     if template == "chat" and not tokenizer.chat_template:
         raise ModelError(
-            f'{section}.template = "chat", but the tokenizer in {tokenizer.name_or_path!r} has no '
-            f'chat template; set {section}.template = "raw" or use a tokenizer that has one'
+            f'data.template = "chat", but the tokenizer in {tokenizer.name_or_path!r} has no '
+            'chat template; set data.template = "raw" or use a tokenizer that has one'
         )
 
 

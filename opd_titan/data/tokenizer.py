@@ -6,71 +6,33 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd_titan.data.files import first_line
-from opd_titan.data.loading import looks_like_hub_id
-from opd_titan.errors import ModelError
+from opd_titan.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path_or_id: str, where: str = "student.hf_path") -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a local folder or a hub id. No code from the folder is ever run.
+def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer of a local folder. No code from the folder is ever run.
 
-    Raises ModelError, naming the key `where`, for one that is missing, broken or unreachable.
+    Raises ModelError, naming the key `where`, for one that is missing or broken.
     """
-    _require_tokenizer_json(path_or_id, where)
+    # Without this file transformers 5 quietly builds an empty tokenizer from the model's type.
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{where}: the folder {str(folder)!r} has no tokenizer.json")
     from transformers import AutoTokenizer
 
-    folder = Path(path_or_id).expanduser()
-    source = str(folder) if folder.is_dir() else path_or_id
     try:
         # False, not unset: unset would ask a question on stdin.
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise nearly every class here
         raise ModelError(
-            f"{where}: the tokenizer in {path_or_id!r} cannot be read ({first_line(error)}); "
+            f"{where}: the tokenizer in {str(folder)!r} cannot be read ({first_line(error)}); "
             "tokenizer.json and tokenizer_config.json must be whole and need no code of their own"
         ) from error
     if not tokenizer.is_fast:
-        raise ModelError(f"{where}: {path_or_id!r} has no fast tokenizer; save a tokenizer.json")
+        raise ModelError(f"{where}: {str(folder)!r} has no fast tokenizer; save a tokenizer.json")
     return tokenizer
-
-
-def _require_tokenizer_json(path_or_id: str, where: str) -> None:
-    """Without this file transformers 5 quietly builds an empty tokenizer from the model's type."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        if not (folder / "tokenizer.json").is_file():
-            raise ModelError(f"{where}: the folder {path_or_id!r} has no tokenizer.json")
-        return
-    if not looks_like_hub_id(path_or_id):
-        raise ModelError(
-            f"{where} = {path_or_id!r} is neither a local folder nor a hub id such as "
-            "'Qwen/Qwen3-0.6B'"
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        hf_hub_download(path_or_id, "tokenizer.json")
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{where} = {path_or_id!r} is no local folder and the hub has no such model (or it is "
-            "private: log in first)"
-        ) from error
-    except Exception as error:
-        missing = isinstance(error, EntryNotFoundError)
-        if missing and not isinstance(error, LocalEntryNotFoundError):
-            raise ModelError(f"{where}: {path_or_id!r} has no tokenizer.json") from error
-        raise ModelError(
-            f"{where} = {path_or_id!r} is no local folder and the hub cannot be reached "
-            f"({type(error).__name__}); download the model and give the folder's path"
-        ) from error
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:

@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.build import check_lengths, compute_dtype, inspect_models, load_model
-from opd_titan.checkpoint.checkpointer import Checkpointer, agree_on_step, inspect_checkpoint
+from opd_titan.checkpoint.checkpointer import (
+    Checkpointer,
+    agree_on_step,
+    inspect_checkpoint,
+    open_folder,
+)
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.grading import grade
@@ -108,13 +113,14 @@ class Trainer:
             seed=c.training.seed,
             shuffle=c.data.shuffle,
         )
-        longest = max(len(p.token_ids) for p in prompts)
-        new_tokens = max(c.rollout.max_new_tokens, c.validation.max_new_tokens)
-        check_lengths(self.sources.values(), longest, new_tokens)
+        sources = self.sources.values()
+        check_lengths(sources, prompts, c.rollout.max_new_tokens, "rollout")
         self.total_steps = c.training.epochs * self.loader.batches_per_epoch or c.training.steps
         self.validator: Validator | None = None
         if c.validation.enable:
             self.validator = build_validator(c, options, prompts, self.decode, self.rank)
+            new_tokens = self.validator.params.max_new_tokens
+            check_lengths(sources, self.validator.prompts, new_tokens, "validation")
 
     def _open_folder(self) -> None:
         """From here on the job writes: every mistake that can be known by now has been named."""
@@ -124,6 +130,8 @@ class Trainer:
             init_logging(self.folder, self.rank)
             if self.rank == 0:
                 (self.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+            if self.config.checkpoint.enable:
+                open_folder(self.folder / "checkpoint")
         except OSError as error:
             raise ConfigError(
                 f"[job] dump_folder: {self.folder} cannot be written ({error.strerror}); choose a "
@@ -423,16 +431,16 @@ class Trainer:
             self.validator.baselines = Baselines(**self.saved_state["baselines"])
         else:
             logger.warning(
-                "[validation] or the teacher changed since the checkpoint: its start and teacher "
-                "accuracies do not compare with what is measured now; no gap_recovered from here on"
+                "What is validated, or the teacher, changed since the checkpoint: its start and "
+                "teacher accuracies do not compare with today's; no gap_recovered from here on"
             )
 
     def _measured_by(self) -> dict[str, Any]:
         """What the baselines depend on."""
+        teacher = self.config.teacher
         return {
-            **asdict(self.config.validation),
-            "interval": 0,
-            "teacher": self.config.teacher.hf_path,
+            "validation": self.validator.identity() if self.validator else None,
+            "teacher": {"hf_path": teacher.hf_path, "random_init": teacher.random_init},
         }
 
     def _set_aside_newer(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -64,6 +65,15 @@ class Validator:
                 self.trained_on,
                 len(self.prompts),
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What accuracies depend on besides the model; plain JSON values."""
+        held_out = repr([(p.token_ids, p.answer) for p in self.prompts])
+        return {
+            "prompts": hashlib.sha256(held_out.encode()).hexdigest(),
+            "samples_per_prompt": self.samples_per_prompt,
+            **asdict(self.params),
+        }
 
     def measure_teacher(self, generator: Generator) -> None:
         self.baselines.teacher, _ = self._measure(generator, "teacher")

@@ -79,6 +79,18 @@ def agree_on_step(folder: Path, load_step: int) -> int | None:
     return chosen[0]
 
 
+def open_folder(folder: Path) -> None:
+    """Make the checkpoints' folder. All ranks call.
+
+    Raises:
+        CheckpointError: the ranks do not share it; the first save, hours later, would fail.
+    """
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    _require_everywhere(folder)
+
+
 def _require_everywhere(path: Path) -> None:
     seen = torch.tensor(int(path.is_dir()))
     dist.all_reduce(seen, op=dist.ReduceOp.MIN)

@@ -17,18 +17,19 @@ def free_bytes(device: torch.device) -> int:
     return _host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _host_bytes() -> int:
+def _host_bytes(root: Path = Path("/")) -> int:
     """What the host can still give; half of its memory where the system does not say."""
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").open())
+        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").open())
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = root / "sys/fs/cgroup"
     try:  # a container's limit, which /proc/meminfo does not know
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
         # Pages of files that were read count as used, but are given back when asked for.
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").open())
+        stat = dict(line.split() for line in (group / "memory.stat").open())
     except (OSError, ValueError):
         return available
     return min(available, limit - used + int(stat["inactive_file"]))

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_utils import run_distributed
 from tiny_student import one_process_group
 from tiny_world import (
     TIMEOUT,
     World,
     assert_same_run,
     make_model,
+    make_sums,
     make_world,
     read_log,
     read_scalars,
@@ -30,8 +32,16 @@ from tiny_world import (
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from opd_titan.checkpoint.checkpointer import Checkpointer, choose_step, complete_steps
+from opd_titan.checkpoint.checkpointer import (
+    Checkpointer,
+    agree_on_step,
+    choose_step,
+    complete_steps,
+    open_folder,
+)
+from opd_titan.config import JobConfig
 from opd_titan.errors import CheckpointError
+from opd_titan.optim import build_optimizer
 
 # Everything that has a state or a schedule; 22 prompts, so that the sixth step starts an epoch.
 OPTIONS = """
@@ -60,6 +70,11 @@ def copy_run(source: Path, name: str, *, keep: tuple[int, ...]) -> Path:
         if folder.name not in [f"step-{n}" for n in keep]:
             shutil.rmtree(folder)
     return target
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
@@ -190,6 +205,9 @@ def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None
         (None, ["--student.hf_path", "{}/deep"], ["another model", "layers.2.", "absent there"]),
         (None, ["--student.hf_path", "{}/wide"], ["another model", "[98, 32] there and [98, 16]"]),
         (None, ["--training.seed", 7], ["training.seed is 7 but was 42"]),
+        (None, ["--rollout.prompts_per_step", 5], ["prompts_per_step is 5 but was 4"]),
+        (None, ["--data.shuffle", "False"], ["data.shuffle is False but was True"]),
+        (None, ["--data.path", "{}/fewer.jsonl"], ["data.num_prompts is 20 but was 22"]),
         (damage("*.distcp", lambda b: b[:500]), [], ["step-6: cannot be read", "load_step"]),
         (damage(".metadata", lambda b: b[:500]), [], ["step-6: cannot be read", "load_step"]),
         (damage("train_state.json", lambda b: b[:5]), [], ["step-6: cannot be read"]),
@@ -206,10 +224,12 @@ def test_what_cannot_be_resumed_is_one_line_and_exit_code_2(
     for name, sizes in (("deep", {"num_hidden_layers": 3}), ("wide", {"hidden_size": 16})):
         if not (world.folder / name).exists():
             make_model(world.folder / name, seed=3, **sizes)
+    make_sums(world.folder / "fewer.jsonl", 20, seed=1)
     shutil.rmtree(world.folder / "refused", ignore_errors=True)
     out = copy_run(whole, "refused", keep=(2, 4, 6))
     if change is not None:
         change(out / "checkpoint" / "step-6")
+    before = contents(out)
     capfd.readouterr()
     options = [str(o).format(world.folder) for o in options]
     assert train(world.argv("refused", *OPTIONS, *options)) == 2
@@ -217,8 +237,12 @@ def test_what_cannot_be_resumed_is_one_line_and_exit_code_2(
     assert line.startswith("opd_titan: ") and len(line) < 600
     for part in parts:
         assert part in line
-    assert complete_steps(out / "checkpoint") == [2, 4, 6]
-    assert rollout_bytes(out) == rollout_bytes(whole)
+    # What a damaged checkpoint lacks shows when it is read, by when the log is open.
+    same = "" if change is None else ("checkpoint/", "rollouts/")
+    after = contents(out)
+    assert {n: b for n, b in after.items() if n.startswith(same)} == {
+        n: b for n, b in before.items() if n.startswith(same)
+    }
 
 
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
@@ -298,3 +322,92 @@ def test_a_background_save_is_incomplete_until_it_is_polled(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-3"]
         assert json.loads((tmp_path / "step-3" / "train_state.json").read_text()) == {"step": 3}
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_the_recipes_optimizer_settings_win_over_the_checkpoints(
+    tmp_path: Path, weight_decay: float
+) -> None:
+    def build(seed: int, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+        config = JobConfig()
+        for name, value in settings.items():
+            setattr(config.optimizer, name, value)
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        optimizer = build_optimizer(model, config)
+        model(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    def open_(pair: tuple[nn.Module, torch.optim.Optimizer]) -> Checkpointer:
+        return Checkpointer(tmp_path, *pair, keep_latest_k=0, background=False)
+
+    saved = build(0, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    own = {"weight_decay": weight_decay, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6}
+    loaded = build(1, **own)
+    with one_process_group():
+        open_(saved).save(1, {})
+        open_(loaded).load(1)
+    matrices, norms = loaded[1].param_groups
+    assert (matrices["weight_decay"], norms["weight_decay"]) == (weight_decay, 0.0)
+    for group in (matrices, norms):
+        assert (group["betas"], group["eps"]) == ((0.8, 0.99), 1e-6)
+    # Weights and moments are the checkpoint's.
+    torch.testing.assert_close(loaded[0].state_dict(), saved[0].state_dict(), rtol=0, atol=0)
+    states = (optimizer.state_dict()["state"] for _, optimizer in (loaded, saved))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+# -------------------------------------------------------- folders of two ranks
+
+
+def refusal(call: Callable[[], Any]) -> str | None:
+    try:
+        call()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def on_ranks_with_folders(shared: Path, own: list[Path]) -> dict[str, Any]:
+    """What each rank gets in a folder of all ranks, and in one of its own."""
+    folder = own[dist.get_rank()]
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    out: dict[str, Any] = {"open": refusal(lambda: open_folder(folder / "new"))}
+    open_folder(shared)
+    for background in (False, True):
+        options = {"keep_latest_k": 0, "background": background}
+        checkpointer = Checkpointer(folder / "new", model, optimizer, **options)
+        out[f"save {background}"] = refusal(lambda c=checkpointer: c.save(1, {}))
+        checkpointer.wait()
+        checkpointer = Checkpointer(shared, model, optimizer, **options)
+        checkpointer.save(3 + background, {})
+        checkpointer.wait()
+    out["shared"] = [agree_on_step(shared, step) for step in (-1, 3, 0)]
+    out["absent"] = refusal(lambda: agree_on_step(shared, 7))
+    for name in ("first", "second"):  # only this rank has a checkpoint there
+        out[name] = refusal(lambda name=name: agree_on_step(folder / name, -1))
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the ranks are still in step
+    return {**out, "ranks": total.item()}
+
+
+def test_ranks_agree_on_a_step_and_must_share_the_folder(tmp_path: Path) -> None:
+    own = [tmp_path / "0", tmp_path / "1"]
+    for rank, name in enumerate(("first", "second")):
+        (own[rank] / name / "step-2").mkdir(parents=True)
+        (own[rank] / name / "step-2" / "train_state.json").write_text("{}")
+    results = run_distributed(on_ranks_with_folders, 2, tmp_path / "shared", own)
+    for result in results:
+        assert result["ranks"] == 2
+        assert result["shared"] == [4, 3, None]
+        assert "checkpoint.load_step" in result["absent"]
+        for name in ("open", "save False", "save True", "first"):
+            message = result[name]
+            assert message.startswith("job.dump_folder: ") and "\n" not in message
+            assert "not there on every rank" in message and "share" in message
+        # What rank 0 does not see is not there: the job starts afresh, and opening is refused.
+        assert result["second"] is None
+    for folder in own:
+        assert complete_steps(folder / "new") == []

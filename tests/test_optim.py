@@ -208,6 +208,7 @@ def on_two_ranks() -> dict[str, Any]:
     values = {"x": 2.0**24, "y": 1.5} if rank == 0 else {"y": -1.0, "x": 1.0}
     out["sums"] = sum_scalars(values, CPU)
     out["max"] = max_scalar([-2.0, -7.0][rank], CPU)
+    out["nan"] = [max_scalar(v[rank], CPU) for v in ([math.nan, 1.0], [1.0, math.nan])]
     out["lists"] = [
         gather_lists([f"r{rank}", rank] * (rank + 1)),
         gather_lists([None] if rank == 1 else []),
@@ -253,6 +254,7 @@ def test_sums_maxima_and_lists(two_ranks: list[dict[str, Any]]) -> None:
     for result in two_ranks:
         assert result["sums"] == {"x": 2.0**24 + 1, "y": 0.5}
         assert result["max"] == -2.0
+        assert result["nan"] == [math.inf] * 2
         assert result["lists"] == [["r0", 0, "r1", 1, "r1", 1], [None], []]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,7 @@ from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.preflight import probe
 from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.memory import _host_bytes
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.sampler import uniforms
 from opd_titan.rollout.scheduler import Request
@@ -147,6 +150,29 @@ def test_too_little_memory_means_fewer_slots(monkeypatch: pytest.MonkeyPatch) ->
         generator = Generator(model, EOS)
         assert generator._count_slots(len(wanted), 54) == slots
         assert summary(generator.generate(wanted, GREEDY)) == expected
+
+
+def test_free_memory_is_the_containers_where_it_is_less(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    mib = 1 << 20
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert _host_bytes(tmp_path) == physical // 2  # the system says nothing
+    write("proc/meminfo", "MemTotal:  2048000 kB\nMemAvailable:  1024000 kB\n")
+    assert _host_bytes(tmp_path) == 1000 * mib
+    write("sys/fs/cgroup/memory.max", "max\n")
+    write("sys/fs/cgroup/memory.current", f"{300 * mib}\n")
+    write("sys/fs/cgroup/memory.stat", f"anon {100 * mib}\nfile {200 * mib}\ninactive_file 0\n")
+    assert _host_bytes(tmp_path) == 1000 * mib
+    write("sys/fs/cgroup/memory.max", f"{500 * mib}\n")
+    assert _host_bytes(tmp_path) == 200 * mib
+    # Files that were read, such as the weights, are not lost to the rollout.
+    write("sys/fs/cgroup/memory.stat", f"active_file {50 * mib}\ninactive_file {150 * mib}\n")
+    assert _host_bytes(tmp_path) == 350 * mib
+    write("sys/fs/cgroup/memory.max", f"{5000 * mib}\n")
+    assert _host_bytes(tmp_path) == 1000 * mib
 
 
 def test_the_model_is_left_as_it_was() -> None:

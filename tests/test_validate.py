@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -100,6 +101,13 @@ def warnings_of(result: dict[str, float]) -> list[str]:
     finally:
         logging.getLogger("opd_titan").removeHandler(handler)
     return messages
+
+
+def test_a_number_that_is_too_large_or_none_is_a_warning() -> None:
+    fine = {"kl": -1e-7, "gap": 1e-5}
+    assert warnings_of(fine) == []
+    for bad in ({"kl": 0.1}, {"kl": -0.1}, {"kl": math.nan}, {"gap": 0.1}, {"gap": math.nan}):
+        assert len(warnings_of({**fine, **bad})) == 1, bad
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}], ids=str)

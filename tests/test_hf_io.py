@@ -29,7 +29,12 @@ from torch.distributed.tensor.parallel import (
 
 from opd_titan.checkpoint import hf_export
 from opd_titan.checkpoint.hf_export import export_hf
-from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolve_model_folder
+from opd_titan.checkpoint.hf_folder import (
+    TOKENIZER_FILES,
+    eos_token_ids,
+    read_hf_config,
+    resolve_model_folder,
+)
 from opd_titan.checkpoint.hf_load import (
     INDEX,
     SINGLE,
@@ -44,6 +49,7 @@ from opd_titan.models.qwen3.model import Qwen3Model
 
 # An odd vocabulary, so that shards are uneven on two ranks.
 TINY = {**BASE, "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 2}
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 CARD = "# A student\n"
 
 
@@ -97,7 +103,7 @@ def inspect(folder: Path) -> tuple[Any, Any, dict[str, str], dict[str, Path]]:
     with torch.device("meta"):
         model = family.build(args)
     expected = {hf: tuple(model.get_parameter(native).shape) for hf, native in table.items()}
-    files = check_hf_weights(folder, expected, "lm_head.weight" if args.tied else None)
+    files = check_hf_weights(folder, expected, TIED if args.tied else {})
     return family, args, table, files
 
 
@@ -308,10 +314,12 @@ def test_export_writes_the_master_weights_after_a_bf16_forward(
 
 def test_real_qwen3_tokenizer_survives_export(shared_data: Path, tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
-    model, table = load_plain(source)
     real, out = shared_data / "qwen3_tokenizer", tmp_path / "out"
-    options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
-    export_hf(model, out, **options, tokenizer_folder=real)
+    for path in real.iterdir():
+        if path.name in TOKENIZER_FILES:
+            shutil.copy(path, source)
+    model, table = load_plain(source)
+    export_hf(model, out, source_folder=source, key_table=table, dtype=None, card=CARD)
     a, b = load_tokenizer(real), load_tokenizer(out)
     messages = [{"role": "user", "content": "2 + 2 = 4, isn't it?"}]
     options = dict(tokenize=False, add_generation_prompt=True)
@@ -633,9 +641,9 @@ def test_a_local_folder_is_taken_as_it_stands(tmp_path: Path) -> None:
 def test_eos_ids(generation: Any, config_eos: Any, expected: Any, tmp_path: Path) -> None:
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    config = {"eos_token_id": config_eos, "vocab_size": 37}
+    config = {"eos_token_id": config_eos}
     if isinstance(expected, set):
-        assert eos_token_ids(tmp_path, config) == expected
+        assert eos_token_ids(tmp_path, config, 37) == expected
         return
     with pytest.raises(ModelError, match=expected):
-        eos_token_ids(tmp_path, config)
+        eos_token_ids(tmp_path, config, 37)

@@ -90,7 +90,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def eos_token_ids(folder: Path, config: dict[str, Any]) -> set[int]:
+def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> set[int]:
     """Every token id that ends a response: generation_config.json's, else config.json's.
 
     Raises:
@@ -106,9 +106,6 @@ def eos_token_ids(folder: Path, config: dict[str, Any]) -> set[int]:
             "of the token (or a list of ids) that ends a response"
         )
     ids = value if isinstance(value, list) else [value]
-    vocab_size = config.get("vocab_size")
-    if type(vocab_size) is not int:  # not this function's to refuse
-        vocab_size = float("inf")
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise ModelError(
             f"{path}: eos_token_id is {value!r}; expected token ids from 0 to below vocab_size "

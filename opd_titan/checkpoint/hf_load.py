@@ -23,7 +23,6 @@ from opd_titan.errors import ModelError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
 # What safetensors calls the dtypes that are plain numbers; others (int8, fp8) need scales.
 DTYPES = {
     "F64": torch.float64,
@@ -52,18 +51,15 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_hf_weights(
-    folder: Path,
-    expected: dict[str, tuple[int, ...]],
-    tied_hf_key: str | None,
-    tied_to: str = EMBEDDING,
+    folder: Path, expected: dict[str, tuple[int, ...]], tied: dict[str, str]
 ) -> dict[str, Path]:
     """Check that the folder's safetensors hold exactly the model. Only headers are read.
 
     Args:
         expected: shape of each tensor by its Hugging Face name.
-        tied_hf_key: of a tied model, the tensor that a file may or may not ship beside
-            `tied_to`. Shipped, it must be equal to it (this alone reads weights): transformers 5
-            unties the two where they differ and transformers 4 does not.
+        tied: the expected tensor behind each name that a file may or may not ship too. Shipped,
+            the two must be equal (this alone reads weights): transformers 5 unties them where
+            they differ and transformers 4 does not.
 
     Returns:
         The file of each expected tensor.
@@ -77,11 +73,7 @@ def check_hf_weights(
     missing = [name for name in expected if name not in files]
     if missing:
         raise ModelError(f"{source}: has no tensor {_and_more(missing)}, which config.json implies")
-    if tied_hf_key in expected or tied_to not in expected:
-        tied_hf_key = None
-    wanted = dict(expected)
-    if tied_hf_key is not None:
-        wanted[tied_hf_key] = expected[tied_to]
+    wanted = {**expected, **{name: expected[other] for name, other in tied.items()}}
     extra = [n for n in files if n not in wanted and not n.endswith(_IGNORED_SUFFIX)]
     if extra:
         raise ModelError(
@@ -100,8 +92,9 @@ def check_hf_weights(
                 f"{files[name]}: {name} is stored as {dtype}; expected one of "
                 f"{', '.join(DTYPES)} (quantized weights are not supported)"
             )
-    if tied_hf_key in files:
-        _check_equal(files, tied_hf_key, tied_to)
+    for name, other in tied.items():
+        if name in files:
+            _check_equal(files, name, other)
     return {name: files[name] for name in expected}
 
 
@@ -224,14 +217,14 @@ def _open(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _check_equal(files: dict[str, Path], head: str, embedding: str) -> None:
-    with _open(files[head]) as file_a, _open(files[embedding]) as file_b:
-        a, b = file_a.get_slice(head), file_b.get_slice(embedding)
+def _check_equal(files: dict[str, Path], name: str, other: str) -> None:
+    with _open(files[name]) as file_a, _open(files[other]) as file_b:
+        a, b = file_a.get_slice(name), file_b.get_slice(other)
         for start in range(0, a.get_shape()[0], _ROWS_PER_COMPARE):
             rows = slice(start, start + _ROWS_PER_COMPARE)
             if not torch.equal(a[rows].float(), b[rows].float()):
                 raise ModelError(
-                    f"{files[head]}: {head} differs from {embedding}, though config.json has "
+                    f"{files[name]}: {name} differs from {other}, though config.json has "
                     "tie_word_embeddings true; set it to false, or remove the tensor"
                 )
 

@@ -1,0 +1,37 @@
+"""Folders that are whole or not there: written as `<name>.tmp`, then renamed. Rank 0 calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def fresh_tmp(final: Path) -> Path:
+    """An empty `<final>.tmp`; what a killed run left there is deleted."""
+    tmp = final.with_name(final.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def publish(tmp: Path, final: Path) -> None:
+    """Put the finished `tmp` in the place of `final`, after its bytes are on the disk."""
+    for path in [*tmp.iterdir(), tmp]:
+        _fsync(path)
+    # A folder cannot be renamed onto a full one. Not ".old": checkpoints set aside are called so.
+    replaced = final.with_name(final.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    tmp.rename(final)
+    _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from opd_titan.checkpoint.publish import fresh_tmp, publish
 from opd_titan.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d+)")
@@ -166,8 +167,7 @@ class Checkpointer:
         self.wait()
         tmp = self.folder / f"step-{step}.tmp"
         if dist.get_rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
+            fresh_tmp(self.folder / f"step-{step}")
         dist.barrier()
         _require_everywhere(tmp)
         state, text = self._state_dict(), json.dumps(train_state)
@@ -229,10 +229,9 @@ class Checkpointer:
         """All ranks have written: add the JSON, rename, drop what is too old."""
         dist.barrier()
         if dist.get_rank() == 0:
-            tmp, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
+            tmp = self.folder / f"step-{step}.tmp"
             (tmp / _STATE_FILE).write_text(train_state)
-            shutil.rmtree(final, ignore_errors=True)
-            tmp.rename(final)
+            publish(tmp, self.folder / f"step-{step}")
             if self.keep_latest_k > 0:
                 for old in self.steps()[: -self.keep_latest_k]:
                     # First what makes it complete: killed half-way, it must not look whole.

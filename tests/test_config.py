@@ -8,13 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
-from opd_titan.config import ConfigError, JobConfig, checks, job_config, load_config, to_toml
+from opd_titan.config import ConfigError, JobConfig, checks, job_config, load_config
 from opd_titan.config.checks import OPTIONS, TABLES
 
 MODELS = ["--student.hf_path", "s", "--teacher.hf_path", "t"]
@@ -382,142 +380,6 @@ def test_ranges(tmp_path: Path, name: str) -> None:
 def test_range_rows_belong_to_numbers() -> None:
     assert all(OPTIONS[name] in (int, float) for name in checks.RANGES)
     assert all(name in OPTIONS for name in checks.NOT_EMPTY)
-
-
-# --- properties ---
-
-STRINGS = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12
-)
-
-
-def values(name: str) -> st.SearchStrategy:
-    """Right values of an option, by itself."""
-    kind = OPTIONS[name]
-    if get_args(kind):
-        return st.sampled_from(get_args(kind))
-    if kind is bool:
-        return st.booleans()
-    if kind is str:
-        return STRINGS
-    edge = 2**63 - 1 if kind is int else 1e300
-    below, above = -edge, edge
-    for bound in checks.bounds(name):
-        compare, limit = bound.split()
-        below = int(limit) if compare[0] == ">" else below
-        above = int(limit) if compare[0] == "<" else above
-    numbers = st.integers(below, above) if kind is int else st.floats(below, above)
-    return numbers.filter(lambda v: all(OPERATORS[b.split()[0]](v, b) for b in checks.bounds(name)))
-
-
-OPERATORS = {
-    op: lambda v, bound, f=f: f(v, int(bound.split()[1])) for op, f in checks._COMPARE.items()
-}
-
-
-@st.composite
-def configs(draw) -> JobConfig:
-    """Right configs: any values, then the rules between keys are met."""
-    tables: dict[str, dict] = {table: {} for table in TABLES}
-    for name in OPTIONS:
-        table, _, key = name.partition(".")
-        if name != "job.config_file":
-            tables[table][key] = draw(values(name))
-    c = JobConfig(**{table: cls(**tables[table]) for table, cls in TABLES.items()})
-    sft = c.distill.objective == "sft"
-    c.parallelism.tensor_parallel_degree = 1
-    c.data.enable_thinking &= c.data.template == "chat"
-    c.validation.temperature += 1e-3
-    c.rollout.on_policy_fraction = 0.0 if sft else 1.0
-    c.rollout.group_size = 1 if sft else c.rollout.group_size
-    if sft:
-        c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
-    c.reference.coef *= not sft
-    c.distill.minibatches = min(c.distill.minibatches, c.rollout.prompts_per_step)
-    c.checkpoint.enable |= c.checkpoint.load_step > 0
-    return c
-
-
-def changed(got: JobConfig, default: JobConfig) -> list[str]:
-    """The differences between two configs, as arguments."""
-    return [
-        f"--{name}={getattr(getattr(got, table), key)}"
-        for name in OPTIONS
-        for table, key in [name.split(".")]
-        if getattr(getattr(got, table), key) != getattr(getattr(default, table), key)
-    ]
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(config=configs())
-def test_round_trip(tmp_path_factory, config: JobConfig) -> None:
-    """A config survives TOML, and the command line, unchanged in value and type."""
-    file = tmp_path_factory.mktemp("trip") / "config.resolved.toml"
-    file.write_text(to_toml(config), encoding="utf-8", newline="")
-    again = load_config(["--job.config_file", str(file)])
-    assert again == config and to_toml(again) == to_toml(config)
-    assert load_config(changed(config, JobConfig())) == config
-
-
-def test_to_toml_writes_each_key_once() -> None:
-    lines = to_toml(load_config(MODELS)).splitlines()
-    assert sum("=" in line for line in lines) == len(OPTIONS) - 1
-    assert not any(line.startswith("config_file") for line in lines)
-    assert 'hf_path = "s"' in lines and "enable_tensorboard = true" in lines
-
-
-NAMES = [*OPTIONS, *TABLES, "base", "", "x", "job.x", "rollout.group_sise"]
-SCRAPS = ["=", "\n", "[", "]", "[[", '"', "'''", "1", "-1", "0.5", "true", "nan", "[]", "{}"]
-SCRAPS += ["1979-05-27", "#", "\\", "\0", "\x1b", "\u2028", '"gsm8k"', "é", "_", "."]
-TOML_LINES = st.one_of(
-    st.sampled_from(list(TABLES)).map(lambda table: f"[{table}]"),
-    st.tuples(st.sampled_from(list(OPTIONS)), st.sampled_from(SCRAPS)).map(
-        lambda pair: f"{pair[0].partition('.')[2]} = {pair[1]}"
-    ),
-    st.tuples(st.sampled_from(NAMES), st.sampled_from(SCRAPS)).map(" = ".join),
-)
-TOML_TEXTS = st.one_of(
-    st.binary(max_size=40),
-    st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.lists(st.sampled_from([*NAMES, *SCRAPS]), max_size=12).map(lambda s: "".join(s).encode()),
-    st.lists(TOML_LINES, max_size=6).map(lambda lines: "\n".join(lines).encode()),
-)
-
-
-def survives(argv: list[str]) -> None:
-    """A config comes out, or a ConfigError of one line; nothing else."""
-    try:
-        assert isinstance(load_config(argv), JobConfig)
-    except ConfigError as e:
-        assert len(str(e).splitlines()) == 1 and str(e).isprintable(), str(e)
-    except SystemExit as stop:
-        assert not stop.code and {"-h", "--help"} & set(argv)
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=TOML_TEXTS)
-@example(text=b"base = '\\'")
-@example(text=b"job.x.y = 1")
-@example(text=b"a = 0x" + b"f" * 5000)
-@example(text=b"rollout.group_size = [0x" + b"f" * 5000 + b"]")
-def test_fuzz_toml(tmp_path_factory, text: bytes) -> None:
-    file = tmp_path_factory.getbasetemp() / "fuzz.toml"
-    file.write_bytes(text)
-    survives(["--job.config_file", str(file), *MODELS])
-
-
-ARGUMENTS = st.one_of(
-    st.sampled_from(NAMES).map("--{}".format),
-    st.tuples(st.sampled_from(NAMES), st.sampled_from(SCRAPS)).map(lambda p: "--{}={}".format(*p)),
-    st.sampled_from([*SCRAPS, "-h", "--help", "--", "-", "True", "false", "/dev/null"]),
-    st.text(max_size=8),
-)
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(argv=st.lists(ARGUMENTS, max_size=6))
-def test_fuzz_arguments(capsys, argv: list[str]) -> None:
-    survives([*MODELS, *argv])
 
 
 # --- help, and the printed config ---

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from opd_titan.data.sources import QUESTION_FORMAT
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 ASSETS = REPOSITORY / "assets" / "debug"
 MODELS = ("teacher", "student")
@@ -172,6 +174,11 @@ def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     assert text == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids) == text
+
+
+def test_the_prompt_is_the_raw_templates() -> None:
+    """The script keeps a copy, so that it runs without the package installed."""
+    assert generator.PROMPT.format(question="Q?") == QUESTION_FORMAT.format("Q?")
 
 
 def test_sequences_are_short(splits: dict, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,229 @@
+"""Hugging Face folders: which are refused and how, and which files of one count."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_hf_io import TIED, inspect, load_plain, load_theirs, make_source
+from torch import Tensor
+
+from opd_titan.checkpoint.hf_folder import eos_token_ids, resolve_model_folder
+from opd_titan.checkpoint.hf_load import INDEX, SINGLE
+from opd_titan.errors import ModelError
+
+WQ = "model.layers.1.self_attn.q_proj.weight"
+(EMBEDDING,) = TIED.values()
+SHARD = "model-00002-of-"  # the second shard's name starts so
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_bytes(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def second_shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(changes))
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder, change)
+
+
+def weight_map(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / INDEX, lambda i: change(i["weight_map"]))
+
+
+def text(name: str, content: str) -> Callable[[Path], int]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def only_bin(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def big_header(data: bytes) -> bytes:
+    return (2**40).to_bytes(8, "little") + data[8:]
+
+
+# kind of source, what breaks it, what the message must name
+BROKEN: dict[str, tuple[dict[str, Any], Callable[[Path], Any], tuple[str, ...]]] = {
+    "no_config": ({}, lambda f: (f / "config.json").unlink(), ("config.json", "missing")),
+    "config_not_json": ({}, text("config.json", "{"), ("config.json", "JSON")),
+    "config_not_an_object": ({}, text("config.json", "[1]"), ("config.json", "list")),
+    "config_not_utf8": (
+        {},
+        lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'),
+        ("config.json",),
+    ),
+    "no_weights": ({}, lambda f: (f / SINGLE).unlink(), (SINGLE, INDEX)),
+    "only_pytorch_bin": ({}, only_bin, (SINGLE, "pytorch_model.bin")),
+    "missing_tensor": ({}, tensors(lambda t: t.pop(WQ)), (SINGLE, WQ)),
+    "missing_layer": ({}, config(num_hidden_layers=3), (SINGLE, "layers.2.", "and 10 more")),
+    "extra_layer": ({}, config(num_hidden_layers=1), (SINGLE, "layers.1.", "and 10 more")),
+    "extra_bias": (
+        {},
+        tensors(lambda t: t.update({WQ[:-6] + "bias": torch.zeros(128)})),
+        (SINGLE, "q_proj.bias"),
+    ),
+    "misshapen": ({}, tensors(lambda t: t.update({WQ: t[WQ].T.contiguous()})), (SINGLE, WQ)),
+    "flat": ({}, tensors(lambda t: t.update({WQ: t[WQ].flatten()})), (SINGLE, WQ, "[4096]")),
+    "other_vocab": ({}, config(vocab_size=38), (SINGLE, EMBEDDING, "[37, 32]", "[38, 32]")),
+    "other_heads": ({}, config(num_key_value_heads=2), (SINGLE, "k_proj", "[64, 32]")),
+    "fp8": ({}, tensors(lambda t: t.update({WQ: t[WQ].to(torch.float8_e4m3fn)})), (WQ, "F8_E4M3")),
+    "int8": ({}, tensors(lambda t: t.update({WQ: t[WQ].char()})), (SINGLE, WQ, "I8")),
+    "untied_without_head": (
+        dict(tied=True),
+        config(tie_word_embeddings=False),
+        ("lm_head.weight",),
+    ),
+    "tied_with_another_head": (
+        dict(tied=True, ship_head=True),
+        tensors(lambda t: t["lm_head.weight"].neg_()),
+        (SINGLE, "lm_head.weight", "tie_word_embeddings"),
+    ),
+    "tied_with_misshapen_head": (
+        dict(tied=True, ship_head=True),
+        tensors(lambda t: t.update({"lm_head.weight": torch.zeros(36, 32)})),
+        (SINGLE, "lm_head.weight", "[36, 32]"),
+    ),
+    "truncated": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b[:-100]), (SINGLE, "truncated")),
+    "truncated_header": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b[:100]), (SINGLE,)),
+    "empty_file": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b""), (SINGLE, "truncated")),
+    "not_safetensors": ({}, text(SINGLE, "<html>429 Too Many Requests</html>"), (SINGLE,)),
+    "lfs_pointer": ({}, text(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), (SINGLE,)),
+    "header_too_long": ({}, lambda f: edit_bytes(f / SINGLE, big_header), (SINGLE,)),
+    "weights_are_a_folder": (
+        {},
+        lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()),
+        (SINGLE,),
+    ),
+    "no_shard": (dict(sharded=True), lambda f: second_shard(f).unlink(), (SHARD, INDEX)),
+    "truncated_shard": (
+        dict(sharded=True),
+        lambda f: edit_bytes(second_shard(f), lambda b: b[:-1]),
+        (SHARD, "truncated"),
+    ),
+    "index_escapes": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({WQ: "../other.safetensors"})),
+        (INDEX, WQ, "../other.safetensors"),
+    ),
+    "index_absolute": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({WQ: "/etc/passwd"})),
+        (INDEX, WQ, "/etc/passwd"),
+    ),
+    "index_not_text": (dict(sharded=True), weight_map(lambda m: m.update({WQ: 2})), (INDEX, WQ)),
+    "index_without_map": (
+        dict(sharded=True),
+        lambda f: edit_json(f / INDEX, lambda i: i.pop("weight_map")),
+        (INDEX, "weight_map"),
+    ),
+    "index_not_json": (dict(sharded=True), text(INDEX, "nope"), (INDEX, "JSON")),
+    "index_lacks_a_tensor": (dict(sharded=True), weight_map(lambda m: m.pop(WQ)), (WQ, INDEX)),
+    "index_names_a_ghost": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({"ghost.weight": m[WQ]})),
+        (INDEX, "ghost.weight"),
+    ),
+    "index_swaps_files": (
+        dict(sharded=True),
+        weight_map(lambda m: m.update({WQ: m["model.norm.weight"], "model.norm.weight": m[WQ]})),
+        (INDEX,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    kind, damage, named = BROKEN[name]
+    folder = make_source(tmp_path / "source", **kind)
+    inspect(folder)
+    damage(folder)
+    with pytest.raises(ModelError) as caught:
+        inspect(folder)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    for part in (str(folder), *named):
+        assert part in message
+
+
+def test_old_rope_tables_in_a_checkpoint_are_ignored(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    edit_tensors(source, lambda tensors: tensors.update(table))
+    load_plain(source)
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    other = make_source(tmp_path / "other", sharded=True, initializer_range=0.7)
+    for path in other.glob("model*"):
+        shutil.copy(path, source)
+    model, _ = load_plain(source)
+    theirs = load_theirs(source)
+    assert torch.equal(model.tok_embeddings.weight, theirs.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("path", ["", "missing", "./a/b", "/no/such/folder", "a/b/c", "org/none"])
+def test_a_model_that_is_not_there_names_the_key(path: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_model_folder(path, "teacher.hf_path")
+    message = str(caught.value)
+    assert message.startswith(f"teacher.hf_path = {path!r}") and "\n" not in message
+
+
+def test_a_local_folder_is_taken_as_it_stands(tmp_path: Path) -> None:
+    assert resolve_model_folder(str(tmp_path), "student.hf_path") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("generation", "config_eos", "expected"),
+    [
+        ({"eos_token_id": [5, 7]}, 5, {5, 7}),
+        ({"eos_token_id": 6}, 5, {6}),
+        ({"eos_token_id": None}, 5, {5}),
+        ({}, [5, 8], {5, 8}),
+        (None, 5, {5}),
+        (None, 0, {0}),
+        (None, None, "neither"),
+        ({}, [], "neither"),
+        ({"eos_token_id": "</s>"}, 5, "generation_config.json: eos_token_id"),
+        ({"eos_token_id": [5, 99]}, 5, "generation_config.json: eos_token_id"),
+        (None, -1, "config.json: eos_token_id"),
+        (None, True, "config.json: eos_token_id"),
+        ([], 5, "generation_config.json: holds a JSON list"),
+    ],
+    ids=str,
+)
+def test_eos_ids(generation: Any, config_eos: Any, expected: Any, tmp_path: Path) -> None:
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = {"eos_token_id": config_eos}
+    if isinstance(expected, set):
+        assert eos_token_ids(tmp_path, config, 37) == expected
+        return
+    with pytest.raises(ModelError, match=expected):
+        eos_token_ids(tmp_path, config, 37)

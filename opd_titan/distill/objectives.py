@@ -88,11 +88,14 @@ def policy_gradient(
     ratio_C = (student_C - old_C).exp()
     clipped_ratio_C = ratio_C.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     unclipped_C, clipped_C = ratio_C * advantage_C, clipped_ratio_C * advantage_C
+    is_clipped_C = (clipped_C < unclipped_C).detach()
     return TokenLoss(
-        loss_C=-torch.minimum(unclipped_C, clipped_C),
+        # Not torch.minimum: it halves the gradient of a tie, and a ratio of 1 with a clip of 0 is
+        # one.
+        loss_C=-torch.where(is_clipped_C, clipped_C, unclipped_C),
         advantage_C=advantage_C,
         ratio_C=ratio_C.detach(),
-        clipped_C=(clipped_C < unclipped_C).detach(),
+        clipped_C=is_clipped_C,
     )
 
 

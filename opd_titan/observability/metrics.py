@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
@@ -16,6 +17,8 @@ import torch
 
 from opd_titan.observability.flops import mfu
 from opd_titan.observability.logging import paint, use_color
+
+logger = logging.getLogger("opd_titan")
 
 # Every scalar there is, in the order of the design. A new one is one row.
 SCALARS: dict[str, str] = {
@@ -189,6 +192,7 @@ class MetricLogger:
         if rank == 0 and enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            _wait_for_a_later_second(Path(dump_folder) / "tb")
             # A new run starts with a validation at step 0, a resumed one after start_step.
             purge = start_step + 1 if start_step else 0
             self._writer = SummaryWriter(str(Path(dump_folder) / "tb"), purge_step=purge)
@@ -235,6 +239,25 @@ class MetricLogger:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _wait_for_a_later_second(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which start with the second.
+
+    A run that is started again within the second, or on a host whose clock is a little behind,
+    would be read before the run that it continues, and then purged by it.
+    """
+    seconds = [int(p.name.split(".")[3]) for p in folder.glob("events.out.tfevents.*")]
+    behind = max(seconds, default=0) + 1 - time.time()
+    if behind > 60:
+        logger.warning(
+            "The clock is %.0f s behind the newest events in %s: TensorBoard will not show this "
+            "part of the run after them",
+            behind,
+            folder,
+        )
+    elif behind > 0:
+        time.sleep(behind)
 
 
 def _aggregate(name: str, values: list[float]) -> float:

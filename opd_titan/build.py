@@ -65,7 +65,7 @@ def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
         with torch.device("meta"):
             shapes = {n: tuple(p.shape) for n, p in family.build(args).named_parameters()}
         expected = {hf: shapes[native] for hf, native in key_table.items()}
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if args.tied else {}
+        tied = family.tied_hf_keys if args.tied else {}
         files = check_hf_weights(folder, expected, tied)
     eos_ids = eos_token_ids(folder, config, args.vocab_size)
     return ModelSource(role, folder, family, args, tokenizer, eos_ids, key_table, files)

@@ -12,7 +12,7 @@ from opd_titan.errors import ModelError
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.models.qwen3.parallelize import parallelize_qwen3
-from opd_titan.models.qwen3.state_dict import hf_to_native
+from opd_titan.models.qwen3.state_dict import TIED_HF_KEYS, hf_to_native
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class ModelFamily:
     build: Callable[[Any], nn.Module]
     parallelize: Callable[..., None]
     hf_to_native: Callable[[int, bool], dict[str, str]]
+    tied_hf_keys: dict[str, str]
 
 
 # Keyed by `model_type` of Hugging Face's config.json.
 FAMILIES = {
-    "qwen3": ModelFamily(Qwen3Args.from_hf_config, Qwen3Model, parallelize_qwen3, hf_to_native),
+    "qwen3": ModelFamily(
+        Qwen3Args.from_hf_config, Qwen3Model, parallelize_qwen3, hf_to_native, TIED_HF_KEYS
+    ),
 }
 
 

@@ -20,7 +20,8 @@ _LAYER_KEYS = {
     "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
-TIED_HF_KEY = "lm_head.weight"
+# With tied weights: the name that a file may or may not hold too, and the tensor behind it.
+TIED_HF_KEYS = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def hf_to_native(n_layers: int, tied: bool) -> dict[str, str]:
@@ -30,7 +31,8 @@ def hf_to_native(n_layers: int, tied: bool) -> dict[str, str]:
     """
     table = dict(_GLOBAL_KEYS)
     if tied:
-        del table[TIED_HF_KEY]
+        for hf in TIED_HF_KEYS:
+            del table[hf]
     for i in range(n_layers):
         for hf, native in _LAYER_KEYS.items():
             table[f"model.layers.{i}.{hf}"] = f"layers.{i}.{native}"

@@ -1,0 +1,223 @@
+"""FLOP counts and peaks, rollout files, profiler traces."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import string
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.models.qwen3.args import Qwen3Args
+from opd_titan.observability.flops import mfu, peak_flops
+from opd_titan.observability.profiling import maybe_profiler
+from opd_titan.observability.rollout_writer import repetition, write_rollouts
+
+# ---- flops ----
+
+QWEN3_06B = Qwen3Args(151936, 1024, 28, 16, 8, 128, 3072, 1e-6, 1e6, True, 40960, 0.02)
+
+
+def test_forward_flops_of_qwen3_0_6b_by_hand():
+    # q 1024*2048, k and v 1024*1024 each, o 2048*1024, three MLP matrices 1024*3072.
+    layer = 2_097_152 + 2 * 1_048_576 + 2_097_152 + 3 * 3_145_728
+    assert layer == 15_728_640
+    body = 28 * layer
+    head = 151_936 * 1024
+    # The released model has 596,049,920 parameters, the tied head once; the rest is norms.
+    assert body + head + 28 * (2 * 1024 + 2 * 128) + 1024 == 596_049_920
+    one = QWEN3_06B.forward_flops([1], projected_tokens=0)
+    assert one == 2 * body + 4 * 28 * 16 * 128  # no embedding, no head, one attention pair
+    # 3 + 2 tokens: 6 + 3 causal pairs; 4 of the 5 positions are projected.
+    two = QWEN3_06B.forward_flops([3, 2], projected_tokens=4)
+    assert two == 5 * 2 * body + 9 * 4 * 28 * 16 * 128 + 4 * 2 * head
+
+
+def test_forward_flops_agree_with_torchs_own_count():
+    from torch.nn.functional import linear, silu
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dim, heads, kv, hd, ffn, vocab, length, projected = 8, 4, 2, 6, 10, 32, 5, 3
+    x = torch.randn(length, dim)
+    with FlopCounterMode(display=False) as counter:
+        q = linear(x, torch.randn(heads * hd, dim)).view(length, heads, hd).transpose(0, 1)
+        k, v = (linear(x, torch.randn(kv * hd, dim)).view(length, kv, hd) for _ in range(2))
+        k, v = (t.transpose(0, 1).repeat_interleave(heads // kv, 0) for t in (k, v))
+        y = ((q @ k.mT) @ v).transpose(0, 1).reshape(length, heads * hd)
+        h = linear(y, torch.randn(dim, heads * hd))
+        gated = silu(linear(h, torch.randn(ffn, dim))) * linear(h, torch.randn(ffn, dim))
+        linear(linear(gated, torch.randn(dim, ffn))[:projected], torch.randn(vocab, dim))
+    args = Qwen3Args(vocab, dim, 1, heads, kv, hd, ffn, 1e-6, 1e4, True, 64, 0.02)
+    ours = args.forward_flops([length], projected)
+    # torch multiplied the whole square of pairs, above the diagonal too
+    masked_pairs = length * length - length * (length + 1) // 2
+    assert counter.get_total_flops() == ours + 4 * heads * hd * masked_pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA H20-3e", 148e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_mfu():
+    assert mfu(989e12 * 3, seconds=10.0, peak=989e12, world_size=2) == pytest.approx(15.0)
+
+
+# ---- rollouts ----
+
+KEYS = (
+    "step prompt_index sample_index prompt response prompt_tokens response_tokens "
+    "student_logprobs teacher_logprobs reference_logprobs advantages finish_reason answer correct"
+).split()
+
+
+def make_sample(index: int, sample_index: int, answer: str | None = "4", **scores) -> Sample:
+    prompt = Prompt(index=index, text=f"caf\u00e9 {index}?", token_ids=(1, 2), answer=answer)
+    scores = {"student_logprobs": [-0.5, -1.25], **scores}
+    return Sample(prompt, sample_index, [ord("4"), 10], "stop", **scores)
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def grade(response: str, answer: str) -> bool:
+    return response.strip() == answer
+
+
+def read_rollouts(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rollouts_have_exactly_the_designs_keys(tmp_path):
+    scored = make_sample(7, 0, teacher_logprobs=[-0.25, -2.0], advantages=[0.25, -0.75])
+    ungraded = make_sample(3, 1, answer=None)
+    path = write_rollouts(tmp_path, 12, [scored, ungraded], decode, grade, -1)
+    assert path == tmp_path / "rollouts" / "step-12.jsonl"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    rows = read_rollouts(path)
+    assert [list(row) for row in rows] == [KEYS, KEYS]
+    assert rows[0] == {
+        "step": 12,
+        "prompt_index": 7,
+        "sample_index": 0,
+        "prompt": "caf\u00e9 7?",
+        "response": "4\n",
+        "prompt_tokens": [1, 2],
+        "response_tokens": [52, 10],
+        "student_logprobs": [-0.5, -1.25],
+        "teacher_logprobs": [-0.25, -2.0],
+        "reference_logprobs": None,
+        "advantages": [0.25, -0.75],
+        "finish_reason": "stop",
+        "answer": "4",
+        "correct": True,
+    }
+    assert rows[1]["answer"] is None and rows[1]["correct"] is None
+    assert "caf\u00e9" in path.read_text(encoding="utf-8")
+
+
+def test_rollout_limit_counts_by_prompt_then_sample(tmp_path):
+    samples = [make_sample(i, j) for j in (1, 0) for i in (9, 2)]
+
+    def written(limit: int) -> list[tuple[int, int]]:
+        rows = read_rollouts(write_rollouts(tmp_path, 1, samples, decode, grade, limit))
+        return [(row["prompt_index"], row["sample_index"]) for row in rows]
+
+    assert written(-1) == [(9, 0), (9, 1), (2, 0), (2, 1)]
+    assert written(3) == [(9, 0), (9, 1), (2, 0)]
+    assert write_rollouts(tmp_path / "none", 1, samples, decode, grade, 0) is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_rollouts_are_valid_json_whatever_the_values(tmp_path):
+    numbers = [float("nan"), float("-inf")]
+    third = torch.tensor(-1 / 3).item()
+    sample = make_sample(1, 0, student_logprobs=numbers, teacher_logprobs=[third, -0.0])
+    strange = 'a\u2028b\x85c\u2029d\ud83de\r\n\x00"\\\U0001f600'
+    path = write_rollouts(tmp_path, 1, [sample], lambda ids: strange, grade, -1)
+    raw = path.read_bytes().decode("utf-8")
+    assert len(raw.splitlines()) == 1
+
+    def reject(constant: str) -> None:
+        raise AssertionError(constant)
+
+    row = json.loads(raw, parse_constant=reject)
+    assert row["response"] == strange
+    assert row["student_logprobs"] == [None, None]
+    assert row["teacher_logprobs"] == [-0.3333333, 0.0]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = write_rollouts(tmp_path, 1, [make_sample(1, 0)], decode, grade)
+    before = path.read_bytes()
+
+    def broken(response: str, answer: str) -> bool:
+        raise RuntimeError("grader")
+
+    with pytest.raises(RuntimeError):
+        write_rollouts(tmp_path, 1, [make_sample(2, 0)], decode, broken)
+    assert path.read_bytes() == before
+
+
+def test_repetition_orders_texts():
+    prose = (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips "
+        "in May. In May she therefore sold 48 / 2 = 24 clips. Altogether that makes 48 + 24 = 72 "
+        "clips over the two months, which is the number that was asked for."
+    )
+    loop = "the answer is 7. " * 40
+    noise = "".join(random.Random(0).choices(string.printable, k=300))
+    assert 0.0 <= repetition(noise) < repetition(prose) < 0.6 < 0.9 < repetition(loop) < 1.0
+    assert repetition(prose + loop) > repetition(prose)
+    assert repetition("") == repetition("7") == repetition("short") == 0.0
+    assert 0.0 <= repetition("\ud83d") <= 1.0
+
+
+# ---- profiler ----
+
+
+def test_profiler_leaves_one_trace_per_rank_and_interval(tmp_path):
+    with maybe_profiler(True, 3, tmp_path, rank=1, start_step=5) as profiler:
+        for _ in range(6, 15):  # steps 6 to 14; step 15 would be next
+            torch.ones(8, 8) @ torch.ones(8, 8)
+            profiler.step()
+    folders = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert folders == ["step-12", "step-6", "step-9"]
+    for folder in folders:
+        [trace] = (tmp_path / "profile" / folder).iterdir()
+        assert trace.name == "rank-1.json.gz"
+        with gzip.open(trace, "rt") as file:
+            events = json.load(file)["traceEvents"]
+        assert sum(event.get("name") == "aten::mm" for event in events) == 1
+
+
+def test_profiler_off_does_nothing(tmp_path):
+    with maybe_profiler(False, 3, tmp_path, rank=0) as profiler:
+        profiler.step()
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,8 @@ class Generator:
         scheduler = Scheduler(requests, self._count_slots(len(requests), max_len))
         args = self.model.args
         cache = KVCache(args, scheduler.slots, max_len, self.dtype, self.device)
-        state = _SlotState(scheduler.slots, params.max_new_tokens, self.device)
+        eos_N = self.eos_N[:0] if params.ignore_eos else self.eos_N
+        state = _SlotState(scheduler.slots, params.max_new_tokens, eos_N)
         answers: dict[tuple[int, int], Sample] = {}
         while scheduler.has_work:
             admitted = scheduler.admit(self.max_prefill_tokens)
@@ -95,11 +96,10 @@ class Generator:
             rows = slice(first, len(scheduler.running))
             state.append(rows, *self._choose(hidden_ND, state, rows, params))
             on_tokens(rows.stop - rows.start)
-            finished = state.finished(rows, None if params.ignore_eos else self.eos_N)
+            finished = state.finished(rows)
             for slot in finished:
                 request = scheduler.running[slot]
-                answer = state.sample_of(slot, request, self.eos_N, params.ignore_eos)
-                answers[request.prompt.index, request.sample_index] = answer
+                answers[request.prompt.index, request.sample_index] = state.sample_of(slot, request)
             if finished:
                 sources, targets = scheduler.release(finished)
                 cache.copy_slots(sources, targets, state.longest)
@@ -119,22 +119,17 @@ class Generator:
         """Run each distinct prompt once; every sample of its group gets a copy of its cache."""
         groups = [list(g) for _, g in groupby(admitted, key=lambda r: r.prompt.index)]
         seq_lens = [len(g[0].prompt.token_ids) for g in groups]
-        slots, source_N, slot = [], [], first
-        for g in groups:
-            slots.append(slot)
-            source_N += [slot] * len(g)
-            slot += len(g)
+        slots = [first + n for n in accumulate((len(g) for g in groups[:-1]), initial=0)]
+        group_N = [i for i, g in enumerate(groups) for _ in g]
         tokens_T = torch.tensor(
             [t for g in groups for t in g[0].prompt.token_ids], device=self.device
         )
         hidden_TD = self.model(tokens_T, PrefillAttention(cache, slots, seq_lens))
-        copies = [(s, first + i) for i, s in enumerate(source_N) if s != first + i]
-        if copies:
-            cache.copy_slots(*map(list, zip(*copies, strict=True)), length=max(seq_lens))
-        last_G = torch.tensor(seq_lens, device=self.device).cumsum(0) - 1
-        group_N = torch.arange(len(groups), device=self.device)
-        sizes = torch.tensor([len(g) for g in groups], device=self.device)
-        return hidden_TD[last_G[group_N.repeat_interleave(sizes)]]
+        targets = sorted(set(range(first, first + len(admitted))).difference(slots))
+        sources = [slots[group_N[n - first]] for n in targets]
+        cache.copy_slots(sources, targets, length=max(seq_lens))
+        ends = list(accumulate(seq_lens))
+        return hidden_TD[torch.tensor([ends[i] - 1 for i in group_N], device=self.device)]
 
     def _decode(self, cache: KVCache, state: _SlotState, n: int) -> Tensor:
         attend = DecodeAttention(cache, state.position_B[:n].clone(), state.longest)
@@ -153,7 +148,9 @@ class Generator:
 class _SlotState:
     """What the generator remembers of each slot, as tensors: no per-row Python while decoding."""
 
-    def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
+    def __init__(self, slots: int, max_new_tokens: int, eos_N: Tensor) -> None:
+        device = eos_N.device
+        self.eos_N, self.stop_ids = eos_N, set(eos_N.tolist())
         self.token_B = torch.zeros(slots, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(slots, dtype=torch.int64, device=device)
         self.count_B = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -180,22 +177,20 @@ class _SlotState:
         self.count_B[rows] += 1
         self.position_B[rows] += 1
 
-    def finished(self, rows: slice, eos_N: Tensor | None) -> list[int]:
+    def finished(self, rows: slice) -> list[int]:
         """Slots that reached a stop token or the length limit: the one host sync per token."""
         done = self.count_B[rows] == self.tokens_BR.shape[1]
-        if eos_N is not None:
-            done |= torch.isin(self.token_B[rows], eos_N)
+        done |= torch.isin(self.token_B[rows], self.eos_N)
         return (done.nonzero().squeeze(1) + rows.start).tolist()
 
-    def sample_of(self, slot: int, request: Request, eos_N: Tensor, ignore_eos: bool) -> Sample:
+    def sample_of(self, slot: int, request: Request) -> Sample:
         n = int(self.count_B[slot])
         response_ids = self.tokens_BR[slot, :n].tolist()
-        stopped = not ignore_eos and response_ids[-1] in eos_N.tolist()
         return Sample(
             prompt=request.prompt,
             sample_index=request.sample_index,
             response_ids=response_ids,
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if response_ids[-1] in self.stop_ids else "length",
             student_logprobs=self.logprobs_BR[slot, :n].cpu().clone(),
         )
 

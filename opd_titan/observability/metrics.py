@@ -213,14 +213,17 @@ class MetricLogger:
         for name, value in values.items():
             self._window.setdefault(name, []).append(value)
         rare = [name for name in values if name.startswith(RARE)]
-        at_boundary = step <= 1 or step % self.log_freq == 0 or step == self.total_steps
-        due = list(self._window) if at_boundary and len(rare) < len(values) else rare
+        due = list(self._window) if self.due(step) and len(rare) < len(values) else rare
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
         if self._writer is not None and aggregates:
             for name, value in aggregates.items():
                 self._writer.add_scalar(name, value, step)
             # On disk before the step's checkpoint is, or a crash leaves a gap.
             self._writer.flush()
+
+    def due(self, step: int) -> bool:
+        """Whether the step ends a window: then it is written, and shown."""
+        return step <= 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def console_line(self, step: int, total_steps: int) -> str:
         """The last values in one line, with the time left by the mean of the last 20 steps."""

@@ -78,7 +78,7 @@ class Recorder:
         memory = memory_stats(self.device)
         scalars |= {name: max_scalar(value, self.device) for name, value in memory.items()}
         self.metrics.log(step, scalars)
-        if step % self.config.metrics.log_freq == 0 or step in (1, self.total_steps):
+        if self.metrics.due(step):
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
         if self.on_policy:
             self._write_rollouts(step, samples, mine)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolve_model_folder
@@ -17,6 +16,7 @@ from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, rand
 from opd_titan.config import JobConfig
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.data.types import Prompt
+from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError
 from opd_titan.models import ModelFamily, get_family
 
@@ -43,6 +43,13 @@ class ModelSource:
     def build(self) -> nn.Module:
         """The architecture, without storage under `torch.device("meta")`."""
         return self.family.build(self.args)
+
+    def build_share(self, tp: Axis) -> nn.Module:
+        """The architecture of one rank's share, which sums with the other ranks': for rollouts."""
+        model = self.family.build(self.family.rank_args(self.args, tp.size, str(self.folder)))
+        if tp.size > 1:
+            self.family.join_ranks(model, tp, sequence_parallel=False)
+        return model
 
 
 def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
@@ -85,6 +92,9 @@ def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
         itself = not reference.hf_path
         path = student.hf_path if itself else reference.hf_path
         sources.append(inspect_model("reference", path, itself and student.random_init))
+    for source in sources:  # refused here, where nothing has been loaded
+        tp = config.parallelism.tensor_parallel_degree
+        source.family.rank_args(source.args, tp, str(source.folder))
     for other in sources[1:]:
         _check_can_score(other, sources[0])
     return {s.role: s for s in sources}
@@ -119,8 +129,7 @@ def check_lengths(
 
 def load_model(
     source: ModelSource,
-    mesh: DeviceMesh,
-    device: torch.device,
+    world: World,
     *,
     param_dtype: torch.dtype,
     compute_dtype: torch.dtype,
@@ -135,8 +144,8 @@ def load_model(
     """
     with torch.device("meta"):
         model = source.build().to(param_dtype)
-    source.family.parallelize(model, mesh, compute_dtype)
-    model.to_empty(device=device)
+    source.family.parallelize(model, world, compute_dtype)
+    model.to_empty(device=world.device)
     if source.files is None:
         seed += source.role == "teacher"
         random_init_weights(model, seed, source.args.init_std)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from opd_titan.data.types import Prompt
@@ -16,6 +15,7 @@ from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.scoring import EMPTY, score
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
+from opd_titan.distributed.world import World
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 
@@ -33,7 +33,7 @@ def probe(
     prompts: list[Prompt],
     params: SamplingParams,
     seed: int,
-    device: torch.device,
+    world: World,
 ) -> dict[str, float]:
     """Let the student be its own teacher on a few tokens.
 
@@ -42,14 +42,14 @@ def probe(
         "gap": the largest |rollout - update| log-prob of one token.
     """
     short = replace(params, max_new_tokens=min(PROBE_TOKENS, params.max_new_tokens))
-    samples = sample_responses(generator, prompts[:PROBE_PROMPTS], 1, short, (seed, 0))
-    plan = plan_minibatches(samples, 1, 1 << 30, dist.get_rank(), dist.get_world_size())
+    samples = sample_responses(generator, prompts[:PROBE_PROMPTS], 1, short, (seed, 0), world.dp)
+    plan = plan_minibatches(samples, 1, 1 << 30, world.dp)
     as_teacher = {
-        s.prompt.index: values for s, values in score(student, plan, params.distribution, device)
+        s.prompt.index: values for s, values in score(student, plan, params.distribution, world)
     }
     tokens, difference, gaps = 0, 0.0, [0.0]
     for microbatch in plan[0].microbatches:
-        batch = pack(microbatch or EMPTY, device)
+        batch = pack(microbatch or EMPTY, world)
         head = partial(
             loss_head,
             predict_R=batch.predict_R,
@@ -69,9 +69,9 @@ def probe(
             difference += (update_R - teacher_R).double().sum().item()
             gaps.append((update_R - rollout_R).abs().max().item())
     student.reshard()
-    total = sum_scalars({"tokens": tokens, "difference": difference}, device)
+    total = sum_scalars({"tokens": tokens, "difference": difference}, world.device, world.dp)
     gap = torch.tensor(gaps).max().item()  # unlike Python's max, it does not lose a NaN
-    return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, device)}
+    return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, world.device)}
 
 
 def report(result: dict[str, float], dtype: torch.dtype) -> None:

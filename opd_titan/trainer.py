@@ -7,45 +7,36 @@ import signal
 import time
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import check_lengths, compute_dtype, inspect_models, load_model
-from opd_titan.checkpoint.checkpointer import (
-    Checkpointer,
-    agree_on_step,
-    inspect_checkpoint,
-    open_folder,
-)
+from opd_titan.build import load_model
+from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf
-from opd_titan.config import JobConfig, to_toml
+from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
-from opd_titan.data.loader import PromptLoader
-from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
-from opd_titan.data.tokenizer import eos_warning
+from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
 from opd_titan.distributed.collectives import max_scalar
-from opd_titan.distributed.world import build_mesh, init_world, set_timeout
-from opd_titan.errors import ConfigError
+from opd_titan.distributed.world import set_timeout
 from opd_titan.model_card import model_card
 from opd_titan.models.logits import Distribution
-from opd_titan.observability.logging import init_logging
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
+from opd_titan.prepare import prepare
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.validate import Baselines, Validator, build_validator, prompt_options
+from opd_titan.validate import Baselines
 
 logger = logging.getLogger("opd_titan")
 
@@ -55,126 +46,33 @@ class Trainer:
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
-        self.device = init_world(config.comm.init_timeout_seconds)
-        if config.training.deterministic and self.device.type == "cuda":
-            # The sampler's prefix sums have no deterministic kernel there.
-            raise ConfigError("[training] deterministic: true is built for the CPU only so far")
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.folder = Path(config.job.dump_folder)
-        init_logging(None, self.rank)
-        parallelism = config.parallelism
-        self.mesh = build_mesh(
-            self.device,
-            parallelism.data_parallel_replicate_degree,
-            parallelism.data_parallel_shard_degree,
-        )
-        self._inspect_models()
-        self._build_data()
-        self._find_checkpoint()
-        self._open_folder()
+        self.job = prepare(config)
+        self.world, self.device = self.job.world, self.job.world.device
+        self.sources, self.validator = self.job.sources, self.job.validator
+        self.total_steps = self.job.total_steps
         self._build_models()
         self._build_rules()
         self.step = 0
-        self.saved_at = self.resumed_at
+        self.saved_at = self.job.resumed_at
         self.stop_signal: int | None = None
 
     # ------------------------------------------------------------------ build
 
-    def _inspect_models(self) -> None:
-        self.sources = inspect_models(self.config)
-        self.tokenizer = self.sources["student"].tokenizer
-        self.decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-
-    def _find_checkpoint(self) -> None:
-        """Which step to go on from, and whether this recipe can, before anything is written."""
-        c, folder = self.config.checkpoint, self.folder / "checkpoint"
-        self.resumed_at = agree_on_step(folder, c.load_step if c.enable else 0) or 0
-        self.saved_state: dict[str, Any] | None = None
-        if self.resumed_at:
-            with torch.device("meta"):
-                shapes = self.sources["student"].build()
-            self.saved_state = inspect_checkpoint(folder, self.resumed_at, shapes)
-            self.loader.load_state_dict(self.saved_state["loader"])
-
-    def _build_data(self) -> None:
-        c = self.config
-        options = prompt_options(c, self.tokenizer)
-        self.prompt_set: PromptSet = build_prompts(
-            dataset=c.data.dataset,
-            path=c.data.path,
-            split=c.data.split,
-            keep_responses=c.rollout.on_policy_fraction < 1.0,
-            **options,
-        )
-        prompts = self.prompt_set.prompts
-        self.loader = PromptLoader(
-            prompts,
-            prompts_per_step=c.rollout.prompts_per_step,
-            seed=c.training.seed,
-            shuffle=c.data.shuffle,
-        )
-        sources = self.sources.values()
-        check_lengths(sources, prompts, c.rollout.max_new_tokens, "rollout")
-        self.total_steps = c.training.epochs * self.loader.batches_per_epoch or c.training.steps
-        self.validator: Validator | None = None
-        if c.validation.enable:
-            self.validator = build_validator(c, options, prompts, self.decode, self.rank)
-            new_tokens = self.validator.params.max_new_tokens
-            check_lengths(sources, self.validator.prompts, new_tokens, "validation")
-
-    def _open_folder(self) -> None:
-        """From here on the job writes: every mistake that can be known by now has been named."""
-        resolved = to_toml(self.config)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            init_logging(self.folder, self.rank)
-            if self.rank == 0:
-                (self.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
-            if self.config.checkpoint.enable:
-                open_folder(self.folder / "checkpoint")
-        except OSError as error:
-            raise ConfigError(
-                f"[job] dump_folder: {self.folder} cannot be written ({error.strerror}); choose a "
-                f"folder that can"
-            ) from error
-        if self.config.job.print_config:
-            logger.info("Resolved config:\n%s", resolved)
-        found = self.prompt_set
-        logger.info(
-            "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens); %s steps",
-            found.source,
-            len(found.prompts),
-            found.num_rows,
-            found.num_duplicates,
-            found.num_too_long,
-            self.config.data.max_prompt_tokens,
-            self.total_steps,
-        )
-        if self.validator is not None:
-            self.validator.warn_if_not_held_out()
-        if "teacher" in self.sources:
-            eos_ids = (self.sources[role].eos_ids for role in ("student", "teacher"))
-            warning = eos_warning(*eos_ids, self.tokenizer)
-            if warning:
-                logger.warning("%s", warning)
-
     def _build_models(self) -> None:
         c = self.config
         torch.use_deterministic_algorithms(c.training.deterministic)
-        self.dtype = compute_dtype(c, self.device)
         self.student = self._load("student", torch.float32)
-        self.teacher = self._load("teacher", self.dtype)
-        self.reference = self._load("reference", self.dtype)
+        self.teacher = self._load("teacher", self.job.dtype)
+        self.reference = self._load("reference", self.job.dtype)
         self.optimizer = build_optimizer(self.student, c)
         self.checkpointer = Checkpointer(
-            self.folder / "checkpoint",
+            self.job.folder / "checkpoint",
             self.student,
             self.optimizer,
             keep_latest_k=c.checkpoint.keep_latest_k,
             background=c.checkpoint.async_mode == "async",
         )
-        self.weights = GeneratorWeights(self.student, self.sources["student"].build, self.dtype)
-        self.generator = self._generator("student", self.weights)
+        self.weights, self.generator = self._generator("student", self.student)
 
     def _load(self, role: str, param_dtype: torch.dtype) -> Any:
         source = self.sources.get(role)
@@ -183,10 +81,9 @@ class Trainer:
         start = time.perf_counter()
         model = load_model(
             source,
-            self.mesh,
-            self.device,
+            self.world,
             param_dtype=param_dtype,
-            compute_dtype=self.dtype,
+            compute_dtype=self.job.dtype,
             seed=self.config.training.seed,
         )
         if role != "student":
@@ -201,13 +98,16 @@ class Trainer:
         )
         return model
 
-    def _generator(self, role: str, weights: GeneratorWeights) -> Generator:
-        c = self.config
-        return Generator(
+    def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
+        c, source, tp = self.config, self.sources[role], self.world.tp
+        build = partial(source.build_share, tp)
+        weights = GeneratorWeights(model, build, self.job.dtype, self.device)
+        return weights, Generator(
             weights.model,
-            self.sources[role].eos_ids,
+            source.eos_ids,
             c.rollout.max_concurrent,
             c.training.max_tokens_per_microbatch,
+            tp,
         )
 
     def _build_rules(self) -> None:
@@ -238,22 +138,26 @@ class Trainer:
         self._listen_for_signals()
         self.recorder = Recorder(
             self.config,
-            device=self.device,
-            dtype=self.dtype,
-            decode=self.decode,
+            world=self.world,
+            dtype=self.job.dtype,
+            decode=self.job.decode,
             grade=grade,
             forward_flops={role: s.args.forward_flops for role, s in self.sources.items()},
             start_step=self.step,
             total_steps=self.total_steps,
         )
-        if self.saved_state is not None:
-            self.recorder.metrics.load_state_dict(self.saved_state["recorder"])
+        if self.job.saved_state is not None:
+            self.recorder.metrics.load_state_dict(self.job.saved_state["recorder"])
         # Loading is over; from here on a rank may lag as long as a rollout takes.
         set_timeout(self.config.comm.train_timeout_seconds, self.device)
         self._before_first_step()
         profiling = self.config.profiling
         with maybe_profiler(
-            profiling.enable, profiling.interval, self.folder, self.rank, start_step=self.step
+            profiling.enable,
+            profiling.interval,
+            self.job.folder,
+            dist.get_rank(),
+            start_step=self.step,
         ) as profiler:
             while self.step < self.total_steps and not self._stopping():
                 self.train_step()
@@ -266,7 +170,7 @@ class Trainer:
         phase = self.recorder.clock.phase
         with phase("step"):
             with phase("data"):
-                prompts = next(self.loader)
+                prompts = next(self.job.loader)
             with phase("rollout"):
                 samples = self.rollout(prompts)
             plan = self.plan(samples)
@@ -286,23 +190,25 @@ class Trainer:
         r = self.config.rollout
         if r.on_policy_fraction == 0.0:
             return [self._given_response(p) for p in prompts]
-        most = len(prompts[self.rank :: self.ranks]) * r.group_size * r.max_new_tokens
-        with progress(most, f"step {self.step} rollout", "tok", rank=self.rank) as bar:
+        dp = self.world.dp
+        most = len(prompts[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
+        with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
             return sample_responses(
                 self.generator,
                 prompts,
                 r.group_size,
                 self.sampling,
                 (self.config.training.seed, self.step),
+                dp,
                 bar.update,
             )
 
     def _given_response(self, prompt: Prompt) -> Sample:
         limit, stop_ids = self.config.rollout.max_new_tokens, self.sources["student"].eos_ids
         # A model may have several stop tokens; the tokenizer's own ends what people wrote.
-        eos_id = self.tokenizer.eos_token_id
+        eos_id = self.job.tokenizer.eos_token_id
         eos_id = eos_id if eos_id in stop_ids else min(stop_ids)
-        ids = list(response_token_ids(prompt, self.tokenizer, eos_id))
+        ids = list(response_token_ids(prompt, self.job.tokenizer, eos_id))
         return Sample(prompt, 0, ids[:limit], "stop" if len(ids) <= limit else "length")
 
     def plan(self, samples: list[Sample]) -> list[Minibatch]:
@@ -311,8 +217,7 @@ class Trainer:
             samples,
             self.config.distill.minibatches,
             self.config.training.max_tokens_per_microbatch,
-            self.rank,
-            self.ranks,
+            self.world.dp,
         )
 
     def score(self, model: Any, field: str, plan: list[Minibatch]) -> None:
@@ -320,7 +225,7 @@ class Trainer:
         if model is None:
             return
         with self._sequence_bar(field.removesuffix("_logprobs"), plan) as bar:
-            scored = score(model, plan, self.teacher_distribution, self.device, bar.update)
+            scored = score(model, plan, self.teacher_distribution, self.world, bar.update)
         for sample, logprobs in scored:
             setattr(sample, field, logprobs)
 
@@ -329,12 +234,12 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         with self._sequence_bar("update", plan) as bar:
-            scalars = update(self.student, self.optimizer, plan, self.rule, self.device, bar.update)
+            scalars = update(self.student, self.optimizer, plan, self.rule, self.world, bar.update)
         return {**scalars, "lr": rate}
 
     def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:
         count = sum(len(m) for minibatch in plan for m in minibatch.microbatches)
-        return progress(count, f"step {self.step} {phase}", "seq", rank=self.rank)
+        return progress(count, f"step {self.step} {phase}", "seq", rank=dist.get_rank())
 
     # ----------------------------------------------------- before, after, end
 
@@ -344,12 +249,12 @@ class Trainer:
             result = probe(
                 self.student,
                 self.generator,
-                self.prompt_set.prompts,
+                self.job.prompt_set.prompts,
                 self.sampling,
                 c.training.seed,
-                self.device,
+                self.world,
             )
-            report(result, self.dtype)
+            report(result, self.job.dtype)
         if self.validator is not None and self.step == 0:
             with self.recorder.clock.phase("validate"):
                 if self.teacher is not None:
@@ -358,8 +263,8 @@ class Trainer:
             self.recorder.record_pauses(0)
 
     def _measure_teacher(self) -> None:
-        weights = GeneratorWeights(self.teacher, self.sources["teacher"].build, self.dtype)
-        self.validator.measure_teacher(self._generator("teacher", weights))
+        _, generator = self._generator("teacher", self.teacher)
+        self.validator.measure_teacher(generator)
 
     def _validate(self) -> None:
         scalars = self.validator.measure_student(self.generator, self.step)
@@ -390,7 +295,7 @@ class Trainer:
         self.recorder.metrics.close()
         dist.barrier()  # a rank that leaves early breaks the others' last collective
         if not stopped:
-            logger.info("Done: %s steps; everything is in %s", self.step, self.folder)
+            logger.info("Done: %s steps; everything is in %s", self.step, self.job.folder)
             return 0
         outcome = "with a complete checkpoint; start again to go on"
         if self.step == 0:
@@ -407,14 +312,14 @@ class Trainer:
     def _resume(self) -> None:
         """Go to where the run starts, and say why there."""
         c = self.config.checkpoint
-        if self.saved_state is None:
+        if self.job.saved_state is None:
             reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
             reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
             logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
             return
-        self.checkpointer.load(self.resumed_at)
+        self.checkpointer.load(self.job.resumed_at)
         self.weights.sync()
-        self.step = self.resumed_at
+        self.step = self.job.resumed_at
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
@@ -427,8 +332,8 @@ class Trainer:
             self._restore_baselines()
 
     def _restore_baselines(self) -> None:
-        if self.saved_state["measured_by"] == self._measured_by():
-            self.validator.baselines = Baselines(**self.saved_state["baselines"])
+        if self.job.saved_state["measured_by"] == self._measured_by():
+            self.validator.baselines = Baselines(**self.job.saved_state["baselines"])
         else:
             logger.warning(
                 "What is validated, or the teacher, changed since the checkpoint: its start and "
@@ -448,7 +353,7 @@ class Trainer:
         c = self.config.checkpoint
         if not c.enable or c.load_step < 0:
             return
-        later = self.checkpointer.set_aside_after(self.resumed_at)
+        later = self.checkpointer.set_aside_after(self.job.resumed_at)
         if later:
             names = ", ".join(f"step-{n}" for n in later)
             logger.info("Set aside as step-N.old, for this run replaces them: %s", names)
@@ -459,7 +364,7 @@ class Trainer:
             "measured_by": self._measured_by(),
             "baselines": asdict(self.validator.baselines if self.validator else Baselines()),
             "recorder": self.recorder.metrics.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": self.job.loader.state_dict(),
         }
         with self.recorder.clock.phase("checkpoint"):
             self.checkpointer.save(self.step, state)
@@ -469,7 +374,7 @@ class Trainer:
 
     def _export(self) -> None:
         name = self.config.export.dtype
-        out = self.folder / "hf" / f"step-{self.step}"
+        out = self.job.folder / "hf" / f"step-{self.step}"
         source = self.sources["student"]
         with self.recorder.clock.phase("checkpoint"):
             export_hf(

@@ -15,6 +15,7 @@ from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt
+from opd_titan.distributed.world import Axis
 from opd_titan.errors import DataError
 from opd_titan.observability.progress import progress
 from opd_titan.rollout.generator import Generator, SamplingParams
@@ -49,10 +50,10 @@ class Validator:
         params: SamplingParams,
         seed: int,
         decode: Callable[[list[int]], str],
-        rank: int,
+        dp: Axis,
     ) -> None:
         self.prompts, self.samples_per_prompt, self.params = prompts, samples_per_prompt, params
-        self.seed, self.decode, self.rank = seed, decode, rank
+        self.seed, self.decode, self.dp = seed, decode, dp
         self.baselines = Baselines()
         self.trained_on = 0  # how many of the prompts are training prompts too
 
@@ -97,15 +98,16 @@ class Validator:
 
     def _measure(self, generator: Generator, name: str) -> tuple[float, float]:
         """Accuracy over prompts and samples, and mean response tokens. The same on all ranks."""
-        mine = len(self.prompts[self.rank :: dist.get_world_size()]) * self.samples_per_prompt
+        mine = len(self.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
         most = mine * self.params.max_new_tokens
-        with progress(most, f"validate {name}", "tok", rank=self.rank) as bar:
+        with progress(most, f"validate {name}", "tok", rank=dist.get_rank()) as bar:
             samples = sample_responses(
                 generator,
                 self.prompts,
                 self.samples_per_prompt,
                 self.params,
                 (self.seed, VALIDATION_STREAM),
+                self.dp,
                 bar.update,
             )
         correct = sum(bool(grade(self.decode(s.response_ids), s.prompt.answer)) for s in samples)
@@ -128,7 +130,7 @@ def build_validator(
     options: dict[str, Any],
     training_prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
-    rank: int,
+    dp: Axis,
 ) -> Validator:
     """The validator that `[validation]` asks for.
 
@@ -153,7 +155,7 @@ def build_validator(
         )
     params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
     validator = Validator(
-        held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, rank
+        held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, dp
     )
     trained_on = {p.text for p in training_prompts}
     validator.trained_on = sum(p.text in trained_on for p in held_out.prompts)

@@ -157,8 +157,6 @@ def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "teacher.hf_path", f'required with [distill] objective = "{objective}"; {need_model}'
     if not c.teacher.hf_path and c.teacher.random_init:
         yield "teacher.random_init", f"true takes the sizes of [teacher] hf_path; {need_model}"
-    if c.parallelism.tensor_parallel_degree != 1:
-        yield "parallelism.tensor_parallel_degree", "not built yet; only 1 is accepted"
     if c.data.dataset == "prompts" and not c.data.path:
         yield "data.path", need_path
     if c.data.template == "raw" and c.data.enable_thinking:

@@ -157,7 +157,8 @@ class Parallelism:
     data_parallel_shard_degree: int = -1
     """Ranks that one copy is sharded over (FSDP2). -1: what is left of the world."""
     tensor_parallel_degree: int = 1
-    """Ranks that each layer is split over. Not built yet: only 1."""
+    """Neighbouring ranks that each layer is split over, with sequence parallelism; it must divide
+    the models' attention heads, key/value heads, MLP width and vocabulary."""
 
 
 @dataclass

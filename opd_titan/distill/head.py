@@ -3,8 +3,11 @@
 No tensor of [tokens, vocabulary] ever exists beyond one chunk, and only positions that predict a
 response token are projected.
 
+Under tensor parallelism each rank projects onto its part of the vocabulary; the ranks exchange a
+few numbers per token, never logits (except where top-k or top-p have to see them all).
+
 Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width,
-V vocabulary.
+v the part of the vocabulary that this rank holds (all of it without tensor parallelism).
 """
 
 from __future__ import annotations
@@ -16,59 +19,70 @@ import torch
 from torch import Tensor
 
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
-from opd_titan.models.logits import Distribution, scaled_logits
+from opd_titan.models.logits import Distribution, VocabHead, scaled_logits
 
 # fp32 logits of one chunk. Larger chunks reach the same matmul speed and only cost memory.
 CHUNK_BYTES = 64 * 1024**2
 
 
-def _chunks(n: int, vocab: int) -> list[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * vocab))
+def _chunks(n: int, head: VocabHead) -> list[slice]:
+    rows = max(1, CHUNK_BYTES // (4 * head.rows))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
 def _logits(
-    h_CD: Tensor, w_VD: Tensor, targets_C: Tensor, dist: Distribution, buffer: Tensor | None
+    h_CD: Tensor, head: VocabHead, targets_C: Tensor, dist: Distribution, buffer: Tensor | None
 ) -> Tensor:
-    out_CV = None if buffer is None else buffer[: h_CD.shape[0]]
-    return scaled_logits(h_CD, w_VD, dist, targets_C, out_CV)
+    out_Cv = None if buffer is None else buffer[: h_CD.shape[0]]
+    return scaled_logits(h_CD, head, dist, targets_C, out_Cv)
 
 
-def _buffer(chunks: list[slice], weight_VD: Tensor) -> Tensor:
-    """fp32 [C, V] that holds any of the chunks: one allocation serves them all."""
+def _buffer(chunks: list[slice], head: VocabHead) -> Tensor:
+    """fp32 [C, v] that holds any of the chunks: one allocation serves them all."""
     rows = max((c.stop - c.start for c in chunks), default=0)
-    return torch.empty(rows, weight_VD.shape[0], device=weight_VD.device)
+    return torch.empty(rows, head.rows, device=head.weight_vD.device)
 
 
-def _logits_buffer(chunks: list[slice], weight_VD: Tensor) -> Tensor | None:
+def _logits_buffer(chunks: list[slice], head: VocabHead) -> Tensor | None:
     """None where the product cannot write fp32 in place: half-precision operands."""
-    return _buffer(chunks, weight_VD) if weight_VD.dtype == torch.float32 else None
+    return _buffer(chunks, head) if head.weight_vD.dtype == torch.float32 else None
 
 
 @torch.no_grad()
 def score_head(
-    hidden_TD: Tensor, weight_VD: Tensor, predict_R: Tensor, targets_R: Tensor, dist: Distribution
+    hidden_TD: Tensor, weight: Tensor, predict_R: Tensor, targets_R: Tensor, dist: Distribution
 ) -> Tensor:
     """Log-probs [R] fp32 of the targets, without gradients. Give it to the model's forward.
 
     Args:
+        weight: of the head [V, D], as the model's forward has it.
         predict_R: for each target, the packed position whose hidden state predicts it.
         targets_R: token ids.
     """
+    head = VocabHead.of(weight)
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
-    chunks = _chunks(targets_R.numel(), weight_VD.shape[0])
-    buffer = _logits_buffer(chunks, weight_VD)
+    chunks = _chunks(targets_R.numel(), head)
+    buffer = _logits_buffer(chunks, head)
     for chunk in chunks:
         targets_C = targets_R[chunk]
-        logits_CV = _logits(hidden_TD[predict_R[chunk]], weight_VD, targets_C, dist, buffer)
-        out_R[chunk] = _target_logprobs(logits_CV, targets_C)[0]
+        logits_Cv = _logits(hidden_TD[predict_R[chunk]], head, targets_C, dist, buffer)
+        out_R[chunk] = _target_logprobs(logits_Cv, targets_C, head)[0]
     return out_R
 
 
-def _target_logprobs(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets [C] and the normalisers [C, 1]."""
-    normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-    return (logits_CV.gather(1, targets_C[:, None]) - normaliser_C1).squeeze(1), normaliser_C1
+def _target_logprobs(
+    logits_Cv: Tensor, targets_C: Tensor, head: VocabHead
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets [C] and the normalisers [C] over the whole vocabulary."""
+    normaliser_C = logits_Cv.logsumexp(dim=1)
+    row_C, held_C = head.locate(targets_C)
+    target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
+    if head.tp.size > 1:
+        target_C = target_C.masked_fill(~held_C, -torch.inf)
+        parts_P2C = head.stack(torch.stack((normaliser_C, target_C)))
+        normaliser_C = parts_P2C[:, 0].logsumexp(dim=0)
+        target_C = parts_P2C[:, 1].amax(dim=0)
+    return target_C - normaliser_C, normaliser_C
 
 
 @dataclass
@@ -85,7 +99,7 @@ class HeadStats:
 
 def loss_head(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    weight: Tensor,
     *,
     predict_R: Tensor,
     targets_R: Tensor,
@@ -101,8 +115,10 @@ def loss_head(
     micro-batches and ranks gives the mean over tokens and never a mean of means.
     """
     token_loss = partial(objective, settings=settings)
+    head = VocabHead.of(weight)
+    hidden_RD = hidden_TD.index_select(0, predict_R)
     loss, *stats = _FusedLoss.apply(
-        hidden_TD.index_select(0, predict_R), weight_VD, targets_R, scores, scale, token_loss, dist
+        hidden_RD, head.weight_vD, head.tp, targets_R, scores, scale, token_loss, dist
     )
     return loss, HeadStats(*stats)
 
@@ -113,57 +129,63 @@ class _FusedLoss(torch.autograd.Function):
     With g the derivative of a token's loss by its log-prob, p the probabilities and t the
     temperature, the logits' gradient is g (onehot - p) / t. Forward therefore ends with the
     gradients of hidden states and weight in hand; backward only scales them.
+
+    Under tensor parallelism the hidden states' gradient is this rank's part of a sum over ranks,
+    which the backward of the gathering of tokens makes.
     """
 
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, targets_R, scores, scale, token_loss, dist):
+    def forward(ctx, hidden_RD, weight_vD, tp, targets_R, scores, scale, token_loss, dist):
+        head = VocabHead(weight_vD.detach(), tp)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
         stats: list[list[Tensor]] = []
-        chunks = _chunks(targets_R.numel(), weight_VD.shape[0])
-        logits_buffer = _logits_buffer(chunks, weight_VD)
-        probs_buffer = _buffer(chunks, weight_VD)
+        chunks = _chunks(targets_R.numel(), head)
+        logits_buffer = _logits_buffer(chunks, head)
+        probs_buffer = _buffer(chunks, head)
         for chunk in chunks:
             h_CD, targets_C = hidden_RD[chunk], targets_R[chunk]
-            logits_CV = _logits(h_CD, weight_VD, targets_C, dist, logits_buffer)
-            logprob_C, normaliser_C1 = _target_logprobs(logits_CV, targets_C)
+            logits_Cv = _logits(h_CD, head, targets_C, dist, logits_buffer)
+            logprob_C, normaliser_C = _target_logprobs(logits_Cv, targets_C, head)
             with torch.enable_grad():
                 leaf_C = logprob_C.requires_grad_()
                 result = token_loss(leaf_C, scores[chunk])
                 (g_C,) = torch.autograd.grad(result.loss_C.sum(), leaf_C)
-            logprobs_CV = logits_CV.sub_(normaliser_C1)
-            probs_CV = torch.exp(logprobs_CV, out=probs_buffer[: h_CD.shape[0]])
+            logprobs_Cv = logits_Cv.sub_(normaliser_C[:, None])
+            probs_Cv = torch.exp(logprobs_Cv, out=probs_buffer[: h_CD.shape[0]])
             if dist.truncates:  # 0 x -inf is NaN, and a token that was cut adds nothing
-                logprobs_CV.masked_fill_(logprobs_CV == -torch.inf, 0.0)
-            entropy_C = -torch.bmm(probs_CV[:, None], logprobs_CV[:, :, None]).view(-1)
+                logprobs_Cv.masked_fill_(logprobs_Cv == -torch.inf, 0.0)
+            entropy_C = -torch.bmm(probs_Cv[:, None], logprobs_Cv[:, :, None]).view(-1)
             g_C = g_C * (scale / dist.temperature)
-            dlogits_CV = probs_CV.mul_(-g_C[:, None])
-            dlogits_CV.scatter_add_(1, targets_C[:, None], g_C[:, None])
-            dlogits_CV = dlogits_CV.to(hidden_RD.dtype)
-            torch.mm(dlogits_CV, weight_VD, out=grad_hidden_RD[chunk])
-            _add_product_(grad_weight_VD, dlogits_CV, h_CD)
+            dlogits_Cv = probs_Cv.mul_(-g_C[:, None])
+            row_C, held_C = head.locate(targets_C)
+            dlogits_Cv.scatter_add_(1, row_C[:, None], (g_C * held_C)[:, None])
+            dlogits_Cv = dlogits_Cv.to(hidden_RD.dtype)
+            torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
+            _add_product_(grad_weight_vD, dlogits_Cv, h_CD)
             stats.append(
                 [logprob_C.detach(), entropy_C, result.loss_C.detach()]
                 + [result.advantage_C, result.ratio_C, result.clipped_C]
             )
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_hidden_RD, grad_weight_vD.to(weight_vD.dtype))
         columns = [torch.cat(column) for column in zip(*stats, strict=True)]
+        head.sum(columns[1])  # each rank's entropy was over its part of the vocabulary
         ctx.mark_non_differentiable(*columns)
         return columns[2].sum() * scale, *columns
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        if grad_loss != 1.0:
-            grad_hidden_RD, grad_weight_VD = grad_hidden_RD * grad_loss, grad_weight_VD * grad_loss
-        return grad_hidden_RD, grad_weight_VD, None, None, None, None, None
+        grads = ctx.saved_tensors
+        # In place: these are as large as the head, and serve one backward.
+        grad_hidden_RD, grad_weight_vD = (grad.mul_(grad_loss) for grad in grads)
+        return grad_hidden_RD, grad_weight_vD, None, None, None, None, None, None
 
 
-def _add_product_(weight_grad_VD: Tensor, dlogits_CV: Tensor, h_CD: Tensor) -> None:
+def _add_product_(weight_grad_vD: Tensor, dlogits_Cv: Tensor, h_CD: Tensor) -> None:
     """weight_grad += dlogits^T h, accumulated in fp32 whatever the operands are."""
-    if dlogits_CV.dtype == torch.float32:
-        weight_grad_VD.addmm_(dlogits_CV.t(), h_CD)
-    elif dlogits_CV.is_cuda:
-        weight_grad_VD.add_(torch.mm(dlogits_CV.t(), h_CD, out_dtype=torch.float32))
+    if dlogits_Cv.dtype == torch.float32:
+        weight_grad_vD.addmm_(dlogits_Cv.t(), h_CD)
+    elif dlogits_Cv.is_cuda:
+        weight_grad_vD.add_(torch.mm(dlogits_Cv.t(), h_CD, out_dtype=torch.float32))
     else:
-        weight_grad_VD.add_(torch.mm(dlogits_CV.t(), h_CD))
+        weight_grad_vD.add_(torch.mm(dlogits_Cv.t(), h_CD))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_titan.data.types import Sample
+from opd_titan.distributed.world import Axis, World
 from opd_titan.models.attention import PackedAttention
 
 
@@ -30,8 +31,12 @@ class PackedBatch:
     targets_R: Tensor
 
 
-def pack(samples: Sequence[Sample], device: torch.device) -> PackedBatch:
-    """Pack whole samples, in order."""
+def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
+    """Pack whole samples, in order.
+
+    Tensor-parallel ranks take equal shares of the tokens: what is missing to a multiple of them is
+    added at the end, as a sequence that predicts nothing.
+    """
     tokens: list[int] = []
     predict: list[int] = []
     seq_lens: list[int] = []
@@ -41,6 +46,10 @@ def pack(samples: Sequence[Sample], device: torch.device) -> PackedBatch:
         tokens.extend(s.prompt.token_ids)
         tokens.extend(s.response_ids[:-1])
         seq_lens.append(s.num_tokens - 1)
+    device, missing = world.device, -len(tokens) % world.tp.size
+    if missing:
+        tokens.extend([0] * missing)
+        seq_lens.append(missing)
     return PackedBatch(
         tokens_T=torch.tensor(tokens, device=device),
         attend=PackedAttention(seq_lens, device),
@@ -115,7 +124,7 @@ class Minibatch:
 
 
 def plan_minibatches(
-    samples: Sequence[Sample], minibatches: int, max_tokens: int, rank: int, ranks: int
+    samples: Sequence[Sample], minibatches: int, max_tokens: int, dp: Axis
 ) -> list[Minibatch]:
     """Every rank calls this with the same samples and takes its own share."""
     plan = []
@@ -123,11 +132,11 @@ def plan_minibatches(
         chosen = [samples[i] for i in part]
         lengths = [s.num_tokens for s in chosen]
         bins_by_rank = []
-        for members in balance(lengths, ranks):
+        for members in balance(lengths, dp.size):
             bins = fill_microbatches([lengths[i] for i in members], max_tokens)
             bins_by_rank.append([[chosen[members[i]] for i in b] for b in bins])
         count = max(len(bins) for bins in bins_by_rank)
-        mine = bins_by_rank[rank]
+        mine = bins_by_rank[dp.rank]
         plan.append(
             Minibatch(
                 microbatches=mine + [[] for _ in range(count - len(mine))],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.head import score_head
 from opd_titan.distill.packing import Minibatch, pack, unpack_values
+from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
 # Stands in where a rank has no micro-batch left: forward and backward are collective.
@@ -22,7 +23,7 @@ def score(
     model: nn.Module,
     plan: Sequence[Minibatch],
     dist: Distribution,
-    device: torch.device,
+    world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
 ) -> list[tuple[Sample, Tensor]]:
     """Log-probs of every response token of this rank's share of the plan.
@@ -39,7 +40,7 @@ def score(
     scored: list[tuple[Sample, Tensor]] = []
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
         samples = microbatch or EMPTY
-        batch = pack(samples, device)
+        batch = pack(samples, world)
         head = partial(score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
         logprobs_R = model(batch.tokens_T, batch.attend, head)
         if microbatch:

@@ -15,6 +15,7 @@ from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScor
 from opd_titan.distill.packing import Minibatch, PackedBatch, pack, pack_values, unpack_values
 from opd_titan.distill.scoring import EMPTY
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
+from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
 
@@ -33,8 +34,8 @@ class _Totals:
 
     NAMES = ("tokens", "loss", "entropy", "ratio", "clipped")
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, world: World) -> None:
+        self.world, device = world, world.device
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.gap_max = torch.zeros((), device=device)
         self.grad_norms: list[float] = []
@@ -49,7 +50,7 @@ class _Totals:
 
     def metrics(self) -> dict[str, float]:
         local = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
-        total = sum_scalars(local, self.device)
+        total = sum_scalars(local, self.world.device, self.world.dp)
         mean = {name: value / total["tokens"] for name, value in total.items()}
         return {
             "loss/policy": mean["loss"],
@@ -57,7 +58,7 @@ class _Totals:
             "policy/entropy": mean["entropy"],
             "policy/ratio_mean": mean["ratio"],
             "policy/clip_fraction": mean["clipped"],
-            "policy/logprob_gap_max": max_scalar(self.gap_max.item(), self.device),
+            "policy/logprob_gap_max": max_scalar(self.gap_max.item(), self.world.device),
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
 
@@ -67,7 +68,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     plan: Sequence[Minibatch],
     rule: UpdateRule,
-    device: torch.device,
+    world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
 ) -> dict[str, float]:
     """One optimizer step per mini-batch; fills in each sample's advantages.
@@ -81,11 +82,11 @@ def update(
     Raises:
         FloatingPointError: the gradient norm is not finite; the weights were not touched by it.
     """
-    totals = _Totals(device)
+    totals = _Totals(world)
     for i, minibatch in enumerate(plan):
         scale = 1.0 / minibatch.response_tokens
         for samples in minibatch.microbatches:
-            batch, scores = _packed(samples or EMPTY, bool(samples), device)
+            batch, scores = _packed(samples or EMPTY, bool(samples), world)
             head = partial(
                 loss_head,
                 predict_R=batch.predict_R,
@@ -108,18 +109,17 @@ def update(
     return totals.metrics()
 
 
-def _packed(
-    samples: Sequence[Sample], real: bool, device: torch.device
-) -> tuple[PackedBatch, TokenScores]:
+def _packed(samples: Sequence[Sample], real: bool, world: World) -> tuple[PackedBatch, TokenScores]:
+    device = world.device
     if not real:
         zero_R = torch.zeros(1, device=device)
-        return pack(samples, device), TokenScores(zero_R, zero_R, zero_R)
+        return pack(samples, world), TokenScores(zero_R, zero_R, zero_R)
     scores = TokenScores(
         pack_values([s.student_logprobs for s in samples], device),
         pack_values([s.teacher_logprobs for s in samples], device),
         pack_values([s.reference_logprobs for s in samples], device),
     )
-    return pack(samples, device), scores
+    return pack(samples, world), scores
 
 
 def _set_advantages(samples: Sequence[Sample], stats: HeadStats) -> None:

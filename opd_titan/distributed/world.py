@@ -1,8 +1,10 @@
-"""Start and end of the process group, the device of this rank, and the data-parallel mesh."""
+"""Start of the process group, the device mesh, and where this rank stands in it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -10,6 +12,48 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opd_titan.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ranks that work together along one direction of the mesh, and this rank's place.
+
+    `group` is None only where the axis has a single rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+ALONE = Axis()
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a job, as one rank sees them.
+
+    Attributes:
+        device: of this rank: its own GPU, or the CPU where there is none.
+        mesh: the axes `dp_replicate`, `dp_shard`, `tp`, without the first and the last where
+            they have one rank.
+        dp: the ranks that share the data among them: `dp_replicate` and `dp_shard` together.
+        tp: the ranks that hold one model between them and see the same data.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh
+    dp: Axis
+    tp: Axis
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        names = tuple(n for n in self.mesh.mesh_dim_names if n != "tp")
+        return self.mesh[names]
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        return self.mesh["tp"] if self.tp.size > 1 else None
 
 
 def init_world(init_timeout_seconds: int) -> torch.device:
@@ -51,12 +95,18 @@ def set_timeout(seconds: int, device: torch.device) -> None:
         set_group(timedelta(seconds=seconds), group)
 
 
-def build_mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:
-    """The data-parallel mesh: `[dp_shard]`, or `[dp_replicate, dp_shard]` for hybrid sharding.
+def build_world(
+    device: torch.device, replicate: int = 1, shard: int = -1, tensor: int = 1
+) -> World:
+    """Lay the mesh over the process group. All ranks call.
+
+    Neighbouring ranks, which share a node's fast links, hold one model between them (`tp`); then
+    come the shards of a copy, then the copies.
 
     Args:
         replicate: copies of the sharded model.
         shard: ranks that share one copy; -1 takes what the world has left.
+        tensor: ranks that each layer is split over.
 
     Raises:
         ConfigError: the degrees do not multiply to the world size.
@@ -64,15 +114,43 @@ def build_mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:
     world = dist.get_world_size()
     asked = shard
     if shard == -1:
-        shard = world // replicate
-    if replicate * shard != world:
-        fits = ", ".join(f"{r} x {world // r}" for r in range(1, world + 1) if world % r == 0)
+        shard = max(1, world // (replicate * tensor))
+    if replicate * shard * tensor != world:
+        fits = ", ".join(" x ".join(map(str, f)) for f in _fitting(world, replicate, tensor))
         raise ConfigError(
             f"[parallelism] data_parallel_replicate_degree {replicate} x "
-            f"data_parallel_shard_degree {asked} is not the world size {world}; what fits: {fits}"
+            f"data_parallel_shard_degree {asked} x tensor_parallel_degree {tensor} is not the "
+            f"world size {world}; what fits: {fits}"
         )
-    if replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(
-        device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
+    axes = {"dp_replicate": replicate, "dp_shard": shard, "tp": tensor}
+    axes = {name: n for name, n in axes.items() if n > 1 or name == "dp_shard"}
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    rank = dist.get_rank()
+    return World(
+        device=device,
+        mesh=mesh,
+        dp=Axis(rank // tensor, replicate * shard, _data_group(mesh, replicate, shard, tensor)),
+        tp=Axis(rank % tensor, tensor, mesh["tp"].get_group()) if tensor > 1 else ALONE,
     )
+
+
+def _data_group(
+    mesh: DeviceMesh, replicate: int, shard: int, tensor: int
+) -> dist.ProcessGroup | None:
+    """The group of all ranks that see other data than this one."""
+    if replicate * shard == 1:
+        return None
+    if tensor == 1:
+        return dist.group.WORLD
+    if replicate == 1:
+        return mesh["dp_shard"].get_group()
+    columns = torch.arange(dist.get_world_size()).view(-1, tensor).t().tolist()
+    return dist.new_subgroups_by_enumeration(columns)[0]
+
+
+def _fitting(world: int, replicate: int, tensor: int) -> Iterator[tuple[int, int, int]]:
+    """Degrees that do multiply to the world size, those that keep one of the wishes first."""
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    found = [(r, world // r // t, t) for t in divisors for r in divisors if world % (r * t) == 0]
+    found.sort(key=lambda f: (-(f[0] == replicate) - (f[2] == tensor), f[2], f[0]))
+    yield from found[:6]

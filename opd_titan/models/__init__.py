@@ -11,7 +11,7 @@ from torch import nn
 from opd_titan.errors import ModelError
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
-from opd_titan.models.qwen3.parallelize import parallelize_qwen3
+from opd_titan.models.qwen3.parallelize import join_ranks, parallelize_qwen3, rank_args
 from opd_titan.models.qwen3.state_dict import TIED_HF_KEYS, hf_to_native
 
 
@@ -22,6 +22,8 @@ class ModelFamily:
     args_from_hf_config: Callable[[dict[str, Any], str], Any]
     build: Callable[[Any], nn.Module]
     parallelize: Callable[..., None]
+    rank_args: Callable[[Any, int, str], Any]
+    join_ranks: Callable[..., None]
     hf_to_native: Callable[[int, bool], dict[str, str]]
     tied_hf_keys: dict[str, str]
 
@@ -29,7 +31,13 @@ class ModelFamily:
 # Keyed by `model_type` of Hugging Face's config.json.
 FAMILIES = {
     "qwen3": ModelFamily(
-        Qwen3Args.from_hf_config, Qwen3Model, parallelize_qwen3, hf_to_native, TIED_HF_KEYS
+        Qwen3Args.from_hf_config,
+        Qwen3Model,
+        parallelize_qwen3,
+        rank_args,
+        join_ranks,
+        hf_to_native,
+        TIED_HF_KEYS,
     ),
 }
 

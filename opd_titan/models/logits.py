@@ -3,7 +3,8 @@
 The sampler and the training head both go through here, so that a log-probability means the same
 thing wherever it is computed: at the sampling temperature, over the same kept tokens, in fp32.
 
-Shapes: N rows, D model width, V vocabulary.
+Shapes: N rows, D model width, V vocabulary, v the part of it that this rank projects onto (all of
+it without tensor parallelism).
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from opd_titan.distributed.tensor_parallel import all_gather, local, sum_ranks
+from opd_titan.distributed.world import ALONE, Axis
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,60 @@ class Distribution:
         return self.top_k > 0 or self.top_p < 1.0
 
 
-def project(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor | None = None) -> Tensor:
-    """fp32 logits [N, V], into `out_NV` if given.
+@dataclass(frozen=True)
+class VocabHead:
+    """The rows of the head's weight that this rank holds; all ranks hold equally many.
+
+    Attributes:
+        weight_vD: plain tensor; its gradient reaches the parameter.
+        tp: the ranks that hold the other rows, in the order of token ids.
+    """
+
+    weight_vD: Tensor
+    tp: Axis = ALONE
+
+    @classmethod
+    def of(cls, weight: Tensor) -> VocabHead:
+        """Of a head's parameter as the model's forward has it."""
+        if not isinstance(weight, DTensor):
+            return cls(weight)
+        mesh = weight.device_mesh
+        return cls(local(weight), Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group()))
+
+    @property
+    def rows(self) -> int:
+        return self.weight_vD.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.rows * self.tp.size
+
+    def locate(self, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Row of each token among this rank's, 0 where it has none, and whether it has one."""
+        row_N = tokens_N - self.tp.rank * self.rows
+        held_N = (row_N >= 0) & (row_N < self.rows)
+        return row_N * held_N, held_N
+
+    def stack(self, local_values: Tensor) -> Tensor:
+        """Every rank's tensor of this shape: [size, *shape]."""
+        return all_gather(local_values[None], self.tp)
+
+    def sum(self, local_values: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place."""
+        return sum_ranks(local_values, self.tp) if self.tp.size > 1 else local_values
+
+
+def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) -> Tensor:
+    """fp32 logits [N, v], into `out_Nv` if given.
 
     Half-precision operands are accumulated and kept in fp32 on CUDA; a CPU has no such product and
     rounds its bf16 logits once.
     """
     if hidden_ND.dtype == torch.float32:
-        return torch.mm(hidden_ND, weight_VD.t(), out=out_NV)
+        return torch.mm(hidden_ND, weight_vD.t(), out=out_Nv)
     if hidden_ND.is_cuda:
-        return torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
-    return torch.mm(hidden_ND, weight_VD.t()).float()
+        return torch.mm(hidden_ND, weight_vD.t(), out_dtype=torch.float32)
+    return torch.mm(hidden_ND, weight_vD.t()).float()
 
 
 def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None = None) -> Tensor:
@@ -70,21 +118,45 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
     return logits_NV
 
 
-def scaled_logits(
+def _scaled(
+    hidden_ND: Tensor, head: VocabHead, distribution: Distribution, out_Nv: Tensor | None
+) -> Tensor:
+    logits_Nv = project(hidden_ND, head.weight_vD, out_Nv)
+    if distribution.temperature != 1.0:
+        logits_Nv.div_(distribution.temperature)
+    return logits_Nv
+
+
+def whole_logits(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    head: VocabHead,
     distribution: Distribution,
     keep_N: Tensor | None = None,
-    out_NV: Tensor | None = None,
+    out_Nv: Tensor | None = None,
 ) -> Tensor:
-    """fp32 logits [N, V] of the distribution: divided by its temperature, then truncated.
+    """fp32 logits [N, V] of the distribution, on every rank: divided by its temperature, truncated.
 
     Args:
         keep_N: see `truncate_`.
-        out_NV: a buffer for the result. Without one, a large vocabulary pays for fresh pages at
-            every call, which on a CPU costs as much as the product itself.
+        out_Nv: a buffer for this rank's product. Without one, a large vocabulary pays for fresh
+            pages at every call, which on a CPU costs as much as the product itself.
     """
-    logits_NV = project(hidden_ND, weight_VD, out_NV)
-    if distribution.temperature != 1.0:
-        logits_NV.div_(distribution.temperature)
-    return truncate_(logits_NV, distribution.top_k, distribution.top_p, keep_N)
+    logits_Nv = _scaled(hidden_ND, head, distribution, out_Nv)
+    if head.tp.size > 1:
+        logits_Nv = head.stack(logits_Nv).transpose(0, 1).flatten(1)
+    return truncate_(logits_Nv, distribution.top_k, distribution.top_p, keep_N)
+
+
+def scaled_logits(
+    hidden_ND: Tensor,
+    head: VocabHead,
+    distribution: Distribution,
+    keep_N: Tensor | None = None,
+    out_Nv: Tensor | None = None,
+) -> Tensor:
+    """This rank's columns [N, v] of `whole_logits`."""
+    if not distribution.truncates:
+        return _scaled(hidden_ND, head, distribution, out_Nv)
+    logits_NV = whole_logits(hidden_ND, head, distribution, keep_N, out_Nv)
+    first = head.tp.rank * head.rows
+    return logits_NV[:, first : first + head.rows]

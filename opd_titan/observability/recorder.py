@@ -12,6 +12,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_lists, max_scalar
+from opd_titan.distributed.world import World
 from opd_titan.observability.flops import peak_flops
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.rollout_writer import write_rollouts
@@ -37,7 +38,7 @@ class Recorder:
         self,
         config: JobConfig,
         *,
-        device: torch.device,
+        world: World,
         dtype: torch.dtype,
         decode: Callable[[list[int]], str],
         grade: Callable[[str, str], bool | None],
@@ -45,9 +46,10 @@ class Recorder:
         start_step: int,
         total_steps: int,
     ) -> None:
-        self.config, self.device, self.decode, self.grade = config, device, decode, grade
+        self.config, self.world, self.decode, self.grade = config, world, decode, grade
         self.forward_flops, self.total_steps = forward_flops, total_steps
         self.folder = Path(config.job.dump_folder)
+        device = world.device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy = config.rollout.on_policy_fraction > 0.0
         self.clock = PhaseClock(device)
@@ -73,10 +75,10 @@ class Recorder:
         mine = [s for s in samples if s.advantages is not None]
         scalars = {**scalars, **self._work_scalars(samples)}
         if self.on_policy:
-            scalars |= rollout_scalars(samples, mine, self.decode, self.device)
-            scalars |= kl_scalars(mine, self.device)
-        memory = memory_stats(self.device)
-        scalars |= {name: max_scalar(value, self.device) for name, value in memory.items()}
+            scalars |= rollout_scalars(samples, mine, self.decode, self.world)
+            scalars |= kl_scalars(mine, self.world)
+        memory = memory_stats(self.world.device)
+        scalars |= {name: max_scalar(value, self.world.device) for name, value in memory.items()}
         self.metrics.log(step, scalars)
         if self.metrics.due(step):
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
@@ -102,7 +104,7 @@ class Recorder:
         keep = samples if limit < 0 else samples[:limit]
         place = {(s.prompt.index, s.sample_index): i for i, s in enumerate(keep)}
         scored = [s for s in mine if (s.prompt.index, s.sample_index) in place]
-        scored = gather_lists(scored)
+        scored = gather_lists(scored, self.world.dp)
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             write_rollouts(self.folder, step, scored, self.decode, self.grade)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_vector, sum_scalars
+from opd_titan.distributed.world import World
 from opd_titan.observability.rollout_writer import repetition
 
 ForwardFlops = Callable[[Sequence[int], int], float]
@@ -18,7 +19,7 @@ def rollout_scalars(
     samples: Sequence[Sample],
     mine: Sequence[Sample],
     decode: Callable[[list[int]], str],
-    device: torch.device,
+    world: World,
 ) -> dict[str, float]:
     """`rollout/*`.
 
@@ -29,7 +30,7 @@ def rollout_scalars(
     lengths = [len(s.response_ids) for s in samples]
     truncated = sum(s.finish_reason == "length" for s in samples) / len(samples)
     local = sum(repetition(decode(s.response_ids)) for s in mine)
-    total = sum_scalars({"repetition": local}, device)["repetition"]
+    total = sum_scalars({"repetition": local}, world.device, world.dp)["repetition"]
     return {
         "rollout/response_tokens_mean": sum(lengths) / len(lengths),
         "rollout/response_tokens_max": float(max(lengths)),
@@ -39,12 +40,12 @@ def rollout_scalars(
     }
 
 
-def kl_scalars(mine: Sequence[Sample], device: torch.device) -> dict[str, float]:
+def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:
     """`kl/*`: sampled estimates, per response token, at the weights that sampled them."""
     scalars = {}
     for other in ("teacher", "reference"):
-        difference_R = _log_ratio(mine, f"{other}_logprobs").to(device)
-        difference_R = gather_vector(difference_R).double()
+        difference_R = _log_ratio(mine, f"{other}_logprobs").to(world.device)
+        difference_R = gather_vector(difference_R, world.dp).double()
         if difference_R.numel() == 0:
             continue
         scalars[f"kl/student_{other}"] = difference_R.mean().item()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from opd_titan.data.types import Sample
-from opd_titan.models.logits import Distribution, scaled_logits
+from opd_titan.distributed.collectives import min_integer
+from opd_titan.distributed.world import ALONE, Axis
+from opd_titan.models.logits import Distribution, VocabHead, whole_logits
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention, bytes_per_token
 from opd_titan.rollout.memory import free_bytes
 from opd_titan.rollout.sampler import greedy, sample, uniforms
@@ -44,6 +46,8 @@ class Generator:
         eos_ids: each of these tokens ends a response.
         max_concurrent: sequences decoded at once; 0 takes what fits in half of the free memory.
         max_prefill_tokens: prompt tokens that go through one forward.
+        tp: the ranks that the model is split over. They sample the same responses: each adds its
+            part of every sum and sees the same logits.
     """
 
     def __init__(
@@ -52,10 +56,11 @@ class Generator:
         eos_ids: set[int],
         max_concurrent: int = 0,
         max_prefill_tokens: int = 8192,
+        tp: Axis = ALONE,
     ) -> None:
         self.model = model
-        self.weight_VD = model.lm_head.weight
-        self.device, self.dtype = self.weight_VD.device, self.weight_VD.dtype
+        self.head = VocabHead(model.lm_head.weight, tp)
+        self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.eos_N = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=self.device)
         self.max_concurrent = max_concurrent
         self.max_prefill_tokens = max_prefill_tokens
@@ -111,8 +116,9 @@ class Generator:
         args = self.model.args
         per_token = bytes_per_token(args, self.dtype)
         # Per row of logits: themselves, their softmax, and room for a truncated sort.
-        per_slot = per_token * max_len + 4 * 4 * self.weight_VD.shape[0]
+        per_slot = per_token * max_len + 4 * 4 * self.head.vocab_size
         fit = free_bytes(self.device) // 2 // per_slot
+        fit = min_integer(fit, self.device, self.head.tp)  # they must schedule alike
         return max(1, min(wanted, self.max_concurrent or wanted, fit))
 
     def _prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:
@@ -140,8 +146,8 @@ class Generator:
         self, hidden_ND: Tensor, state: _SlotState, rows: slice, params: SamplingParams
     ) -> tuple[Tensor, Tensor]:
         if params.temperature == 0.0:
-            return greedy(scaled_logits(hidden_ND, self.weight_VD, Distribution()))
-        logits_NV = scaled_logits(hidden_ND, self.weight_VD, params.distribution)
+            return greedy(whole_logits(hidden_ND, self.head, Distribution()))
+        logits_NV = whole_logits(hidden_ND, self.head, params.distribution)
         return sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
 
 

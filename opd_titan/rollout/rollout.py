@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
-
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.collectives import gather_lists
+from opd_titan.distributed.world import Axis
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.sampler import sequence_key
 from opd_titan.rollout.scheduler import Request
@@ -19,23 +18,26 @@ def sample_responses(
     samples_per_prompt: int,
     params: SamplingParams,
     stream: tuple[int, ...],
+    dp: Axis,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> list[Sample]:
     """Sample every prompt's responses, each rank its share, and give all of them to every rank.
 
+    Tensor-parallel ranks sample the same responses together.
+
     Args:
         prompts: the same on every rank.
         stream: what the random numbers depend on besides prompt and sample: seed and step.
+        dp: the ranks that share the prompts among them.
 
     Returns:
         In the order of the prompts, then of the sample index, whatever the world size.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     requests = [
         Request(p, i, sequence_key(*stream, p.index, i))
-        for p in prompts[rank::ranks]
+        for p in prompts[dp.rank :: dp.size]
         for i in range(samples_per_prompt)
     ]
-    samples = gather_lists(generator.generate(requests, params, on_tokens))
+    samples = gather_lists(generator.generate(requests, params, on_tokens), dp)
     place = {p.index: i for i, p in enumerate(prompts)}
     return sorted(samples, key=lambda s: (place[s.prompt.index], s.sample_index))

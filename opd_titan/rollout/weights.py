@@ -2,61 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from opd_titan.distributed.tensor_parallel import local
 
 
 class GeneratorWeights:
-    """A plain copy of a sharded model, refreshed in place parameter by parameter.
+    """A plain copy of a rank's share of a model, gathered over the data-parallel ranks.
 
-    Where one rank holds the whole parameter in the right dtype there is nothing to copy: the plain
-    model then reads the training weights' own storage.
+    Where a rank already stores its whole share in the right dtype and place there is nothing to
+    copy: the plain model then reads the training weights' own storage.
 
     Args:
         source: the FSDP-sharded model.
-        build: makes the same, unsharded architecture.
-        dtype: what the generator computes in.
+        build: makes the architecture of one rank's share, with the collectives between shares.
+        dtype: what the generator computes in; FSDP gathers in the same.
+        device: where it computes.
     """
 
     def __init__(
-        self, source: nn.Module, build: Callable[[], nn.Module], dtype: torch.dtype
+        self,
+        source: nn.Module,
+        build: Callable[[], nn.Module],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.source, self.dtype = source, dtype
+        self.source, self.dtype, self.device = source, dtype, device
         with torch.device("meta"):
             self.model = build().requires_grad_(False).eval()
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self._copies: dict[str, Tensor] = {}
         tensors = {}
         for name, parameter in source.named_parameters():
             shared = self._shared(parameter)
             if shared is None:
-                device = parameter.device
-                shared = torch.empty(parameter.shape, dtype=dtype, device=device)
+                shared = torch.empty(shapes[name], dtype=dtype, device=device)
+                self._copies[name] = shared
             tensors[name] = shared
         self.model.load_state_dict(tensors, strict=False, assign=True)
         self.model.tie_weights()
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
         self.sync()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the copies, when they are there."""
+        return sum(t.numel() * t.element_size() for t in self._copies.values())
+
     def _shared(self, parameter: Tensor) -> Tensor | None:
-        """The rank's own storage of the whole parameter, if it has that. The same on all ranks."""
+        """The rank's own storage of its whole share, if it has that. The same on all ranks."""
         if parameter.dtype != self.dtype:
             return None
         if not isinstance(parameter, DTensor):
             return parameter.detach()
-        placed = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
-        whole = all(placement.is_replicate() or ranks == 1 for placement, ranks in placed)
-        return parameter.to_local().detach() if whole else None
+        mesh = parameter.device_mesh
+        placed = zip(parameter.placements, mesh.shape, mesh.mesh_dim_names, strict=True)
+        whole = all(p.is_replicate() or ranks == 1 or axis == "tp" for p, ranks, axis in placed)
+        stored = parameter.to_local().detach()
+        return stored if whole and stored.device == self.device else None
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Copy the source's present values. At most one gathered parameter exists at a time."""
-        targets = dict(self.model.named_parameters())
-        for name, parameter in self.source.named_parameters():
-            target = targets[name]
-            shared = self._shared(parameter)
-            if shared is not None and shared.data_ptr() == target.data_ptr():
+        """Copy the source's present values. At most one gathered layer exists at a time."""
+        for tensor in self._copies.values():
+            tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+        left = dict(self._copies)
+        for prefix, module in _innermost_first(self.source):
+            mine = [n for n in left if n.startswith(prefix)]
+            if not mine:
                 continue
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            target.copy_(full)
+            module.unshard()
+            gathered = dict(module.named_parameters(prefix=prefix.rstrip(".")))
+            for name in mine:
+                left.pop(name).copy_(local(gathered[name]))
+            module.reshard()
+        assert not left, f"not gathered: {list(left)}"
+
+    def release(self) -> None:
+        """Give the copies' memory back until the next `sync`."""
+        for tensor in self._copies.values():
+            tensor.untyped_storage().resize_(0)
+
+
+def _innermost_first(model: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
+    """Every group of parameters that FSDP gathers together, with its names' prefix."""
+    groups = [(f"{name}." if name else "", m) for name, m in model.named_modules()]
+    yield from ((name, m) for name, m in reversed(groups) if isinstance(m, FSDPModule))

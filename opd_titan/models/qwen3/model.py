@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd_titan.models.attention import Attend
+from opd_titan.models.layers import Embedding, Linear, RMSNorm
 from opd_titan.models.qwen3.args import Qwen3Args
 
 Rope = tuple[Tensor, Tensor]
@@ -38,49 +39,61 @@ def apply_rope(x_THK: Tensor, rope: Rope) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, args: Qwen3Args, layer: int) -> None:
+    def __init__(self, args: Qwen3Args) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
-        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
-        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.q_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
+        self.k_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be mixed: queries [T, H, K], keys and values [T, G, K]."""
         # -1 heads: under tensor parallelism a rank holds only its share of them.
         q_THK = self.wq(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TGK = self.wk(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGK = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THK = apply_rope(self.q_norm(q_THK), rope)
-        k_TGK = apply_rope(self.k_norm(k_TGK), rope)
-        return self.wo(attend(q_THK, k_TGK, v_TGK, self.layer).flatten(1))
+        return apply_rope(self.q_norm(q_THK), rope), apply_rope(self.k_norm(k_TGK), rope), v_TGK
 
 
 class FeedForward(nn.Module):
     def __init__(self, args: Qwen3Args) -> None:
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w1 = Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
 
 
 class Block(nn.Module):
+    """One layer, in two halves around the mixing of tokens.
+
+    The halves are functions of tensors alone: they can be compiled, and recomputed in the backward,
+    whatever stands behind `attend`.
+    """
+
     def __init__(self, args: Qwen3Args, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.attention = Attention(args, layer)
-        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.layer = layer
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        h_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
+    def before_mixing(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention(self.attention_norm(x_TD), rope)
+
+    def after_mixing(self, x_TD: Tensor, mixed_THK: Tensor) -> Tensor:
+        h_TD = x_TD + self.attention.wo(mixed_THK.flatten(1))
         return h_TD + self.feed_forward(self.ffn_norm(h_TD))
+
+    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        q_THK, k_TGK, v_TGK = self.before_mixing(x_TD, rope)
+        return self.after_mixing(x_TD, attend(q_THK, k_TGK, v_TGK, self.layer))
 
 
 class Qwen3Model(nn.Module):
@@ -89,10 +102,10 @@ class Qwen3Model(nn.Module):
     def __init__(self, args: Qwen3Args) -> None:
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
-        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -111,9 +124,10 @@ class Qwen3Model(nn.Module):
         Args:
             tokens_T: packed token ids.
             attend: positions of the tokens and the attention between them.
-            head: called with the final hidden states [T, D] and the head's weight [V, D]. It runs
-                *inside* this forward because only here FSDP holds the whole weight; it projects
-                the rows it needs, in chunks, so that no [T, V] tensor has to exist.
+            head: called with the final hidden states [T, D] and the head's weight [V, D], or a
+                rank's rows of it. It runs *inside* this forward because only here FSDP holds the
+                weight gathered; it projects the hidden states it needs, in chunks, so that no
+                [T, V] tensor has to exist.
 
         Returns:
             What `head` returns, or the hidden states [T, D] without one.

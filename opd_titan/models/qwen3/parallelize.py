@@ -2,16 +2,118 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from opd_titan.distributed.tensor_parallel import (
+    gather_tokens,
+    local,
+    scatter_tokens,
+    sum_ranks,
+)
+from opd_titan.distributed.world import Axis, World
+from opd_titan.errors import ModelError
+from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 
+# The dimension of each weight that tensor parallelism splits; the norms' are whole on every rank.
+_TP_DIM = {
+    "tok_embeddings": 0,
+    "lm_head": 0,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w3": 0,
+    "w2": 1,
+}
 
-def parallelize_qwen3(model: Qwen3Model, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard every parameter over the data-parallel mesh with FSDP2, in place.
+
+def parallelize_qwen3(model: Qwen3Model, world: World, compute_dtype: torch.dtype) -> None:
+    """Split every layer over the `tp` axis, then shard all parameters over the others, in place."""
+    if world.tp.size > 1:
+        _split_weights(model, world)
+        join_ranks(model, world.tp, sequence_parallel=True)
+    _shard(model, world, compute_dtype)
+
+
+def rank_args(args: Qwen3Args, ranks: int, where: str) -> Qwen3Args:
+    """Sizes of one rank's share under tensor parallelism: a narrower model of the same depth.
+
+    Raises:
+        ModelError: something cannot be split evenly over so many ranks.
+    """
+    split = {
+        "num_key_value_heads": args.n_kv_heads,
+        "num_attention_heads": args.n_heads,
+        "intermediate_size": args.ffn_dim,
+        "vocab_size": args.vocab_size,
+    }
+    for key, size in split.items():
+        if size % ranks:
+            sizes = ", ".join(map(str, split.values()))
+            raise ModelError(
+                f"[parallelism] tensor_parallel_degree: {ranks} does not divide {key} {size} of "
+                f"{where}; wanted a common divisor of {sizes}"
+            )
+    return replace(
+        args,
+        n_heads=args.n_heads // ranks,
+        n_kv_heads=args.n_kv_heads // ranks,
+        ffn_dim=args.ffn_dim // ranks,
+        vocab_size=args.vocab_size // ranks,
+    )
+
+
+def _split_weights(model: Qwen3Model, world: World) -> None:
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            dim = _TP_DIM.get(name.rpartition(".")[2])
+            placement = Replicate() if dim is None else Shard(dim)
+            split = distribute_tensor(parameter.detach(), world.tp_mesh, [placement])
+            setattr(module, key, nn.Parameter(split))
+    model.tie_weights()
+    assert_tied(model)
+
+
+def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
+    """Register what the ranks of a split model send each other.
+
+    Column-parallel products (Q, K, V, the MLP's inner two, the head) need all tokens; row-parallel
+    ones (the embedding, O, the MLP's last) leave a sum over ranks to be made.
+
+    Args:
+        sequence_parallel: between layers each rank holds its share of the tokens, and the sum is
+            made and scattered in one collective. Otherwise every rank holds all of them.
+    """
+
+    def gather(_module: nn.Module, _args: Any, out_TD: torch.Tensor) -> torch.Tensor:
+        return gather_tokens(out_TD, tp)
+
+    def reduce(_module: nn.Module, _args: Any, out_TD: torch.Tensor) -> torch.Tensor:
+        return scatter_tokens(out_TD, tp) if sequence_parallel else sum_ranks(out_TD, tp)
+
+    needs_all_tokens: list[nn.Module] = [model.norm]
+    leaves_a_sum: list[nn.Module] = [model.tok_embeddings]
+    for block in model.layers:
+        needs_all_tokens += [block.attention_norm, block.ffn_norm]
+        leaves_a_sum += [block.attention.wo, block.feed_forward.w2]
+    for module in leaves_a_sum:
+        module.register_forward_hook(reduce)
+    if sequence_parallel:
+        for module in needs_all_tokens:
+            module.register_forward_hook(gather)
+    model.tok_embeddings.first_row = tp.rank * local(model.tok_embeddings.weight).shape[0]
+
+
+def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype) -> None:
+    """Shard every parameter over the data-parallel axes with FSDP2.
 
     Also at world size 1: FSDP is then just the mixed-precision boundary (sharded parameters in
     their own dtype, compute in `compute_dtype`, gradients reduced in fp32).
@@ -24,6 +126,7 @@ def parallelize_qwen3(model: Qwen3Model, mesh: DeviceMesh, compute_dtype: torch.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    mesh = world.fsdp_mesh
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,184 @@
+"""Everything about a job that can be known, and be wrong, before a weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
+from opd_titan.checkpoint.checkpointer import agree_on_step, inspect_checkpoint, open_folder
+from opd_titan.config import JobConfig, to_toml
+from opd_titan.data.loader import PromptLoader
+from opd_titan.data.prompts import PromptSet, build_prompts
+from opd_titan.data.tokenizer import eos_warning
+from opd_titan.distributed.world import World, build_world, init_world
+from opd_titan.errors import ConfigError
+from opd_titan.observability.logging import init_logging
+from opd_titan.validate import Validator, build_validator, prompt_options
+
+logger = logging.getLogger("opd_titan")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has passed its checks.
+
+    Attributes:
+        dtype: what models compute in.
+        sources: the models by role.
+        resumed_at: the step to go on from, 0 for a new run.
+        saved_state: what its checkpoint says besides tensors; None for a new run.
+    """
+
+    config: JobConfig
+    world: World
+    dtype: torch.dtype
+    sources: dict[str, ModelSource]
+    decode: Callable[[list[int]], str]
+    prompt_set: PromptSet
+    loader: PromptLoader
+    validator: Validator | None
+    total_steps: int
+    resumed_at: int
+    saved_state: dict[str, Any] | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.job.dump_folder)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.sources["student"].tokenizer
+
+
+def prepare(config: JobConfig) -> Job:
+    """Join the world, check models, data and checkpoint, then open the dump folder.
+
+    Raises:
+        UserError: in one line, what is wrong. Nothing has been written yet.
+    """
+    world = _join_world(config)
+    sources = inspect_models(config)
+    tokenizer = sources["student"].tokenizer
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    options = prompt_options(config, tokenizer)
+    prompt_set = build_prompts(
+        dataset=config.data.dataset,
+        path=config.data.path,
+        split=config.data.split,
+        keep_responses=config.rollout.on_policy_fraction < 1.0,
+        **options,
+    )
+    prompts = prompt_set.prompts
+    loader = PromptLoader(
+        prompts,
+        prompts_per_step=config.rollout.prompts_per_step,
+        seed=config.training.seed,
+        shuffle=config.data.shuffle,
+    )
+    check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
+    validator = None
+    if config.validation.enable:
+        validator = build_validator(config, options, prompts, decode, world.dp)
+        new_tokens = validator.params.max_new_tokens
+        check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
+    resumed_at, saved_state = _find_checkpoint(config, sources["student"], loader)
+    job = Job(
+        config=config,
+        world=world,
+        dtype=compute_dtype(config, world.device),
+        sources=sources,
+        decode=decode,
+        prompt_set=prompt_set,
+        loader=loader,
+        validator=validator,
+        total_steps=config.training.epochs * loader.batches_per_epoch or config.training.steps,
+        resumed_at=resumed_at,
+        saved_state=saved_state,
+    )
+    _open_folder(job)
+    _say_what_was_found(job)
+    return job
+
+
+def _join_world(config: JobConfig) -> World:
+    device = init_world(config.comm.init_timeout_seconds)
+    if config.training.deterministic and device.type == "cuda":
+        # The sampler's prefix sums have no deterministic kernel there.
+        raise ConfigError("[training] deterministic: true is built for the CPU only so far")
+    init_logging(None, dist.get_rank())
+    p = config.parallelism
+    return build_world(
+        device,
+        p.data_parallel_replicate_degree,
+        p.data_parallel_shard_degree,
+        p.tensor_parallel_degree,
+    )
+
+
+def _find_checkpoint(
+    config: JobConfig, student: ModelSource, loader: PromptLoader
+) -> tuple[int, dict[str, Any] | None]:
+    """Which step to go on from, and whether this recipe can; the loader is moved there."""
+    c, folder = config.checkpoint, Path(config.job.dump_folder) / "checkpoint"
+    step = agree_on_step(folder, c.load_step if c.enable else 0)
+    if step is None:
+        return 0, None
+    with torch.device("meta"):
+        shapes = student.build()
+    state = inspect_checkpoint(folder, step, shapes)
+    loader.load_state_dict(state["loader"])
+    return step, state
+
+
+def _open_folder(job: Job) -> None:
+    """From here on the job writes: every mistake that can be known by now has been named."""
+    resolved = to_toml(job.config)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        init_logging(job.folder, dist.get_rank())
+        if dist.get_rank() == 0:
+            (job.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+        if job.config.checkpoint.enable:
+            open_folder(job.folder / "checkpoint")
+    except OSError as error:
+        raise ConfigError(
+            f"[job] dump_folder: {job.folder} cannot be written ({error.strerror}); choose a "
+            f"folder that can"
+        ) from error
+    if job.config.job.print_config:
+        logger.info("Resolved config:\n%s", resolved)
+
+
+def _say_what_was_found(job: Job) -> None:
+    found = job.prompt_set
+    logger.info(
+        "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens); %s steps",
+        found.source,
+        len(found.prompts),
+        found.num_rows,
+        found.num_duplicates,
+        found.num_too_long,
+        job.config.data.max_prompt_tokens,
+        job.total_steps,
+    )
+    mesh = job.world.mesh
+    axes = " x ".join(
+        f"{name} {n}" for name, n in zip(mesh.mesh_dim_names, mesh.shape, strict=True)
+    )
+    logger.info("World: %s processes on %s: %s", mesh.size(), job.world.device.type, axes)
+    if job.validator is not None:
+        job.validator.warn_if_not_held_out()
+    if "teacher" in job.sources:
+        eos_ids = (job.sources[role].eos_ids for role in ("student", "teacher"))
+        warning = eos_warning(*eos_ids, job.tokenizer)
+        if warning:
+            logger.warning("%s", warning)

@@ -19,6 +19,7 @@ from opd_titan.data.types import Prompt
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError
 from opd_titan.models import ModelFamily, get_family
+from opd_titan.models.transforms import apply_compile
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class ModelSource:
         """The architecture, without storage under `torch.device("meta")`."""
         return self.family.build(self.args)
 
-    def build_share(self, tp: Axis) -> nn.Module:
+    def build_share(self, tp: Axis, compile: bool) -> nn.Module:
         """The architecture of one rank's share, which sums with the other ranks': for rollouts."""
         model = self.family.build(self.family.rank_args(self.args, tp.size, str(self.folder)))
         if tp.size > 1:
             self.family.join_ranks(model, tp, sequence_parallel=False)
+        if compile:
+            apply_compile(model.layers)
         return model
 
 
@@ -130,28 +133,48 @@ def check_lengths(
 def load_model(
     source: ModelSource,
     world: World,
-    *,
-    param_dtype: torch.dtype,
+    config: JobConfig,
     compute_dtype: torch.dtype,
-    seed: int,
 ) -> nn.Module:
     """Build a model on the meta device, shard it, and read each rank's own slices into it.
 
-    Args:
-        param_dtype: of the sharded parameters: fp32 masters for what is trained.
-        seed: of random weights, when the source asks for them. A teacher draws others than a
-            student of the same shapes; the default reference draws the student's.
+    The student is stored in fp32, the masters of what is trained; frozen models as they compute.
     """
-    with torch.device("meta"):
-        model = source.build().to(param_dtype)
-    source.family.parallelize(model, world, compute_dtype)
-    model.to_empty(device=world.device)
+    model = parallel_model(source, world, config, compute_dtype)
+    offloaded = world.device.type == "cuda" and cpu_offload(source.role, config)
+    model.to_empty(device="cpu" if offloaded else world.device)
     if source.files is None:
-        seed += source.role == "teacher"
+        # A teacher draws other weights than a student of the same shapes; the default reference
+        # draws the student's.
+        seed = config.training.seed + (source.role == "teacher")
         random_init_weights(model, seed, source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)
     return model
+
+
+def parallel_model(
+    source: ModelSource, world: World, config: JobConfig, compute_dtype: torch.dtype
+) -> nn.Module:
+    """The model as the recipe spreads it over the world, without storage."""
+    trained = source.role == "student"
+    with torch.device("meta"):
+        model = source.build().to(torch.float32 if trained else compute_dtype)
+    source.family.parallelize(
+        model,
+        world,
+        compute_dtype,
+        activation_checkpoint=config.activation_checkpoint.mode if trained else "none",
+        compile=config.compile.enable,
+        cpu_offload=world.device.type == "cuda" and cpu_offload(source.role, config),
+    )
+    return model if trained else model.requires_grad_(False).eval()
+
+
+def cpu_offload(role: str, config: JobConfig) -> bool:
+    """Whether the recipe wants a model's sharded weights on the host."""
+    tables = {"student": config.optimizer, "teacher": config.teacher, "reference": config.reference}
+    return tables[role].cpu_offload
 
 
 def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:

@@ -61,9 +61,9 @@ class Trainer:
     def _build_models(self) -> None:
         c = self.config
         torch.use_deterministic_algorithms(c.training.deterministic)
-        self.student = self._load("student", torch.float32)
-        self.teacher = self._load("teacher", self.job.dtype)
-        self.reference = self._load("reference", self.job.dtype)
+        self.student = self._load("student")
+        self.teacher = self._load("teacher")
+        self.reference = self._load("reference")
         self.optimizer = build_optimizer(self.student, c)
         self.checkpointer = Checkpointer(
             self.job.folder / "checkpoint",
@@ -74,20 +74,12 @@ class Trainer:
         )
         self.weights, self.generator = self._generator("student", self.student)
 
-    def _load(self, role: str, param_dtype: torch.dtype) -> Any:
+    def _load(self, role: str) -> Any:
         source = self.sources.get(role)
         if source is None:
             return None
         start = time.perf_counter()
-        model = load_model(
-            source,
-            self.world,
-            param_dtype=param_dtype,
-            compute_dtype=self.job.dtype,
-            seed=self.config.training.seed,
-        )
-        if role != "student":
-            model.requires_grad_(False).eval()
+        model = load_model(source, self.world, self.config, self.job.dtype)
         logger.info(
             "%s: %s, %s parameters, %s, in %.1f s",
             role.capitalize(),
@@ -100,7 +92,7 @@ class Trainer:
 
     def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
         c, source, tp = self.config, self.sources[role], self.world.tp
-        build = partial(source.build_share, tp)
+        build = partial(source.build_share, tp, c.compile.enable)
         weights = GeneratorWeights(model, build, self.job.dtype, self.device)
         return weights, Generator(
             weights.model,
@@ -171,8 +163,11 @@ class Trainer:
         with phase("step"):
             with phase("data"):
                 prompts = next(self.job.loader)
+            with phase("sync"):
+                self.weights.sync()
             with phase("rollout"):
                 samples = self.rollout(prompts)
+                self.weights.release_if_short()
             plan = self.plan(samples)
             with phase("teacher"):
                 self.score(self.teacher, "teacher_logprobs", plan)
@@ -180,8 +175,7 @@ class Trainer:
                 self.score(self.reference, "reference_logprobs", plan)
             with phase("update"):
                 scalars = self.update(plan)
-            with phase("sync"):
-                self.weights.sync()
+                self.weights.outdate()
         self.recorder.record(self.step, samples, scalars)
         self._after_step()
 
@@ -246,6 +240,7 @@ class Trainer:
     def _before_first_step(self) -> None:
         c = self.config
         if self.teacher is not None:
+            self.weights.sync()
             result = probe(
                 self.student,
                 self.generator,
@@ -263,10 +258,12 @@ class Trainer:
             self.recorder.record_pauses(0)
 
     def _measure_teacher(self) -> None:
-        _, generator = self._generator("teacher", self.teacher)
+        weights, generator = self._generator("teacher", self.teacher)
+        weights.sync()
         self.validator.measure_teacher(generator)
 
     def _validate(self) -> None:
+        self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step)
         self.recorder.metrics.log(self.step, scalars)
 
@@ -318,7 +315,7 @@ class Trainer:
             logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
             return
         self.checkpointer.load(self.job.resumed_at)
-        self.weights.sync()
+        self.weights.outdate()
         self.step = self.job.resumed_at
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
         logger.info(

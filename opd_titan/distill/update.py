@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import HeadStats, loss_head
@@ -127,11 +130,26 @@ def _set_advantages(samples: Sequence[Sample], stats: HeadStats) -> None:
         sample.advantages = values
 
 
+def _total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis)."""
+    shares: dict[int, list[Tensor]] = {}
+    for grad in grads:
+        if isinstance(grad, DTensor):
+            placed = zip(grad.placements, grad.device_mesh.shape, strict=True)
+            copies = math.prod(ranks for placement, ranks in placed if placement.is_replicate())
+            shares.setdefault(copies, []).append(grad.to_local())
+        else:
+            shares.setdefault(dist.get_world_size(), []).append(grad)
+    norms = {copies: torch.nn.utils.get_total_norm(parts) for copies, parts in shares.items()}
+    square = sum(norm.square() / copies for copies, norm in norms.items())
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
 def _clip(model: nn.Module, max_norm: float) -> float:
     """Scale gradients down to `max_norm` (0: leave them); the total norm before that."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = _total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm.item()}; the update was not made")
     if max_norm > 0:

@@ -18,6 +18,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from opd_titan.distributed.world import Axis
 
+# Renamed in torch 2.13; the old names warn.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def local(parameter: Tensor) -> Tensor:
     """The plain tensor that this rank computes with: its share of a parameter, or all of it.
@@ -34,13 +38,13 @@ def local(parameter: Tensor) -> Tensor:
 def all_gather(x_TD: Tensor, axis: Axis) -> Tensor:
     """Every rank's tensor, concatenated along the first dimension. Without gradients."""
     out_TD = x_TD.new_empty(x_TD.shape[0] * axis.size, *x_TD.shape[1:])
-    dist.all_gather_into_tensor(out_TD, x_TD.contiguous(), group=axis.group)
+    _all_gather_single(out_TD, x_TD.contiguous(), group=axis.group)
     return out_TD
 
 
 def _reduce_scatter(x_TD: Tensor, axis: Axis) -> Tensor:
     out_TD = x_TD.new_empty(x_TD.shape[0] // axis.size, *x_TD.shape[1:])
-    dist.reduce_scatter_tensor(out_TD, x_TD.contiguous(), group=axis.group)
+    _reduce_scatter_single(out_TD, x_TD.contiguous(), group=axis.group)
     return out_TD
 
 

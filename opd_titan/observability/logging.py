@@ -65,6 +65,8 @@ def init_logging(
         dump_folder: None writes no file.
         color: None decides by the terminal and NO_COLOR.
     """
+    # Tells each rank, at every export, that two axes are gathered one after the other.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     logger = logging.getLogger("opd_titan")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -17,6 +17,11 @@ def free_bytes(device: torch.device) -> int:
     return _host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def never_used_bytes(device: torch.device) -> int:
+    """Memory that not even the allocator's cache holds: beyond the peak of everything so far."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes(device)
+
+
 def _host_bytes(root: Path = Path("/")) -> int:
     """What the host can still give; half of its memory where the system does not say."""
     try:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.tensor_parallel import local
+from opd_titan.rollout.memory import never_used_bytes
 
 
 class GeneratorWeights:
@@ -47,7 +49,7 @@ class GeneratorWeights:
         self.model.load_state_dict(tensors, strict=False, assign=True)
         self.model.tie_weights()
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
-        self.sync()
+        self._current = self._updated = False
 
     @property
     def num_bytes(self) -> int:
@@ -68,7 +70,10 @@ class GeneratorWeights:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Copy the source's present values. At most one gathered layer exists at a time."""
+        """Bring the copies up to date. All ranks call. One gathered layer exists at a time."""
+        if self._current:
+            return
+        self._current = True
         for tensor in self._copies.values():
             tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
         left = dict(self._copies)
@@ -83,8 +88,24 @@ class GeneratorWeights:
             module.reshard()
         assert not left, f"not gathered: {list(left)}"
 
+    def outdate(self) -> None:
+        """Say that the source has changed."""
+        self._current, self._updated = False, True
+
+    def release_if_short(self) -> None:
+        """Give the copies' memory to the update, unless one has run beside them. All ranks call.
+
+        Before the first update nobody knows what it takes. After it, memory that nothing has ever
+        asked for is to spare.
+        """
+        short = not self._updated or never_used_bytes(self.device) < self.num_bytes
+        # Together: the next `sync` is collective.
+        if self._copies and max_scalar(float(short), self.device):
+            self.release()
+
     def release(self) -> None:
         """Give the copies' memory back until the next `sync`."""
+        self._current = self._current and not self._copies
         for tensor in self._copies.values():
             tensor.untyped_storage().resize_(0)
 

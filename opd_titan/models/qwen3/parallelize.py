@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from opd_titan.distributed.tensor_parallel import (
@@ -20,6 +26,7 @@ from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.models.transforms import apply_activation_checkpointing, apply_compile
 
 # The dimension of each weight that tensor parallelism splits; the norms' are whole on every rank.
 _TP_DIM = {
@@ -35,12 +42,29 @@ _TP_DIM = {
 }
 
 
-def parallelize_qwen3(model: Qwen3Model, world: World, compute_dtype: torch.dtype) -> None:
-    """Split every layer over the `tp` axis, then shard all parameters over the others, in place."""
+def parallelize_qwen3(
+    model: Qwen3Model,
+    world: World,
+    compute_dtype: torch.dtype,
+    *,
+    activation_checkpoint: str = "none",
+    compile: bool = False,
+    cpu_offload: bool = False,
+) -> None:
+    """Split every layer over `tp`, recompute, compile, shard over the other axes; in place.
+
+    Args:
+        activation_checkpoint: see `transforms.apply_activation_checkpointing`.
+        cpu_offload: the sharded parameters live on the host; FSDP brings each layer to the GPU,
+            and its gradients back.
+    """
     if world.tp.size > 1:
         _split_weights(model, world)
         join_ranks(model, world.tp, sequence_parallel=True)
-    _shard(model, world, compute_dtype)
+    apply_activation_checkpointing(model.layers, activation_checkpoint)
+    if compile:
+        apply_compile(model.layers)
+    _shard(model, world, compute_dtype, cpu_offload)
 
 
 def rank_args(args: Qwen3Args, ranks: int, where: str) -> Qwen3Args:
@@ -112,7 +136,7 @@ def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
     model.tok_embeddings.first_row = tp.rank * local(model.tok_embeddings.weight).shape[0]
 
 
-def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype) -> None:
+def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offload: bool) -> None:
     """Shard every parameter over the data-parallel axes with FSDP2.
 
     Also at world size 1: FSDP is then just the mixed-precision boundary (sharded parameters in
@@ -127,9 +151,9 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype) -> None:
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     mesh = world.fsdp_mesh
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     assert_tied(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,0 +1,62 @@
+"""Activation checkpointing and torch.compile of a decoder's blocks, in place and without renaming.
+
+A block is two functions of tensors around the mixing of tokens: `before_mixing(x, rope)` and
+`after_mixing(x, mixed)`. The mixing itself (packed attention, or the KV cache's) is never compiled:
+its index tensors change shape with every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+HALVES = ("before_mixing", "after_mixing")
+# Graphs per half: roles and their sizes, with and without gradients, one token and many.
+RECOMPILE_LIMIT = 32
+# What selective checkpointing keeps: a product costs more to make again than its result does to
+# keep. Norms, rotations and activations are made again.
+_KEPT = [torch.ops.aten.mm.default]
+
+
+def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> None:
+    """Save memory in the forward by making activations again in the backward.
+
+    Args:
+        mode: "none"; "selective": keep products and attention's results; "full": keep only what
+            enters a block.
+    """
+    for block in blocks:
+        if mode == "full":
+            block.forward = partial(_recomputed, block.forward)
+        elif mode == "selective":
+            for half in HALVES:
+                kept = partial(create_selective_checkpoint_contexts, _KEPT)
+                setattr(block, half, partial(_recomputed, getattr(block, half), context_fn=kept))
+
+
+def _recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    # Nothing here is random: there is no state of a generator to keep.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def apply_compile(blocks: Iterable[nn.Module]) -> None:
+    """Compile both halves of every block, once for all lengths of a batch."""
+    # A recompilation for every batch would be slower than none: stop with an error instead.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Two sizes that happen to be equal in the first batch are not the same size.
+    torch.fx.experimental._config.use_duck_shape = False
+    for block in blocks:
+        for half in HALVES:
+            setattr(block, half, torch.compile(getattr(block, half), dynamic=True, fullgraph=True))
+
+
+def num_compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

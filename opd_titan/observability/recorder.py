@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_lists, max_scalar
 from opd_titan.distributed.world import World
-from opd_titan.observability.flops import peak_flops
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
+from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import write_rollouts
 from opd_titan.observability.step_scalars import (
     ForwardFlops,
@@ -53,9 +54,7 @@ class Recorder:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy = config.rollout.on_policy_fraction > 0.0
         self.clock = PhaseClock(device)
-        # The table of peaks is of dense bf16.
-        known = device.type == "cuda" and dtype == torch.bfloat16
-        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if known else None
+        self.peaks = _peaks(device, dtype)
         self.metrics = MetricLogger(
             self.folder,
             config.metrics.enable_tensorboard,
@@ -87,14 +86,14 @@ class Recorder:
 
     def record_pauses(self, step: int) -> None:
         """Record the time of what came after a step, or at the start, while no step ran."""
-        self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}))
+        self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}, {}))
 
     def _work_scalars(self, samples: Sequence[Sample]) -> dict[str, float]:
         tokens, flops = work(samples, self.forward_flops)
         if not self.on_policy:
             del tokens["rollout"], flops["rollout"]
         return phase_scalars(
-            self.clock.pop(), tokens, flops, world_size=self.ranks, peak_flops=self.peak_flops
+            self.clock.pop(), tokens, flops, {}, world_size=self.ranks, peaks=self.peaks
         )
 
     def _write_rollouts(self, step: int, samples: list[Sample], mine: list[Sample]) -> None:
@@ -108,3 +107,11 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             write_rollouts(self.folder, step, scored, self.decode, self.grade)
+
+
+def _peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """What this device can do in `dtype`; the table's FLOP/s are of bf16."""
+    if device.type != "cuda":
+        return Peaks()
+    peaks = device_peaks(torch.cuda.get_device_name(device))
+    return peaks if dtype == torch.bfloat16 else replace(peaks, flops=None)

@@ -143,6 +143,7 @@ class Trainer:
             decode=self.job.decode,
             grade=grade,
             forward_flops={role: s.args.forward_flops for role, s in self.sources.items()},
+            decode_bytes=self.sources["student"].args.decode_bytes,
             start_step=self.step,
             total_steps=self.total_steps,
         )
@@ -182,7 +183,7 @@ class Trainer:
                 scalars = self.update(plan)
             with phase("sync"):
                 self.weights.sync()
-        self.recorder.record(self.step, samples, scalars)
+        self.recorder.record(self.step, samples, scalars, self.generator.decode_forwards)
         self._after_step()
 
     def rollout(self, prompts: list[Prompt]) -> list[Sample]:

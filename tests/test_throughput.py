@@ -7,29 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
+from distributed_utils import run_distributed
 from tiny_rollout import EOS, prompts, requests, tiny
 from tiny_student import CPU, random_samples, tiny_qwen3, with_rollout_logprobs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.head import loss_head, score_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings, TokenScores
 from opd_titan.distill.packing import PackedBatch
+from opd_titan.distributed.world import build_world
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.parallelize import rank_args
 from opd_titan.observability.metrics import SCALARS, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks, percent_of_peak
+from opd_titan.observability.recorder import Recorder
 from opd_titan.observability.step_scalars import cached_tokens_read, work
 from opd_titan.rollout.generator import Generator, SamplingParams
-from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
+from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, bytes_per_token
 
 # Sizes as in the released config.json files.
 QWEN3_06B = Qwen3Args(151936, 1024, 28, 16, 8, 128, 3072, 1e-6, 1e6, True, 40960, 0.02)
@@ -259,6 +264,85 @@ def test_a_share_of_the_model_reads_a_share_of_the_bytes():
     share = rank_args(QWEN3_8B, 2, "config.json")
     assert 2 * share.decode_bytes(10, 999, 2) == QWEN3_8B.decode_bytes(10, 999, 2)
     assert 2 * share.forward_flops([30, 4], 9) == QWEN3_8B.forward_flops([30, 4], 9)
+
+
+class Reads:
+    """What a generator's decode forwards attend to, as the model sees it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forwards = self.cached_tokens = 0
+        model.register_forward_pre_hook(self._see)
+
+    def _see(self, _model: nn.Module, inputs: tuple[Tensor, Any]) -> None:
+        attend = inputs[1]
+        if isinstance(attend, DecodeAttention):
+            self.forwards += 1
+            self.cached_tokens += int((attend.positions_T + 1).sum())
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_a_rollout_reads_what_is_counted(slots):
+    """Prompts and responses of many lengths; with few slots it takes more, emptier forwards."""
+    model = tiny()
+    generator, reads = Generator(model, EOS, slots), Reads(model)
+    samples = generator.generate(requests(prompts(), 3), SamplingParams(max_new_tokens=25))
+    assert len({len(s.response_ids) for s in samples}) > 5
+    assert cached_tokens_read(samples) == reads.cached_tokens
+    assert generator.decode_forwards == reads.forwards
+    if slots == 0:
+        assert reads.forwards == max(len(s.response_ids) for s in samples) - 1
+    # Each call counts anew.
+    generator.generate(requests(prompts([4]), 2), SamplingParams(max_new_tokens=1))
+    assert generator.decode_forwards == 0
+
+
+def recorded(folder: str, forwards: list[int], **degrees: int) -> dict[str, float]:
+    """A step's scalars.
+
+    Args:
+        forwards: that each data-parallel rank's rollout took.
+    """
+    world = build_world(CPU, **degrees)
+    config = JobConfig()
+    config.job.dump_folder = folder
+    config.metrics.enable_tensorboard, config.metrics.sample_rollouts = False, 0
+    recorder = Recorder(
+        config,
+        world=world,
+        dtype=torch.bfloat16,
+        decode=str,
+        grade=lambda response, answer: None,
+        forward_flops={"student": QWEN3_06B.forward_flops},
+        decode_bytes=QWEN3_06B.decode_bytes,
+        start_step=0,
+        total_steps=2,
+    )
+    assert recorder.peaks == Peaks()  # of a CPU
+    recorder.peaks = Peaks(1e15, 1e12)
+    samples = with_logprobs([sample(7, 3, 2, 0), sample(7, 3, 4, 1), sample(9, 2, 1, 0)])
+    with recorder.clock.phase("rollout"):
+        pass
+    recorder.record(1, samples, {}, forwards[world.dp.rank])
+    return recorder.metrics.last
+
+
+def recorded_on_two_ranks(folder: str) -> list[dict[str, float]]:
+    # Answers of 2 and 4 tokens take 3 forwards; one of 1 token comes out of the prefill.
+    return [recorded(folder, [3, 0], shard=2), recorded(folder, [3], tensor=2)]
+
+
+def with_logprobs(samples: list[Sample]) -> list[Sample]:
+    for s in samples:
+        s.student_logprobs = torch.zeros(len(s.response_ids))
+    return samples
+
+
+def test_the_recorder_counts_a_tensor_parallel_forward_once(tmp_path):
+    read = QWEN3_06B.decode_bytes(3, 4 + (4 + 5 + 6), 2)
+    for last in chain(*run_distributed(recorded_on_two_ranks, 2, str(tmp_path))):
+        seconds = last["time/rollout(s)"]
+        assert last["mbu/rollout(%)"] == pytest.approx(100 * read / (seconds * 2 * 1e12))
+        assert last["throughput/rollout(tok/s/gpu)"] == pytest.approx(7 / seconds / 2)
 
 
 # ---- peaks ----

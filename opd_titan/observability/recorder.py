@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
-from opd_titan.distributed.collectives import gather_lists, max_scalar
+from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import write_rollouts
 from opd_titan.observability.step_scalars import (
     ForwardFlops,
+    cached_tokens_read,
     kl_scalars,
     rollout_scalars,
     work,
@@ -32,6 +33,7 @@ class Recorder:
 
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
+        decode_bytes: of the student, (forwards, cached tokens, bytes of a number) -> bytes read.
         start_step: the last step that was done, 0 for a new run.
     """
 
@@ -44,13 +46,15 @@ class Recorder:
         decode: Callable[[list[int]], str],
         grade: Callable[[str, str], bool | None],
         forward_flops: Mapping[str, ForwardFlops],
+        decode_bytes: Callable[[int, int, int], float],
         start_step: int,
         total_steps: int,
     ) -> None:
         self.config, self.world, self.decode, self.grade = config, world, decode, grade
-        self.forward_flops, self.total_steps = forward_flops, total_steps
+        self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
+        self.total_steps = total_steps
         self.folder = Path(config.job.dump_folder)
-        device = world.device
+        device, self.dtype = world.device, dtype
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy = config.rollout.on_policy_fraction > 0.0
         self.clock = PhaseClock(device)
@@ -64,15 +68,18 @@ class Recorder:
             total_steps=total_steps,
         )
 
-    def record(self, step: int, samples: list[Sample], scalars: dict[str, float]) -> None:
+    def record(
+        self, step: int, samples: list[Sample], scalars: dict[str, float], decode_forwards: int
+    ) -> None:
         """Record a step that has just ended.
 
         Args:
             samples: of all ranks; those that this rank updated on have their advantages.
             scalars: what the update measured.
+            decode_forwards: that this rank's rollout took.
         """
         mine = [s for s in samples if s.advantages is not None]
-        scalars = {**scalars, **self._work_scalars(samples)}
+        scalars = {**scalars, **self._work_scalars(samples, decode_forwards)}
         if self.on_policy:
             scalars |= rollout_scalars(samples, mine, self.decode, self.world)
             scalars |= kl_scalars(mine, self.world)
@@ -88,13 +95,22 @@ class Recorder:
         """Record the time of what came after a step, or at the start, while no step ran."""
         self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}, {}))
 
-    def _work_scalars(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def _work_scalars(self, samples: Sequence[Sample], decode_forwards: int) -> dict[str, float]:
         tokens, flops = work(samples, self.forward_flops)
-        if not self.on_policy:
+        bytes_read = {}
+        if self.on_policy:
+            bytes_read["rollout"] = self._rollout_bytes(samples, decode_forwards)
+        else:
             del tokens["rollout"], flops["rollout"]
         return phase_scalars(
-            self.clock.pop(), tokens, flops, {}, world_size=self.ranks, peaks=self.peaks
+            self.clock.pop(), tokens, flops, bytes_read, world_size=self.ranks, peaks=self.peaks
         )
+
+    def _rollout_bytes(self, samples: Sequence[Sample], decode_forwards: int) -> float:
+        # Tensor-parallel ranks make one forward between them, each reading its share.
+        own = {"forwards": decode_forwards}
+        forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
+        return self.decode_bytes(forwards, cached_tokens_read(samples), self.dtype.itemsize)
 
     def _write_rollouts(self, step: int, samples: list[Sample], mine: list[Sample]) -> None:
         limit = self.config.metrics.sample_rollouts

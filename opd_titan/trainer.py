@@ -135,6 +135,7 @@ class Trainer:
             decode=self.job.decode,
             grade=grade,
             forward_flops={role: s.args.forward_flops for role, s in self.sources.items()},
+            decode_bytes=self.sources["student"].args.decode_bytes,
             start_step=self.step,
             total_steps=self.total_steps,
         )
@@ -176,7 +177,7 @@ class Trainer:
             with phase("update"):
                 scalars = self.update(plan)
                 self.weights.outdate()
-        self.recorder.record(self.step, samples, scalars)
+        self.recorder.record(self.step, samples, scalars, self.generator.decode_forwards)
         self._after_step()
 
     def rollout(self, prompts: list[Prompt]) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""FLOP counts and peaks, rollout files, profiler traces."""
+"""Rollout files, profiler traces."""
 
 from __future__ import annotations
 
@@ -12,81 +12,8 @@ import pytest
 import torch
 
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.models.qwen3.args import Qwen3Args
-from opd_titan.observability.flops import mfu, peak_flops
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.rollout_writer import repetition, write_rollouts
-
-# ---- flops ----
-
-QWEN3_06B = Qwen3Args(151936, 1024, 28, 16, 8, 128, 3072, 1e-6, 1e6, True, 40960, 0.02)
-
-
-def test_forward_flops_of_qwen3_0_6b_by_hand():
-    # q 1024*2048, k and v 1024*1024 each, o 2048*1024, three MLP matrices 1024*3072.
-    layer = 2_097_152 + 2 * 1_048_576 + 2_097_152 + 3 * 3_145_728
-    assert layer == 15_728_640
-    body = 28 * layer
-    head = 151_936 * 1024
-    # The released model has 596,049,920 parameters, the tied head once; the rest is norms.
-    assert body + head + 28 * (2 * 1024 + 2 * 128) + 1024 == 596_049_920
-    one = QWEN3_06B.forward_flops([1], projected_tokens=0)
-    assert one == 2 * body + 4 * 28 * 16 * 128  # no embedding, no head, one attention pair
-    # 3 + 2 tokens: 6 + 3 causal pairs; 4 of the 5 positions are projected.
-    two = QWEN3_06B.forward_flops([3, 2], projected_tokens=4)
-    assert two == 5 * 2 * body + 9 * 4 * 28 * 16 * 128 + 4 * 2 * head
-
-
-def test_forward_flops_agree_with_torchs_own_count():
-    from torch.nn.functional import linear, silu
-    from torch.utils.flop_counter import FlopCounterMode
-
-    dim, heads, kv, hd, ffn, vocab, length, projected = 8, 4, 2, 6, 10, 32, 5, 3
-    x = torch.randn(length, dim)
-    with FlopCounterMode(display=False) as counter:
-        q = linear(x, torch.randn(heads * hd, dim)).view(length, heads, hd).transpose(0, 1)
-        k, v = (linear(x, torch.randn(kv * hd, dim)).view(length, kv, hd) for _ in range(2))
-        k, v = (t.transpose(0, 1).repeat_interleave(heads // kv, 0) for t in (k, v))
-        y = ((q @ k.mT) @ v).transpose(0, 1).reshape(length, heads * hd)
-        h = linear(y, torch.randn(dim, heads * hd))
-        gated = silu(linear(h, torch.randn(ffn, dim))) * linear(h, torch.randn(ffn, dim))
-        linear(linear(gated, torch.randn(dim, ffn))[:projected], torch.randn(vocab, dim))
-    args = Qwen3Args(vocab, dim, 1, heads, kv, hd, ffn, 1e-6, 1e4, True, 64, 0.02)
-    ours = args.forward_flops([length], projected)
-    # torch multiplied the whole square of pairs, above the diagonal too
-    masked_pairs = length * length - length * (length + 1) // 2
-    assert counter.get_total_flops() == ours + 4 * heads * hd * masked_pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 835e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H20", 148e12),
-        ("NVIDIA H20-3e", 148e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA B200", 2.25e15),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA L40", None),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops(name, peak):
-    assert peak_flops(name) == peak
-
-
-def test_mfu():
-    assert mfu(989e12 * 3, seconds=10.0, peak=989e12, world_size=2) == pytest.approx(15.0)
-
 
 # ---- rollouts ----
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from opd_titan.observability.flops import mfu
 from opd_titan.observability.logging import paint, use_color
+from opd_titan.observability.peaks import Peaks, percent_of_peak
 
 logger = logging.getLogger("opd_titan")
 
@@ -46,14 +46,16 @@ SCALARS: dict[str, str] = {
     "time/sync(s)": "seconds on rank 0: new weights into the rollout engine",
     "time/checkpoint(s)": "seconds on rank 0 that the loop waited for a checkpoint or export",
     "time/validate(s)": "seconds on rank 0: validation",
-    "time/step(s)": "seconds on rank 0: the whole step",
+    "time/step(s)": "seconds on rank 0: from prompts to new weights in the engine",
+    # What exactly these count: docs/throughput.md
     "throughput/rollout(tok/s/gpu)": "sampled tokens",
-    "throughput/teacher(tok/s/gpu)": "scored tokens, prompts included",
-    "throughput/update(tok/s/gpu)": "trained tokens, prompts included",
-    "throughput/step(tok/s/gpu)": "sampled tokens over the whole step's time",
+    "throughput/teacher(tok/s/gpu)": "tokens through the teacher, prompts included",
+    "throughput/update(tok/s/gpu)": "tokens through the student, prompts included",
+    "throughput/step(tok/s/gpu)": "response tokens over the whole step's time",
     "mfu/rollout(%)": "of the dense bf16 peak; absent where the device's peak is not known",
     "mfu/teacher(%)": "of the dense bf16 peak",
     "mfu/update(%)": "of the dense bf16 peak; recomputation does not count as work",
+    "mbu/rollout(%)": "bytes that decoding must read, of the memory bandwidth over the phase",
     "memory/max_active(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
     "memory/max_reserved(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
     "validation/accuracy": "share of held-out prompts that the student gets right",
@@ -61,6 +63,8 @@ SCALARS: dict[str, str] = {
     "validation/gap_recovered": "(student - start) / (teacher - start)",
     "validation/response_tokens_mean": "tokens",
 }
+
+UNKNOWN = Peaks()
 
 RARE = ("validation/", "time/validate", "time/checkpoint")
 
@@ -101,25 +105,29 @@ def phase_scalars(
     seconds: Mapping[str, float],
     tokens: Mapping[str, int],
     flops: Mapping[str, float],
+    bytes_read: Mapping[str, float],
     *,
     world_size: int = 1,
-    peak_flops: float | None = None,
+    peaks: Peaks = UNKNOWN,
 ) -> dict[str, float]:
-    """`time/*`, `throughput/*` and `mfu/*` of one step.
+    """`time/*`, `throughput/*`, `mfu/*` and `mbu/*` of one step.
 
     Args:
         seconds: by phase, as `PhaseClock.pop` gives them.
-        tokens, flops: by phase, of all ranks together; a phase may be absent from either.
+        tokens, flops, bytes_read: by phase, of all ranks together; a phase may be absent from
+            any of them.
         world_size: number of devices, all of them, tensor-parallel ones included.
-        peak_flops: FLOP/s of one device; None gives no MFU.
+        peaks: of one device; there is no share of a peak that is not known.
     """
     scalars = {f"time/{phase}(s)": value for phase, value in seconds.items()}
     for phase, count in tokens.items():
         if seconds.get(phase):
             scalars[f"throughput/{phase}(tok/s/gpu)"] = count / seconds[phase] / world_size
-    for phase, work in flops.items():
-        if peak_flops and seconds.get(phase):
-            scalars[f"mfu/{phase}(%)"] = mfu(work, seconds[phase], peak_flops, world_size)
+    for name, work, peak in (("mfu", flops, peaks.flops), ("mbu", bytes_read, peaks.bandwidth)):
+        for phase, amount in work.items():
+            if peak and seconds.get(phase):
+                percent = percent_of_peak(amount, seconds[phase], peak, world_size)
+                scalars[f"{name}/{phase}(%)"] = percent
     return scalars
 
 

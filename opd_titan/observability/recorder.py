@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ import torch.distributed as dist
 
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
-from opd_titan.distributed.collectives import gather_lists, max_scalar
+from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
-from opd_titan.observability.flops import peak_flops
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
+from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import write_rollouts
 from opd_titan.observability.step_scalars import (
     ForwardFlops,
+    cached_tokens_read,
     kl_scalars,
     rollout_scalars,
     work,
@@ -31,6 +33,7 @@ class Recorder:
 
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
+        decode_bytes: of the student, (forwards, cached tokens, bytes of a number) -> bytes read.
         start_step: the last step that was done, 0 for a new run.
     """
 
@@ -43,19 +46,19 @@ class Recorder:
         decode: Callable[[list[int]], str],
         grade: Callable[[str, str], bool | None],
         forward_flops: Mapping[str, ForwardFlops],
+        decode_bytes: Callable[[int, int, int], float],
         start_step: int,
         total_steps: int,
     ) -> None:
         self.config, self.world, self.decode, self.grade = config, world, decode, grade
-        self.forward_flops, self.total_steps = forward_flops, total_steps
+        self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
+        self.total_steps = total_steps
         self.folder = Path(config.job.dump_folder)
-        device = world.device
+        device, self.dtype = world.device, dtype
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy = config.rollout.on_policy_fraction > 0.0
         self.clock = PhaseClock(device)
-        # The table of peaks is of dense bf16.
-        known = device.type == "cuda" and dtype == torch.bfloat16
-        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if known else None
+        self.peaks = _peaks(device, dtype)
         self.metrics = MetricLogger(
             self.folder,
             config.metrics.enable_tensorboard,
@@ -65,15 +68,18 @@ class Recorder:
             total_steps=total_steps,
         )
 
-    def record(self, step: int, samples: list[Sample], scalars: dict[str, float]) -> None:
+    def record(
+        self, step: int, samples: list[Sample], scalars: dict[str, float], decode_forwards: int
+    ) -> None:
         """Record a step that has just ended.
 
         Args:
             samples: of all ranks; those that this rank updated on have their advantages.
             scalars: what the update measured.
+            decode_forwards: that this rank's rollout took.
         """
         mine = [s for s in samples if s.advantages is not None]
-        scalars = {**scalars, **self._work_scalars(samples)}
+        scalars = {**scalars, **self._work_scalars(samples, decode_forwards)}
         if self.on_policy:
             scalars |= rollout_scalars(samples, mine, self.decode, self.world)
             scalars |= kl_scalars(mine, self.world)
@@ -87,15 +93,24 @@ class Recorder:
 
     def record_pauses(self, step: int) -> None:
         """Record the time of what came after a step, or at the start, while no step ran."""
-        self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}))
+        self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}, {}))
 
-    def _work_scalars(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def _work_scalars(self, samples: Sequence[Sample], decode_forwards: int) -> dict[str, float]:
         tokens, flops = work(samples, self.forward_flops)
-        if not self.on_policy:
+        bytes_read = {}
+        if self.on_policy:
+            bytes_read["rollout"] = self._rollout_bytes(samples, decode_forwards)
+        else:
             del tokens["rollout"], flops["rollout"]
         return phase_scalars(
-            self.clock.pop(), tokens, flops, world_size=self.ranks, peak_flops=self.peak_flops
+            self.clock.pop(), tokens, flops, bytes_read, world_size=self.ranks, peaks=self.peaks
         )
+
+    def _rollout_bytes(self, samples: Sequence[Sample], decode_forwards: int) -> float:
+        # Tensor-parallel ranks make one forward between them, each reading its share.
+        own = {"forwards": decode_forwards}
+        forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
+        return self.decode_bytes(forwards, cached_tokens_read(samples), self.dtype.itemsize)
 
     def _write_rollouts(self, step: int, samples: list[Sample], mine: list[Sample]) -> None:
         limit = self.config.metrics.sample_rollouts
@@ -108,3 +123,11 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             write_rollouts(self.folder, step, scored, self.decode, self.grade)
+
+
+def _peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """What this device can do in `dtype`; the table's FLOP/s are of bf16."""
+    if device.type != "cuda":
+        return Peaks()
+    peaks = device_peaks(torch.cuda.get_device_name(device))
+    return peaks if dtype == torch.bfloat16 else replace(peaks, flops=None)

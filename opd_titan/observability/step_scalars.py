@@ -72,8 +72,7 @@ def work(
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
     """
     responses = sum(len(s.response_ids) for s in samples)
-    # A sequence's last token is never fed in.
-    lengths = [s.num_tokens - 1 for s in samples]
+    lengths = [_fed_in(s) for s in samples]
     tokens = {"rollout": responses, "update": sum(lengths), "step": responses}
     student = forward_flops["student"]
     forward = student(lengths, responses)
@@ -85,6 +84,25 @@ def work(
         tokens["teacher"] = sum(lengths)
         flops["teacher"] = forward_flops["teacher"](lengths, responses)
     return tokens, flops
+
+
+def cached_tokens_read(samples: Sequence[Sample]) -> int:
+    """Cached tokens that decoding attended to, summed over sequences and forwards.
+
+    A response's first token comes out of the prefill; each later one comes out of a forward that
+    feeds in the one before it, at position p, and attends to p + 1 tokens, itself included.
+    """
+    return sum(_pairs(_fed_in(s)) - _pairs(len(s.prompt.token_ids)) for s in samples)
+
+
+def _fed_in(sample: Sample) -> int:
+    """Tokens that go through a model: all but the last, which predicts nothing."""
+    return sample.num_tokens - 1
+
+
+def _pairs(length: int) -> int:
+    """(query, key) pairs of a causal sequence."""
+    return length * (length + 1) // 2
 
 
 def _repeated_prompts(samples: Sequence[Sample]) -> list[int]:

@@ -48,6 +48,9 @@ class Generator:
         max_prefill_tokens: prompt tokens that go through one forward.
         tp: the ranks that the model is split over. They sample the same responses: each adds its
             part of every sum and sees the same logits.
+
+    Attributes:
+        decode_forwards: one-token forwards of the last `generate`; each reads all weights once.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Generator:
         self.eos_N = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=self.device)
         self.max_concurrent = max_concurrent
         self.max_prefill_tokens = max_prefill_tokens
+        self.decode_forwards = 0
 
     @torch.no_grad()
     def generate(
@@ -80,6 +84,7 @@ class Generator:
         Returns:
             One sample per request, in the order of the requests.
         """
+        self.decode_forwards = 0
         if not requests:
             return []
         max_len = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
@@ -140,6 +145,7 @@ class Generator:
     def _decode(self, cache: KVCache, state: _SlotState, n: int) -> Tensor:
         attend = DecodeAttention(cache, state.position_B[:n].clone(), state.longest)
         state.longest += 1
+        self.decode_forwards += 1
         return self.model(state.token_B[:n], attend)
 
     def _choose(

@@ -71,15 +71,37 @@ class Qwen3Args:
             seq_lens: tokens of each sequence that go through the model.
             projected_tokens: positions that go through the head; prompts do not.
         """
-        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        matmul_params = self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
         tokens = pairs = 0
         for length in seq_lens:
             tokens += length
             pairs += length * (length + 1) // 2
         mixing = 4 * self.n_layers * self.n_heads * self.head_dim * pairs
         head = 2 * self.dim * self.vocab_size * projected_tokens
-        return float(2 * matmul_params * tokens + mixing + head)
+        return float(2 * self._layer_weights * tokens + mixing + head)
+
+    def decode_bytes(self, forwards: int, cached_tokens: int, dtype_bytes: int) -> float:
+        """Bytes that decoding with a KV cache has to read from memory: what bounds its speed.
+
+        A forward reads every matrix of the layers and the head once, tied or not, however many
+        sequences it moves on by a token; norms (1e-4 of a 0.6B's bytes) and the embedding's rows
+        are left out. Each of those tokens reads one key and one value per layer of
+        every token that it attends to, its own included. As in arXiv 2211.05102, section 2, and in
+        the model-bandwidth utilisation of gpt-fast, with true lengths.
+
+        Args:
+            forwards: that take one token of each running sequence.
+            cached_tokens: attended to, summed over forwards and sequences.
+            dtype_bytes: of a weight, key or value.
+        """
+        weights = self._layer_weights + self.dim * self.vocab_size
+        kv = 2 * self.n_layers * self.n_kv_heads * self.head_dim
+        return float(dtype_bytes * (weights * forwards + kv * cached_tokens))
+
+    @property
+    def _layer_weights(self) -> int:
+        """Parameters of Q, K, V, O and the three MLP matrices of all layers."""
+        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
 
 
 # field: (config.json key, default where Hugging Face's Qwen3Config has one and files leave it out)

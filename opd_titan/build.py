@@ -23,23 +23,17 @@ from opd_titan.models.transforms import apply_compile
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A model before its weights are read.
+class ModelShape:
+    """What a model's `config.json` says.
 
     Attributes:
         role: "student", "teacher" or "reference", as in the config.
-        files: which file holds which tensor; None for random weights.
-        key_table: Hugging Face's names of the tensors and ours.
     """
 
     role: str
     folder: Path
     family: ModelFamily
     args: Any
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: set[int]
-    key_table: dict[str, str]
-    files: dict[str, Path] | None
 
     def build(self) -> nn.Module:
         """The architecture, without storage under `torch.device("meta")`."""
@@ -55,20 +49,46 @@ class ModelSource:
         return model
 
 
-def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
+@dataclass(frozen=True)
+class ModelSource(ModelShape):
+    """A model before its weights are read.
+
+    Attributes:
+        key_table: Hugging Face's names of the tensors and ours.
+        files: which file holds which tensor; None for random weights.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: set[int]
+    key_table: dict[str, str]
+    files: dict[str, Path] | None
+
+
+def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
+    """Read and check `config.json` alone.
+
+    Raises:
+        ModelError: in one line, what is wrong with it.
+    """
+    folder = resolve_model_folder(hf_path, f"{role}.hf_path")
+    where = str(folder / "config.json")
+    config = read_hf_config(folder)
+    family = get_family(config, where)
+    args = family.args_from_hf_config(config, where)
+    family.rank_args(args, tensor_parallel, where)
+    return ModelShape(role, folder, family, args)
+
+
+def inspect_model(role: str, hf_path: str, random_init: bool, tensor_parallel: int) -> ModelSource:
     """Read and check everything about a model that does not need its weights.
 
     Raises:
         ModelError: in one line, what is wrong with the folder.
     """
-    key = f"{role}.hf_path"
-    folder = resolve_model_folder(hf_path, key)
-    where = str(folder / "config.json")
-    config = read_hf_config(folder)
-    family = get_family(config, where)
-    args = family.args_from_hf_config(config, where)
-    tokenizer = load_tokenizer(folder, key)
-    check_tokenizer_fits(tokenizer, args.vocab_size, key)
+    shape = inspect_shape(role, hf_path, tensor_parallel)
+    folder, family, args = shape.folder, shape.family, shape.args
+    tokenizer = load_tokenizer(folder, f"{role}.hf_path")
+    check_tokenizer_fits(tokenizer, args.vocab_size, f"{role}.hf_path")
     key_table = family.hf_to_native(args.n_layers, args.tied)
     files = None
     if not random_init:
@@ -77,8 +97,21 @@ def inspect_model(role: str, hf_path: str, random_init: bool) -> ModelSource:
         expected = {hf: shapes[native] for hf, native in key_table.items()}
         tied = family.tied_hf_keys if args.tied else {}
         files = check_hf_weights(folder, expected, tied)
-    eos_ids = eos_token_ids(folder, config, args.vocab_size)
+    eos_ids = eos_token_ids(folder, read_hf_config(folder), args.vocab_size)
     return ModelSource(role, folder, family, args, tokenizer, eos_ids, key_table, files)
+
+
+def roles(config: JobConfig) -> list[tuple[str, str, bool]]:
+    """Role, path, and whether its weights are random, of each model that the job needs."""
+    student, teacher, reference = config.student, config.teacher, config.reference
+    needed = [("student", student.hf_path, student.random_init)]
+    if config.distill.objective != "sft":
+        needed.append(("teacher", teacher.hf_path, teacher.random_init))
+    if reference.coef != 0.0:
+        itself = not reference.hf_path
+        path = student.hf_path if itself else reference.hf_path
+        needed.append(("reference", path, itself and student.random_init))
+    return needed
 
 
 def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
@@ -87,17 +120,8 @@ def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
     Raises:
         ModelError: a model cannot be used, or cannot score what the student writes.
     """
-    student, teacher, reference = config.student, config.teacher, config.reference
-    sources = [inspect_model("student", student.hf_path, student.random_init)]
-    if config.distill.objective != "sft":
-        sources.append(inspect_model("teacher", teacher.hf_path, teacher.random_init))
-    if reference.coef != 0.0:
-        itself = not reference.hf_path
-        path = student.hf_path if itself else reference.hf_path
-        sources.append(inspect_model("reference", path, itself and student.random_init))
-    for source in sources:  # refused here, where nothing has been loaded
-        tp = config.parallelism.tensor_parallel_degree
-        source.family.rank_args(source.args, tp, str(source.folder))
+    tp = config.parallelism.tensor_parallel_degree
+    sources = [inspect_model(*role, tp) for role in roles(config)]
     for other in sources[1:]:
         _check_can_score(other, sources[0])
     return {s.role: s for s in sources}
@@ -154,7 +178,7 @@ def load_model(
 
 
 def parallel_model(
-    source: ModelSource, world: World, config: JobConfig, compute_dtype: torch.dtype
+    source: ModelShape, world: World, config: JobConfig, compute_dtype: torch.dtype
 ) -> nn.Module:
     """The model as the recipe spreads it over the world, without storage."""
     trained = source.role == "student"

@@ -87,29 +87,43 @@ def update(
     """
     totals = _Totals(world)
     for i, minibatch in enumerate(plan):
-        scale = 1.0 / minibatch.response_tokens
         for samples in minibatch.microbatches:
-            batch, scores = _packed(samples or EMPTY, bool(samples), world)
-            head = partial(
-                loss_head,
-                predict_R=batch.predict_R,
-                targets_R=batch.targets_R,
-                scores=scores,
-                scale=scale if samples else 0.0,
-                objective=rule.objective,
-                settings=rule.settings,
-                dist=rule.dist,
-            )
-            loss, stats = model(batch.tokens_T, batch.attend, head)
-            loss.backward()
+            stats, rollout_R = backward(model, samples, minibatch.response_tokens, rule, world)
             if samples:
-                totals.add(stats, scores.rollout, first_update=i == 0)
+                totals.add(stats, rollout_R, first_update=i == 0)
                 _set_advantages(samples, stats)
             on_sequences(len(samples))
         totals.grad_norms.append(_clip(model, rule.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return totals.metrics()
+
+
+def backward(
+    model: nn.Module, samples: Sequence[Sample], tokens: int, rule: UpdateRule, world: World
+) -> tuple[HeadStats, Tensor | None]:
+    """Forward and backward of one micro-batch, which may be empty: both are collective.
+
+    Args:
+        tokens: response tokens of the whole update, over micro-batches and ranks.
+
+    Returns:
+        Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
+    """
+    batch, scores = _packed(samples or EMPTY, bool(samples), world)
+    head = partial(
+        loss_head,
+        predict_R=batch.predict_R,
+        targets_R=batch.targets_R,
+        scores=scores,
+        scale=1.0 / tokens if samples else 0.0,
+        objective=rule.objective,
+        settings=rule.settings,
+        dist=rule.dist,
+    )
+    loss, stats = model(batch.tokens_T, batch.attend, head)
+    loss.backward()
+    return stats, scores.rollout
 
 
 def _packed(samples: Sequence[Sample], real: bool, world: World) -> tuple[PackedBatch, TokenScores]:

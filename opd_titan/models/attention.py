@@ -26,8 +26,6 @@ def _varlen_attn() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
 
     Imported at first use: it is for CUDA only (from Ampere on) and pulls in the compiler.
     """
-    if torch.cuda.get_device_capability() < (8, 0):
-        return None, frozenset()
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -52,18 +50,28 @@ class PackedAttention:
     """
 
     def __init__(self, seq_lens: Sequence[int], device: torch.device) -> None:
-        self.seq_lens = list(seq_lens)
+        self.seq_lens, self.device = list(seq_lens), device
         self.positions_T = torch.cat([torch.arange(n) for n in self.seq_lens]).to(device)
-        if device.type == "cuda":
-            cu_seqlens = [0, *accumulate(self.seq_lens)]
-            self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-        self._groups, self._unpad_T = _pad_plan(self.seq_lens, device)
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
-        half = q_THK.dtype in (torch.bfloat16, torch.float16)
-        if q_THK.is_cuda and half and _varlen_attn()[0] is not None:
+        if self._has_packed_kernel(q_THK):
             return self._varlen(q_THK, k_TGK, v_TGK)
         return self._padded(q_THK, k_TGK, v_TGK)
+
+    @staticmethod
+    def _has_packed_kernel(q_THK: Tensor) -> bool:
+        half = q_THK.dtype in (torch.bfloat16, torch.float16)
+        capable = q_THK.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
+        return half and capable and _varlen_attn()[0] is not None
+
+    @functools.cached_property
+    def _cu_seqlens(self) -> Tensor:
+        ends = [0, *accumulate(self.seq_lens)]
+        return torch.tensor(ends, dtype=torch.int32, device=self.device)
+
+    @functools.cached_property
+    def _padding(self) -> tuple[list[Tensor], Tensor]:
+        return _pad_plan(self.seq_lens, self.device)
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         varlen_attn, options = _varlen_attn()
@@ -78,13 +86,14 @@ class PackedAttention:
                 k_TGK = k_TGK.repeat_interleave(repeats, dim=1)
                 v_TGK = v_TGK.repeat_interleave(repeats, dim=1)
         longest = max(self.seq_lens)
-        cu = self.cu_seqlens
+        cu = self._cu_seqlens
         return varlen_attn(q_THK, k_TGK, v_TGK, cu, cu, longest, longest, **causal, **grouped)
 
     def _padded(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """Padding on the right needs no mask: causal attention never looks there."""
+        groups, unpad_T = self._padding
         outs = []
-        for index_BS in self._groups:
+        for index_BS in groups:
             q, k, v = (
                 x.index_select(0, index_BS.flatten()).unflatten(0, index_BS.shape).transpose(1, 2)
                 for x in (q_THK, k_TGK, v_TGK)
@@ -93,7 +102,7 @@ class PackedAttention:
                 q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
             )
             outs.append(out_BHSK.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).index_select(0, self._unpad_T)
+        return torch.cat(outs).index_select(0, unpad_T)
 
 
 def _pad_plan(seq_lens: list[int], device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -107,16 +116,14 @@ def _pad_plan(seq_lens: list[int], device: torch.device) -> tuple[list[Tensor], 
     buckets: dict[int, list[int]] = {}
     for i, n in enumerate(seq_lens):
         buckets.setdefault((n - 1).bit_length(), []).append(i)
-    groups, unpad_T, offset = [], torch.empty(starts[-1], dtype=torch.int64), 0
+    groups, rows, offset = [], [0] * starts[-1], 0
     for members in buckets.values():
         longest = max(seq_lens[i] for i in members)
-        column_S = torch.arange(longest)
-        start_B = torch.tensor([starts[i] for i in members])
-        len_B = torch.tensor([seq_lens[i] for i in members])
-        real_BS = column_S < len_B[:, None]
-        index_BS = start_B[:, None] + torch.where(real_BS, column_S, 0)
-        row_BS = offset + torch.arange(index_BS.numel()).view_as(index_BS)
-        unpad_T[index_BS[real_BS]] = row_BS[real_BS]
-        offset += index_BS.numel()
-        groups.append(index_BS.to(device))
-    return groups, unpad_T.to(device)
+        index = []
+        for i in members:
+            start, n = starts[i], seq_lens[i]
+            index.append([*range(start, start + n), *[start] * (longest - n)])
+            rows[start : start + n] = range(offset, offset + n)
+            offset += longest
+        groups.append(torch.tensor(index, device=device))
+    return groups, torch.tensor(rows, device=device)

@@ -122,9 +122,13 @@ class Generator:
         per_token = bytes_per_token(args, self.dtype)
         # Per row of logits: themselves, their softmax, and room for a truncated sort.
         per_slot = per_token * max_len + 4 * 4 * self.head.vocab_size
-        fit = free_bytes(self.device) // 2 // per_slot
+        fit = self.free_bytes() // 2 // per_slot
         fit = min_integer(fit, self.device, self.head.tp)  # they must schedule alike
         return max(1, min(wanted, self.max_concurrent or wanted, fit))
+
+    def free_bytes(self) -> int:
+        """Memory that a rollout may count on."""
+        return free_bytes(self.device)
 
     def _prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:
         """Run each distinct prompt once; every sample of its group gets a copy of its cache."""

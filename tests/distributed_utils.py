@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from opd_titan.distributed.world import ALONE, World
+
 TIMEOUT = timedelta(seconds=120)
+
+
+def lone_world(mesh: Any = None) -> World:
+    """A world of one process on the CPU; without a mesh where nothing is sharded."""
+    return World(torch.device("cpu"), mesh, ALONE, ALONE)
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

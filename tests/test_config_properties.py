@@ -50,7 +50,6 @@ def configs(draw) -> JobConfig:
             tables[table][key] = draw(values(name))
     c = JobConfig(**{table: cls(**tables[table]) for table, cls in TABLES.items()})
     sft = c.distill.objective == "sft"
-    c.parallelism.tensor_parallel_degree = 1
     c.data.enable_thinking &= c.data.template == "chat"
     c.validation.temperature += 1e-3
     c.rollout.on_policy_fraction = 0.0 if sft else 1.0

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from distributed_utils import lone_world
 from tiny_student import (
     CPU,
     LargestTensor,
@@ -32,7 +33,7 @@ from opd_titan.distill.objectives import (
     sft,
 )
 from opd_titan.distill.packing import pack, pack_values, unpack_values
-from opd_titan.models.logits import Distribution, scaled_logits, truncate_
+from opd_titan.models.logits import Distribution, VocabHead, scaled_logits, truncate_
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.sampler import sample
 from opd_titan.rollout.scheduler import Request
@@ -188,7 +189,7 @@ def test_bf16_is_within_its_rounding(chunk_rows, rows: int) -> None:
 
 
 def packed_loss(model, samples: list[Sample], objective, dist: Distribution) -> Tensor:
-    batch = pack(samples, CPU)
+    batch = pack(samples, lone_world())
     scores = TokenScores(
         pack_values([s.student_logprobs for s in samples], CPU),
         pack_values([s.teacher_logprobs for s in samples], CPU),
@@ -296,7 +297,7 @@ def test_truncation_keeps_what_a_plain_loop_keeps() -> None:
 def test_sampled_log_probs_are_the_scored_ones(dist: Distribution) -> None:
     g = torch.Generator().manual_seed(0)
     hidden_ND, weight_VD = torch.randn(500, D, generator=g), torch.randn(V, D, generator=g)
-    logits_NV = scaled_logits(hidden_ND, weight_VD, dist)
+    logits_NV = scaled_logits(hidden_ND, VocabHead(weight_VD), dist)
     tokens_N, logprobs_N = sample(logits_NV, torch.rand(500, generator=g, dtype=torch.float64))
     close(logprobs_N, score_head(hidden_ND, weight_VD, torch.arange(500), tokens_N, dist))
     whole_N = score_head(
@@ -315,7 +316,7 @@ def test_rollout_log_probs_are_those_of_the_update(dist: Distribution) -> None:
     params = SamplingParams(12, dist.temperature, dist.top_p, dist.top_k)
     samples = Generator(model, {0}).generate(requests, params)
     assert {s.finish_reason for s in samples} == {"stop", "length"}
-    batch = pack(samples, CPU)
+    batch = pack(samples, lone_world())
     chosen = dict(predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
     with torch.no_grad():
         scored_R = model(batch.tokens_T, batch.attend, partial(score_head, **chosen))
@@ -357,7 +358,7 @@ def test_expected_gradient_is_that_of_the_kl_to_the_sampled_distribution(dist) -
         if reach[-1] == 0.0:
             continue  # never sampled
         mass += reach[-1].item()
-        batch = pack([s], CPU)
+        batch = pack([s], lone_world())
         objective_head = partial(
             loss_head,
             predict_R=batch.predict_R,

@@ -41,6 +41,7 @@ from opd_titan.checkpoint.hf_load import (
     native_tensors,
     random_init_weights,
 )
+from opd_titan.distributed.world import build_world
 from opd_titan.errors import ModelError
 from opd_titan.models import get_family
 from opd_titan.models.qwen3.model import Qwen3Model
@@ -116,14 +117,13 @@ def load_plain(folder: Path) -> tuple[Qwen3Model, dict[str, str]]:
 
 
 def build_sharded(
-    folder: Path, mesh_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    folder: Path, degrees: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> tuple[Qwen3Model, dict[str, str], dict[str, Path]]:
     """As the trainer does: meta, shard, materialise. Filled with NaN, not with luck."""
     family, args, table, files = inspect(folder)
     with torch.device("meta"):
         model = family.build(args)
-    names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
-    family.parallelize(model, init_device_mesh("cpu", mesh_shape, mesh_dim_names=names), dtype)
+    family.parallelize(model, build_world(torch.device("cpu"), *degrees), dtype)
     model.to_empty(device="cpu")
     for tensor in native_tensors(model).values():
         tensor.to_local().fill_(torch.nan)
@@ -328,11 +328,11 @@ def test_real_qwen3_tokenizer_survives_export(shared_data: Path, tmp_path: Path)
 # Several processes
 
 
-def _load_and_export(sources: list[Path], out: Path, mesh_shape: tuple[int, ...]) -> int:
+def _load_and_export(sources: list[Path], out: Path, degrees: tuple[int, ...]) -> int:
     """Load each folder into shards, check them against the files, export them again."""
     n_checked = 0
     for i, source in enumerate(sources):
-        model, table, files = build_sharded(source, mesh_shape)
+        model, table, files = build_sharded(source, degrees)
         load_hf_weights(model, files, table)
         truth, tensors = stored(source), native_tensors(model)
         for hf, native in table.items():
@@ -346,15 +346,15 @@ def _load_and_export(sources: list[Path], out: Path, mesh_shape: tuple[int, ...]
     return n_checked
 
 
-def _random_inits(sources: list[Path], mesh_shape: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    return [_random_init(source, mesh_shape) for source in sources]
+def _random_inits(sources: list[Path], degrees: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    return [_random_init(source, degrees) for source in sources]
 
 
-def _random_init(source: Path, mesh_shape: tuple[int, ...] | None) -> dict[str, Tensor]:
-    if mesh_shape is None:
+def _random_init(source: Path, degrees: tuple[int, ...] | None) -> dict[str, Tensor]:
+    if degrees is None:
         model, _ = load_plain(source)
     else:
-        model, _, _ = build_sharded(source, mesh_shape)
+        model, _, _ = build_sharded(source, degrees)
     random_init_weights(model, seed=3, std=0.02)
     tensors = native_tensors(model)
     full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
@@ -365,7 +365,7 @@ def _random_init(source: Path, mesh_shape: tuple[int, ...] | None) -> dict[str, 
 def test_two_processes_load_and_export_uneven_shards(tmp_path: Path) -> None:
     names = ["sharded", "sharded_tied_bf16", "tied_with_head"]
     sources = [make_source(tmp_path / name, **SOURCES[name]) for name in names]
-    counts = run_distributed(_load_and_export, 2, sources, tmp_path / "out", (2,))
+    counts = run_distributed(_load_and_export, 2, sources, tmp_path / "out", (1, 2))
     assert counts[0] == counts[1] > 60
     for i, source in enumerate(sources):
         truth = stored(source)
@@ -376,7 +376,7 @@ def test_two_processes_load_and_export_uneven_shards(tmp_path: Path) -> None:
 
 
 def _world_of_four(source: Path, out: Path, file: Path) -> None:
-    _load_and_export([source], out / "shard", (4,))
+    _load_and_export([source], out / "shard", (1, 4))
     _load_and_export([source], out / "replicate_shard", (2, 2))
     # FSDP over tensor parallelism: the first placement is a strided shard.
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -403,7 +403,7 @@ def test_four_processes_with_empty_shards_replicas_and_tensor_parallel(tmp_path:
 def test_random_init_does_not_depend_on_the_world(tmp_path: Path) -> None:
     sources = [make_source(tmp_path / str(tied), tied=tied) for tied in (False, True)]
     plain = [_random_init(source, None) for source in sources]
-    for rank in run_distributed(_random_inits, 2, sources, (2,)):
+    for rank in run_distributed(_random_inits, 2, sources, (1, 2)):
         for sharded, whole in zip(rank, plain, strict=True):
             assert_same_tensors(sharded, whole)
     assert torch.equal(plain[1]["lm_head.weight"], plain[1]["tok_embeddings.weight"])
@@ -426,7 +426,7 @@ def test_random_init_draws_each_matrix_from_seed_and_name(tmp_path: Path) -> Non
 
 def test_random_init_in_a_world_of_one(world_of_one: None, tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", tied=True)
-    assert_same_tensors(_random_init(source, (1,)), _random_init(source, None))
+    assert_same_tensors(_random_init(source, (1, 1)), _random_init(source, None))
 
 
 def test_a_childs_error_reaches_the_test() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from distributed_utils import lone_world
 from tiny_student import (
-    CPU,
     all_responses,
     naive_logprobs,
     one_process_group,
@@ -28,6 +28,7 @@ from opd_titan.distill.objectives import (
 )
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.distributed.world import ALONE
 from opd_titan.models.logits import Distribution
 
 VOCAB, STOP, LENGTH = 5, 0, 3
@@ -215,14 +216,14 @@ def weights(model: torch.nn.Module) -> Tensor:
 def run_update(model, plan: list[Minibatch], how: UpdateRule, lr: float = 1.0):
     """Plain SGD: with a rate of 1 the weights move by minus the gradient."""
     before = weights(model)
-    scalars = update(model, torch.optim.SGD(model.parameters(), lr=lr), plan, how, CPU)
+    scalars = update(model, torch.optim.SGD(model.parameters(), lr=lr), plan, how, lone_world())
     return scalars, weights(model) - before
 
 
 def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    plan = plan_minibatches(samples, 2, 1 << 20, 0, 1)
+    plan = plan_minibatches(samples, 2, 1 << 20, ALONE)
 
     first, _ = run_update(copy.deepcopy(model), plan[:1], rule(true_ratio=True))
     assert first["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
@@ -259,7 +260,7 @@ def test_advantages_are_written_to_the_samples(c: float, true_ratio: bool) -> No
     samples = random_samples(LENGTHS)
     with torch.no_grad():
         now = [naive_logprobs(model, s) for s in samples]
-    plan = plan_minibatches(samples, 2 if true_ratio else 1, 12, 0, 1)
+    plan = plan_minibatches(samples, 2 if true_ratio else 1, 12, ALONE)
     run_update(model, plan, rule(true_ratio=true_ratio, reference_coef=c), lr=0.0)
     for s, current in zip(samples, now, strict=True):
         old = s.student_logprobs if true_ratio else current
@@ -273,7 +274,7 @@ def test_scalars_are_token_means() -> None:
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
     with torch.no_grad():
         kl = torch.cat([s.student_logprobs - s.teacher_logprobs for s in samples])
-    plan = plan_minibatches(samples, 1, 10, 0, 1)
+    plan = plan_minibatches(samples, 1, 10, ALONE)
     scalars, _ = run_update(model, plan, rule())
     assert scalars["loss/policy"] == pytest.approx(kl.mean().item(), rel=1e-5)
     assert scalars["loss/total"] == scalars["loss/policy"]
@@ -281,7 +282,7 @@ def test_scalars_are_token_means() -> None:
 
 def test_grad_norm_is_the_one_before_clipping() -> None:
     model = tiny_qwen3()
-    plan = plan_minibatches(with_rollout_logprobs(model, random_samples(LENGTHS)), 1, 99, 0, 1)
+    plan = plan_minibatches(with_rollout_logprobs(model, random_samples(LENGTHS)), 1, 99, ALONE)
     free, free_move = run_update(copy.deepcopy(model), plan, rule(0.0))
     norm = free["grad_norm"]
     assert free_move.norm().item() == pytest.approx(norm, rel=1e-4) and norm > 0.1
@@ -296,7 +297,7 @@ def test_grad_norm_is_the_one_before_clipping() -> None:
 def test_grad_norm_is_the_mean_over_updates() -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    plan = plan_minibatches(samples, 3, 99, 0, 1)
+    plan = plan_minibatches(samples, 3, 99, ALONE)
     # At a rate of 0 the updates do not see one another.
     norms = [run_update(model, [m], rule(), lr=0.0)[0]["grad_norm"] for m in plan]
     both = run_update(model, plan, rule(), lr=0.0)[0]["grad_norm"]
@@ -308,12 +309,12 @@ def test_non_finite_gradient_leaves_everything_untouched(bad: float) -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    plan = plan_minibatches(samples, 1, 12, 0, 1)
-    update(model, optimizer, plan, rule(1.0), CPU)
+    plan = plan_minibatches(samples, 1, 12, ALONE)
+    update(model, optimizer, plan, rule(1.0), lone_world())
     before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
     samples[3].teacher_logprobs[0] = bad
     with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf)"):
-        update(model, optimizer, plan, rule(1.0), CPU)
+        update(model, optimizer, plan, rule(1.0), lone_world())
     assert torch.equal(weights(model), before)
     for index, values in optimizer.state_dict()["state"].items():
         assert all(torch.equal(v, state[index][k]) for k, v in values.items())

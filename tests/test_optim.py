@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from opd_titan.config import ConfigError, JobConfig
 from opd_titan.distributed.collectives import gather_lists, gather_vector, max_scalar, sum_scalars
-from opd_titan.distributed.world import build_mesh, init_world, set_timeout
+from opd_titan.distributed.world import ALONE, Axis, build_world, init_world, set_timeout
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
@@ -174,51 +175,52 @@ def world_of_one() -> Iterator[None]:
 
 @pytest.mark.usefixtures("world_of_one")
 def test_collectives_are_the_identity_in_a_world_of_one() -> None:
-    assert gather_lists([1, "a"]) == [1, "a"]
-    assert sum_scalars({"b": 2.5, "a": 1.0}, CPU) == {"b": 2.5, "a": 1.0}
-    assert sum_scalars({}, CPU) == {}
+    assert gather_lists([1, "a"], ALONE) == [1, "a"]
+    assert sum_scalars({"b": 2.5, "a": 1.0}, CPU, ALONE) == {"b": 2.5, "a": 1.0}
+    assert sum_scalars({}, CPU, ALONE) == {}
     assert max_scalar(-3.5, CPU) == -3.5
-    assert gather_vector(torch.arange(3.0)).tolist() == [0.0, 1.0, 2.0]
+    assert gather_vector(torch.arange(3.0), ALONE).tolist() == [0.0, 1.0, 2.0]
     set_timeout(30, CPU)
 
 
 @pytest.mark.usefixtures("world_of_one")
 def test_a_world_of_one_has_a_mesh_of_one() -> None:
-    mesh = build_mesh(CPU, 1, -1)
+    mesh = build_world(CPU).mesh
     assert mesh.mesh_dim_names == ("dp_shard",) and mesh.shape == (1,)
 
 
-def message_of(replicate: int, shard: int) -> str:
+def message_of(*degrees: int) -> str:
     with pytest.raises(ConfigError) as caught:
-        build_mesh(CPU, replicate, shard)
+        build_world(CPU, *degrees)
     return str(caught.value)
 
 
 def on_two_ranks() -> dict[str, Any]:
     """Everything that two ranks are needed for, in one spawn: processes start slowly."""
-    rank = dist.get_rank()
+    dp = Axis(dist.get_rank(), 2, dist.group.WORLD)
+    rank = dp.rank
     out: dict[str, Any] = {}
     lengths = [(3, 5), (0, 2), (2, 0), (0, 0), (1, 1)]
     out["vectors"] = [
-        gather_vector(torch.arange(pair[rank], dtype=dtype) + 10 * rank).tolist()
+        gather_vector(torch.arange(pair[rank], dtype=dtype) + 10 * rank, dp).tolist()
         for pair in lengths
         for dtype in (torch.float32, torch.int64)
     ]
     # The same keys in another order; a sum that fp32 would round.
     values = {"x": 2.0**24, "y": 1.5} if rank == 0 else {"y": -1.0, "x": 1.0}
-    out["sums"] = sum_scalars(values, CPU)
+    out["sums"] = sum_scalars(values, CPU, dp)
     out["max"] = max_scalar([-2.0, -7.0][rank], CPU)
     out["nan"] = [max_scalar(v[rank], CPU) for v in ([math.nan, 1.0], [1.0, math.nan])]
     out["lists"] = [
-        gather_lists([f"r{rank}", rank] * (rank + 1)),
-        gather_lists([None] if rank == 1 else []),
-        gather_lists([]),
+        gather_lists([f"r{rank}", rank] * (rank + 1), dp),
+        gather_lists([None] if rank == 1 else [], dp),
+        gather_lists([], dp),
     ]
     out["meshes"] = [
-        (mesh.mesh_dim_names, tuple(mesh.shape))
-        for mesh in (build_mesh(CPU, 1, -1), build_mesh(CPU, 1, 2), build_mesh(CPU, 2, -1))
+        (world.mesh.mesh_dim_names, tuple(world.mesh.shape))
+        for world in map(partial(build_world, CPU), (1, 1, 2, 1), (-1, 2, -1, -1), (1, 1, 1, 2))
     ]
-    out["refusals"] = [message_of(3, -1), message_of(1, 1), message_of(2, 2)]
+    out["refusals"] = [message_of(*d) for d in ((3,), (1, 1), (2, 2), (1, -1, 3))]
     out["waited"] = waited_for_the_other_rank()
     return out
 
@@ -264,14 +266,21 @@ def test_meshes_of_two_ranks(two_ranks: list[dict[str, Any]]) -> None:
             (("dp_shard",), (2,)),
             (("dp_shard",), (2,)),
             (("dp_replicate", "dp_shard"), (2, 1)),
+            (("dp_shard", "tp"), (1, 2)),
         ]
 
 
 def test_a_mesh_that_does_not_fit_is_refused(two_ranks: list[dict[str, Any]]) -> None:
-    for message in two_ranks[0]["refusals"]:
-        assert "data_parallel_replicate_degree" in message
-        assert "data_parallel_shard_degree" in message
-        assert "world size 2" in message and "1 x 2, 2 x 1" in message
+    fitting = [  # what keeps a wish comes first
+        "1 x 2 x 1, 2 x 1 x 1, 1 x 1 x 2",
+        "1 x 2 x 1, 2 x 1 x 1, 1 x 1 x 2",
+        "2 x 1 x 1, 1 x 2 x 1, 1 x 1 x 2",
+        "1 x 2 x 1, 1 x 1 x 2, 2 x 1 x 1",
+    ]
+    for message, what_fits in zip(two_ranks[0]["refusals"], fitting, strict=True):
+        for key in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel"):
+            assert f"{key}_degree" in message
+        assert "world size 2" in message and message.endswith(f"what fits: {what_fits}")
         assert "\n" not in message
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from distributed_utils import run_distributed
+from distributed_utils import lone_world, run_distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_student import (
@@ -24,7 +23,6 @@ from tiny_student import (
     with_rollout_logprobs,
 )
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import score_head
@@ -41,6 +39,7 @@ from opd_titan.distill.packing import (
 )
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.distributed.world import ALONE, Axis, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3.parallelize import parallelize_qwen3
 
@@ -66,8 +65,8 @@ def test_plan_properties(
 ) -> None:
     minibatches = min(minibatches, len(lengths))
     samples = [make_sample([1] * p, [2] * r, i) for i, (p, r) in enumerate(lengths)]
-    plans = [plan_minibatches(samples, minibatches, budget, r, ranks) for r in range(ranks)]
-    alone = plan_minibatches(samples, minibatches, budget, 0, 1)
+    plans = [plan_minibatches(samples, minibatches, budget, Axis(r, ranks)) for r in range(ranks)]
+    alone = plan_minibatches(samples, minibatches, budget, ALONE)
     all_indices: list[int] = []
     for update_number in range(minibatches):
         parts = [plan[update_number] for plan in plans]
@@ -141,7 +140,7 @@ def test_pack_says_where_each_response_token_is_predicted_from(
         inputs += ids[:-1]
         ends.append(ids[-1])
         next_id += len(ids)
-    batch = pack(samples, CPU)
+    batch = pack(samples, lone_world())
     assert batch.tokens_T.tolist() == inputs
     assert not set(ends) & set(inputs)  # a sequence's last token is never an input
     assert batch.targets_R.tolist() == [t for s in samples for t in s.response_ids]
@@ -154,8 +153,10 @@ def test_pack_says_where_each_response_token_is_predicted_from(
 @pytest.mark.parametrize("token", [0, 1, 7])
 def test_no_id_is_special(token: int) -> None:
     """The mask comes from lengths: a pad or stop id anywhere is a token like any other."""
-    usual = pack([make_sample([2, 3], [4, 5]), make_sample([6], [2, 8, 9])], CPU)
-    same = pack([make_sample([token] * 2, [token] * 2), make_sample([token], [token] * 3)], CPU)
+    usual = pack([make_sample([2, 3], [4, 5]), make_sample([6], [2, 8, 9])], lone_world())
+    same = pack(
+        [make_sample([token] * 2, [token] * 2), make_sample([token], [token] * 3)], lone_world()
+    )
     assert torch.equal(same.predict_R, usual.predict_R)
     assert same.targets_R.tolist() == [token] * 5
     assert torch.equal(same.attend.positions_T, usual.attend.positions_T)
@@ -165,7 +166,7 @@ def test_values_survive_packing() -> None:
     samples = random_samples(RAGGED)
     values = [s.teacher_logprobs for s in samples]
     packed_R = pack_values(values, CPU)
-    assert packed_R.shape == pack(samples, CPU).targets_R.shape
+    assert packed_R.shape == pack(samples, lone_world()).targets_R.shape
     for mine, truth in zip(unpack_values(packed_R, samples), values, strict=True):
         assert torch.equal(mine, truth)
     assert pack_values([None, None], CPU) is None and pack_values([], CPU) is None
@@ -174,7 +175,7 @@ def test_values_survive_packing() -> None:
 @torch.no_grad()
 def test_packed_log_probs_equal_one_by_one() -> None:
     model, samples = tiny_qwen3(), random_samples(RAGGED)
-    batch = pack(samples, CPU)
+    batch = pack(samples, lone_world())
     head = partial(
         score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=Distribution(0.9)
     )
@@ -190,16 +191,16 @@ def weights(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def step(samples: list[Sample], budget: int, rank: int = 0, ranks: int = 1) -> tuple[float, Tensor]:
+def step(samples: list[Sample], budget: int, dp: Axis = ALONE) -> tuple[float, Tensor]:
     """One rank's share of one update: its sum of token losses, and its gradient.
 
     Plain SGD at a rate of 1 moves the weights by minus the gradient.
     """
     model = tiny_qwen3()
     before = weights(model)
-    plan = plan_minibatches(samples, 1, budget, rank, ranks)
+    plan = plan_minibatches(samples, 1, budget, dp)
     own = sum(len(s.response_ids) for m in plan[0].microbatches for s in m)
-    scalars = update(model, torch.optim.SGD(model.parameters(), lr=1.0), plan, RULE, CPU)
+    scalars = update(model, torch.optim.SGD(model.parameters(), lr=1.0), plan, RULE, lone_world())
     return scalars["loss/policy"] * own, before - weights(model)
 
 
@@ -224,7 +225,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("budget", [1, 13, 30, 1 << 20])
 def test_budget_changes_neither_loss_nor_gradient(budget: int) -> None:
     samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
-    counts = {b: len(plan_minibatches(samples, 1, b, 0, 1)[0].microbatches) for b in (1, 13, 30)}
+    counts = {b: len(plan_minibatches(samples, 1, b, ALONE)[0].microbatches) for b in (1, 13, 30)}
     assert counts[1] == len(samples) > counts[13] > counts[30] > 1
     loss, grad = step(samples, budget)
     true_loss, true_grad = naive_step(samples)
@@ -236,14 +237,14 @@ def test_budget_changes_neither_loss_nor_gradient(budget: int) -> None:
 @pytest.mark.parametrize("budget", [13, 1 << 20])
 def test_shares_of_the_ranks_add_up(ranks: int, budget: int) -> None:
     samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
-    shares = [step(samples, budget, r, ranks) for r in range(ranks)]
+    shares = [step(samples, budget, Axis(r, ranks)) for r in range(ranks)]
     true_loss, true_grad = naive_step(samples)
     assert sum(loss for loss, _ in shares) == pytest.approx(true_loss, rel=1e-5)
     assert relative(sum(grad for _, grad in shares), true_grad) < 1e-5
     # What a mean of the ranks' own means would be differs: the lengths are ragged.
     own_means = []
     for r in range(ranks):
-        mine = plan_minibatches(samples, 1, budget, r, ranks)[0].microbatches
+        mine = plan_minibatches(samples, 1, budget, Axis(r, ranks))[0].microbatches
         own_means.append(naive_step([s for m in mine for s in m])[1])
     assert relative(sum(own_means) / ranks, true_grad) > 0.02
 
@@ -260,20 +261,19 @@ def test_order_of_samples_does_not_matter() -> None:
 
 def train_on_ranks(lengths: list[tuple[int, int]], budget: int, tied: bool) -> dict[str, Any]:
     """Two updates of an FSDP-sharded student, with a teacher's scores by the same code."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    world = build_world(CPU)
     student, teacher = tiny_qwen3(tied=tied), tiny_qwen3(tied=tied, seed=5)
     samples = with_rollout_logprobs(copy.deepcopy(student), random_samples(lengths))
     for model in (student, teacher):
-        parallelize_qwen3(model, mesh, torch.float32)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    plan = plan_minibatches(samples, 2, budget, rank, ranks)
-    for sample, logprobs in score(teacher, plan, Distribution(), CPU):
+        parallelize_qwen3(model, world, torch.float32)
+    plan = plan_minibatches(samples, 2, budget, world.dp)
+    for sample, logprobs in score(teacher, plan, Distribution(), world):
         sample.teacher_logprobs = logprobs
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
     how = UpdateRule(
         policy_gradient, ObjectiveSettings(true_ratio=True), Distribution(), max_grad_norm=1.0
     )
-    scalars = update(student, optimizer, plan, how, CPU)
+    scalars = update(student, optimizer, plan, how, world)
     own = [s for s in samples if s.advantages is not None]
     return {
         "scalars": scalars,

@@ -26,11 +26,10 @@ from tiny_rollout import (
     tiny,
 )
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 import opd_titan.rollout.generator as generator_module
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.world import build_mesh, init_world
+from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
@@ -148,7 +147,7 @@ def test_too_little_memory_means_fewer_slots(monkeypatch: pytest.MonkeyPatch) ->
     for free, slots in [(0, 1), (2 * 3 * per_slot, 3), (1 << 40, len(wanted))]:
         monkeypatch.setattr(generator_module, "free_bytes", lambda device, free=free: free)
         generator = Generator(model, EOS)
-        assert generator._count_slots(len(wanted), 54) == slots
+        assert generator.count_slots(len(wanted), 54) == slots
         assert summary(generator.generate(wanted, GREEDY)) == expected
 
 
@@ -288,10 +287,10 @@ def test_attention_spans_no_more_than_is_running() -> None:
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    """Of a world of one process."""
+def world() -> Iterator[World]:
+    """Of one process."""
     init_world(60)
-    yield build_mesh(CPU, 1, -1)
+    yield build_world(CPU)
     dist.destroy_process_group()
 
 
@@ -303,8 +302,8 @@ def train_a_step(model: Qwen3Model) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_fp32_weights_are_the_training_weights(mesh: DeviceMesh, tied: bool) -> None:
-    source = sharded(mesh, tied=tied)
+def test_fp32_weights_are_the_training_weights(world: World, tied: bool) -> None:
+    source = sharded(world, tied=tied)
     weights = follow(source)
     generator, wanted = Generator(weights.model, EOS), requests(prompts(), 1)
     assert (weights.model.lm_head.weight is weights.model.tok_embeddings.weight) == tied
@@ -327,8 +326,8 @@ def test_fp32_weights_are_the_training_weights(mesh: DeviceMesh, tied: bool) -> 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_bf16_weights_are_copies_that_sync_refreshes(mesh: DeviceMesh, tied: bool) -> None:
-    source = sharded(mesh, torch.bfloat16, tied=tied)
+def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool) -> None:
+    source = sharded(world, torch.bfloat16, tied=tied)
     weights = follow(source, torch.bfloat16)
     generator = Generator(weights.model, EOS)
     stale = {name: p.clone() for name, p in weights.model.named_parameters()}
@@ -338,12 +337,13 @@ def test_bf16_weights_are_copies_that_sync_refreshes(mesh: DeviceMesh, tied: boo
         with torch.no_grad():
             p.to_local().add_(1.0)
         assert torch.equal(weights.model.get_parameter(name), stale[name])
+    weights.outdate()
     weights.sync()
     for name, p in source.named_parameters():
         assert torch.equal(weights.model.get_parameter(name), p.to_local().bfloat16()), name
     head = weights.model.lm_head.weight
     assert (head is weights.model.tok_embeddings.weight) == tied
-    assert generator.weight_VD.data_ptr() == head.data_ptr()
+    assert generator.head.weight_vD.data_ptr() == head.data_ptr()
     samples = generator.generate(requests(prompts(), 1), SamplingParams(5))
     assert samples[0].student_logprobs.dtype == torch.float32
 
@@ -354,11 +354,12 @@ def test_bf16_weights_are_copies_that_sync_refreshes(mesh: DeviceMesh, tied: boo
 def gathered_weights_are_whole(dtype: torch.dtype, tied: bool) -> list[bool]:
     """Each rank scales its own shard; a plain model, cut up by hand, says what must come of it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    source, plain = sharded(build_mesh(CPU, 1, -1), dtype, tied=tied), tiny(tied=tied)
+    source, plain = sharded(build_world(CPU), dtype, tied=tied), tiny(tied=tied)
     weights = follow(source, dtype)
     with torch.no_grad():
         for p in source.parameters():
             p.to_local().mul_(1.5 + rank)
+    weights.outdate()
     weights.sync()
     same = []
     for name, p in plain.named_parameters():
@@ -369,9 +370,9 @@ def gathered_weights_are_whole(dtype: torch.dtype, tied: bool) -> list[bool]:
 
 def sample_some() -> list[list[tuple[Any, ...]]]:
     """Twelve prompts, then fewer than there are ranks."""
-    generator, out = Generator(tiny(), EOS, 4, 40), []
+    generator, out, dp = Generator(tiny(), EOS, 4, 40), [], build_world(CPU).dp
     for lengths in (LENGTHS, [9, 4], [5]):
-        samples = sample_responses(generator, prompts(lengths), 3, SamplingParams(10), (42, 7))
+        samples = sample_responses(generator, prompts(lengths), 3, SamplingParams(10), (42, 7), dp)
         logprobs = [s.student_logprobs.tolist() for s in samples]
         out.append(list(zip(summary(samples), logprobs, strict=True)))
     return out
@@ -380,13 +381,14 @@ def sample_some() -> list[list[tuple[Any, ...]]]:
 def on_two_ranks() -> dict[str, Any]:
     """Everything that needs two ranks, in one spawn: processes start slowly."""
     kinds = [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
-    source = sharded(build_mesh(CPU, 1, -1))
+    world = build_world(CPU)
+    source = sharded(world)
     # One prompt: the second rank has no micro-batch of its own.
     generator, one = Generator(follow(source).model, EOS), prompts([6])
     return {
         "whole": [gathered_weights_are_whole(*kind) for kind in kinds],
         "samples": sample_some(),
-        "probe": probe(source, generator, one, SamplingParams(8), 0, CPU),
+        "probe": probe(source, generator, one, SamplingParams(8), 0, world),
     }
 
 
@@ -397,7 +399,7 @@ def check_samples(got: list[list[tuple[Any, ...]]], expected: list[list[tuple[An
             assert values == pytest.approx(logprobs, abs=1e-5)
 
 
-@pytest.mark.usefixtures("mesh")
+@pytest.mark.usefixtures("world")
 def test_any_number_of_ranks_gives_the_same_samples_and_weights() -> None:
     truth = sample_some()
     indices = [p.index for p in prompts() for _ in range(3)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_utils import run_distributed
+from distributed_utils import lone_world, run_distributed
 from tiny_student import (
     CPU,
     LargestTensor,
@@ -42,6 +42,7 @@ from opd_titan.distill import head
 from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.distributed.world import ALONE, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
@@ -61,8 +62,8 @@ def gradient(model, samples: list[Sample], objective=policy_gradient, dist_=None
     model = copy.deepcopy(model)
     before = weights(model)
     rule = UpdateRule(objective, ObjectiveSettings(), dist_ or Distribution(), max_grad_norm=0.0)
-    plan = plan_minibatches(samples, 1, 1 << 20, 0, 1)
-    update(model, torch.optim.SGD(model.parameters(), lr=1.0), plan, rule, CPU)
+    plan = plan_minibatches(samples, 1, 1 << 20, ALONE)
+    update(model, torch.optim.SGD(model.parameters(), lr=1.0), plan, rule, lone_world())
     return before - weights(model)
 
 
@@ -121,7 +122,7 @@ def test_the_first_generated_token_is_trained() -> None:
     prompt, response = [5, 6, 7], [8, 9, 1]
     everything = torch.ones(6, dtype=torch.bool)
     assert seed_targets(prompt + response, 3, everything) == [9, 1]
-    assert pack([make_sample(prompt, response)], CPU).targets_R.tolist() == [8, 9, 1]
+    assert pack([make_sample(prompt, response)], lone_world()).targets_R.tolist() == [8, 9, 1]
 
     # A response of one token: the seed learns nothing at all from it.
     assert seed_targets([5, 6, 7, 8], 3, everything[:4]) == []
@@ -142,7 +143,7 @@ def test_the_stop_token_is_trained_though_it_is_the_pad_token() -> None:
 
     prompt, response = [5, 6], [8, 9, STOP]
     assert seed_version(prompt + response, 2) == [8, 9]
-    assert pack([make_sample(prompt, response)], CPU).targets_R.tolist() == [8, 9, STOP]
+    assert pack([make_sample(prompt, response)], lone_world()).targets_R.tolist() == [8, 9, STOP]
 
     # The teacher differs from the student in the stop token alone: it would stop here.
     model = tiny_qwen3()
@@ -151,7 +152,7 @@ def test_the_stop_token_is_trained_though_it_is_the_pad_token() -> None:
     truth = gradient_of(-1.5 * naive_logprobs(model, sample)[2] / 3, model)
     assert same(gradient(model, [sample]), truth)
     # One id more or less that looks like padding changes no count: it is a token.
-    batch = pack([make_sample([STOP, 5], [STOP, STOP])], CPU)
+    batch = pack([make_sample([STOP, 5], [STOP, STOP])], lone_world())
     assert batch.targets_R.tolist() == [STOP, STOP] and batch.predict_R.tolist() == [1, 2]
 
 
@@ -218,7 +219,13 @@ def roll_out_on_one_process_nodes() -> dict[str, Any]:
     batch = [next(loader) for _ in range(3)][-1]
     sampled: list[int] = []
     samples = sample_responses(
-        Generator(tiny_qwen3(), {STOP}), batch, 2, SamplingParams(6), (0, 1), sampled.append
+        Generator(tiny_qwen3(), {STOP}),
+        batch,
+        2,
+        SamplingParams(6),
+        (0, 1),
+        build_world(CPU).dp,
+        sampled.append,
     )
     return {
         "seed": [batch[i].index for i in seed_version],
@@ -308,10 +315,10 @@ def test_no_full_vocabulary_tensor_exists(monkeypatch: pytest.MonkeyPatch) -> No
     samples = random_samples([(60, 20), (40, 70), (30, 30)], vocab)
     response_tokens = 120
     rule = UpdateRule(policy_gradient, ObjectiveSettings(), Distribution(), 1.0)
-    plan = plan_minibatches(samples, 1, 1 << 20, 0, 1)
+    plan = plan_minibatches(samples, 1, 1 << 20, ALONE)
     optimizer = torch.optim.AdamW(model.parameters())
     with LargestTensor() as largest:
-        update(model, optimizer, plan, rule, CPU)
+        update(model, optimizer, plan, rule, lone_world())
     with LargestTensor() as seed_version:
         torch.stack([naive_logprobs(model, s).sum() for s in samples]).sum().backward()
     embedding = vocab * model.args.dim

@@ -12,20 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_rollout import CPU, EOS, Script, follow, prompts, requests, sharded, tiny
-from torch.distributed.device_mesh import DeviceMesh
 
 from opd_titan.data.types import Prompt
-from opd_titan.distributed.world import build_mesh, init_world
+from opd_titan.distributed.world import ALONE, World, build_world, init_world
 from opd_titan.preflight import TOLERANCE, probe, report
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.validate import VALIDATION_STREAM, Validator
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    """Of a world of one process."""
+def world() -> Iterator[World]:
+    """Of one process."""
     init_world(60)
-    yield build_mesh(CPU, 1, -1)
+    yield build_world(CPU)
     dist.destroy_process_group()
 
 
@@ -42,10 +41,10 @@ def one_that_fails_on(*ends: int) -> Generator:
 def new_validator() -> Validator:
     held_out = [Prompt(i, "", (n,), answer=str(n - 1)) for i, n in enumerate(ENDS)]
     params = SamplingParams(16, temperature=0.0)
-    return Validator(held_out, 1, params, 42, lambda ids: f"The answer is {ids[0]}.", 0)
+    return Validator(held_out, 1, params, 42, lambda ids: f"The answer is {ids[0]}.", ALONE)
 
 
-def test_accuracy_and_gap(mesh: DeviceMesh) -> None:
+def test_accuracy_and_gap(world: World) -> None:
     validator = new_validator()
     validator.measure_teacher(one_that_fails_on(70))
     start = validator.measure_student(one_that_fails_on(10, 30, 50), step=0)
@@ -63,7 +62,7 @@ def test_accuracy_and_gap(mesh: DeviceMesh) -> None:
     assert scalars["validation/response_tokens_mean"] == 1.0
 
 
-def test_no_gap_where_there_is_none(mesh: DeviceMesh) -> None:
+def test_no_gap_where_there_is_none(world: World) -> None:
     validator = new_validator()
     scalars = validator.measure_student(one_that_fails_on(10), step=0)
     assert set(scalars) == {"validation/accuracy", "validation/response_tokens_mean"}
@@ -74,7 +73,7 @@ def test_no_gap_where_there_is_none(mesh: DeviceMesh) -> None:
         assert "validation/gap_recovered" not in scalars
 
 
-def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(mesh: DeviceMesh) -> None:
+def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(world: World) -> None:
     params, model = SamplingParams(4, temperature=1.0), tiny()
     stream = (42, VALIDATION_STREAM)
     drawn = Generator(model, EOS).generate(requests(prompts(), 5, stream), params)
@@ -82,7 +81,7 @@ def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(mesh: DeviceMesh) -
     right = sum(str(s.response_ids[0]) == first[s.prompt.index] for s in drawn)
     assert 12 < right < 60
     held_out = [replace(p, answer=first[p.index]) for p in prompts()]
-    validator = Validator(held_out, 5, params, 42, lambda ids: f"#### {ids[0]}", 0)
+    validator = Validator(held_out, 5, params, 42, lambda ids: f"#### {ids[0]}", ALONE)
     for step in (0, 5):  # the same random numbers each time
         scalars = validator.measure_student(Generator(model, EOS, 7), step)
         assert scalars["validation/accuracy"] == right / 60
@@ -112,11 +111,11 @@ def test_a_number_that_is_too_large_or_none_is_a_warning() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}], ids=str)
 def test_the_probe_finds_no_difference_between_equal_weights(
-    mesh: DeviceMesh, options: dict[str, Any]
+    world: World, options: dict[str, Any]
 ) -> None:
-    source = sharded(mesh)
+    source = sharded(world)
     params = SamplingParams(20, **options)
-    result = probe(source, Generator(follow(source).model, EOS), prompts(), params, 0, CPU)
+    result = probe(source, Generator(follow(source).model, EOS), prompts(), params, 0, world)
     assert abs(result["kl"]) <= 1e-6 and result["gap"] <= 1e-4
     assert warnings_of(result) == []
 
@@ -124,11 +123,11 @@ def test_the_probe_finds_no_difference_between_equal_weights(
 @pytest.mark.parametrize(
     "name", ["tok_embeddings.weight", "layers.1.attention.wk.weight", "norm.weight"]
 )
-def test_the_probe_finds_one_stale_weight(mesh: DeviceMesh, name: str) -> None:
-    source, stale = sharded(mesh), tiny()
+def test_the_probe_finds_one_stale_weight(world: World, name: str) -> None:
+    source, stale = sharded(world), tiny()
     stale.get_parameter(name).add_(0.1)
     generator = Generator(stale, EOS)
-    result = probe(source, generator, prompts(), SamplingParams(20), 0, CPU)
+    result = probe(source, generator, prompts(), SamplingParams(20), 0, world)
     assert abs(result["kl"]) <= 1e-6 and result["gap"] > 10 * TOLERANCE[torch.float32]
     (message,) = warnings_of(result)
     assert "rollout" in message

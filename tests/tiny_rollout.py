@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.world import World
 from opd_titan.models import FAMILIES
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
@@ -68,14 +68,16 @@ def summary(samples: Sequence[Sample]) -> list[tuple[int, int, list[int], str]]:
     return [(s.prompt.index, s.sample_index, s.response_ids, s.finish_reason) for s in samples]
 
 
-def sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32, **sizes: Any) -> Qwen3Model:
+def sharded(world: World, dtype: torch.dtype = torch.float32, **sizes: Any) -> Qwen3Model:
     model = tiny(**sizes).requires_grad_(True)
-    FAMILY.parallelize(model, mesh, dtype)
+    FAMILY.parallelize(model, world, dtype)
     return model
 
 
 def follow(source: Qwen3Model, dtype: torch.dtype = torch.float32) -> GeneratorWeights:
-    return GeneratorWeights(source, lambda: Qwen3Model(source.args), dtype)
+    weights = GeneratorWeights(source, lambda: Qwen3Model(source.args), dtype, CPU)
+    weights.sync()
+    return weights
 
 
 class Script(nn.Module):

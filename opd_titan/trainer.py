@@ -46,6 +46,8 @@ class Trainer:
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
+        self.stop_signal: int | None = None
+        self._listen_for_signals()  # loading may take longer than a scheduler's patience
         self.job = prepare(config)
         self.world, self.device = self.job.world, self.job.world.device
         self.sources, self.validator = self.job.sources, self.job.validator
@@ -54,7 +56,6 @@ class Trainer:
         self._build_rules()
         self.step = 0
         self.saved_at = self.job.resumed_at
-        self.stop_signal: int | None = None
 
     # ------------------------------------------------------------------ build
 
@@ -127,7 +128,6 @@ class Trainer:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
         self._resume()
         self._set_aside_newer()
-        self._listen_for_signals()
         self.recorder = Recorder(
             self.config,
             world=self.world,

@@ -88,23 +88,23 @@ class Generator:
         if not requests:
             return []
         max_len = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
-        scheduler = Scheduler(requests, self._count_slots(len(requests), max_len))
+        scheduler = Scheduler(requests, self.count_slots(len(requests), max_len))
         args = self.model.args
         cache = KVCache(args, scheduler.slots, max_len, self.dtype, self.device)
         eos_N = self.eos_N[:0] if params.ignore_eos else self.eos_N
-        state = _SlotState(scheduler.slots, params.max_new_tokens, eos_N)
+        state = SlotState(scheduler.slots, params.max_new_tokens, eos_N)
         answers: dict[tuple[int, int], Sample] = {}
         while scheduler.has_work:
             admitted = scheduler.admit(self.max_prefill_tokens)
             if admitted:
                 first = len(scheduler.running) - len(admitted)
                 state.start(first, admitted)
-                hidden_ND = self._prefill(cache, first, admitted)
+                hidden_ND = self.prefill(cache, first, admitted)
             else:
                 first = 0
-                hidden_ND = self._decode(cache, state, len(scheduler.running))
+                hidden_ND = self.decode(cache, state, len(scheduler.running))
             rows = slice(first, len(scheduler.running))
-            state.append(rows, *self._choose(hidden_ND, state, rows, params))
+            state.append(rows, *self.choose(hidden_ND, state, rows, params))
             on_tokens(rows.stop - rows.start)
             finished = state.finished(rows)
             for slot in finished:
@@ -117,20 +117,20 @@ class Generator:
                 state.shrink(len(scheduler.running))
         return [answers[r.prompt.index, r.sample_index] for r in requests]
 
-    def _count_slots(self, wanted: int, max_len: int) -> int:
+    def count_slots(self, wanted: int, max_len: int) -> int:
+        """Sequences to decode at once: what is wanted, as far as memory for them is there."""
         args = self.model.args
         per_token = bytes_per_token(args, self.dtype)
         # Per row of logits: themselves, their softmax, and room for a truncated sort.
         per_slot = per_token * max_len + 4 * 4 * self.head.vocab_size
         fit = self.free_bytes() // 2 // per_slot
-        fit = min_integer(fit, self.device, self.head.tp)  # they must schedule alike
         return max(1, min(wanted, self.max_concurrent or wanted, fit))
 
     def free_bytes(self) -> int:
-        """Memory that a rollout may count on."""
-        return free_bytes(self.device)
+        """Memory that a rollout may count on, the same on ranks that must schedule alike."""
+        return min_integer(free_bytes(self.device), self.device, self.head.tp)
 
-    def _prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:
+    def prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:
         """Run each distinct prompt once; every sample of its group gets a copy of its cache."""
         groups = [list(g) for _, g in groupby(admitted, key=lambda r: r.prompt.index)]
         seq_lens = [len(g[0].prompt.token_ids) for g in groups]
@@ -146,14 +146,14 @@ class Generator:
         ends = list(accumulate(seq_lens))
         return hidden_TD[torch.tensor([ends[i] - 1 for i in group_N], device=self.device)]
 
-    def _decode(self, cache: KVCache, state: _SlotState, n: int) -> Tensor:
+    def decode(self, cache: KVCache, state: SlotState, n: int) -> Tensor:
         attend = DecodeAttention(cache, state.position_B[:n].clone(), state.longest)
         state.longest += 1
         self.decode_forwards += 1
         return self.model(state.token_B[:n], attend)
 
-    def _choose(
-        self, hidden_ND: Tensor, state: _SlotState, rows: slice, params: SamplingParams
+    def choose(
+        self, hidden_ND: Tensor, state: SlotState, rows: slice, params: SamplingParams
     ) -> tuple[Tensor, Tensor]:
         if params.temperature == 0.0:
             return greedy(whole_logits(hidden_ND, self.head, Distribution()))
@@ -161,7 +161,7 @@ class Generator:
         return sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
 
 
-class _SlotState:
+class SlotState:
     """What the generator remembers of each slot, as tensors: no per-row Python while decoding."""
 
     def __init__(self, slots: int, max_new_tokens: int, eos_N: Tensor) -> None:

@@ -50,7 +50,9 @@ class PrefillAttention(PackedAttention):
         self.cache = cache
         device = cache.keys.device
         slot_B = torch.tensor(slots, device=device)
-        self.slot_T = slot_B.repeat_interleave(torch.tensor(seq_lens, device=device))
+        lens_B = torch.tensor(seq_lens, device=device)
+        # With its size given, the host need not wait for the device to add it up.
+        self.slot_T = slot_B.repeat_interleave(lens_B, output_size=sum(seq_lens))
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         self.cache.keys[layer][self.slot_T, :, self.positions_T] = k_TGK

@@ -1,0 +1,122 @@
+"""Memory and traffic of code that runs on tensors without data.
+
+Under `FakeTensorMode` every operation knows the shapes of its results and computes nothing. This
+mode sees each operation, adds up the storages that are alive, and notes what the collectives move.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Collectives that move data, and how often their larger buffer crosses a ring of n ranks,
+# (n - 1) / n of it each time.
+_PASSES = {
+    "allgather": 1,
+    "_allgather_base": 1,
+    "allgather_into_tensor_coalesced": 1,
+    "reduce_scatter": 1,
+    "_reduce_scatter_base": 1,
+    "reduce_scatter_tensor_coalesced": 1,
+    "allreduce": 2,
+    "broadcast": 1,
+}
+
+
+class Tracker(TorchDispatchMode):
+    """Counts bytes of live tensors, their peak, operations, and bytes that collectives move.
+
+    Attributes:
+        live: bytes. `reset` starts the others anew:
+        peak: the most that was alive.
+        sent: bytes that this rank sends, by the name of the group.
+        collectives, operations: how many.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self._sizes: dict[int, int] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.peak, self.collectives, self.operations = self.live, 0, 0
+        self.sent: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if func.namespace == "c10d":
+            self._note_traffic(func, args)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, DTensor):  # what it did inside is out of this mode's sight
+                leaf = leaf._local_tensor
+            if isinstance(leaf, FakeTensor) and not leaf.is_meta:
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, for as long as it lives."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._forget, key)
+        self._resize(key, storage.nbytes())
+
+    def _resize(self, key: int, size: int) -> None:
+        self.live += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def _note_traffic(self, func: Any, args: tuple) -> None:
+        name = func._schema.name.removeprefix("c10d::").rstrip("_")
+        if name not in _PASSES:
+            return
+        sizes = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)]
+        group = next(g for g in map(_process_group, args) if g is not None)
+        ranks = group.size()
+        self.sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
+        self.collectives += ranks > 1
+
+    @contextmanager
+    def watch(self) -> Iterator[Tracker]:
+        """See the storages that FSDP frees, and fills again, by resizing them."""
+        resize = torch.UntypedStorage.resize_
+
+        def tracked(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._resize(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = tracked
+        try:
+            yield self
+        finally:
+            torch.UntypedStorage.resize_ = resize
+
+
+def _process_group(argument: Any) -> dist.ProcessGroup | None:
+    if not isinstance(argument, torch.ScriptObject):
+        return None
+    try:
+        return dist.ProcessGroup.unbox(argument)
+    except (RuntimeError, TypeError):  # a reduction's operator is a script object too
+        return None

@@ -27,6 +27,10 @@ def main(argv: list[str]) -> int:
     """Run the workers; the exit code of the one that failed first."""
     # The agent logs a traceback of its own for every failed worker.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The node that hosts the store may leave it a moment before the others, when all are done.
+    logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(
+        lambda record: "exit barrier" not in str(record.msg)
+    )
     for number in FORWARDED:
         signal.signal(number, _forward)
     try:

@@ -1,5 +1,6 @@
-# Sourced by the other scripts: leaves $PYTHON set to an interpreter that has what is needed.
-# The active Python is used when it can import everything; otherwise a .venv is made here, once.
+# Sourced by the other scripts. `prepare_environment` leaves $PYTHON set to an interpreter that has
+# what is needed: the active Python when it can import everything, otherwise a .venv made here, once.
+# The rest is what every launch does alike.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
@@ -29,4 +30,52 @@ prepare_environment() {
     PYTHON="$ROOT/.venv/bin/python"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/constraints.txt" \
         --editable "$ROOT${extra:+[$extra]}" >&2
+}
+
+fail() {
+    echo "opd_titan: $1" >&2
+    exit 2
+}
+
+# Sets CONFIG_FILE where the user did not.
+choose_recipe() {
+    if [ -z "${CONFIG_FILE:-}" ]; then
+        cd "$ROOT"  # the default recipe's paths are relative to it
+        CONFIG_FILE=train_configs/debug.toml
+    fi
+}
+
+# The recipe with the options, as TOML. Mistakes in them are told before any worker starts.
+resolve_recipe() {
+    "$PYTHON" -m opd_titan.config --job.config_file "$CONFIG_FILE" "$@"
+}
+
+asks_for_help() {
+    case " $* " in *" --help "* | *" -h "*) return 0 ;; esac
+    return 1
+}
+
+# The GPUs that are visible on this machine; 0 without any.
+visible_gpus() {
+    # Set but empty hides every GPU.
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi --list-gpus | grep -c . || true
+    else
+        echo 0
+    fi
+}
+
+check_processes() {
+    [[ "$NGPU" =~ ^[1-9][0-9]*$ ]] || fail "NGPU is '$NGPU'; wanted a number of processes"
+}
+
+# What NGPU workers on this machine get in their environment.
+set_worker_environment() {
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+    # On a CPU the workers share the cores.
+    if [ "$NGPU" -gt 1 ] && ! command -v nvidia-smi >/dev/null; then
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NGPU - 1) / NGPU ))}"
+    fi
 }

@@ -32,6 +32,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_slurm() -> Path:
+    """Scripts that start a SLURM cluster on this machine, kept beside the checkout."""
+    folder = REPO.parent / "shared" / "slurm"
+    if not folder.is_dir():
+        pytest.skip(f"needs the scripts in {folder}, which this machine does not have")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny() -> PreTrainedTokenizerFast:
     """A tokenizer with one token a character and a chat template."""
     from tiny_tokenizer import tiny_tokenizer  # slow to import, and few tests need it

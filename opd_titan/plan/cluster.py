@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What turns peaks into times. Only measurements can tell; correct these when there are some.
+
+    Attributes:
+        products: share of peak FLOP/s that training and scoring reach while they compute.
+        memory: share of the memory bandwidth that decoding and the optimizer reach.
+        links: share of a link's bandwidth that a collective reaches.
+        launch: seconds of the host per operation of an eager forward; decoding waits for it.
+        latency: seconds per collective and rank of its ring, on top of its bytes.
+        host_link: bytes/s between a GPU and its host, for what is offloaded.
+        slack: share of what is alive that the caching allocator holds beyond it.
+    """
+
+    products: float = 0.55
+    memory: float = 0.7
+    links: float = 0.8
+    launch: float = 5e-6
+    latency: float = 2e-6
+    host_link: float = 25e9
+    slack: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -13,11 +36,11 @@ class Cluster:
 
     Attributes:
         gpus_per_node: ranks that are joined by `node_bandwidth`; others by `network_bandwidth`.
-        memory: bytes of one device that the job may use.
+        memory: bytes of one device.
         reserve: bytes that no tensor sees: CUDA's context, NCCL's buffers, kernels' workspaces. On
             a CPU: Python and its libraries.
-        flops: dense bf16 FLOP/s.
-        bandwidth: of the device's own memory.
+        flops: dense bf16 FLOP/s; None: no times.
+        bandwidth: of the device's own memory; None: no times.
         on_cuda: GPUs, or the processes of a host without any.
     """
 
@@ -25,29 +48,20 @@ class Cluster:
     gpus_per_node: int
     memory: float
     reserve: float
-    flops: float
-    bandwidth: float
+    flops: float | None
+    bandwidth: float | None
     node_bandwidth: float
     network_bandwidth: float
     on_cuda: bool = True
+    assumed: Assumed = field(default_factory=Assumed)
 
+    def link(self, stride: int, ranks: int) -> float:
+        """Bytes/s per rank of a collective over `ranks` that lie `stride` apart.
 
-@dataclass(frozen=True)
-class Assumed:
-    """What turns peaks into times. Only GPU runs can tell; correct them when one has.
-
-    Attributes:
-        products: share of peak FLOP/s that training and scoring reach while they compute.
-        memory: share of the memory bandwidth that decoding reaches.
-        links: share of a link's bandwidth that a collective reaches.
-        launch: seconds of the host per operation of an eager forward, which decoding waits for.
-        latency: seconds of a collective on top of its bytes, per rank of its group's ring.
-        slack: share of the peak that the caching allocator holds beyond what is alive.
-    """
-
-    products: float = 0.55
-    memory: float = 0.7
-    links: float = 0.8
-    launch: float = 6e-6
-    latency: float = 2e-6
-    slack: float = 0.05
+        What enters a node is shared out inside it, so the ranks of a group that are on one node
+        add up their network links.
+        """
+        here = max(1, min(ranks, self.gpus_per_node // stride))
+        if here == ranks:
+            return self.node_bandwidth
+        return min(self.node_bandwidth, self.network_bandwidth * here)

@@ -7,6 +7,7 @@ model, its sharding, the head, the optimizer, the KV cache and the packing are t
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,14 +43,14 @@ class Phase:
 
     Attributes:
         peak: bytes alive at the worst moment, everything resident included.
-        sent: bytes that the rank sends in the whole step, by axis ("tp", "dp").
-        collectives: their number in the whole step.
+        sent: bytes that the rank sends in the whole step, by axis of the mesh.
+        collectives: their number in the whole step, by axis.
         operations: of one decoding forward (rollout only).
     """
 
     peak: int = 0
-    sent: dict[str, float] = field(default_factory=lambda: {"tp": 0.0, "dp": 0.0})
-    collectives: float = 0.0
+    sent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     operations: int = 0
 
 
@@ -59,6 +60,8 @@ class Simulation:
 
     Attributes:
         resident: what is there between phases, by name.
+        weights: the frozen models' share of one rank, on its device or its host, by role.
+        microbatches: of one rank in the whole step.
         slots: sequences decoded at once; `waves` of them make the rollout.
         samples: of all ranks, with the lengths that were planned for.
     """
@@ -67,12 +70,20 @@ class Simulation:
     world: World
     dtype: torch.dtype
     resident: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
     gradients: int = 0
+    microbatches: int = 0
     kv_cache: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
     slots: int = 0
     waves: int = 0
     samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Ranks along each axis of the mesh."""
+        mesh = self.world.mesh
+        return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
 
 
 def simulate(
@@ -179,6 +190,7 @@ class _Step:
             before = self.tracker.live
             for parameter in model.to_empty(device="cpu").parameters():
                 self.tracker.add(parameter.to_local())
+            self.result.weights[role] = self.tracker.live - before
             self._hold(f"{role} weights", self.tracker.live - before, role)
         self.student = self.models["student"]
         self.optimizer = build_optimizer(self.student, self.config)
@@ -210,10 +222,11 @@ class _Step:
         tracker.reset()
         yield phase
         phase.peak = max(phase.peak, tracker.peak - self.on_host)
-        tp_name = self.world.tp.group.group_name if self.world.tp.group else None
-        for group, sent in tracker.sent.items():
-            phase.sent["tp" if group == tp_name else "dp"] += sent * times
-        phase.collectives += tracker.collectives * times
+        mesh = self.world.mesh
+        for axis in mesh.mesh_dim_names:
+            group = mesh.get_group(axis).group_name
+            phase.sent[axis] += tracker.sent[group] * times
+            phase.collectives[axis] += tracker.collectives[group] * times
 
     @torch.no_grad()
     def _rollout(self) -> None:
@@ -290,6 +303,7 @@ class _Step:
         dist_ = Distribution(r.temperature, r.top_k, r.top_p)
         rule = UpdateRule(OBJECTIVES[d.objective], settings, dist_, c.training.max_grad_norm)
         first, count = _first_microbatch(plan)
+        self.result.microbatches = count
         with self._phase("update", count):
             backward(self.student, first, 1, rule, self.world)
         if count > 1:  # the second one has the first one's gradients beside it

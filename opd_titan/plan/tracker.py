@@ -40,8 +40,8 @@ class Tracker(TorchDispatchMode):
     Attributes:
         live: bytes. `reset` starts the others anew:
         peak: the most that was alive.
-        sent: bytes that this rank sends, by the name of the group.
-        collectives, operations: how many.
+        sent, collectives: bytes that this rank sends, and in how many, by the name of the group.
+        operations: how many.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,9 @@ class Tracker(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
-        self.peak, self.collectives, self.operations = self.live, 0, 0
+        self.peak, self.operations = self.live, 0
         self.sent: dict[str, float] = defaultdict(float)
+        self.collectives: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -93,7 +94,7 @@ class Tracker(TorchDispatchMode):
         group = next(g for g in map(_process_group, args) if g is not None)
         ranks = group.size()
         self.sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
-        self.collectives += ranks > 1
+        self.collectives[group.group_name] += ranks > 1
 
     @contextmanager
     def watch(self) -> Iterator[Tracker]:

@@ -1,0 +1,165 @@
+"""`python -m opd_titan.plan --world-size 8,64 --gpu H200 --job.config_file recipe.toml ...`"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from opd_titan.config import JobConfig, load_config
+from opd_titan.errors import ConfigError, UserError
+
+DESCRIPTION = """\
+What a recipe will need on a cluster: memory of one device, traffic, work and time of a step,
+whether it fits, and what to change if not. Needs no GPU and no weights: of the models only
+config.json is read. Every other option is --table.key value, as in training."""
+
+# Total memory in GiB as the driver reports it.
+_MEMORY = {
+    "H200": 139.8,
+    "H100 80GB HBM3": 79.1,
+    "A100-SXM4-80GB": 79.2,
+    "A100-SXM4-40GB": 39.4,
+    "B200": 178.4,
+}
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="plan", description=DESCRIPTION, allow_abbrev=False, add_help=True
+    )
+    number = _positive
+    parser.add_argument("--world-size", default="8", help="devices; several as 8,64,512")
+    parser.add_argument("--gpu", default="H200", help="device name, or cpu (default: H200)")
+    parser.add_argument("--gpus-per-node", type=_count, default=8, help="default: 8")
+    parser.add_argument("--gpu-memory", type=number, help="GiB of one device")
+    parser.add_argument("--gpu-flops", type=number, help="dense bf16 TFLOP/s")
+    parser.add_argument("--gpu-bandwidth", type=number, help="GB/s of the device's memory")
+    parser.add_argument(
+        "--node-bandwidth", type=number, default=450.0, help="GB/s per device inside a node (450)"
+    )
+    parser.add_argument(
+        "--network-bandwidth", type=number, default=50.0, help="GB/s per device between nodes (50)"
+    )
+    parser.add_argument(
+        "--reserve", type=number, help="GiB that no tensor sees: CUDA context, NCCL (default: 2.5)"
+    )
+    parser.add_argument("--prompt-tokens", type=_count, help="default: data.max_prompt_tokens")
+    parser.add_argument("--response-tokens", type=_count, help="default: rollout.max_new_tokens")
+    return parser.parse_known_args(argv)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError
+    return value
+
+
+def _world_sizes(text: str) -> list[int]:
+    try:
+        return [_count(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--world-size: {text!r} is not a number of devices, or several"
+        ) from None
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan. Returns 0 if the recipe fits on every cluster, 1 if not, 2 on bad input."""
+    try:
+        options, rest = _arguments(argv)
+        config = load_config(rest)
+        return _plan(config, options, _world_sizes(options.world_size))
+    except UserError as error:
+        print(f"opd_titan: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(config: JobConfig, options: argparse.Namespace, sizes: list[int]) -> int:
+    from opd_titan.plan.estimate import Estimate, estimate
+    from opd_titan.plan.remedies import remedies
+    from opd_titan.plan.report import assumptions, table
+    from opd_titan.plan.simulate import Simulation, simulate
+
+    # It has opinions on how a run could be laid out, at every export of the simulation.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    prompt = options.prompt_tokens or config.data.max_prompt_tokens
+    response = options.response_tokens or config.rollout.max_new_tokens
+    cluster = _cluster(options)
+    columns = []
+
+    def planned(changed: JobConfig, ranks: int) -> tuple[Simulation, Estimate]:
+        where = replace(cluster, world_size=ranks)
+        simulation = simulate(changed, where, prompt, response)
+        return simulation, estimate(changed, where, simulation)
+
+    for size in sizes:
+        columns.append((replace(cluster, world_size=size), *planned(config, size)))
+    print(table(config, columns))
+    for where, _, found in columns:
+        if found.fits:
+            continue
+        changes, better = remedies(config, where, lambda c, n=where.world_size: planned(c, n)[1])
+        said = f"On {where.world_size}, alive at the peak ({found.peak_phase}) is too much"
+        if better is not None:
+            peak = better.peak / 2**30
+            print(f"{said}; fits with {' '.join(changes)}: {peak:.1f} GiB")
+        else:
+            print(f"{said}, even with {' '.join(changes)}: take more devices, or larger ones")
+    if columns[0][2].seconds:
+        print(assumptions(cluster.assumed))
+    return 0 if all(found.fits for _, _, found in columns) else 1
+
+
+def _cluster(options: argparse.Namespace):  # noqa: ANN202 - imported late, with torch
+    from opd_titan.observability.peaks import Peaks, device_peaks
+    from opd_titan.plan.cluster import Cluster, GiB
+    from opd_titan.rollout.memory import free_bytes
+
+    on_cuda = options.gpu != "cpu"
+    peaks = device_peaks(options.gpu) if on_cuda else Peaks()
+    memory = options.gpu_memory or _MEMORY.get(options.gpu)
+    if on_cuda and memory is None:
+        raise ConfigError(
+            f"--gpu: the memory of {options.gpu!r} is not known; give --gpu-memory in GiB, or one "
+            f"of {', '.join(_MEMORY)}, cpu"
+        )
+    if on_cuda and (peaks.flops or options.gpu_flops) is None:
+        raise ConfigError(f"--gpu: the speed of {options.gpu!r} is not known; give --gpu-flops")
+    if on_cuda and (peaks.bandwidth or options.gpu_bandwidth) is None:
+        raise ConfigError(f"--gpu: bandwidth of {options.gpu!r} is not known; give --gpu-bandwidth")
+    import torch
+
+    reserve = options.reserve or (2.5 if on_cuda else _own_bytes() / GiB)
+    return Cluster(
+        world_size=1,
+        gpus_per_node=options.gpus_per_node,
+        memory=memory * GiB if memory else free_bytes(torch.device("cpu")),
+        reserve=reserve * GiB,
+        flops=options.gpu_flops * 1e12 if options.gpu_flops else peaks.flops,
+        bandwidth=options.gpu_bandwidth * 1e9 if options.gpu_bandwidth else peaks.bandwidth,
+        node_bandwidth=options.node_bandwidth * 1e9,
+        network_bandwidth=options.network_bandwidth * 1e9,
+        on_cuda=on_cuda,
+    )
+
+
+def _own_bytes() -> int:
+    """Resident memory of this process: Python and the libraries that a run loads too."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ each phase of each step and the peak memory; on a CPU it needs about 20 GiB.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -17,19 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+from qwen3_shapes import write_config
 
-# Qwen/Qwen3-1.7B's config.json differs from Qwen3-0.6B's in these two sizes alone.
-TEACHER_SIZES = {"hidden_size": 2048, "intermediate_size": 6144}
+REPO = Path(__file__).resolve().parent.parent
 
 
 def make_folders(folder: Path, tokenizer: Path) -> None:
     """Two model folders without weights: config, tokenizer, generation config."""
-    for role, sizes in (("student", {}), ("teacher", TEACHER_SIZES)):
+    for role, size in (("student", "0.6B"), ("teacher", "1.7B")):
         shutil.copytree(tokenizer, folder / role)
-        path = folder / role / "config.json"
-        path.chmod(0o644)
-        path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+        write_config(size, folder / role)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from tiny_world import (
     hf_greedy,
     hf_logprobs,
     load_hf,
+    make_gradable,
     make_model,
     make_world,
     read_log,
@@ -25,11 +26,10 @@ from tiny_world import (
     start,
     train,
     train_on,
-    write_rows,
 )
 
 from opd_titan.checkpoint.checkpointer import complete_steps
-from opd_titan.data.grading import extract_answer, grade
+from opd_titan.data.grading import grade
 
 ROW_KEYS = (
     "step prompt_index sample_index prompt response prompt_tokens response_tokens student_logprobs "
@@ -70,25 +70,8 @@ VARIANTS: dict[str, list[Any]] = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("world"))
-    _write_gradable(world)
+    make_gradable(world, world.teacher)
     return world
-
-
-def _write_gradable(world: World) -> None:
-    """Held-out questions whose gold answers are what the models say, so that some are right."""
-    from transformers import AutoTokenizer
-
-    models = [load_hf(world.student), load_hf(world.teacher)]
-    tokenizer = AutoTokenizer.from_pretrained(world.student)
-    path = world.folder / "data" / "test.jsonl"
-    questions = [json.loads(line)["question"] for line in path.read_text().splitlines()]
-    rows = []
-    for i, question in enumerate(questions):
-        ids = tokenizer(f"<user>{question}<assistant>()")["input_ids"]
-        answers = [extract_answer(tokenizer.decode(hf_greedy(m, ids, 12))) for m in models]
-        # The student knows every fourth.
-        rows.append({"question": question, "answer": f"#### {answers[i % 4 > 0] or 7}"})
-    write_rows(world.folder / "graded.jsonl", rows)
 
 
 def variant(world: World, name: str, out: str, *options: Any) -> list[str]:

@@ -16,6 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +121,7 @@ def make_model(
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**{**tiny, **sizes}))
     with torch.no_grad():  # numbers are likely, so that there is something to grade
-        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(list("0123456789"))] *= 2.0
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(list("0123456789"))] *= 2.0
     model.generation_config.eos_token_id = eos_ids or EOS_IDS
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -132,6 +135,26 @@ def make_sums(path: Path, count: int, seed: int) -> None:
         answer = f"{a}+{b}={a + b}\n#### {a + b}"
         rows.append({"question": f"What is {a}+{b}?", "answer": answer})
     write_rows(path, rows)
+
+
+def make_gradable(world: World, teacher: Path) -> None:
+    """`graded.jsonl`: the test questions, with answers that the models do give, so that some are
+    right: every fourth is the student's, the others the teacher's.
+    """
+    from transformers import AutoTokenizer
+
+    from opd_titan.data.grading import extract_answer
+
+    models = [load_hf(world.student), load_hf(teacher)]
+    tokenizer = AutoTokenizer.from_pretrained(world.student)
+    path = world.folder / "data" / "test.jsonl"
+    questions = [json.loads(line)["question"] for line in path.read_text().splitlines()]
+    rows = []
+    for i, question in enumerate(questions):
+        ids = tokenizer(f"<user>{question}<assistant>()")["input_ids"]
+        answers = [extract_answer(tokenizer.decode(hf_greedy(m, ids, 12))) for m in models]
+        rows.append({"question": question, "answer": f"#### {answers[i % 4 > 0] or 7}"})
+    write_rows(world.folder / "graded.jsonl", rows)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -155,28 +178,53 @@ def train(argv: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        _forget_meshes()
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
 
 
-def train_on(ranks: int, jobs: list[list[str]]) -> None:
-    """Run the jobs one after another in a gloo world of so many processes; all must succeed.
+def _forget_meshes() -> None:
+    """DTensor remembers, with what it worked out for an operation, the mesh that it was of.
+
+    The next world's mesh may be equal to that one, but the old one's groups are gone.
+    """
+    from torch.distributed.tensor import debug
+
+    for which in ("python", "fast_path"):  # torch 2.10 may have but one
+        getattr(debug, f"_clear_{which}_sharding_prop_cache", lambda: None)()
+
+
+def train_on(
+    ranks: int,
+    jobs: list[list[str]],
+    codes: Sequence[int] | None = None,
+    stderr: Path | None = None,
+) -> None:
+    """Run the jobs one after another in a gloo world of so many processes.
 
     One start of Python and torch, the most expensive part, serves all of them.
+
+    Args:
+        codes: each job's exit code on every rank; 0 where left out.
+        stderr: where all ranks' goes.
     """
     ports = [_free_port() for _ in jobs]
-    workers = []
-    for rank in range(ranks):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        env |= {"MASTER_ADDR": "localhost", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, json.dumps([ports, jobs])]
-        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL))
+    work = json.dumps([ranks, ports, jobs, codes or [0] * len(jobs)])
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    with stderr.open("w") if stderr else nullcontext() as file:
+        workers = subprocess.Popen(
+            [sys.executable, __file__, work],
+            env={**env, "MASTER_ADDR": "localhost", "WORLD_SIZE": str(ranks)},
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+        )
     try:
-        codes = [worker.wait(TIMEOUT) for worker in workers]
+        code = workers.wait(TIMEOUT)
     finally:
-        for worker in workers:
-            worker.kill()
-    assert codes == [0] * ranks
+        with suppress(ProcessLookupError):
+            os.killpg(workers.pid, signal.SIGKILL)
+    assert code == 0, stderr.read_text() if stderr else ""
 
 
 def start(argv: list[str], **options: Any) -> subprocess.Popen[str]:
@@ -294,19 +342,42 @@ def hf_greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[in
     return out[0, len(prompt_ids) :].tolist()
 
 
-def _worker() -> None:
-    ports, jobs = json.loads(sys.argv[1])
-    for port, argv in zip(ports, jobs, strict=True):
+def _fork_ranks() -> int:
+    """Import the program once, for all ranks to share."""
+    import opd_titan.trainer  # noqa: F401
+
+    ranks, *jobs = json.loads(sys.argv[1])
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            code = 1
+            try:
+                code = _run_jobs(*jobs)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+def _run_jobs(ports: list[int], jobs: list[list[str]], codes: list[int]) -> int:
+    for port, argv, expected in zip(ports, jobs, codes, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         code = train(argv)
-        if code:
-            sys.exit(code)
-
-
-if __name__ == "__main__":
-    _worker()
+        if code != expected:
+            print(f"{argv}: exit code {code}", file=sys.stderr)
+            return 1
+    return 0
 
 
 def own_output(out: str) -> str:
     """What the program itself printed: torch 2.10's gloo writes a line of its own to stdout."""
     return "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))
+
+
+if __name__ == "__main__":
+    sys.exit(_fork_ranks())

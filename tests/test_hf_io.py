@@ -375,9 +375,12 @@ def test_two_processes_load_and_export_uneven_shards(tmp_path: Path) -> None:
         load_theirs(tmp_path / "out" / str(i))
 
 
-def _world_of_four(source: Path, out: Path, file: Path) -> None:
+def _world_of_four(source: Path, even: Path, out: Path, file: Path) -> None:
     _load_and_export([source], out / "shard", (1, 4))
     _load_and_export([source], out / "replicate_shard", (2, 2))
+    # 19 rows of the vocabulary on each of two ranks, cut into 10 and 9 by FSDP.
+    _load_and_export([even], out / "shard_tensor", (1, 2, 2))
+    _load_and_export([even], out / "replicate_tensor", (2, 1, 2))
     # FSDP over tensor parallelism: the first placement is a strided shard.
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False))
@@ -395,9 +398,12 @@ def test_four_processes_with_empty_shards_replicas_and_tensor_parallel(tmp_path:
     source = make_source(tmp_path / "source", hidden_size=5, tied=True)
     file = tmp_path / SINGLE
     save_file({"0.weight": torch.randn(20, 12), "1.weight": torch.randn(12, 20)}, file)
-    run_distributed(_world_of_four, 4, source, tmp_path, file)
+    even = make_source(tmp_path / "even", vocab_size=38, tied=True, sharded=True)
+    run_distributed(_world_of_four, 4, source, even, tmp_path, file)
     for mesh in ("shard", "replicate_shard"):
         assert_same_tensors(stored(tmp_path / mesh / "0"), stored(source))
+    for mesh in ("shard_tensor", "replicate_tensor"):
+        assert_same_tensors(stored(tmp_path / mesh / "0"), stored(even))
 
 
 def test_random_init_does_not_depend_on_the_world(tmp_path: Path) -> None:

@@ -1,0 +1,322 @@
+"""Models split over ranks against the same models whole: gradients, head, weights, generator.
+
+`test_layouts` runs the program; here are its parts, where a difference says which one it is in.
+The rollout engine and the objectives are held to this file too: a change there must keep it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_utils import lone_world, run_distributed
+from test_head import DISTRIBUTIONS, SCALE, SETTINGS, D, Problem, R, full_loss
+from tiny_rollout import CPU, EOS, FAMILY, prompts, requests, summary, tiny
+from tiny_student import naive_logprobs, one_process_group, random_samples
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from opd_titan.checkpoint.hf_load import random_init_weights
+from opd_titan.data.types import Sample
+from opd_titan.distill import head as head_module
+from opd_titan.distill.head import loss_head, score_head
+from opd_titan.distill.objectives import policy_gradient, sft
+from opd_titan.distill.packing import pack, plan_minibatches
+from opd_titan.distill.update import UpdateRule, backward
+from opd_titan.distributed.world import ALONE, Axis, World, build_world
+from opd_titan.models.logits import Distribution
+from opd_titan.models.qwen3 import parallelize
+from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.weights import GeneratorWeights
+
+# data_parallel_replicate_degree, data_parallel_shard_degree, tensor_parallel_degree
+LAYOUTS = [(1, 2, 2), (2, 1, 2), (1, 1, 4)]
+OBJECTIVES = {"policy_gradient": policy_gradient, "sft": sft}
+RULE = UpdateRule(policy_gradient, SETTINGS, Distribution(0.9), max_grad_norm=0.0)
+VOCAB = 16
+GENERATED = [
+    SamplingParams(6, temperature=0.0),
+    SamplingParams(6),
+    SamplingParams(6, temperature=0.8, top_p=0.8, top_k=9),
+]
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+def sizes(tensor: int, tied: bool) -> dict[str, Any]:
+    """Of the model. On 2 x 2, FSDP cannot cut a tensor-parallel rank's rows into equal parts."""
+    if tensor == 2:
+        return dict(vocab_size=62, ffn_dim=50, tied=tied)
+    return dict(vocab_size=64, n_kv_heads=4, tied=tied)
+
+
+def some_samples() -> list[Sample]:
+    """Odd numbers of tokens, alone and together."""
+    return random_samples([(3, 5), (1, 3), (6, 12), (4, 1), (2, 5)], vocab=60)
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------ on the ranks
+
+
+def gradients(world: World, tied: bool) -> dict[str, Any]:
+    """The gradient of one update, whole; and of what all ranks hold, as this rank has it."""
+    model = tiny(**sizes(world.tp.size, tied)).requires_grad_(True)
+    FAMILY.parallelize(model, world, torch.float32)
+    (minibatch,) = plan_minibatches(some_samples(), 1, 20, world.dp)
+    for samples in minibatch.microbatches:
+        backward(model, samples, minibatch.response_tokens, RULE, world)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    own = {name: g.to_local().clone() for name, g in grads.items() if "norm" in name}
+    return {"whole": {name: g.full_tensor() for name, g in grads.items()}, "own": own}
+
+
+def head_results(world: World) -> dict[tuple[int, str], list[Tensor]]:
+    results = {}
+    for i, distribution in enumerate(DISTRIBUTIONS):
+        for name, objective in OBJECTIVES.items():
+            p = wide_problem()
+            weight = distribute_tensor(p.weight_VD.detach(), world.tp_mesh, [Shard(0)])
+            weight = nn.Parameter(weight)
+            where = dict(predict_R=p.predict_R, targets_R=p.targets_R, dist=distribution)
+            rest = dict(scores=p.scores, scale=SCALE, objective=objective, settings=SETTINGS)
+            loss, stats = loss_head(p.hidden_TD, weight, **where, **rest)
+            loss.backward(torch.tensor(-0.37))
+            dist.all_reduce(p.hidden_TD.grad, group=world.tp.group)
+            scored_R = score_head(p.hidden_TD, weight, **where)
+            values = [loss.detach(), stats.logprob_R, stats.entropy_R, scored_R]
+            results[i, name] = [*values, p.hidden_TD.grad, weight.grad.full_tensor()]
+    return results
+
+
+def wide_problem() -> Problem:
+    """With a vocabulary that splits, and targets in every part of it."""
+    p, g = Problem(), torch.Generator().manual_seed(7)
+    p.weight_VD = (0.6 * torch.randn(VOCAB, D, generator=g)).requires_grad_()
+    p.targets_R = torch.arange(R) * 5 % VOCAB
+    return p
+
+
+def random_weights(world: World, tied: bool) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        model = tiny(**sizes(world.tp.size, tied))
+    FAMILY.parallelize(model, world, torch.float32)
+    model.to_empty(device="cpu")
+    parallelize.assert_tied(model)
+    random_init_weights(model, seed=3, std=0.02)
+    return {name: full(p.detach()) for name, p in model.named_parameters()}
+
+
+def generated(world: World, tied: bool) -> list[list[Any]]:
+    """Before and after a change of the weights, which the generator is told of."""
+    source = tiny(**sizes(world.tp.size, tied)).requires_grad_(True)
+    args = source.args
+    FAMILY.parallelize(source, world, torch.float32)
+
+    def build() -> Qwen3Model:
+        model = Qwen3Model(FAMILY.rank_args(args, world.tp.size, "here"))
+        FAMILY.join_ranks(model, world.tp, sequence_parallel=False)
+        return model
+
+    weights = GeneratorWeights(source, build, torch.float32, CPU)
+    weights.sync()
+    generator = Generator(weights.model, EOS, 5, 40, world.tp)
+    rounds = [answers(generator)]
+    with torch.no_grad():
+        for p in source.parameters():
+            p.to_local().mul_(1.1)
+    weights.outdate()
+    weights.release()
+    copies = [p for p in weights.model.parameters() if p.untyped_storage().size() == 0]
+    # Without FSDP a rank's share is read where it is trained.
+    sharded = dict(zip(world.mesh.mesh_dim_names, world.mesh.shape, strict=True))["dp_shard"] > 1
+    assert len(copies) == (len(list(source.parameters())) if sharded else 0)
+    weights.sync()
+    rounds.append(answers(generator))
+    kept = [p.clone() for p in weights.model.parameters()]
+    weights.release()  # nothing has changed: the next sync still has to gather again
+    weights.sync()
+    assert all(map(torch.equal, kept, weights.model.parameters()))
+    head = weights.model.lm_head.weight
+    assert (head is weights.model.tok_embeddings.weight) == tied
+    return rounds
+
+
+@torch.no_grad()
+def answers(generator: Generator) -> list[Any]:
+    """Per parameters of sampling, the tokens and their log-probs."""
+    found = []
+    for params in GENERATED:
+        samples = generator.generate(requests(prompts([1, 20, 7, 16, 5]), 2), params)
+        found.append((summary(samples), torch.cat([s.student_logprobs for s in samples]).tolist()))
+    return found
+
+
+def broken_tie(world: World) -> str:
+    """What is said of a transform that unties head and embedding."""
+    model = tiny(**sizes(world.tp.size, tied=True))
+    model.tie_weights = lambda: None
+    with pytest.raises(AssertionError) as caught:
+        FAMILY.parallelize(model, world, torch.float32)
+    return str(caught.value)
+
+
+def on_four_ranks() -> dict[tuple[int, int, int], dict[str, Any]]:
+    """Everything at once: processes start slowly."""
+    torch.distributed.tensor._redistribute.logger.setLevel("ERROR")
+    head_module.CHUNK_BYTES = 3 * 4 * VOCAB // 2  # a few rows
+    results = {}
+    for layout in LAYOUTS:
+        world = build_world(CPU, *layout)
+        results[layout] = {
+            "head": head_results(world),
+            "tie": broken_tie(world),
+            "axes": [(axis.rank, axis.size) for axis in (world.dp, world.tp)],
+            "members": [
+                dist.get_process_group_ranks(axis.group) if axis.group else [dist.get_rank()]
+                for axis in (world.dp, world.tp)
+            ],
+            "gradients": {tied: gradients(world, tied) for tied in (False, True)},
+            "random": {tied: random_weights(world, tied) for tied in (False, True)},
+            "generated": {tied: generated(world, tied) for tied in (False, True)},
+        }
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[tuple[int, int, int], dict[str, Any]]]:
+    return run_distributed(on_four_ranks, 4)
+
+
+# ------------------------------------------------------------------ against the truth
+
+
+@each_layout
+def test_ranks_know_where_they_stand(ranks: list[Any], layout: tuple[int, int, int]) -> None:
+    replicate, shard, tensor = layout
+    for rank, result in enumerate(ranks):
+        assert result[layout]["axes"] == [
+            (rank // tensor, replicate * shard), (rank % tensor, tensor)
+        ]  # fmt: skip
+        first = rank - rank % tensor
+        peers = [list(range(rank % tensor, 4, tensor)), list(range(first, first + tensor))]
+        assert result[layout]["members"] == peers
+
+
+@each_layout
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_are_those_of_the_whole_model(
+    ranks: list[Any], layout: tuple[int, int, int], tied: bool
+) -> None:
+    model = tiny(**sizes(layout[2], tied)).requires_grad_(True)
+    samples, total = some_samples(), torch.zeros(())
+    for s in samples:
+        logprob_R, old_R = naive_logprobs(model, s, 0.9), s.student_logprobs
+        advantage_R = (s.teacher_logprobs - old_R) + 0.5 * (s.reference_logprobs - old_R)
+        ratio_R = (logprob_R - old_R).exp()
+        terms_R = torch.minimum(ratio_R * advantage_R, ratio_R.clamp(0.8, 1.2) * advantage_R)
+        total = total - terms_R.sum()
+    (total / sum(len(s.response_ids) for s in samples)).backward()
+    truth = {name: p.grad for name, p in model.named_parameters()}
+    assert ("lm_head.weight" in truth) is not tied
+    for rank, result in enumerate(ranks):
+        mine = result[layout]["gradients"][tied]
+        assert mine["whole"].keys() == truth.keys()
+        for name, grad in truth.items():
+            assert grad.norm() > 1e-4, name
+            assert (mine["whole"][name] - grad).norm() <= 1e-5 * grad.norm(), name
+        # What tensor-parallel ranks hold alike must move alike, to the bit, or they drift apart.
+        neighbour = ranks[rank - rank % layout[2]][layout]["gradients"][tied]["own"]
+        assert any("q_norm" in name for name in mine["own"])
+        for name, grad in mine["own"].items():
+            assert torch.equal(grad, neighbour[name]), name
+
+
+@each_layout
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("i", range(len(DISTRIBUTIONS)), ids=lambda i: str(DISTRIBUTIONS[i]))
+def test_the_vocabulary_parallel_head_is_the_whole_one(
+    ranks: list[Any], layout: tuple[int, int, int], i: int, name: str
+) -> None:
+    p = wide_problem()
+    assert {t // (VOCAB // layout[2]) for t in p.targets_R.tolist()} == set(range(layout[2]))
+    loss, logprob_R, entropy_R = full_loss(p, OBJECTIVES[name], DISTRIBUTIONS[i])
+    truth = [loss.detach(), logprob_R, entropy_R, logprob_R, *p.gradients(loss, -0.37)]
+    for result in ranks:
+        for mine, value in zip(result[layout]["head"][i, name], truth, strict=True):
+            torch.testing.assert_close(mine, value, rtol=2e-5, atol=2e-6)
+
+
+@each_layout
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_init_is_that_of_one_process(
+    ranks: list[Any], layout: tuple[int, int, int], tied: bool
+) -> None:
+    model = tiny(**sizes(layout[2], tied))
+    random_init_weights(model, seed=3, std=0.02)
+    truth = dict(model.named_parameters())
+    for result in ranks:
+        mine = result[layout]["random"][tied]
+        assert mine.keys() == truth.keys()
+        assert all(torch.equal(mine[name], p) for name, p in truth.items())
+
+
+@each_layout
+@pytest.mark.parametrize("tied", [False, True])
+def test_split_generators_sample_what_a_whole_one_does(
+    ranks: list[Any], layout: tuple[int, int, int], tied: bool
+) -> None:
+    model = tiny(**sizes(layout[2], tied))
+    before = answers(Generator(model, EOS))
+    for p in model.parameters():
+        p.mul_(1.1)
+    after = answers(Generator(model, EOS))
+    assert [tokens for tokens, _ in before] != [tokens for tokens, _ in after]
+    for result in ranks:
+        # Tensor-parallel ranks must not even differ in rounding: they would sample apart.
+        assert result[layout]["generated"] == ranks[0][layout]["generated"]
+        for mine, truth in zip(result[layout]["generated"][tied], (before, after), strict=True):
+            for (tokens, logprobs), (true_tokens, true_logprobs) in zip(mine, truth, strict=True):
+                assert tokens == true_tokens
+                assert logprobs == pytest.approx(true_logprobs, abs=1e-5)
+
+
+@each_layout
+def test_a_transform_that_unties_is_found(ranks: list[Any], layout: tuple[int, int, int]) -> None:
+    assert all("has untied head and embedding" in r[layout]["tie"] for r in ranks)
+
+
+@pytest.mark.parametrize("transform", ["apply_activation_checkpointing", "fully_shard"])
+def test_a_later_transform_that_unties_is_found(
+    monkeypatch: pytest.MonkeyPatch, transform: str
+) -> None:
+    """Each of them could: it has the model in its hands."""
+    model, real = tiny(tied=True), getattr(parallelize, transform)
+
+    def unties(*args: Any, **options: Any) -> None:
+        real(*args, **options)
+        model.lm_head.weight = nn.Parameter(full(model.lm_head.weight.detach()).clone())
+
+    monkeypatch.setattr(parallelize, transform, unties)
+    with one_process_group(), pytest.raises(AssertionError, match="untied"):
+        FAMILY.parallelize(model, build_world(CPU), torch.float32)
+
+
+@each_layout
+def test_padding_to_equal_shares_predicts_nothing(layout: tuple[int, int, int]) -> None:
+    samples = some_samples()
+    split = World(CPU, None, ALONE, Axis(0, layout[2]))
+    whole, padded = pack(samples, lone_world()), pack(samples, split)
+    missing = -len(whole.tokens_T) % layout[2]
+    assert missing > 0 and len(padded.tokens_T) == len(whole.tokens_T) + missing
+    assert torch.equal(padded.predict_R, whole.predict_R)
+    assert torch.equal(padded.targets_R, whole.targets_R)
+    assert torch.equal(padded.tokens_T[: len(whole.tokens_T)], whole.tokens_T)
+    # A sequence of its own: no token of a sample's attends to it, or it to them.
+    assert padded.attend.seq_lens == [*whole.attend.seq_lens, missing]

@@ -1,0 +1,197 @@
+"""Update, scoring and a whole step, through the program's own functions."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from functools import partial
+
+import torch
+from scale_setting import Setting, fed_in, responses
+
+from opd_titan.config import JobConfig
+from opd_titan.data.types import Sample
+from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
+from opd_titan.distill.packing import plan_minibatches
+from opd_titan.distill.scoring import score
+from opd_titan.distill.update import UpdateRule, backward, update
+from opd_titan.models.logits import Distribution
+from opd_titan.models.transforms import num_compiled_graphs
+from opd_titan.observability.peaks import percent_of_peak
+from opd_titan.observability.step_scalars import cached_tokens_read, work
+from opd_titan.optim import build_optimizer
+from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.rollout import sample_responses
+from opd_titan.rollout.weights import GeneratorWeights
+
+MODES = ("none", "selective", "full")
+# fp32 weights, gradients and two moments of 8.2e9 parameters are 131 GB: a 141 GB device has no
+# room for activations beside them, and a host of 128 GiB none for cpu_offload's copy.
+WITHOUT_MOMENTS = ("8B", "14B", "32B")
+
+
+def recipe(compile: bool, mode: str = "none") -> JobConfig:
+    config = JobConfig()
+    config.compile.enable = compile
+    config.activation_checkpoint.mode = mode
+    return config
+
+
+def rule(config: JobConfig) -> UpdateRule:
+    d = config.distill
+    settings = ObjectiveSettings(d.clip_low, d.clip_high)
+    norm = config.training.max_grad_norm
+    return UpdateRule(OBJECTIVES[d.objective], settings, Distribution(), norm)
+
+
+def measure_update(s: Setting, size: str, compile: bool) -> None:
+    """Each budget with the least activation checkpointing that fits."""
+    left = list(s.budgets)
+    for mode in MODES:
+        left = _update_budgets(s, size, compile, mode, left)
+        gc.collect()
+        s.reset_memory()
+        if not left:
+            return
+    s.emit({"budgets": left, "error": "out of memory even with full activation checkpointing"})
+
+
+def _update_budgets(
+    s: Setting, size: str, compile: bool, mode: str, budgets: list[int]
+) -> list[int]:
+    """Measure the budgets in turn; those that did not fit."""
+    config = recipe(compile, mode)
+    done = 0
+    try:
+        shape = s.shape("student", size)
+        model = s.model(shape, config)
+        if size in WITHOUT_MOMENTS:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        else:
+            optimizer = build_optimizer(model, config)
+        for budget in budgets:
+            _update_budget(s, config, shape.args, model, optimizer, budget)
+            done += 1
+    except torch.OutOfMemoryError as error:
+        what = {"budget": budgets[done], "checkpointing": mode, "fits": False}
+        s.emit({**what, "why": str(error).splitlines()[0][:160]})
+    return budgets[done:]
+
+
+def _update_budget(s, config, args, model, optimizer, budget) -> None:
+    samples = s.samples(budget, s.microbatches, args.vocab_size)
+    plan = plan_minibatches(samples, 1, budget, s.world.dp)
+    flops = 3.0 * args.forward_flops(fed_in(samples), responses(samples))
+    tokens = sum(fed_in(samples))
+    how = {
+        "budget": budget,
+        "checkpointing": config.activation_checkpoint.mode,
+        "optimizer": type(optimizer).__name__,
+    }
+    s.reset_memory()
+    whole = s.seconds(lambda: update(model, optimizer, plan, rule(config), s.world))
+    rates = s.rates(whole["median_s"], flops, tokens)
+    graphs = {"compiled_graphs": num_compiled_graphs()} if config.compile.enable else {}
+    s.emit({"figure": "update", **how, **whole, **rates, **s.peak_memory(), **graphs})
+
+    def one() -> None:
+        first = plan[0].microbatches[0]
+        backward(model, first, plan[0].response_tokens, rule(config), s.world)
+
+    alone, count = s.seconds(one), len(plan[0].microbatches)
+    rates = s.rates(alone["median_s"], flops / count, tokens // count)
+    s.emit({"figure": "microbatch", **how, **alone, **rates})
+    if budget == max(s.budgets):
+        s.emit({"figure": "microbatch kernels", **how, **s.kernels(one)})
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measure_score(s: Setting, size: str, compile: bool) -> None:
+    shape, config = s.shape("teacher", size), recipe(compile)
+    model = s.model(shape, config)
+    for budget in s.budgets:
+        samples = s.samples(budget, s.microbatches, shape.args.vocab_size)
+        plan = plan_minibatches(samples, 1, budget, s.world.dp)
+        flops = shape.args.forward_flops(fed_in(samples), responses(samples))
+        s.reset_memory()
+        one = partial(score, model, plan, Distribution(), s.world)
+        timed = s.seconds(one)
+        rates = s.rates(timed["median_s"], flops, sum(fed_in(samples)))
+        s.emit({"figure": "score", "budget": budget, **timed, **rates, **s.peak_memory()})
+    s.emit({"figure": "score kernels", "budget": budget, **s.kernels(one)})
+
+
+class _Step:
+    """The trainer's step, without its data, tokenizer and records."""
+
+    def __init__(self, s: Setting, compile: bool) -> None:
+        self.s, self.config = s, recipe(compile)
+        self.config.training.max_tokens_per_microbatch = max(s.budgets)
+        self.config.rollout.prompts_per_step = s.step_sequences
+        self.shapes = {"student": s.shape("student", "0.6B"), "teacher": s.shape("teacher", "4B")}
+        self.student = s.model(self.shapes["student"], self.config)
+        self.teacher = s.model(self.shapes["teacher"], self.config, seed=1)
+        self.optimizer = build_optimizer(self.student, self.config)
+        build = partial(self.shapes["student"].build_share, s.world.tp, compile)
+        self.weights = GeneratorWeights(self.student, build, s.dtype, s.device)
+        self.generator = Generator(self.weights.model, {0}, max_prefill_tokens=max(s.budgets))
+        self.prompts = s.prompts(s.step_sequences, self.shapes["student"].args.vocab_size)
+
+    def run(self, new_tokens: int, number: int) -> tuple[dict[str, float], list[Sample]]:
+        """Seconds by phase, as `Trainer.train_step` goes through them, and the samples."""
+        s, times = self.s, {}
+        params = SamplingParams(new_tokens, ignore_eos=True)
+
+        def phase(name, function, *args):
+            s.synchronize()
+            start = time.perf_counter()
+            result = function(*args)
+            s.synchronize()
+            times[name] = time.perf_counter() - start
+            return result
+
+        start = time.perf_counter()
+        phase("sync", self.weights.sync)
+        stream = (42, number)
+        sampling = (self.generator, self.prompts, 1, params, stream, s.world.dp)
+        samples = phase("rollout", sample_responses, *sampling)
+        self.weights.release_if_short()
+        budget = self.config.training.max_tokens_per_microbatch
+        plan = plan_minibatches(samples, 1, budget, s.world.dp)
+        scored = phase("teacher", score, self.teacher, plan, Distribution(), s.world)
+        for sample, logprobs in scored:
+            sample.teacher_logprobs = logprobs
+        moving = (self.student, self.optimizer, plan, rule(self.config), s.world)
+        self.scalars = phase("update", update, *moving)
+        self.weights.outdate()
+        times["step"] = time.perf_counter() - start
+        return times, samples
+
+
+def measure_step(s: Setting, compile: bool) -> None:
+    """0.6B taught by 4B, the sampled-token objective."""
+    step = _Step(s, compile)
+    first, _ = step.run(min(32, s.step_new_tokens), 0)
+    s.emit({"figure": "warm-up", **first})
+    s.reset_memory()
+    runs = []
+    for n in range(s.step_repeats):
+        times, samples = step.run(s.step_new_tokens, n + 1)
+        s.emit({"figure": f"step {n + 1}", **times})
+        runs.append(times)
+    median = {name: statistics.median(r[name] for r in runs) for name in runs[0]}
+    flops_of = {role: shape.args.forward_flops for role, shape in step.shapes.items()}
+    tokens, flops = work(samples, flops_of)
+    for name in ("rollout", "teacher", "update"):
+        s.emit({"figure": name, **s.rates(median[name], flops[name], tokens[name])})
+    args, forwards = step.shapes["student"].args, step.generator.decode_forwards
+    read = args.decode_bytes(forwards, cached_tokens_read(samples), s.dtype.itemsize)
+    bandwidth = {"gb_per_s": read / median["rollout"] / 1e9}
+    if s.peaks.bandwidth:
+        peak = s.peaks.bandwidth
+        bandwidth["mbu_percent"] = percent_of_peak(read, median["rollout"], peak)
+    per_forward = median["rollout"] / max(1, forwards) * 1e3
+    s.emit({"figure": "decoding", "forwards": forwards, "ms_per_forward": per_forward, **bandwidth})
+    gap = {"logprob_gap_max": step.scalars["policy/logprob_gap_max"]}
+    s.emit({"figure": "step", **median, **s.peak_memory(), **gap})

@@ -37,11 +37,11 @@ from typing import Any, NamedTuple  # noqa: E402
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]  # a script's children may start anew
 
+import scale_phases as phases  # noqa: E402
 import torch  # noqa: E402
 from qwen3_shapes import NAMES  # noqa: E402
 from scale_ceiling import measure_ceiling, measure_head  # noqa: E402
 from scale_numerics import measure_numerics  # noqa: E402
-from scale_phases import measure_score, measure_step, measure_update  # noqa: E402
 from scale_setting import GIB, Setting  # noqa: E402
 
 PARTS = ("numerics", "step", "update", "score", "head", "ceiling")
@@ -83,9 +83,11 @@ def plan(only: list[str], sizes: list[str], compile: bool) -> Iterator[Case]:
     ways = {"compiled": True, "eager": False} if compile else {"eager": False}
     cases = [Case("numerics", "0.6B", measure_numerics)]
     for way, on in ways.items():
-        run = partial(measure_step, compile=on)
+        run = partial(phases.measure_step, compile=on)
         cases.append(Case("step", f"0.6B taught by 4B, {way}", run))
-    for part, measure in (("update", measure_update), ("score", measure_score)):
+    cases.append(Case("step", "0.6B, decode attention", phases.measure_decode_attention))
+    two = (("update", phases.measure_update), ("score", phases.measure_score))
+    for part, measure in two:
         for way, on in ways.items():
             for size in sizes:
                 cases.append(Case(part, f"{size}, {way}", partial(measure, size=size, compile=on)))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from scale_setting import Setting, fed_in, responses
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
@@ -22,6 +24,7 @@ from opd_titan.observability.peaks import percent_of_peak
 from opd_titan.observability.step_scalars import cached_tokens_read, work
 from opd_titan.optim import build_optimizer
 from opd_titan.rollout.generator import Generator, SamplingParams
+from opd_titan.rollout.kv_cache import DecodeAttention, KVCache
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
 
@@ -195,3 +198,39 @@ def measure_step(s: Setting, compile: bool) -> None:
     s.emit({"figure": "decoding", "forwards": forwards, "ms_per_forward": per_forward, **bandwidth})
     gap = {"logprob_gap_max": step.scalars["policy/logprob_gap_max"]}
     s.emit({"figure": "step", **median, **s.peak_memory(), **gap})
+
+
+@torch.no_grad()
+def measure_decode_attention(s: Setting) -> None:
+    """Attention over the cache at growing lengths, by kernel: one that plans anew for every length
+    shows in the first pass over them."""
+    args = s.shape("student", "0.6B").args
+    longest, count = s.prompt + s.step_new_tokens, min(16, s.step_new_tokens)
+    cache = KVCache(args, s.step_sequences, longest, s.dtype, s.device)
+    q, k, v = (
+        torch.randn(s.step_sequences, n, args.head_dim, device=s.device, dtype=s.dtype)
+        for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)
+    )
+
+    def lengths() -> None:
+        for length in range(longest - count, longest):
+            position_B = torch.full((s.step_sequences,), length, device=s.device)
+            attend = DecodeAttention(cache, position_B, length + 1)
+            for layer in range(args.n_layers):
+                attend(q, k, v, layer)
+
+    read = 2 * cache.keys[:, :, :, : longest - count // 2].numel() * s.dtype.itemsize * count
+    kernels = {"default": None, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    kernels |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    for name, backend in kernels.items():
+        try:
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                timed = s.seconds(lengths)
+        except RuntimeError as error:  # the device has no such kernel
+            what = {"available": False, "why": str(error).splitlines()[0][:120]}
+            s.emit({"figure": f"decode attention, {name}", **what})
+            continue
+        per_forward = {k: 1e3 * timed[f"{k}_s"] / count for k in ("first", "min", "median")}
+        figures = {f"{k}_ms_per_forward": v for k, v in per_forward.items()}
+        speed = {"gb_per_s": read / timed["median_s"] / 1e9}
+        s.emit({"figure": f"decode attention, {name}", **figures, **speed})

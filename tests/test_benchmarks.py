@@ -51,6 +51,7 @@ def test_every_part_gives_its_figures(report: dict[str, Any]) -> None:
     assert 0 < phases <= step["step"]
     assert step["logprob_gap_max"] < (1.0 if report["cuda"] else 1e-4)
     assert figures(report, "step", "0.6B")["decoding"]["forwards"] == 23
+    assert figures(report, "step", "0.6B")["decode attention, default"]["gb_per_s"] > 0
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.errors import ConfigError
+from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
 from opd_titan.validate import Validator, build_validator, prompt_options
 
@@ -114,6 +115,11 @@ def _join_world(config: JobConfig) -> World:
     if config.training.deterministic and device.type == "cuda":
         # The sampler's prefix sums have no deterministic kernel there.
         raise ConfigError("[training] deterministic: true is built for the CPU only so far")
+    if config.compile.enable and device.type == "cpu" and not has_cpp_compiler():
+        raise ConfigError(
+            "[compile] enable: true, but no C++ compiler found (g++, or what CXX names); install "
+            "one, or set it to false"
+        )
     init_logging(None, dist.get_rank())
     p = config.parallelism
     return build_world(

@@ -7,6 +7,7 @@ its index tensors change shape with every batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -20,7 +21,8 @@ HALVES = ("before_mixing", "after_mixing")
 # Graphs per half: roles and their sizes, with and without gradients, one token and many.
 RECOMPILE_LIMIT = 32
 # What selective checkpointing keeps: a product costs more to make again than its result does to
-# keep. Norms, rotations and activations are made again.
+# keep. Norms, rotations and activations are made again. Compiled halves need it too: by itself the
+# compiler keeps a third more (benchmarks/README.md).
 _KEPT = [torch.ops.aten.mm.default]
 
 
@@ -46,15 +48,43 @@ def _recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any
 
 
 def apply_compile(blocks: Iterable[nn.Module]) -> None:
-    """Compile both halves of every block, once for all lengths of a batch."""
+    """Compile both halves of every block, once for all lengths of a batch.
+
+    Raises (when a block runs):
+        RuntimeError: more than RECOMPILE_LIMIT graphs were wanted of one half.
+    """
     # A recompilation for every batch would be slower than none: stop with an error instead.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Two sizes that happen to be equal in the first batch are not the same size.
     torch.fx.experimental._config.use_duck_shape = False
+    # It warns, in four lines, of in-place operations under selective checkpointing; there are none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in blocks:
         for half in HALVES:
-            setattr(block, half, torch.compile(getattr(block, half), dynamic=True, fullgraph=True))
+            compiled = torch.compile(getattr(block, half), dynamic=True, fullgraph=True)
+            setattr(block, half, partial(_bounded, compiled))
+
+
+def _bounded(compiled: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return compiled(*args)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise RuntimeError(
+            f"[compile] enable: a layer has been compiled {torch._dynamo.config.recompile_limit} "
+            "times and would have to be again for this batch; set it to false, and report what "
+            "TORCH_LOGS=recompiles prints"
+        ) from error
+
+
+def has_cpp_compiler() -> bool:
+    """Whether there is what torch.compile needs to make code for the CPU."""
+    from torch._inductor import cpp_builder, exc  # slow to import
+
+    try:
+        return bool(cpp_builder.get_cpp_compiler())
+    except exc.InvalidCxxCompiler:
+        return False
 
 
 def num_compiled_graphs() -> int:

@@ -1,0 +1,409 @@
+"""Checkpointing and compiling of blocks change what is kept and how it is made, never the numbers.
+
+Shapes: T packed tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_utils import lone_world, run_distributed
+from tiny_rollout import ARGS, CPU, EOS, FAMILY, prompts, requests, summary, tiny
+from tiny_student import one_process_group, random_samples
+from tiny_world import (
+    World as Files,
+)
+from tiny_world import (
+    assert_same_run,
+    make_world,
+    read_rollouts,
+    read_scalars,
+    read_weights,
+    start,
+    train,
+)
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opd_titan.distill.packing import plan_minibatches
+from opd_titan.distill.scoring import score
+from opd_titan.distributed.world import World, build_world
+from opd_titan.models import transforms
+from opd_titan.models.attention import PackedAttention
+from opd_titan.models.logits import Distribution
+from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.rollout.generator import Generator, SamplingParams
+
+MODES = ("none", "selective", "full")
+# Even, for tensor parallelism; neither the width (32) nor another size of the model.
+VOCAB = 62
+# One token (an empty micro-batch, two ways), then as many as the model's width, a head's size and
+# the vocabulary; one sequence and several.
+SHAPES = [[5, 3], [1], [32], [8], [62], [1, 1], [2, 2], [7, 1, 9], [16], [4], [40, 40], [1], [3]]
+# Another width than the student's, of everything.
+TEACHER = {"dim": 64, "n_heads": 8, "head_dim": 16, "ffn_dim": 80, "n_layers": 3}
+
+needs_cpp = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler: no g++ here"
+)
+
+
+def make(
+    world: World, mode: str = "none", compile: bool = False, *, seed: int = 0, **sizes: Any
+) -> Qwen3Model:
+    model = tiny(seed, vocab_size=VOCAB, **sizes).requires_grad_(True)
+    FAMILY.parallelize(model, world, torch.float32, activation_checkpoint=mode, compile=compile)
+    return model
+
+
+def forward(model: Qwen3Model, seq_lens: list[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(seq_lens))
+    tokens_T = torch.randint(VOCAB, (sum(seq_lens),), generator=generator)
+    return model(tokens_T, PackedAttention(seq_lens, CPU), lambda h_TD, _w: h_TD.square().sum())
+
+
+def gradients(model: Qwen3Model, seq_lens: list[int]) -> dict[str, Tensor]:
+    """The loss, and the gradient of every parameter by name."""
+    model.zero_grad()
+    loss = forward(model, seq_lens)
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            found[name] = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+    return found
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference, relative to the largest entry of the tensor that it is in."""
+    assert a.keys() == b.keys()
+    return max(((a[n] - b[n]).abs().max() / a[n].abs().max()).item() for n in a)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with one_process_group():
+        yield lone_world(init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",)))
+
+
+# ------------------------------------------------------------------ checkpointing
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_checkpointing_does_not_change_gradients(world: World, tied: bool) -> None:
+    models = {mode: make(world, mode, tied=tied) for mode in MODES}
+    for seq_lens in ([5, 3, 20], [1]):
+        found = {mode: gradients(model, seq_lens) for mode, model in models.items()}
+        assert len(found["none"]) > 20
+        assert all(difference(found["none"], found[mode]) == 0.0 for mode in MODES)
+
+
+def same_gradients_on_two(replicate: int, shard: int, tensor: int) -> list[float]:
+    world = build_world(CPU, replicate, shard, tensor)
+    found = []
+    for tied in (False, True):
+        plain = gradients(make(world, tied=tied), [5, 3, 20])
+        for mode in ("selective", "full"):
+            found.append(difference(plain, gradients(make(world, mode, tied=tied), [5, 3, 20])))
+    return found
+
+
+def test_checkpointing_does_not_change_gradients_under_tensor_parallelism() -> None:
+    assert run_distributed(same_gradients_on_two, 2, 1, 1, 2) == [[0.0] * 4] * 2
+
+
+def plain_model(mode: str, compile: bool = False, **sizes: Any) -> Qwen3Model:
+    """Not sharded: nothing but activations is allocated in its forward."""
+    model = tiny(vocab_size=VOCAB, **sizes).requires_grad_(True)
+    transforms.apply_activation_checkpointing(model.layers, mode)
+    if compile:
+        transforms.apply_compile(model.layers)
+    return model
+
+
+def kept_bytes(model: Qwen3Model, seq_lens: list[int]) -> int:
+    """What a forward leaves allocated for its backward."""
+    forward(model, seq_lens).backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = forward(model, seq_lens)
+    assert loss.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+
+def test_checkpointing_keeps_less() -> None:
+    per_token = {}
+    for mode in MODES:
+        one, two = (kept_bytes(plain_model(mode, n_layers=n), [64, 64]) for n in (2, 3))
+        per_token[mode] = (two - one) / 128 / 4  # floats of one layer more
+    # All that full keeps of a layer is what enters it.
+    assert per_token["full"] == ARGS.dim
+    heads = (ARGS.n_heads + 2 * ARGS.n_kv_heads) * ARGS.head_dim
+    products = heads + 2 * ARGS.dim + 2 * ARGS.ffn_dim
+    assert ARGS.dim + products < per_token["selective"] < 0.7 * per_token["none"]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        attention = "scaled_dot_product" in name and "backward" not in name
+        self.count["attention" if attention else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_each_mode_makes_again() -> None:
+    products, attentions = {}, {}
+    for mode in MODES:
+        loss = forward(plain_model(mode), [5, 3])
+        with Calls() as calls:
+            loss.backward()
+        products[mode], attentions[mode] = calls.count["aten.mm.default"], calls.count["attention"]
+    layers = ARGS.n_layers
+    # Two for each of a layer's seven products. The last product of a layer is not made again:
+    # nothing of that layer's backward needs it.
+    assert products == {"none": 14 * layers, "selective": 14 * layers, "full": 20 * layers}
+    assert (attentions["none"], attentions["selective"]) == (0, 0) and attentions["full"] > 0
+
+
+# ----------------------------------------------------------------------- compiling
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A compiler whose settings and graphs end with this file; its cache is shared by the tests."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    shape_config = torch.fx.experimental._config
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch._inductor.config.patch(compile_threads=1),
+        torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False),
+        shape_config.patch(use_duck_shape=shape_config.use_duck_shape),
+    ):
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh(compiler: None) -> None:
+    """Nothing is compiled yet."""
+    torch._dynamo.reset()
+
+
+def check_training(world: World, mode: str) -> None:
+    """Numbers and graphs of a student over many shapes; the first has many tokens."""
+    plain, compiled = make(world), make(world, mode, compile=True)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in compiled.named_parameters()]
+    before, graphs = transforms.num_compiled_graphs(), []
+    for seq_lens in SHAPES:
+        assert difference(gradients(plain, seq_lens), gradients(compiled, seq_lens)) < 1e-5
+        graphs.append(transforms.num_compiled_graphs() - before)
+    # Two halves, for many tokens and for one, whatever the number of layers.
+    assert graphs == [2] + [4] * (len(SHAPES) - 1)
+
+
+@needs_cpp
+def test_a_compiled_student_trains_the_same_without_recompiling(world: World, fresh: None) -> None:
+    check_training(world, "none")
+
+
+@needs_cpp
+def test_recompiling_without_end_stops_the_run(
+    world: World, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transforms, "RECOMPILE_LIMIT", 1)
+    model = make(world, compile=True)
+    gradients(model, [5, 3])
+    with pytest.raises(RuntimeError, match=r"\[compile\] enable: .* compiled 1 times .* false"):
+        gradients(model, [1])
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiling_goes_with_checkpointing(
+    world: World, fresh: None, mode: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check_training(world, mode)
+    assert "context_fn" not in capfd.readouterr().err
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_as_many_tokens_as_the_width_first(world: World, fresh: None) -> None:
+    plain, compiled = make(world), make(world, compile=True)
+    for seq_lens in ([ARGS.dim], [ARGS.ffn_dim], [11, 4]):
+        assert difference(gradients(plain, seq_lens), gradients(compiled, seq_lens)) < 1e-5
+        graphs = transforms.num_compiled_graphs()
+    gradients(compiled, [ARGS.head_dim])
+    assert transforms.num_compiled_graphs() == graphs
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_compiled_checkpointing_keeps_less(compiler: None) -> None:
+    kept = {}
+    for mode in MODES:
+        torch._dynamo.reset()
+        kept[mode] = kept_bytes(plain_model(mode, compile=True), [64, 64])
+    assert kept["full"] < 0.4 * kept["selective"] and kept["selective"] < 0.8 * kept["none"]
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_a_teacher_and_a_generator_are_compiled_once(world: World, fresh: None) -> None:
+    """Beside a student and beside each other: three widths and uses of the same code."""
+    student = make(world, compile=True)
+    teachers = [make(world, compile=c, seed=1, **TEACHER) for c in (False, True)]
+    generators = [Generator(tiny(vocab_size=VOCAB), EOS) for _ in range(2)]
+    transforms.apply_compile(generators[1].model.layers)
+    params = SamplingParams(12, temperature=0.9)
+
+    def use(seed: int, lengths: list[tuple[int, int]], some: slice) -> None:
+        gradients(student, [sum(pair) for pair in lengths])
+        samples = random_samples(lengths, VOCAB, seed)
+        plan = plan_minibatches(samples, 1, 50, world.dp)
+        plain, compiled = (score(t, plan, Distribution(0.7), world) for t in teachers)
+        for (_, a_R), (_, b_R) in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(a_R, b_R, rtol=1e-5, atol=1e-5)
+        wanted = requests(prompts()[some], 2)
+        plain, compiled = (g.generate(wanted, params) for g in generators)
+        assert summary(plain) == summary(compiled)
+        for a, b in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(a.student_logprobs, b.student_logprobs, rtol=1e-5, atol=1e-5)
+
+    use(0, [(3, 4), (9, 16)], slice(0, 6))
+    use(1, [(1, 1)], slice(0, 1))  # one token to train and score on, one prompt of one token
+    graphs = transforms.num_compiled_graphs()
+    assert graphs == len(("student", "teacher", "generator")) * 4
+    for seed, size in enumerate((1, 2, 8, 15, 31, 32, 48, 61), start=2):
+        use(seed, [(1, size)], slice(size % 5, size % 5 + 1 + size % 7))
+        use(seed, [(size, 1), (2, size)], slice(0, 1))
+    assert transforms.num_compiled_graphs() == graphs
+
+
+def compiled_on_two() -> tuple[list[float], bool, int]:
+    """Differences of training, whether rollouts are the same, and graphs, in a world of 2xTP."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1
+    world = build_world(CPU, tensor=2)
+    plain, compiled = make(world), make(world, "selective", compile=True)
+    differences = [
+        difference(gradients(plain, lens), gradients(compiled, lens))
+        for lens in ([5, 3], [1, 1], [32], [64], [16], [40, 20])
+    ]
+    generated = []
+    for compile in (False, True):
+        share = share_of(compiled, world, compile)
+        generator = Generator(share, EOS, tp=world.tp)
+        generated.append(
+            [
+                summary(generator.generate(requests(prompts()[:n], 2), SamplingParams(9)))
+                for n in (1, 5, 2)
+            ]
+        )
+    return differences, generated[0] == generated[1], transforms.num_compiled_graphs()
+
+
+def share_of(model: Qwen3Model, world: World, compile: bool) -> Qwen3Model:
+    share = Qwen3Model(FAMILY.rank_args(model.args, world.tp.size, "")).requires_grad_(False)
+    FAMILY.join_ranks(share, world.tp, sequence_parallel=False)
+    if compile:
+        transforms.apply_compile(share.layers)
+    own = {name: p.full_tensor() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, p in share.named_parameters():
+            whole = own[name]
+            dim = next((d for d in range(p.dim()) if p.shape[d] != whole.shape[d]), None)
+            p.copy_(whole if dim is None else whole.chunk(world.tp.size, dim)[world.tp.rank])
+    return share
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_compiled_blocks_talk_to_each_other(compiler: None) -> None:
+    """Collectives are compiled too: of training and, other ones, of a rollout."""
+    for differences, same_rollouts, graphs in run_distributed(compiled_on_two, 2):
+        assert max(differences) < 1e-5 and same_rollouts and graphs == 2 * 4
+
+
+# --------------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def plain_run(files: Files) -> Path:
+    assert train(files.argv("plain")) == 0
+    return files.folder / "plain"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_a_checkpointed_run_is_the_plain_one(files: Files, plain_run: Path, mode: str) -> None:
+    assert train(files.argv(mode, "--activation_checkpoint.mode", mode)) == 0
+    assert_same_run(plain_run, files.folder / mode, 4)
+
+
+def assert_close_run(a: Path, b: Path, first_step: int) -> None:
+    """The same responses from this step on; numbers and final weights within rounding."""
+    close = partial(pytest.approx, rel=1e-4, abs=1e-4)
+    rows_a, rows_b = read_rollouts(a), read_rollouts(b)
+    for step in range(first_step, 5):
+        for row_a, row_b in zip(rows_a[step], rows_b[step], strict=True):
+            assert row_a["response"] == row_b["response"]
+            for key in ("student_logprobs", "teacher_logprobs"):
+                assert row_a[key] == close(row_b[key])
+    scalars_a, scalars_b = (read_scalars(out, measured=False) for out in (a, b))
+    for name in ("loss/policy", "grad_norm", "kl/student_teacher", "policy/entropy"):
+        assert scalars_a[name] == close(scalars_b[name])
+    weights_a, weights_b = read_weights(a, 4), read_weights(b, 4)
+    for name, weight in weights_a.items():
+        torch.testing.assert_close(weights_b[name], weight, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_one_within_rounding(
+    files: Files, plain_run: Path, fresh: None
+) -> None:
+    assert train(files.argv("compiled", "--compile.enable", "true")) == 0
+    assert_close_run(plain_run, files.folder / "compiled", 1)
+    # Compiling does not rename: a run that was not compiled goes on compiled.
+    shutil.copytree(plain_run, files.folder / "resumed")
+    argv = files.argv("resumed", "--compile.enable", "true", "--checkpoint.load_step", 2)
+    assert train(argv) == 0
+    assert_close_run(plain_run, files.folder / "resumed", 3)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    run = start(files.argv("refused", "--compile.enable", "true"), stderr=subprocess.PIPE)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 2 and not (files.folder / "refused").exists()
+    (line,) = (line for line in err.splitlines() if line.startswith("opd_titan: "))
+    assert line.startswith("opd_titan: [compile] enable: true, but no C++ compiler found")

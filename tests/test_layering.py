@@ -25,6 +25,7 @@ FLOORS = (
     "checkpoint",
     "observability",
     "top",  # trainer.py, train.py and the other modules beside them
+    "plan",  # runs the pieces of the program without a device
 )
 # What the order alone does not forbid.
 FORBIDDEN = {

@@ -165,8 +165,7 @@ def load_model(
     The student is stored in fp32, the masters of what is trained; frozen models as they compute.
     """
     model = parallel_model(source, world, config, compute_dtype)
-    offloaded = world.device.type == "cuda" and cpu_offload(source.role, config)
-    model.to_empty(device="cpu" if offloaded else world.device)
+    model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
     if source.files is None:
         # A teacher draws other weights than a student of the same shapes; the default reference
         # draws the student's.
@@ -190,7 +189,7 @@ def parallel_model(
         compute_dtype,
         activation_checkpoint=config.activation_checkpoint.mode if trained else "none",
         compile=config.compile.enable,
-        cpu_offload=world.device.type == "cuda" and cpu_offload(source.role, config),
+        cpu_offload=cpu_offload(source.role, config),
     )
     return model if trained else model.requires_grad_(False).eval()
 

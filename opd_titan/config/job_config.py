@@ -37,7 +37,7 @@ class Teacher:
     random_init: bool = False
     """Take the sizes from config.json but random weights. Off: the weights must exist."""
     cpu_offload: bool = False
-    """Keep the weights on the host; stream them to the GPU layer by layer. No effect on a CPU."""
+    """Keep the weights on the host and stream them to the GPU layer by layer."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Reference:
     The student's optimum is then proportional to (T * R^c)^(1/(1+c)), not to the teacher T:
     with c = 1 (what the seed did) it stops half-way, at the geometric mean of T and R."""
     cpu_offload: bool = False
-    """Keep the weights on the host; stream them to the GPU layer by layer. No effect on a CPU."""
+    """Keep the weights on the host and stream them to the GPU layer by layer."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Optimizer:
     fused: bool = True
     """Use torch's fused implementation."""
     cpu_offload: bool = False
-    """Keep master weights, gradients and moments on the host and update there; no effect on a CPU.
+    """Keep master weights, gradients and moments on the host and update there.
     Frees 16 bytes per parameter and GPU shard; the weights are streamed layer by layer."""
 
 

@@ -151,7 +151,8 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offl
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     mesh = world.fsdp_mesh
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    pinned = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    offload = pinned if cpu_offload else OffloadPolicy()
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     assert_tied(model)

@@ -1,0 +1,128 @@
+"""Where weights and optimizer state live: on the host, streamed, or given back for the update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_utils import run_distributed
+from tiny_rollout import CPU, follow, sharded
+from tiny_world import World, assert_same_run, make_world, read_weights, train
+
+import opd_titan.rollout.weights as weights_module
+from opd_titan.distributed.world import build_world
+from opd_titan.rollout.weights import GeneratorWeights
+
+OFFLOAD = (
+    *("--optimizer.cpu_offload", "true", "--teacher.cpu_offload", "true"),
+    *("--reference.coef", 0.5, "--reference.cpu_offload", "true"),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("placement"))
+
+
+def test_a_run_with_everything_on_the_host_is_the_same_run(world: World) -> None:
+    """FSDP's path of offloading (copies there and back, optimizer on the host), on a CPU."""
+    assert train(world.argv("resident", "--reference.coef", 0.5)) == 0
+    assert train(world.argv("offloaded", *OFFLOAD)) == 0
+    assert_same_run(world.folder / "resident", world.folder / "offloaded", step=4)
+
+
+def test_an_offloaded_run_goes_on_from_a_resident_one(world: World) -> None:
+    whole, half = world.folder / "whole", world.folder / "half"
+    assert train(world.argv("whole", "--training.steps", 4, "--reference.coef", 0.5)) == 0
+    assert train(world.argv("half", "--training.steps", 2, "--reference.coef", 0.5)) == 0
+    assert train(world.argv("half", "--training.steps", 4, *OFFLOAD)) == 0
+    assert_last_weights_equal(whole, half)
+
+
+def assert_last_weights_equal(a: Path, b: Path) -> None:
+    ours, theirs = read_weights(a, 4), read_weights(b, 4)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------- the generator's copy
+
+
+def held_bytes(weights: GeneratorWeights) -> int:
+    """Of the copies that hold memory now; the others read the training weights in place."""
+    stored = (p.to_local() for p in weights.source.parameters())
+    own = {p.untyped_storage().data_ptr() for p in stored}
+    storages = [p.untyped_storage() for p in weights.model.parameters()]
+    there = [s for s in storages if s.nbytes()]  # one that was given back has no address
+    return sum(s.nbytes() for s in there if s.data_ptr() not in own)
+
+
+def check_release_and_sync(spare: int | None) -> list[int]:
+    """Bytes held after each of: sync, first rollout, update and sync, second rollout."""
+    model = sharded(build_world(CPU), tied=True)
+    weights = follow(model, torch.bfloat16)
+    if spare is not None:
+        weights_module.never_used_bytes = lambda device: spare
+    held = [held_bytes(weights)]
+    before = {n: p.detach().clone() for n, p in weights.model.named_parameters()}
+    weights.release_if_short()
+    held.append(held_bytes(weights))
+    weights.sync()
+    same = (torch.equal(before[n], p) for n, p in weights.model.named_parameters())
+    assert all(same), "what was given back came back otherwise"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    weights.outdate()
+    weights.sync()
+    held.append(held_bytes(weights))
+    for name, p in weights.model.named_parameters():
+        torch.testing.assert_close(p.float(), before[name].float() + 1.0, rtol=0.02, atol=0.02)
+    weights.release_if_short()
+    held.append(held_bytes(weights))
+    return held
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_copy_is_given_back_until_an_update_has_shown_that_it_can_stay(ranks: int) -> None:
+    for held in run_distributed(check_release_and_sync, ranks, None):
+        assert held[0] > 0
+        assert held == [held[0], 0, held[0], held[0]]
+
+
+def test_the_copy_is_given_back_at_every_update_where_memory_is_short() -> None:
+    for held in run_distributed(check_release_and_sync, 1, 0):
+        assert held == [held[0], 0, held[0], 0]
+
+
+def check_ranks_agree() -> int:
+    """One rank alone is short of memory; the next sync is collective."""
+    model = sharded(build_world(CPU), tied=True)
+    weights = follow(model, torch.bfloat16)
+    weights.outdate()
+    weights.sync()
+    spare = 0 if dist.get_rank() == 1 else 1 << 40
+    weights_module.never_used_bytes = lambda device: spare
+    weights.release_if_short()
+    held = held_bytes(weights)
+    weights.sync()
+    return held
+
+
+def test_ranks_give_their_copies_back_together() -> None:
+    assert run_distributed(check_ranks_agree, 2) == [0, 0]
+
+
+def check_one_rank_has_no_copy() -> tuple[int, bool]:
+    model = sharded(build_world(CPU), tied=True)
+    weights = follow(model, torch.float32)
+    weights.release_if_short()
+    with torch.no_grad():
+        model.norm.weight.add_(1.0)
+    followed = torch.equal(weights.model.norm.weight, model.norm.weight.to_local())
+    return weights.num_bytes, followed
+
+
+def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
+    assert run_distributed(check_one_rank_has_no_copy, 1) == [(0, True)]

@@ -173,6 +173,7 @@ def load_model(
         random_init_weights(model, seed, source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)
+    model.assert_tied()
     return model
 
 

@@ -108,7 +108,7 @@ def random_weights(world: World, tied: bool) -> dict[str, Tensor]:
         model = tiny(**sizes(world.tp.size, tied))
     FAMILY.parallelize(model, world, torch.float32)
     model.to_empty(device="cpu")
-    parallelize.assert_tied(model)
+    model.assert_tied()
     random_init_weights(model, seed=3, std=0.02)
     return {name: full(p.detach()) for name, p in model.named_parameters()}
 

@@ -113,6 +113,12 @@ class Qwen3Model(nn.Module):
         if self.args.tied:
             self.lm_head.weight = self.tok_embeddings.weight
 
+    def assert_tied(self) -> None:
+        """Several transforms silently replace parameters; a tie that breaks trains two heads."""
+        if self.args.tied:
+            same = self.lm_head.weight is self.tok_embeddings.weight
+            assert same, "a transform has untied head and embedding"
+
     def forward(
         self,
         tokens_T: Tensor,

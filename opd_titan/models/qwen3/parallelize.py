@@ -62,8 +62,10 @@ def parallelize_qwen3(
         _split_weights(model, world)
         join_ranks(model, world.tp, sequence_parallel=True)
     apply_activation_checkpointing(model.layers, activation_checkpoint)
+    model.assert_tied()
     if compile:
         apply_compile(model.layers)
+        model.assert_tied()
     _shard(model, world, compute_dtype, cpu_offload)
 
 
@@ -103,7 +105,7 @@ def _split_weights(model: Qwen3Model, world: World) -> None:
             split = distribute_tensor(parameter.detach(), world.tp_mesh, [placement])
             setattr(module, key, nn.Parameter(split))
     model.tie_weights()
-    assert_tied(model)
+    model.assert_tied()
 
 
 def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
@@ -155,7 +157,7 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offl
     offload = pinned if cpu_offload else OffloadPolicy()
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    assert_tied(model)
+    model.assert_tied()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are already divided by the global number of tokens: gradients are summed.
@@ -163,10 +165,3 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offl
             if mesh.device_type == "cpu":
                 # gloo has no pre-multiplied sum, which is what a factor of 1.0 would use.
                 module.set_force_sum_reduction_for_comms(True)
-
-
-def assert_tied(model: Qwen3Model) -> None:
-    """Several transforms silently replace parameters; a tie that breaks trains two heads."""
-    if model.args.tied:
-        head: nn.Parameter = model.lm_head.weight
-        assert head is model.tok_embeddings.weight, "a transform has untied head and embedding"

@@ -103,7 +103,7 @@ def _attention(s: Setting, args: Any, lengths: list[int]) -> dict[str, float]:
 
 def _best_head(s: Setting, args: Any, rows: int) -> dict[str, float]:
     """The head's three products on chunks of several heights; the fastest, for all rows."""
-    own = max(1, head_module.CHUNK_BYTES // (4 * args.vocab_size))
+    own = max(1, head_module.CHUNK_BYTES[s.device.type] // (4 * args.vocab_size))
     best: dict[str, float] = {}
     for height in sorted({min(own, rows), min(1024, rows), min(4096, rows)}):
         found = _products(s, height, args.dim, args.vocab_size)
@@ -144,10 +144,11 @@ def measure_head(s: Setting, size: str) -> None:
     def forward() -> Tensor:
         return score_head(hidden_RD, weight_VD, index_R, targets_R, Distribution())
 
-    own, flops, reference = head_module.CHUNK_BYTES, 2.0 * args.dim * args.vocab_size * rows, None
-    sizes = (own, 4 * own, 16 * own) if not s.miniature else (own // 256, own)
+    kind, flops, reference = s.device.type, 2.0 * args.dim * args.vocab_size * rows, None
+    own = head_module.CHUNK_BYTES[kind]
+    sizes = (own // 8, own, 2 * own) if not s.miniature else (own // 256, own)
     for chunk in sizes:
-        head_module.CHUNK_BYTES = chunk
+        head_module.CHUNK_BYTES[kind] = chunk
         how = {"chunk_mib": chunk / MIB, "rows": chunk // (4 * args.vocab_size)}
         s.reset_memory()
         for name, work, share in (("loss_head", both, 3.0), ("score_head", forward, 1.0)):
@@ -159,5 +160,5 @@ def measure_head(s: Setting, size: str) -> None:
         s.emit(
             {"figure": "same gradient", **how, "relative_error": relative_error(found, reference)}
         )
-    head_module.CHUNK_BYTES = own
+    head_module.CHUNK_BYTES[kind] = own
     s.emit({"figure": "loss_head kernels", **how, **s.kernels(both)})

@@ -65,7 +65,7 @@ class Setting:
     def start(self) -> None:
         """Join a world of one; in the process that measures, and nowhere else."""
         if self.head_chunk_mib:
-            head_module.CHUNK_BYTES = self.head_chunk_mib * 1024**2
+            head_module.CHUNK_BYTES = dict.fromkeys(("cpu", "cuda"), self.head_chunk_mib * 1024**2)
         torch.manual_seed(0)
         self.world  # noqa: B018
 

@@ -50,7 +50,7 @@ def chunk_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Make the head work in chunks of so many rows of a vocabulary."""
 
     def set_rows(rows: int, vocab: int = V) -> None:
-        monkeypatch.setattr(head, "CHUNK_BYTES", rows * vocab * 4)
+        monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": rows * vocab * 4})
 
     return set_rows
 

@@ -310,7 +310,7 @@ def test_openthoughts_prompts_hold_no_answer_on_real_rows(shared_data: Path) -> 
 def test_no_full_vocabulary_tensor_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seed held [batch, time, vocabulary] log-probs of all three models."""
     vocab, rows = 3000, 8
-    monkeypatch.setattr(head, "CHUNK_BYTES", rows * vocab * 4)
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": rows * vocab * 4})
     model = tiny_qwen3(vocab)
     samples = random_samples([(60, 20), (40, 70), (30, 30)], vocab)
     response_tokens = 120

@@ -37,15 +37,20 @@ def score(
     Returns:
         Each of this rank's samples with its log-probs, fp32 on the CPU.
     """
-    scored: list[tuple[Sample, Tensor]] = []
+    scored: list[tuple[Sequence[Sample], Tensor]] = []
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
         samples = microbatch or EMPTY
         batch = pack(samples, world)
         head = partial(score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
         logprobs_R = model(batch.tokens_T, batch.attend, head)
         if microbatch:
-            scored += zip(samples, unpack_values(logprobs_R, samples), strict=True)
+            scored.append((samples, logprobs_R))
         on_sequences(len(microbatch))
     # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
     model.reshard()
-    return scored
+    # Only now: a copy to the host waits for the device, which should be busy meanwhile.
+    return [
+        pair
+        for samples, logprobs_R in scored
+        for pair in zip(samples, unpack_values(logprobs_R, samples), strict=True)
+    ]

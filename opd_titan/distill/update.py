@@ -86,16 +86,21 @@ def update(
         FloatingPointError: the gradient norm is not finite; the weights were not touched by it.
     """
     totals = _Totals(world)
+    advantages: list[tuple[Sequence[Sample], Tensor]] = []
     for i, minibatch in enumerate(plan):
         for samples in minibatch.microbatches:
             stats, rollout_R = backward(model, samples, minibatch.response_tokens, rule, world)
             if samples:
                 totals.add(stats, rollout_R, first_update=i == 0)
-                _set_advantages(samples, stats)
+                advantages.append((samples, stats.advantage_R))
             on_sequences(len(samples))
         totals.grad_norms.append(_clip(model, rule.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    # Only now: a copy to the host waits for the device, which should be busy meanwhile.
+    for samples, advantage_R in advantages:
+        for sample, values in zip(samples, unpack_values(advantage_R, samples), strict=True):
+            sample.advantages = values
     return totals.metrics()
 
 
@@ -137,11 +142,6 @@ def _packed(samples: Sequence[Sample], real: bool, world: World) -> tuple[Packed
         pack_values([s.reference_logprobs for s in samples], device),
     )
     return pack(samples, world), scores
-
-
-def _set_advantages(samples: Sequence[Sample], stats: HeadStats) -> None:
-    for sample, values in zip(samples, unpack_values(stats.advantage_R, samples), strict=True):
-        sample.advantages = values
 
 
 def _total_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ HALVES = ("before_mixing", "after_mixing")
 RECOMPILE_LIMIT = 32
 # What selective checkpointing keeps: a product costs more to make again than its result does to
 # keep. Norms, rotations and activations are made again. Compiled halves need it too: by itself the
-# compiler keeps a third more (benchmarks/README.md).
+# compiler keeps a quarter more (benchmarks/README.md).
 _KEPT = [torch.ops.aten.mm.default]
 
 

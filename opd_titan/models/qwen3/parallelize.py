@@ -161,7 +161,8 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offl
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are already divided by the global number of tokens: gradients are summed.
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # alone, a factor would only cost a pass over the gradients
+                module.set_gradient_divide_factor(1.0)
             if mesh.device_type == "cpu":
                 # gloo has no pre-multiplied sum, which is what a factor of 1.0 would use.
                 module.set_force_sum_reduction_for_comms(True)

@@ -27,6 +27,7 @@ from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.world import set_timeout
 from opd_titan.model_card import model_card
 from opd_titan.models.logits import Distribution
+from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
@@ -54,7 +55,7 @@ class Trainer:
         self.total_steps = self.job.total_steps
         self._build_models()
         self._build_rules()
-        self.step = 0
+        self.step = self.graphs = 0
         self.saved_at = self.job.resumed_at
 
     # ------------------------------------------------------------------ build
@@ -268,7 +269,17 @@ class Trainer:
         scalars = self.validator.measure_student(self.generator, self.step)
         self.recorder.metrics.log(self.step, scalars)
 
+    def _report_compiling(self) -> None:
+        """Graphs are made in the first steps; whoever sees more of them later knows why it lags."""
+        graphs = num_compiled_graphs()
+        if graphs > self.graphs:
+            new = graphs - self.graphs
+            logger.info("Compiled %s graphs by the end of step %s (%s new)", graphs, self.step, new)
+        self.graphs = graphs
+
     def _after_step(self) -> None:
+        if self.config.compile.enable:
+            self._report_compiling()
         c, last = self.config, self.step == self.total_steps
 
         def due(interval: int) -> bool:

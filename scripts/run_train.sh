@@ -7,8 +7,12 @@
 # CONFIG_FILE  the recipe (default: train_configs/debug.toml)
 # NGPU         processes on this machine (default: the visible GPUs, or 1 on a CPU)
 # Every argument goes to the program as --table.key value; --help lists them.
+# With --plan as the first one: what the run would need on a cluster, see scripts/plan.sh.
 # Several machines: scripts/multinode.slurm.
 set -euo pipefail
+if [ "${1:-}" = --plan ]; then
+    exec "$(dirname "${BASH_SOURCE[0]}")/plan.sh" "${@:2}"
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment
 choose_recipe

@@ -11,6 +11,8 @@ from opd_titan.plan.simulate import Phase, Simulation
 
 # Reads parameter, gradient and two moments; writes all but the gradient.
 _OPTIMIZER_BYTES = 28
+# Phases whose peaks hold the generator's copy of the weights already.
+_HAS_COPY = ("sync", "rollout", "validation")
 
 
 @dataclass
@@ -55,12 +57,12 @@ class Estimate:
 def estimate(config: JobConfig, cluster: Cluster, simulation: Simulation) -> Estimate:
     """Add up a simulation; see `cluster.Assumed` for what is assumed."""
     copy = simulation.resident["generator weights"]
-    beside = max(p.peak for n, p in simulation.phases.items() if n not in ("sync", "rollout"))
-    copy_stays = copy > 0 and _total(cluster, beside + copy) <= cluster.memory
-    peaks = {
-        name: phase.peak + (copy if copy_stays and name not in ("sync", "rollout") else 0)
-        for name, phase in simulation.phases.items()
-    }
+    peaks = {name: phase.peak for name, phase in simulation.phases.items()}
+    # As the run decides it: when memory for it is left over that nothing has ever asked for.
+    copy_stays = copy > 0 and _total(cluster, max(peaks.values()) + copy) <= cluster.memory
+    if copy_stays:
+        beside = {name: peak + copy for name, peak in peaks.items() if name not in _HAS_COPY}
+        peaks |= beside
     worst = max(peaks, key=lambda name: peaks[name])
     peak = _total(cluster, peaks[worst])
     forward = {role: shape.args.forward_flops for role, shape in simulation.shapes.items()}
@@ -85,26 +87,27 @@ def _total(cluster: Cluster, alive: float) -> float:
 def _seconds(
     config: JobConfig, cluster: Cluster, simulation: Simulation, flops: dict[str, float]
 ) -> dict[str, Seconds]:
-    a = cluster.assumed
-    rate = cluster.flops * a.products * cluster.world_size
-    seconds = {
-        name: _traffic(cluster, simulation, phase) for name, phase in simulation.phases.items()
-    }
+    """Of the rank with the most to do: the others wait for it."""
+    a, phases = cluster.assumed, simulation.phases
+    rate = cluster.flops * a.products * simulation.world.tp.size
+    seconds = {n: _traffic(cluster, simulation, p) for n, p in phases.items() if n != "validation"}
+    share = len(simulation.update_share) / len(simulation.samples)
     for name in ("teacher", "reference", "update"):
         if name in seconds:
-            seconds[name].busy = flops[name] / rate
+            seconds[name].busy = flops[name] * share / rate
     if config.activation_checkpoint.mode == "full":
-        lengths = [s.num_tokens - 1 for s in simulation.samples]
+        lengths = [s.num_tokens - 1 for s in simulation.update_share]
         again = simulation.shapes["student"].args.forward_flops(lengths, 0)
         seconds["update"].busy += again / rate
     if "rollout" in seconds:
-        seconds["rollout"].busy = _rollout_seconds(cluster, simulation, flops["rollout"] / rate)
-    shard = simulation.gradients / 4
+        share = len(simulation.rollout_share) / len(simulation.samples)
+        computing = flops["rollout"] * share / rate
+        seconds["rollout"].busy = _rollout_seconds(cluster, simulation, computing)
     reach = cluster.bandwidth * a.memory
     if config.optimizer.cpu_offload:
         reach = a.host_link
-    updates = config.distill.minibatches
-    seconds["optimizer"] = Seconds(busy=updates * _OPTIMIZER_BYTES * shard / reach)
+    moved = config.distill.minibatches * _OPTIMIZER_BYTES * simulation.trained
+    seconds["optimizer"] = Seconds(busy=moved / reach)
     for role, table in (("teacher", config.teacher), ("reference", config.reference)):
         if role in seconds and table.cpu_offload:
             streamed = simulation.weights[role] * simulation.microbatches
@@ -131,11 +134,9 @@ def _traffic(cluster: Cluster, simulation: Simulation, phase: Phase) -> Seconds:
 def _rollout_seconds(cluster: Cluster, simulation: Simulation, computing: float) -> float:
     """Decoding waits for the slowest of arithmetic, memory and the host that launches it."""
     a, args = cluster.assumed, simulation.shapes["student"].args
-    tp, dp = simulation.world.tp.size, simulation.world.dp.size
-    forwards = simulation.waves * (len(simulation.samples[0].response_ids) - 1)
-    # Each of the dp groups reads the weights for itself.
-    size = simulation.dtype.itemsize
-    read = args.decode_bytes(forwards * dp, cached_tokens_read(simulation.samples), size)
-    reading = read / (dp * tp) / (cluster.bandwidth * a.memory)
+    share = simulation.rollout_share
+    forwards = simulation.waves * (len(share[0].response_ids) - 1)
+    read = args.decode_bytes(forwards, cached_tokens_read(share), simulation.dtype.itemsize)
+    reading = read / simulation.world.tp.size / (cluster.bandwidth * a.memory)
     launching = forwards * simulation.phases["rollout"].operations * a.launch
     return max(computing, reading, launching)

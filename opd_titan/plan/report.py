@@ -70,7 +70,7 @@ def assumptions(assumed: Assumed) -> str:
         f"Assumed: {assumed.products:.0%} of peak FLOP/s in scoring and update, "
         f"{assumed.memory:.0%} of memory bandwidth in decoding, {assumed.links:.0%} of a link in "
         f"collectives and {assumed.latency * 1e6:.0f} us per rank of their ring, "
-        f"{assumed.launch * 1e6:.0f} us per operation that the host launches while decoding, "
+        f"{assumed.launch * 1e6:.0f} us per kernel that the host launches while decoding, "
         f"{assumed.slack:.0%} of live memory lost in the allocator. Every sample has the planned "
         f"lengths; data-parallel traffic hides behind computing, tensor-parallel traffic does not."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,15 +26,18 @@ from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, backward
 from opd_titan.distributed.world import World, build_world
-from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution
 from opd_titan.optim import build_optimizer
 from opd_titan.plan.cluster import Cluster
+from opd_titan.plan.kernels import like_cuda
 from opd_titan.plan.tracker import Tracker
 from opd_titan.rollout.generator import Generator, SamplingParams, SlotState
 from opd_titan.rollout.kv_cache import KVCache
 from opd_titan.rollout.scheduler import Request, Scheduler
 from opd_titan.rollout.weights import GeneratorWeights
+
+# Where the recipe does not limit the validation, its set is taken to be as large as GSM8K's.
+_VALIDATION_PROMPTS = 1319
 
 
 @dataclass
@@ -61,9 +64,11 @@ class Simulation:
     Attributes:
         resident: what is there between phases, by name.
         weights: the frozen models' share of one rank, on its device or its host, by role.
+        gradients: on the device; `trained` parameters have one in fp32.
         microbatches: of one rank in the whole step.
         slots: sequences decoded at once; `waves` of them make the rollout.
         samples: of all ranks, with the lengths that were planned for.
+        update_share: those that this rank scores and updates on.
     """
 
     shapes: dict[str, ModelShape]
@@ -72,12 +77,20 @@ class Simulation:
     resident: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     gradients: int = 0
+    trained: int = 0
     microbatches: int = 0
     kv_cache: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
     slots: int = 0
     waves: int = 0
     samples: list[Sample] = field(default_factory=list)
+    update_share: list[Sample] = field(default_factory=list)
+
+    @property
+    def rollout_share(self) -> list[Sample]:
+        """The samples that this rank draws. No rank draws more."""
+        dp = self.world.dp
+        return [s for s in self.samples if s.prompt.index % dp.size == dp.rank]
 
     @property
     def axes(self) -> dict[str, int]:
@@ -111,8 +124,9 @@ def simulate(
         result = Simulation(shapes, world, _dtype(config, cluster))
         result.samples = _samples(config, prompt_tokens, response_tokens)
         step = _Step(config, cluster, result)
+        kernels = like_cuda() if cluster.on_cuda else nullcontext()
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with _kernels_of(cluster), fake, step.tracker, step.tracker.watch():
+        with kernels, fake, step.tracker, step.tracker.watch():
             step.run()
         return result
     finally:
@@ -135,18 +149,6 @@ def _samples(config: JobConfig, prompt_tokens: int, response_tokens: int) -> lis
     ]
 
 
-@contextmanager
-def _kernels_of(cluster: Cluster) -> Iterator[None]:
-    """Attention as the cluster's devices do it: packed on GPUs, padded on a CPU."""
-    original = PackedAttention._has_packed_kernel
-    if cluster.on_cuda:
-        PackedAttention._has_packed_kernel = staticmethod(lambda q: q.dtype != torch.float32)
-    try:
-        yield
-    finally:
-        PackedAttention._has_packed_kernel = staticmethod(original)
-
-
 class _PlannedGenerator(Generator):
     """Counts on the memory of the cluster, not on that of the machine that plans."""
 
@@ -156,13 +158,20 @@ class _PlannedGenerator(Generator):
         return max(0, self.budget)
 
 
+class _CopiedWeights(GeneratorWeights):
+    """Of a model on the host, which shares no storage with a generator on the GPU."""
+
+    def _shared(self, parameter: torch.Tensor) -> None:
+        return None
+
+
 class _Step:
     """The phases in the order of the trainer's step."""
 
     def __init__(self, config: JobConfig, cluster: Cluster, result: Simulation) -> None:
         self.config, self.cluster, self.result = config, cluster, result
         self.world, self.dtype = result.world, result.dtype
-        self.tracker = Tracker()
+        self.tracker = Tracker(gloo=not cluster.on_cuda)
         self.on_host = 0  # bytes that the plan holds, but the cluster's devices would not
         built_as = copy.deepcopy(config)
         # Compiled code is not traced here; it keeps about what selective checkpointing does.
@@ -176,9 +185,13 @@ class _Step:
 
     def run(self) -> None:
         self._load()
-        on_policy = self.config.rollout.on_policy_fraction > 0.0
-        if on_policy:
+        with self._phase("sync"):
+            self.weights.sync()
+        if self.config.rollout.on_policy_fraction > 0.0:
             self._rollout()
+        if self.config.validation.enable:
+            self._validate()
+        self.weights.release()
         plan = self._plan()
         for role in ("teacher", "reference"):
             if role in self.models:
@@ -195,22 +208,31 @@ class _Step:
         self.student = self.models["student"]
         self.optimizer = build_optimizer(self.student, self.config)
         before = self.tracker.live
-        for parameter in self.student.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-            self.tracker.add(parameter.grad.to_local())
+        self._make_gradients()
         self.result.gradients = self.tracker.live - before
+        self.result.trained = self.result.gradients // 4
         self.optimizer.step()  # makes its state
         self.optimizer.zero_grad(set_to_none=True)
         self._hold("optimizer state", self.tracker.live - before, "student")
-        build = partial(self.result.shapes["student"].build_share, self.world.tp, False)
         before = self.tracker.live
-        self.weights = GeneratorWeights(self.student, build, self.dtype, self.world.device)
+        self.weights = self._generator_weights("student")
         self._hold("generator weights", self.tracker.live - before)
+
+    def _make_gradients(self) -> None:
+        for parameter in self.student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _generator_weights(self, role: str) -> GeneratorWeights:
+        build = partial(self.result.shapes[role].build_share, self.world.tp, False)
+        kind = _CopiedWeights if self._is_on_host(role) else GeneratorWeights
+        return kind(self.models[role], build, self.dtype, self.world.device)
+
+    def _is_on_host(self, role: str) -> bool:
+        return self.cluster.on_cuda and cpu_offload(role, self.config)
 
     def _hold(self, name: str, size: int, role: str | None = None) -> None:
         """Note what stays, unless the recipe keeps it on the host."""
-        offloaded = role is not None and cpu_offload(role, self.config)
-        if self.cluster.on_cuda and offloaded:
+        if role is not None and self._is_on_host(role):
             self.on_host += size
             size = 0
         self.result.resident[name] = size
@@ -228,22 +250,21 @@ class _Step:
             phase.sent[axis] += tracker.sent[group] * times
             phase.collectives[axis] += tracker.collectives[group] * times
 
-    @torch.no_grad()
-    def _rollout(self) -> None:
-        with self._phase("sync"):
-            self.weights.sync()
-        r, c, dp = self.config.rollout, self.config, self.world.dp
-        mine = [s for s in self.result.samples if s.prompt.index % dp.size == dp.rank]
-        requests = [Request(s.prompt, s.sample_index, 0) for s in mine]
-        generator = _PlannedGenerator(
-            self.weights.model,
-            {0},
-            r.max_concurrent,
-            c.training.max_tokens_per_microbatch,
-            self.world.tp,
-        )
+    def _generator(self, weights: GeneratorWeights) -> _PlannedGenerator:
+        c = self.config
+        budget = c.training.max_tokens_per_microbatch
+        concurrent, tp = c.rollout.max_concurrent, self.world.tp
+        generator = _PlannedGenerator(weights.model, {0}, concurrent, budget, tp)
         spent = self.tracker.live - self.on_host + self.cluster.reserve
         generator.budget = int(self.cluster.memory - spent)
+        return generator
+
+    @torch.no_grad()
+    def _rollout(self) -> None:
+        r = self.config.rollout
+        mine = self.result.rollout_share
+        requests = [Request(s.prompt, s.sample_index, 0) for s in mine]
+        generator = self._generator(self.weights)
         params = SamplingParams(r.max_new_tokens, r.temperature, r.top_p, r.top_k)
         # The cache has room for the longest response, whatever the mean is.
         longest = len(mine[0].prompt.token_ids) + r.max_new_tokens
@@ -251,7 +272,31 @@ class _Step:
         self.result.slots = scheduler.slots
         self.result.waves = -(-len(requests) // scheduler.slots)
         self._sample(generator, scheduler, params, longest)
-        self.weights.release()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Before step 1 the teacher answers too, from a copy of its own beside the student's."""
+        v, r = self.config.validation, self.config.rollout
+        prompts = v.max_prompts or _VALIDATION_PROMPTS
+        mine = -(-prompts // self.world.dp.size) * v.samples_per_prompt
+        prompt = self.result.samples[0].prompt
+        requests = [Request(prompt, n, 0) for n in range(mine)]
+        with self._phase("validation", 0):
+            weights = self.weights
+            if "teacher" in self.models:
+                weights = self._generator_weights("teacher")
+                weights.sync()
+            generator = self._generator(weights)
+            params = SamplingParams(v.max_new_tokens or r.max_new_tokens, v.temperature)
+            longest = len(prompt.token_ids) + params.max_new_tokens
+            slots = generator.count_slots(mine, longest)
+            args = generator.model.args
+            cache = KVCache(args, slots, longest, self.dtype, self.world.device)
+            state = SlotState(slots, params.max_new_tokens, generator.eos_N)
+            state.start(0, requests[:slots])
+            state.longest = longest - 1
+            hidden_ND = generator.decode(cache, state, slots)
+            generator.choose(hidden_ND, state, slice(0, slots), params)
 
     def _sample(
         self, generator: Generator, scheduler: Scheduler, params: SamplingParams, longest: int
@@ -278,11 +323,14 @@ class _Step:
             phase.operations = self.tracker.operations - operations
 
     def _plan(self) -> list[Minibatch]:
-        c = self.config
-        for s in self.result.samples:
-            s.student_logprobs = torch.zeros(len(s.response_ids))
+        c, result = self.config, self.result
         budget = c.training.max_tokens_per_microbatch
-        return plan_minibatches(self.result.samples, c.distill.minibatches, budget, self.world.dp)
+        plan = plan_minibatches(result.samples, c.distill.minibatches, budget, self.world.dp)
+        result.update_share = [s for m in plan for samples in m.microbatches for s in samples]
+        if c.rollout.on_policy_fraction > 0.0:
+            for s in result.update_share:
+                s.student_logprobs = torch.zeros(len(s.response_ids))
+        return plan
 
     def _score(self, role: str, plan: list[Minibatch]) -> None:
         first, count = _first_microbatch(plan)
@@ -304,11 +352,15 @@ class _Step:
         rule = UpdateRule(OBJECTIVES[d.objective], settings, dist_, c.training.max_grad_norm)
         first, count = _first_microbatch(plan)
         self.result.microbatches = count
+        offloaded = self._is_on_host("student")
+        # All micro-batches of an update but the first have its gradients beside them.
+        if offloaded or any(len(m.microbatches) > 1 for m in plan):
+            self._make_gradients()
+        if offloaded:
+            self.on_host += self.result.gradients
+            self.result.gradients = 0
         with self._phase("update", count):
             backward(self.student, first, 1, rule, self.world)
-        if count > 1:  # the second one has the first one's gradients beside it
-            with self._phase("update", 0):
-                backward(self.student, first, 1, rule, self.world)
         with self._phase("update", len(plan)):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -41,12 +41,20 @@ class Tracker(TorchDispatchMode):
         live: bytes. `reset` starts the others anew:
         peak: the most that was alive.
         sent, collectives: bytes that this rank sends, and in how many, by the name of the group.
-        operations: how many.
+        operations: how many that compute something.
     """
 
-    def __init__(self) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # guarding each operation against the compiler costs a tenth of the plan
+
+    def __init__(self, gloo: bool) -> None:
+        """
+        Args:
+            gloo: collectives are gloo's, which copies the larger of their buffers meanwhile.
+        """
         super().__init__()
-        self.live = 0
+        self.live, self.gloo = 0, gloo
         self._sizes: dict[int, int] = {}
         self.reset()
 
@@ -59,7 +67,9 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.operations += 1
+        if func.namespace == "prim":  # asks for a tensor's device
+            return out
+        self.operations += not func.is_view
         if func.namespace == "c10d":
             self._note_traffic(func, args)
         for leaf in tree_leaves(out):
@@ -93,6 +103,8 @@ class Tracker(TorchDispatchMode):
         sizes = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)]
         group = next(g for g in map(_process_group, args) if g is not None)
         ranks = group.size()
+        if self.gloo and name not in ("allreduce", "broadcast"):
+            self.peak = max(self.peak, self.live + max(sizes))
         self.sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
         self.collectives[group.group_name] += ranks > 1
 

@@ -1,0 +1,41 @@
+"""What GPUs compute otherwise than a CPU does, for a plan that runs on fake tensors of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+@contextmanager
+def like_cuda() -> Iterator[None]:
+    """Take the branches that the program's code has for GPUs, on fake tensors."""
+    on_cuda = patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True)
+    hopper = patch("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    fused = patch("torch.nn.functional.rms_norm", _rms_norm)
+    with on_cuda, hopper, fused:
+        yield
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
+    """One kernel that keeps its input. On a CPU it is several, which keep more."""
+    return _RMSNorm.apply(x, weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The shapes of aten::_fused_rms_norm and its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

@@ -111,6 +111,8 @@ def planned(case: Case, options: list[str]) -> float:
 
 def measured(case: Case, options: list[str], trim: bool) -> float:
     """GiB of the largest process of a real run."""
+    folder = Path(options[options.index("--job.dump_folder") + 1])
+    shutil.rmtree(folder, ignore_errors=True)
     env = {**os.environ, "NGPU": str(case.processes)}
     env.setdefault("OMP_NUM_THREADS", "1")
     if trim:
@@ -119,7 +121,6 @@ def measured(case: Case, options: list[str], trim: bool) -> float:
     _run([str(REPO / "scripts" / "run_train.sh"), *options, *recipe], env)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = Path(options[options.index("--job.dump_folder") + 1])
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
     return max(e.value for e in events.Scalars("memory/max_active(GiB)"))

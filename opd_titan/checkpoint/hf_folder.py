@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _HUB_FILES = [
 ]
 
 
-def resolve_model_folder(path_or_id: str, key: str) -> Path:
+def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = _HUB_FILES) -> Path:
     """The folder of a model: a local one as it stands, else a snapshot from the hub.
 
     Every rank may call this at once: the hub's cache has its own locks.
@@ -39,6 +40,7 @@ def resolve_model_folder(path_or_id: str, key: str) -> Path:
     Args:
         path_or_id: a local folder, or a hub id `org/name`.
         key: the config key it came from, for error messages.
+        files: what to get from the hub, as patterns of names.
 
     Raises:
         ModelError: neither a folder nor a model that the hub can give.
@@ -55,7 +57,7 @@ def resolve_model_folder(path_or_id: str, key: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        snapshot = snapshot_download(path_or_id, allow_patterns=_HUB_FILES, ignore_patterns="*/*")
+        snapshot = snapshot_download(path_or_id, allow_patterns=files, ignore_patterns="*/*")
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"{key} = {path_or_id!r} is no local folder and the hub has no such model (or it is "

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opd_titan.build import ModelShape, cpu_offload, inspect_shape, parallel_model, roles
+from opd_titan.checkpoint.hf_folder import resolve_model_folder
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
@@ -120,7 +121,7 @@ def simulate(
             p.tensor_parallel_degree,
         )
         tp = p.tensor_parallel_degree
-        shapes = {role: inspect_shape(role, path, tp) for role, path, _ in roles(config)}
+        shapes = {role: _shape(role, path, tp) for role, path, _ in roles(config)}
         result = Simulation(shapes, world, _dtype(config, cluster))
         result.samples = _samples(config, prompt_tokens, response_tokens)
         step = _Step(config, cluster, result)
@@ -131,6 +132,11 @@ def simulate(
         return result
     finally:
         dist.destroy_process_group()
+
+
+def _shape(role: str, path: str, tensor_parallel: int) -> ModelShape:
+    folder = resolve_model_folder(path, f"{role}.hf_path", ["config.json"])
+    return inspect_shape(role, str(folder), tensor_parallel)
 
 
 def _dtype(config: JobConfig, cluster: Cluster) -> torch.dtype:

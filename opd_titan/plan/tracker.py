@@ -31,6 +31,10 @@ _PASSES = {
     "reduce_scatter_tensor_coalesced": 1,
     "allreduce": 2,
     "broadcast": 1,
+    # Functional ones, which DTensor calls.
+    "all_reduce": 2,
+    "all_gather_into_tensor": 1,
+    "reduce_scatter_tensor": 1,
 }
 
 
@@ -66,12 +70,13 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        # Half of all calls only ask where a tensor is.
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # asks for a tensor's device
-            return out
         self.operations += not func.is_view
-        if func.namespace == "c10d":
-            self._note_traffic(func, args)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._note_traffic(func, args, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, DTensor):  # what it did inside is out of this mode's sight
                 leaf = leaf._local_tensor
@@ -96,14 +101,15 @@ class Tracker(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 
-    def _note_traffic(self, func: Any, args: tuple) -> None:
-        name = func._schema.name.removeprefix("c10d::").rstrip("_")
+    def _note_traffic(self, func: Any, args: tuple, out: Any) -> None:
+        name = func._schema.name.partition("::")[2].rstrip("_")
         if name not in _PASSES:
             return
-        sizes = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)]
-        group = next(g for g in map(_process_group, args) if g is not None)
+        tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
+        sizes = [t.numel() * t.element_size() for t in tensors]
+        group = next(g for g in map(_process_group, reversed(args)) if g is not None)
         ranks = group.size()
-        if self.gloo and name not in ("allreduce", "broadcast"):
+        if self.gloo and _PASSES[name] == 1:
             self.peak = max(self.peak, self.live + max(sizes))
         self.sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
         self.collectives[group.group_name] += ranks > 1
@@ -127,6 +133,9 @@ class Tracker(TorchDispatchMode):
 
 
 def _process_group(argument: Any) -> dist.ProcessGroup | None:
+    if isinstance(argument, str):
+        known = dist.distributed_c10d._world.pg_names.items()
+        return next((group for group, name in known if name == argument), None)
     if not isinstance(argument, torch.ScriptObject):
         return None
     try:

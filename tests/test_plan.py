@@ -1,0 +1,431 @@
+"""The planner against hand counts, against itself, and against a real run's memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from opd_titan.config import JobConfig, load_config
+from opd_titan.errors import UserError
+from opd_titan.plan.__main__ import main
+from opd_titan.plan.cluster import Cluster, GiB
+from opd_titan.plan.estimate import Estimate, estimate
+from opd_titan.plan.remedies import remedies
+from opd_titan.plan.simulate import Simulation, simulate
+
+REPO = Path(__file__).resolve().parent.parent
+H200 = Cluster(
+    world_size=8,
+    gpus_per_node=8,
+    memory=139.8 * GiB,
+    reserve=2.5 * GiB,
+    flops=989e12,
+    bandwidth=4.8e12,
+    node_bandwidth=450e9,
+    network_bandwidth=50e9,
+)
+# D, L, H, G, K, F, V, tied: as in benchmarks/qwen3_shapes.py, and two that take no time.
+SIZES = {
+    "0.6B": (1024, 28, 16, 8, 128, 3072, 151936, True),
+    "8B": (4096, 36, 32, 8, 128, 12288, 151936, False),
+    "tiny": (128, 2, 8, 8, 32, 256, 1024, True),
+    "tiny, a layer more": (128, 3, 8, 8, 32, 256, 1024, True),
+    "wide": (256, 3, 8, 8, 32, 512, 1024, False),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every size a folder with a config.json and nothing else."""
+    root = tmp_path_factory.mktemp("shapes")
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    keys += ("head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings")
+    for name, sizes in SIZES.items():
+        config = dict(zip(keys, sizes, strict=True))
+        config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        config |= {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "eos_token_id": 1}
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.fixture(scope="module")
+def arguments(folder: Path) -> Any:
+    def make(student: str, teacher: str, *options: Any) -> list[str]:
+        words = ["--student.hf_path", folder / student, "--teacher.hf_path", folder / teacher]
+        words += ["--validation.enable", "false", "--rollout.prompts_per_step", 16]
+        words += ["--rollout.group_size", 2, "--data.max_prompt_tokens", 32]
+        words += ["--rollout.max_new_tokens", 32, *options]
+        return [str(w) for w in words]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def planned(arguments: Any) -> Any:
+    """Simulation and estimate of a recipe; the same ones are made once."""
+
+    @functools.cache
+    def plan(
+        student: str, teacher: str, *options: Any, cluster: Cluster = H200
+    ) -> tuple[JobConfig, Simulation, Estimate]:
+        config = load_config(arguments(student, teacher, *options))
+        lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+        simulation = simulate(config, cluster, *lengths)
+        return config, simulation, estimate(config, cluster, simulation)
+
+    return plan
+
+
+def tp(ranks: int) -> tuple[str, int]:
+    return "--parallelism.tensor_parallel_degree", ranks
+
+
+def parameters(size: str, tp: int = 1) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of one rank's share of the weights: of the root's group, and of one layer."""
+    d, _, h, g, k, f, v, tied = SIZES[size]
+    h, g, f, v = h // tp, g // tp, f // tp, v // tp
+    layer = [(h * k, d), (g * k, d), (g * k, d), (d, h * k), (f, d), (f, d), (d, f)]
+    head = [(v, d)] * (1 if tied else 2)
+    return {"layer": [*layer, (d,), (d,), (k,), (k,)], "root": [*head, (d,)]}
+
+
+def shard(shapes: list[tuple[int, ...]], ranks: int) -> int:
+    """Elements of the first rank's shard, which is never smaller than the others'."""
+    return sum(math.ceil(s[0] / ranks) * math.prod(s[1:]) for s in shapes)
+
+
+def rank_share(size: str, ranks: int, tp: int = 1) -> int:
+    parts = parameters(size, tp)
+    return SIZES[size][1] * shard(parts["layer"], ranks // tp) + shard(parts["root"], ranks // tp)
+
+
+# ------------------------------------------------------------------ resident
+
+
+SFT = ("--distill.objective", "sft", "--rollout.on_policy_fraction", 0, "--rollout.group_size", 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "degree"),
+    [("8B", 8, 1), ("8B", 64, 8), ("8B", 512, 1), ("0.6B", 8, 1)],
+)
+def test_what_stays_is_what_a_hand_counts(planned: Any, size: str, ranks: int, degree: int) -> None:
+    cluster = replace(H200, world_size=ranks)
+    _, simulation, _ = planned(size, size, *SFT, *tp(degree), cluster=cluster)
+    mine = rank_share(size, ranks, degree)
+    resident = simulation.resident
+    assert resident["student weights"] == simulation.gradients == 4 * mine
+    moments = resident["optimizer state"]
+    assert 8 * mine <= moments < 8 * mine + 1e5  # the step counts, of 4 bytes each
+    assert resident["generator weights"] == 2 * rank_share(size, degree, degree)
+    if (size, ranks) == ("8B", 8):
+        assert mine == pytest.approx(8_190_735_360 / 8, rel=1e-6)
+    if size == "0.6B":
+        assert mine == pytest.approx(596_049_920 / 8, rel=1e-6)  # embedding and head once
+
+
+def test_a_teacher_is_stored_as_it_computes(planned: Any) -> None:
+    _, simulation, _ = planned("tiny", "wide")
+    assert simulation.resident["teacher weights"] == 2 * rank_share("wide", 8)
+
+
+@pytest.mark.parametrize("degree", [1, 4])
+def test_kv_cache(planned: Any, degree: int) -> None:
+    _, simulation, _ = planned("wide", "tiny", *tp(degree))
+    _, layers, _, heads, k, *_ = SIZES["wide"]
+    sequences = 16 * 2 // (8 // degree)
+    assert simulation.slots == sequences and simulation.waves == 1
+    assert simulation.kv_cache == 2 * layers * sequences * (heads // degree) * k * (32 + 32) * 2
+
+
+def test_more_sequences_than_fit_take_turns(planned: Any) -> None:
+    options = ("--rollout.max_concurrent", 3)
+    _, simulation, _ = planned("tiny", "tiny", *options)
+    assert (simulation.slots, simulation.waves) == (3, 2)
+
+
+# ------------------------------------------------------------------- traffic
+
+
+def test_traffic_of_sharding(planned: Any) -> None:
+    _, simulation, _ = planned("wide", "tiny")
+    parts, ranks, layers = parameters("wide"), 8, SIZES["wide"][1]
+    layer, root = (ranks * shard(parts[name], ranks) for name in ("layer", "root"))
+    passes = (ranks - 1) / ranks
+    sent = {name: phase.sent["dp_shard"] for name, phase in simulation.phases.items()}
+    # bf16 weights in forward and backward, the root's once; fp32 gradients.
+    assert sent["update"] == passes * (
+        2 * (2 * layers * layer + root) + 4 * (layers * layer + root)
+    )
+    assert sent["sync"] == passes * 2 * (layers * layer + root)
+    parts, layers = parameters("tiny"), SIZES["tiny"][1]
+    layer, root = (ranks * shard(parts[name], ranks) for name in ("layer", "root"))
+    assert sent["teacher"] == passes * 2 * (layers * layer + root)
+    assert sent["rollout"] == 0
+    collectives = simulation.phases["update"].collectives["dp_shard"]
+    assert collectives == 3 * SIZES["wide"][1] + 2
+
+
+def test_every_microbatch_gathers_anew(planned: Any) -> None:
+    _, once, _ = planned("wide", "tiny")
+    _, twice, _ = planned("wide", "tiny", "--training.max_tokens_per_microbatch", 128)
+    assert (once.microbatches, twice.microbatches) == (1, 2)
+    for name, factor in (("update", 2), ("teacher", 2), ("sync", 1)):
+        assert twice.phases[name].sent == {
+            axis: factor * size for axis, size in once.phases[name].sent.items()
+        }
+
+
+def test_copies_of_the_model_exchange_gradients_alone(planned: Any) -> None:
+    degrees = "--parallelism.data_parallel_replicate_degree", 4
+    _, simulation, _ = planned("wide", "tiny", *degrees)
+    assert simulation.axes == {"dp_replicate": 4, "dp_shard": 2}
+    mine, phases = rank_share("wide", 2), simulation.phases
+    assert phases["update"].sent["dp_replicate"] == 2 * 3 / 4 * 4 * mine
+    assert phases["teacher"].sent["dp_replicate"] == phases["sync"].sent["dp_replicate"] == 0
+    assert simulation.resident["student weights"] == 4 * mine
+
+
+def test_traffic_of_a_split_layer(planned: Any) -> None:
+    both = [planned(s, s, *tp(4))[1] for s in ("tiny", "tiny, a layer more")]
+    degree, (d, _, _, _, k, *_) = 4, SIZES["tiny"]
+    samples = 16 * 2 // 2  # of two data-parallel ranks
+    tokens = samples * (32 + 32 - 1)
+
+    def of_a_layer(phase: str) -> tuple[float, float]:
+        less, more = (s.phases[phase] for s in both)
+        sent = more.sent["tp"] - less.sent["tp"]
+        return sent, more.collectives["tp"] - less.collectives["tp"]
+
+    # Attention and MLP each gather the tokens and scatter a sum; the backward does the reverse.
+    one = tokens * d * 2 * (degree - 1) / degree
+    assert of_a_layer("teacher") == (4 * one, 4)
+    # The four norms' gradients are summed over the ranks, in bf16.
+    norms = 2 * (degree - 1) / degree * 2 * (2 * d + 2 * k)
+    assert of_a_layer("update") == (pytest.approx(8 * one + norms), 12)
+    # A rollout sums all tokens twice a layer: each prompt once, then one token a sample and step.
+    fed = samples // 2 * 32 + samples * 31
+    sent, collectives = of_a_layer("rollout")
+    assert sent == pytest.approx(2 * 2 * fed * d * 2 * (degree - 1) / degree)
+    assert collectives == 2 * (1 + 31)
+
+
+def test_links() -> None:
+    cluster = replace(H200, gpus_per_node=8, node_bandwidth=450.0, network_bandwidth=50.0)
+    assert cluster.link(stride=1, ranks=8) == 450
+    assert cluster.link(stride=1, ranks=64) == 400  # eight links lead out of a node
+    assert cluster.link(stride=2, ranks=4) == 450
+    assert cluster.link(stride=2, ranks=32) == 200
+    assert cluster.link(stride=8, ranks=8) == 50
+    assert cluster.link(stride=64, ranks=8) == 50
+    assert replace(cluster, network_bandwidth=100.0).link(1, 64) == 450
+
+
+# ---------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize("field", ["flops", "bandwidth", "node_bandwidth", "network_bandwidth"])
+@pytest.mark.parametrize("degree", [1, 4])
+def test_a_faster_device_or_link_is_never_slower(planned: Any, field: str, degree: int) -> None:
+    cluster = replace(H200, gpus_per_node=2)
+    config, simulation, found = planned("wide", "tiny", *tp(degree), cluster=cluster)
+    faster = replace(cluster, **{field: 2 * getattr(cluster, field)})
+    again = estimate(config, faster, simulation)
+    for name, seconds in found.seconds.items():
+        assert 0 <= again.seconds[name].total <= seconds.total
+    assert again.peak == found.peak
+
+
+def test_the_busiest_rank_sets_the_pace(planned: Any) -> None:
+    """16 prompts on 64 ranks: most have nothing to sample, and nobody is done sooner."""
+    full, sparse = (
+        planned("wide", "tiny", cluster=replace(H200, world_size=ranks)) for ranks in (16, 64)
+    )
+    assert len(full[1].rollout_share) == len(sparse[1].rollout_share) == 2
+    assert full[2].seconds["rollout"].busy == sparse[2].seconds["rollout"].busy
+    assert full[2].flops == sparse[2].flops
+    # Updates share by samples: 32 of them.
+    assert len(full[1].update_share) == 2 * len(sparse[1].update_share) == 2
+
+
+def test_recomputing_takes_less_memory_and_more_time(planned: Any) -> None:
+    mode = "--activation_checkpoint.mode"
+    peaks, seconds = [], []
+    for value in ("none", "selective", "full"):
+        _, simulation, found = planned("wide", "tiny", mode, value)
+        peaks.append(simulation.phases["update"].peak)
+        seconds.append(found.seconds["update"].busy)
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert seconds[0] == seconds[1] < seconds[2]
+
+
+# --------------------------------------------------------------- other recipes
+
+
+def test_without_samples_or_teacher(planned: Any) -> None:
+    _, simulation, found = planned("wide", "tiny", *SFT)
+    assert list(simulation.phases) == ["sync", "update"]
+    assert found.flops.keys() == {"update"}
+    assert found.seconds.keys() == {"sync", "update", "optimizer"}
+
+
+def test_a_reference_is_one_more_frozen_model(planned: Any) -> None:
+    _, simulation, found = planned("wide", "tiny", "--reference.coef", 0.5)
+    assert simulation.resident["reference weights"] == 2 * rank_share("wide", 8)
+    assert found.flops["reference"] == found.flops["update"] / 3
+    sent = simulation.phases["reference"].sent["dp_shard"]
+    assert sent == simulation.phases["sync"].sent["dp_shard"]
+
+
+def test_what_is_offloaded_is_not_on_the_device(planned: Any) -> None:
+    flags = [f"--{role}.cpu_offload=true" for role in ("teacher", "optimizer")]
+    _, plain, _ = planned("wide", "tiny")
+    _, simulation, found = planned("wide", "tiny", *flags)
+    for name in ("teacher weights", "student weights", "optimizer state"):
+        assert simulation.resident[name] == 0 < plain.resident[name]
+    assert simulation.gradients == 0
+    moved = sum(plain.resident.values()) - plain.resident["generator weights"]
+    saved = plain.phases["teacher"].peak - simulation.phases["teacher"].peak
+    assert saved == moved
+    assert found.seconds["teacher"].hidden > 0
+
+
+def test_several_updates_do_not_pile_up_gradients(planned: Any) -> None:
+    """Only micro-batches of one update have earlier gradients beside them."""
+    budget = "--training.max_tokens_per_microbatch", 128
+    _, several, _ = planned("wide", "tiny", *budget)
+    _, updates, _ = planned("wide", "tiny", *budget, "--distill.minibatches", 2)
+    assert several.microbatches == updates.microbatches == 2
+    assert several.phases["update"].peak > updates.phases["update"].peak
+
+
+def test_validation_has_the_teachers_copy_beside_the_students(planned: Any) -> None:
+    _, simulation, found = planned("tiny", "wide", "--validation.enable", "true")
+    copies = 2 * rank_share("tiny", 1) + 2 * rank_share("wide", 1)
+    resident = sum(simulation.resident.values()) - simulation.resident["generator weights"]
+    assert simulation.phases["validation"].peak > resident + copies
+    assert "validation" not in found.seconds
+
+
+# ------------------------------------------------------------------- remedies
+
+
+def test_remedies_fit_when_they_are_tried(planned: Any, arguments: Any) -> None:
+    tight = ("--training.max_tokens_per_microbatch", 2048, "--rollout.group_size", 16)
+    config, simulation, found = planned("wide", "tiny", *tight)
+    peaks = [p.peak for p in simulation.phases.values()]
+    small = replace(H200, memory=0.6 * max(peaks), reserve=0.0)
+    assert not estimate(config, small, simulation).fits
+
+    def again(changed: JobConfig) -> Estimate:
+        return estimate(changed, small, simulate(changed, small, 32, 32))
+
+    options, better = remedies(config, small, again)
+    assert options and better.fits
+    changed = load_config([*arguments("wide", "tiny", *tight), *" ".join(options).split()])
+    assert again(changed) == better
+
+
+def test_no_remedy_for_what_is_hopeless(planned: Any) -> None:
+    config, _, _ = planned("wide", "tiny")
+    tiny = replace(H200, memory=1e5, reserve=0.0)
+    options, better = remedies(config, tiny, lambda c: estimate(c, tiny, simulate(c, tiny, 32, 32)))
+    assert options and better is None
+
+
+# ----------------------------------------------------------------- the command
+
+
+def test_plans_are_repeatable_and_leave_nothing(arguments: Any, capsys: Any) -> None:
+    argv = [*arguments("tiny", "wide"), "--world-size", "8,64", "--gpu", "H200"]
+    outputs = []
+    for _ in range(2):
+        assert main(argv) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    rows = {line[:34].strip(): line[34:].split() for line in outputs[0].splitlines()}
+    assert rows["devices"] == ["8", "64"]
+    assert rows["fits"] == ["yes", "yes"]
+    assert "Assumed: " in outputs[0]
+    assert not dist.is_initialized()
+    assert not torch.empty(1).is_cuda and torch.nn.functional.rms_norm.__module__ != "opd_titan"
+
+
+def test_what_does_not_fit_is_exit_code_1(arguments: Any, capsys: Any) -> None:
+    argv = [*arguments("tiny", "wide"), "--gpu-memory", "0.01", "--reserve", "0.009"]
+    assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert "NO" in out and "On 8, alive at the peak (" in out
+
+
+MISTAKES = [
+    (["--world-size", "0"], "--world-size: '0'"),
+    (["--world-size", "8,x"], "--world-size: 'x'"),
+    (["--world-size"], "--world-size: expected one argument"),
+    (["--gpu", "nonsense"], "--gpu: the memory of 'nonsense' is not known"),
+    (["--gpu-memory", "nan"], "--gpu-memory: 'nan'"),
+    (["--prompt-tokens", "33"], "--prompt-tokens: 33 is more than data.max_prompt_tokens = 32"),
+    (["--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
+    (["--world-size", "3", *map(str, tp(3))], "3 does not divide num_key_value_heads 8"),
+    ([*map(str, tp(3))], "is not the world size 8; what fits: 1 x 8 x 1"),
+    (["--teacher.hf_path", "/nowhere"], "teacher.hf_path = '/nowhere'"),
+]
+
+
+@pytest.mark.parametrize(("options", "part"), MISTAKES)
+def test_mistakes_are_one_line(arguments: Any, capsys: Any, options: list[str], part: str) -> None:
+    assert main([*arguments("tiny", "wide"), *options]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("opd_titan: ") and part in line
+    assert not dist.is_initialized()
+
+
+def test_a_failing_simulation_leaves_no_process_group(planned: Any) -> None:
+    with pytest.raises(UserError):
+        planned("tiny", "tiny", *tp(5), cluster=replace(H200, world_size=5))
+    assert not dist.is_initialized()
+
+
+def test_both_scripts_plan(arguments: Any) -> None:
+    outputs = []
+    for command in (["plan.sh"], ["run_train.sh", "--plan"]):
+        script = [str(REPO / "scripts" / command[0]), *command[1:]]
+        done = subprocess.run(
+            [*script, *arguments("tiny", "wide"), "--gpu", "B200"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] and "178.40" in outputs[0]
+
+
+# -------------------------------------------------------------- against reality
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's and Linux's accounting of memory")
+def test_within_10_percent_of_a_real_run() -> None:
+    command = [sys.executable, str(REPO / "benchmarks" / "plan_accuracy.py"), "--only"]
+    done = subprocess.run(
+        [*command, "fsdp 2", "long, selective"],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,7 @@ from opd_titan.distill.head import loss_head
 from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
-from opd_titan.distill.update import backward
+from opd_titan.distill.update import forward_backward
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution, project
 from opd_titan.preflight import TOLERANCE, probe
@@ -229,7 +229,7 @@ def _loss_and_gradient(s: Setting, compile: bool, dtype: torch.dtype) -> tuple[f
     torch.manual_seed(11)
     samples = s.samples(s.sequence, 2, shape.args.vocab_size)
     tokens = sum(fed_in(samples))
-    stats, _ = backward(model, samples, tokens, rule(config), s.world)
+    stats, _ = forward_backward(model, samples, tokens, rule(config), s.world)
     # The first layer's gradient has gone through all of the others.
     first = model.layers[0].attention.wv.weight.grad.to_local()
     return stats.loss_R.mean().item(), first.clone()

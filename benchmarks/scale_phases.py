@@ -17,7 +17,7 @@ from opd_titan.data.types import Sample
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
-from opd_titan.distill.update import UpdateRule, backward, update
+from opd_titan.distill.update import UpdateRule, forward_backward, update
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
@@ -100,7 +100,7 @@ def _update_budget(s, config, args, model, optimizer, budget) -> None:
 
     def one() -> None:
         first = plan[0].microbatches[0]
-        backward(model, first, plan[0].response_tokens, rule(config), s.world)
+        forward_backward(model, first, plan[0].response_tokens, rule(config), s.world)
 
     alone, count = s.seconds(one), len(plan[0].microbatches)
     rates = s.rates(alone["median_s"], flops / count, tokens // count)

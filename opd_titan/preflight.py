@@ -12,8 +12,8 @@ from torch import nn
 from opd_titan.data.types import Prompt
 from opd_titan.distill.head import loss_head
 from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
-from opd_titan.distill.packing import pack, plan_minibatches
-from opd_titan.distill.scoring import EMPTY, score
+from opd_titan.distill.packing import STAND_IN, pack, plan_minibatches
+from opd_titan.distill.scoring import score
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.rollout.generator import Generator, SamplingParams
@@ -49,7 +49,7 @@ def probe(
     }
     tokens, difference, gaps = 0, 0.0, [0.0]
     for microbatch in plan[0].microbatches:
-        batch = pack(microbatch or EMPTY, world)
+        batch = pack(microbatch or STAND_IN, world)
         head = partial(
             loss_head,
             predict_R=batch.predict_R,

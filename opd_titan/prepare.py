@@ -29,7 +29,7 @@ logger = logging.getLogger("opd_titan")
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedJob:
     """A job that has passed its checks.
 
     Attributes:
@@ -60,7 +60,7 @@ class Job:
         return self.sources["student"].tokenizer
 
 
-def prepare(config: JobConfig) -> Job:
+def prepare(config: JobConfig) -> PreparedJob:
     """Join the world, check models, data and checkpoint, then open the dump folder.
 
     Raises:
@@ -92,7 +92,7 @@ def prepare(config: JobConfig) -> Job:
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
     resumed_at, saved_state = _find_checkpoint(config, sources["student"], loader)
-    job = Job(
+    job = PreparedJob(
         config=config,
         world=world,
         dtype=compute_dtype(config, world.device),
@@ -112,14 +112,7 @@ def prepare(config: JobConfig) -> Job:
 
 def _join_world(config: JobConfig) -> World:
     device = init_world(config.comm.init_timeout_seconds)
-    if config.training.deterministic and device.type == "cuda":
-        # The sampler's prefix sums have no deterministic kernel there.
-        raise ConfigError("[training] deterministic: true is built for the CPU only so far")
-    if config.compile.enable and device.type == "cpu" and not has_cpp_compiler():
-        raise ConfigError(
-            "[compile] enable: true, but no C++ compiler found (g++, or what CXX names); install "
-            "one, or set it to false"
-        )
+    _check_device_options(config, device)
     init_logging(None, dist.get_rank())
     p = config.parallelism
     return build_world(
@@ -128,6 +121,17 @@ def _join_world(config: JobConfig) -> World:
         p.data_parallel_shard_degree,
         p.tensor_parallel_degree,
     )
+
+
+def _check_device_options(config: JobConfig, device: torch.device) -> None:
+    if config.training.deterministic and device.type == "cuda":
+        # The sampler's prefix sums have no deterministic kernel there.
+        raise ConfigError("[training] deterministic: true is built for the CPU only so far")
+    if config.compile.enable and device.type == "cpu" and not has_cpp_compiler():
+        raise ConfigError(
+            "[compile] enable: true, but no C++ compiler found (g++, or what CXX names); install "
+            "one, or set it to false"
+        )
 
 
 def _find_checkpoint(
@@ -145,7 +149,7 @@ def _find_checkpoint(
     return step, state
 
 
-def _open_folder(job: Job) -> None:
+def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
     try:
@@ -164,7 +168,7 @@ def _open_folder(job: Job) -> None:
         logger.info("Resolved config:\n%s", resolved)
 
 
-def _say_what_was_found(job: Job) -> None:
+def _say_what_was_found(job: PreparedJob) -> None:
     found = job.prompt_set
     logger.info(
         "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens); %s steps",

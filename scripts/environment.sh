@@ -75,7 +75,7 @@ check_processes() {
 set_worker_environment() {
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
     # On a CPU the workers share the cores.
-    if [ "$NGPU" -gt 1 ] && ! command -v nvidia-smi >/dev/null; then
+    if [ "$NGPU" -gt 1 ] && [ "$(visible_gpus)" = 0 ]; then
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NGPU - 1) / NGPU ))}"
     fi
 }

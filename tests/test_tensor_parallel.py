@@ -24,7 +24,7 @@ from opd_titan.distill import head as head_module
 from opd_titan.distill.head import loss_head, score_head
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
-from opd_titan.distill.update import UpdateRule, backward
+from opd_titan.distill.update import UpdateRule, forward_backward
 from opd_titan.distributed.world import ALONE, Axis, World, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3 import parallelize
@@ -71,7 +71,7 @@ def gradients(world: World, tied: bool) -> dict[str, Any]:
     FAMILY.parallelize(model, world, torch.float32)
     (minibatch,) = plan_minibatches(some_samples(), 1, 20, world.dp)
     for samples in minibatch.microbatches:
-        backward(model, samples, minibatch.response_tokens, RULE, world)
+        forward_backward(model, samples, minibatch.response_tokens, RULE, world)
     grads = {name: p.grad for name, p in model.named_parameters()}
     own = {name: g.to_local().clone() for name, g in grads.items() if "norm" in name}
     return {"whole": {name: g.full_tensor() for name, g in grads.items()}, "own": own}

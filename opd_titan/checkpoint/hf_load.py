@@ -41,13 +41,7 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
     Under FSDP these are the sharded ones in their own dtype, never a gathered copy (state_dict
     reshards first). A tied parameter appears under each of its names.
     """
-    wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")  # compile, activation checkpointing
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        for wrapper in wrappers:
-            name = name.replace(wrapper, "")
-        tensors[name] = tensor
-    return tensors
+    return dict(model.state_dict())
 
 
 def check_hf_weights(

@@ -126,7 +126,7 @@ class Optimizer:
     """Use torch's fused implementation."""
     cpu_offload: bool = False
     """Keep master weights, gradients and moments on the host and update there.
-    Frees 16 bytes per parameter and GPU shard; the weights are streamed layer by layer."""
+    Frees 16 bytes of GPU memory for each parameter of a rank's shard; the weights are streamed."""
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Parallelism:
     data_parallel_replicate_degree: int = 1
     """Copies of the sharded model (HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Ranks that one copy is sharded over (FSDP2). -1: what is left of the world."""
+    """Ranks that one copy is sharded over (FSDP2). -1: all that the other two leave."""
     tensor_parallel_degree: int = 1
     """Neighbouring ranks that each layer is split over, with sequence parallelism; it must divide
     the models' attention heads, key/value heads, MLP width and vocabulary."""

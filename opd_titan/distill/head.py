@@ -7,7 +7,8 @@ Under tensor parallelism each rank projects onto its part of the vocabulary; the
 few numbers per token, never logits (except where top-k or top-p have to see them all).
 
 Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width,
-v the part of the vocabulary that this rank holds (all of it without tensor parallelism).
+v the part of the vocabulary that this rank holds (all of it without tensor parallelism), P
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
-from opd_titan.models.logits import Distribution, VocabHead, scaled_logits
+from opd_titan.distributed.tensor_parallel import sum_ranks
+from opd_titan.models.logits import Distribution, VocabHead, local_logits
 
 # fp32 logits of one chunk. On a CPU larger chunks reach the same matmul speed and only cost memory.
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
@@ -36,7 +38,7 @@ def _logits(
     h_CD: Tensor, head: VocabHead, targets_C: Tensor, dist: Distribution, buffer: Tensor | None
 ) -> Tensor:
     out_Cv = None if buffer is None else buffer[: h_CD.shape[0]]
-    return scaled_logits(h_CD, head, dist, targets_C, out_Cv)
+    return local_logits(h_CD, head, dist, targets_C, out_Cv)
 
 
 def _buffer(chunks: list[slice], head: VocabHead) -> Tensor:
@@ -170,10 +172,11 @@ class _FusedLoss(torch.autograd.Function):
                 + [result.advantage_C, result.ratio_C, result.clipped_C]
             )
         ctx.save_for_backward(grad_hidden_RD, grad_weight_vD.to(weight_vD.dtype))
-        columns = [torch.cat(column) for column in zip(*stats, strict=True)]
-        head.sum(columns[1])  # each rank's entropy was over its part of the vocabulary
+        logprob_R, entropy_R, loss_R, *rest = (torch.cat(c) for c in zip(*stats, strict=True))
+        sum_ranks(entropy_R, tp)  # each rank's was over its part of the vocabulary
+        columns = (logprob_R, entropy_R, loss_R, *rest)
         ctx.mark_non_differentiable(*columns)
-        return columns[2].sum() * scale, *columns
+        return loss_R.sum() * scale, *columns
 
     @staticmethod
     def backward(ctx, grad_loss, *_):

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_titan.data.types import Sample
+from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import Axis, World
 from opd_titan.models.attention import PackedAttention
+
+# Stands in where a rank has no micro-batch left: forward and backward are collective.
+STAND_IN = (Sample(Prompt(-1, "", (0,)), 0, [0], "length"),)
 
 
 @dataclass

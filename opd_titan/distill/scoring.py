@@ -8,14 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from opd_titan.data.types import Prompt, Sample
+from opd_titan.data.types import Sample
 from opd_titan.distill.head import score_head
-from opd_titan.distill.packing import Minibatch, pack, unpack_values
+from opd_titan.distill.packing import STAND_IN, Minibatch, pack, unpack_values
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
-
-# Stands in where a rank has no micro-batch left: forward and backward are collective.
-EMPTY = [Sample(Prompt(-1, "", (0,)), 0, [0], "length")]
 
 
 @torch.no_grad()
@@ -39,7 +36,7 @@ def score(
     """
     scored: list[tuple[Sequence[Sample], Tensor]] = []
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
-        samples = microbatch or EMPTY
+        samples = microbatch or STAND_IN
         batch = pack(samples, world)
         head = partial(score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
         logprobs_R = model(batch.tokens_T, batch.attend, head)

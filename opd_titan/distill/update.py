@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import HeadStats, loss_head
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
-from opd_titan.distill.packing import Minibatch, PackedBatch, pack, pack_values, unpack_values
-from opd_titan.distill.scoring import EMPTY
+from opd_titan.distill.packing import (
+    STAND_IN,
+    Minibatch,
+    PackedBatch,
+    pack,
+    pack_values,
+    unpack_values,
+)
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
@@ -89,7 +95,9 @@ def update(
     advantages: list[tuple[Sequence[Sample], Tensor]] = []
     for i, minibatch in enumerate(plan):
         for samples in minibatch.microbatches:
-            stats, rollout_R = backward(model, samples, minibatch.response_tokens, rule, world)
+            stats, rollout_R = forward_backward(
+                model, samples, minibatch.response_tokens, rule, world
+            )
             if samples:
                 totals.add(stats, rollout_R, first_update=i == 0)
                 advantages.append((samples, stats.advantage_R))
@@ -104,24 +112,24 @@ def update(
     return totals.metrics()
 
 
-def backward(
-    model: nn.Module, samples: Sequence[Sample], tokens: int, rule: UpdateRule, world: World
+def forward_backward(
+    model: nn.Module, samples: Sequence[Sample], update_tokens: int, rule: UpdateRule, world: World
 ) -> tuple[HeadStats, Tensor | None]:
     """Forward and backward of one micro-batch, which may be empty: both are collective.
 
     Args:
-        tokens: response tokens of the whole update, over micro-batches and ranks.
+        update_tokens: response tokens of the whole update, over micro-batches and ranks.
 
     Returns:
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
     """
-    batch, scores = _packed(samples or EMPTY, bool(samples), world)
+    batch, scores = _packed(samples, world)
     head = partial(
         loss_head,
         predict_R=batch.predict_R,
         targets_R=batch.targets_R,
         scores=scores,
-        scale=1.0 / tokens if samples else 0.0,
+        scale=1.0 / update_tokens if samples else 0.0,
         objective=rule.objective,
         settings=rule.settings,
         dist=rule.dist,
@@ -131,11 +139,11 @@ def backward(
     return stats, scores.rollout
 
 
-def _packed(samples: Sequence[Sample], real: bool, world: World) -> tuple[PackedBatch, TokenScores]:
+def _packed(samples: Sequence[Sample], world: World) -> tuple[PackedBatch, TokenScores]:
     device = world.device
-    if not real:
+    if not samples:
         zero_R = torch.zeros(1, device=device)
-        return pack(samples, world), TokenScores(zero_R, zero_R, zero_R)
+        return pack(STAND_IN, world), TokenScores(zero_R, zero_R, zero_R)
     scores = TokenScores(
         pack_values([s.student_logprobs for s in samples], device),
         pack_values([s.teacher_logprobs for s in samples], device),
@@ -145,7 +153,10 @@ def _packed(samples: Sequence[Sample], real: bool, world: World) -> tuple[Packed
 
 
 def _total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis)."""
+    """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis).
+
+    A gradient that n ranks hold enters the world's sum n times, so its square is divided by n.
+    """
     shares: dict[int, list[Tensor]] = {}
     for grad in grads:
         if isinstance(grad, DTensor):
@@ -153,10 +164,10 @@ def _total_norm(grads: Sequence[Tensor]) -> Tensor:
             copies = math.prod(ranks for placement, ranks in placed if placement.is_replicate())
             shares.setdefault(copies, []).append(grad.to_local())
         else:
-            shares.setdefault(dist.get_world_size(), []).append(grad)
+            shares.setdefault(get_world_size(), []).append(grad)
     norms = {copies: torch.nn.utils.get_total_norm(parts) for copies, parts in shares.items()}
     square = sum(norm.square() / copies for copies, norm in norms.items())
-    dist.all_reduce(square)
+    all_reduce(square)
     return square.sqrt()
 
 

@@ -1,4 +1,7 @@
-"""Small collectives along an axis of the mesh. Each is the identity where the axis has one rank."""
+"""Small collectives along an axis of the mesh; `max_scalar` is over all ranks.
+
+Each is the identity where there is one rank.
+"""
 
 from __future__ import annotations
 

@@ -24,10 +24,11 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The plain tensor that this rank computes with: its share of a parameter, or all of it.
+    """The plain tensor that this rank computes with: its part of a split parameter, or all of it.
 
-    A parameter that every rank holds whole (a norm's weight) is applied to other tokens or heads
-    on each, so that its gradient is the sum over ranks; of a share, each rank has the gradient.
+    Inside FSDP's forward a parameter is plain, or a DTensor over `tp` alone. Each rank applies one
+    that is not split (a norm's) to its own tokens or heads only, so that its gradient is summed
+    over `tp`; that of a split one is already complete.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -35,14 +36,25 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local(grad_placements=placed)
 
 
-def all_gather(x_TD: Tensor, axis: Axis) -> Tensor:
+def locate_rows(tokens_T: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Row of each token among `rows` that start with `first`, 0 if it has none; whether it has."""
+    row_T = tokens_T - first
+    held_T = (row_T >= 0) & (row_T < rows)
+    return row_T * held_T, held_T
+
+
+def concat_ranks(x_TD: Tensor, axis: Axis) -> Tensor:
     """Every rank's tensor, concatenated along the first dimension. Without gradients."""
+    if axis.size == 1:
+        return x_TD
     out_TD = x_TD.new_empty(x_TD.shape[0] * axis.size, *x_TD.shape[1:])
     _all_gather_single(out_TD, x_TD.contiguous(), group=axis.group)
     return out_TD
 
 
 def _reduce_scatter(x_TD: Tensor, axis: Axis) -> Tensor:
+    if axis.size == 1:
+        return x_TD
     out_TD = x_TD.new_empty(x_TD.shape[0] // axis.size, *x_TD.shape[1:])
     _reduce_scatter_single(out_TD, x_TD.contiguous(), group=axis.group)
     return out_TD
@@ -52,7 +64,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return all_gather(x_TD, axis)
+        return concat_ranks(x_TD, axis)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
@@ -67,7 +79,7 @@ class _ScatterTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad_TD, ctx.axis), None
+        return concat_ranks(grad_TD, ctx.axis), None
 
 
 def gather_tokens(x_TD: Tensor, axis: Axis) -> Tensor:
@@ -81,6 +93,8 @@ def scatter_tokens(x_TD: Tensor, axis: Axis) -> Tensor:
 
 
 def sum_ranks(x_TD: Tensor, axis: Axis) -> Tensor:
-    """The sum of all ranks' [T, D] on every rank, in place. Without gradients, for rollouts."""
+    """The sum of all ranks' [T, D] on every rank, in place. Without gradients."""
+    if axis.size == 1:
+        return x_TD
     dist.all_reduce(x_TD, group=axis.group)
     return x_TD

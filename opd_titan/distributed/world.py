@@ -1,4 +1,7 @@
-"""Start of the process group, the device mesh, and where this rank stands in it."""
+"""Start of the process group, the device mesh, and where this rank stands in it.
+
+In all of the program, a layer is *split* over `tp` and parameters are *sharded* over `dp_shard`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class World:
         device: of this rank: its own GPU, or the CPU where there is none.
         mesh: the axes `dp_replicate`, `dp_shard`, `tp`, without the first and the last where
             they have one rank.
-        dp: the ranks that share the data among them: `dp_replicate` and `dp_shard` together.
+        dp: the ranks that divide the data among them: `dp_replicate` and `dp_shard` together.
         tp: the ranks that hold one model between them and see the same data.
     """
 
@@ -48,11 +51,13 @@ class World:
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
+        """What FSDP shards over: 1-D, or 2-D with copies of the shards (HSDP)."""
         names = tuple(n for n in self.mesh.mesh_dim_names if n != "tp")
         return self.mesh[names]
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:
+        """What layers are split over, if they are."""
         return self.mesh["tp"] if self.tp.size > 1 else None
 
 
@@ -137,7 +142,7 @@ def build_world(
 def _data_group(
     mesh: DeviceMesh, replicate: int, shard: int, tensor: int
 ) -> dist.ProcessGroup | None:
-    """The group of all ranks that see other data than this one."""
+    """The ranks at this one's place in the other models, itself included."""
     if replicate * shard == 1:
         return None
     if tensor == 1:

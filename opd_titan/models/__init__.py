@@ -17,7 +17,22 @@ from opd_titan.models.qwen3.state_dict import TIED_HF_KEYS, hf_to_native
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Everything the rest of the program needs to know of an architecture."""
+    """An architecture, as the rest of the program sees it.
+
+    Besides this table it uses of the model `args`, `layers` (of blocks with the two halves that
+    `transforms` names), `lm_head`, `forward(tokens_T, attend, head)`, `tie_weights` and
+    `assert_tied`; of the sizes `n_layers`, `n_kv_heads`, `head_dim`, `vocab_size`, `tied`,
+    `max_seq_len`, `init_std`, `forward_flops` and `decode_bytes`.
+
+    Attributes:
+        args_from_hf_config: the sizes, from a parsed config.json and its name for errors.
+        build: the model of these sizes.
+        parallelize: spread a model over a world, in place.
+        rank_args: the sizes of one tensor-parallel rank's part; refuses what cannot be split.
+        join_ranks: registers the collectives between the parts.
+        hf_to_native: Hugging Face's names of the parameters and ours.
+        tied_hf_keys: with tied weights, names that a file may hold twice.
+    """
 
     args_from_hf_config: Callable[[dict[str, Any], str], Any]
     build: Callable[[Any], nn.Module]

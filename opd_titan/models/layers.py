@@ -1,4 +1,4 @@
-"""Layers whose weights may be a rank's share of the whole.
+"""Layers whose weights may be a rank's part of the whole.
 
 They compute with plain tensors: FSDP2 and tensor parallelism store weights as DTensors, and what
 has to be sent between ranks is said once, in the family's `parallelize`.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_titan.distributed.tensor_parallel import local
+from opd_titan.distributed.tensor_parallel import local, locate_rows
 
 
 class Linear(nn.Linear):
@@ -34,6 +34,5 @@ class Embedding(nn.Embedding):
         if self.first_row is None:
             return F.embedding(tokens_T, weight_VD)
         # Zero where another rank has the row: the sum over ranks is the embedding.
-        row_T = tokens_T - self.first_row
-        held_T = (row_T >= 0) & (row_T < weight_VD.shape[0])
-        return F.embedding(row_T * held_T, weight_VD) * held_T[:, None]
+        row_T, held_T = locate_rows(tokens_T, self.first_row, weight_VD.shape[0])
+        return F.embedding(row_T, weight_VD) * held_T[:, None]

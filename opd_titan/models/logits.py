@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from opd_titan.distributed.tensor_parallel import all_gather, local, sum_ranks
+from opd_titan.distributed.tensor_parallel import concat_ranks, local, locate_rows
 from opd_titan.distributed.world import ALONE, Axis
 
 
@@ -65,17 +65,11 @@ class VocabHead:
 
     def locate(self, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Row of each token among this rank's, 0 where it has none, and whether it has one."""
-        row_N = tokens_N - self.tp.rank * self.rows
-        held_N = (row_N >= 0) & (row_N < self.rows)
-        return row_N * held_N, held_N
+        return locate_rows(tokens_N, self.tp.rank * self.rows, self.rows)
 
     def stack(self, local_values: Tensor) -> Tensor:
         """Every rank's tensor of this shape: [size, *shape]."""
-        return all_gather(local_values[None], self.tp)
-
-    def sum(self, local_values: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, in place."""
-        return sum_ranks(local_values, self.tp) if self.tp.size > 1 else local_values
+        return concat_ranks(local_values[None], self.tp)
 
 
 def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) -> Tensor:
@@ -147,14 +141,14 @@ def whole_logits(
     return truncate_(logits_Nv, distribution.top_k, distribution.top_p, keep_N)
 
 
-def scaled_logits(
+def local_logits(
     hidden_ND: Tensor,
     head: VocabHead,
     distribution: Distribution,
     keep_N: Tensor | None = None,
     out_Nv: Tensor | None = None,
 ) -> Tensor:
-    """This rank's columns [N, v] of `whole_logits`."""
+    """This rank's columns [N, v] of `whole_logits`; see there."""
     if not distribution.truncates:
         return _scaled(hidden_ND, head, distribution, out_Nv)
     logits_NV = whole_logits(hidden_ND, head, distribution, keep_N, out_Nv)

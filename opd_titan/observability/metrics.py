@@ -46,7 +46,7 @@ SCALARS: dict[str, str] = {
     "time/sync(s)": "seconds on rank 0: new weights into the rollout engine",
     "time/checkpoint(s)": "seconds on rank 0 that the loop waited for a checkpoint or export",
     "time/validate(s)": "seconds on rank 0: validation",
-    "time/step(s)": "seconds on rank 0: from prompts to new weights in the engine",
+    "time/step(s)": "seconds on rank 0: from prompts to the end of the update",
     # What exactly these count: docs/throughput.md
     "throughput/rollout(tok/s/gpu)": "sampled tokens",
     "throughput/teacher(tok/s/gpu)": "tokens through the teacher, prompts included",

@@ -25,7 +25,7 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
-from opd_titan.distill.update import UpdateRule, backward
+from opd_titan.distill.update import UpdateRule, forward_backward
 from opd_titan.distributed.world import World, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.optim import build_optimizer
@@ -167,7 +167,7 @@ class _PlannedGenerator(Generator):
 class _CopiedWeights(GeneratorWeights):
     """Of a model on the host, which shares no storage with a generator on the GPU."""
 
-    def _shared(self, parameter: torch.Tensor) -> None:
+    def _own_storage(self, parameter: torch.Tensor) -> None:
         return None
 
 
@@ -366,7 +366,7 @@ class _Step:
             self.on_host += self.result.gradients
             self.result.gradients = 0
         with self._phase("update", count):
-            backward(self.student, first, 1, rule, self.world)
+            forward_backward(self.student, first, 1, rule, self.world)
         with self._phase("update", len(plan)):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def never_used_bytes(device: torch.device) -> int:
-    """Memory that not even the allocator's cache holds: beyond the peak of everything so far."""
+    """Memory of a GPU that not even the allocator's cache holds: beyond the peak of all so far.
+
+    Of a host: what is free now.
+    """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes(device)
 
 

@@ -41,7 +41,7 @@ class GeneratorWeights:
         self._copies: dict[str, Tensor] = {}
         tensors = {}
         for name, parameter in source.named_parameters():
-            shared = self._shared(parameter)
+            shared = self._own_storage(parameter)
             if shared is None:
                 shared = torch.empty(shapes[name], dtype=dtype, device=device)
                 self._copies[name] = shared
@@ -56,7 +56,7 @@ class GeneratorWeights:
         """Of the copies, when they are there."""
         return sum(t.numel() * t.element_size() for t in self._copies.values())
 
-    def _shared(self, parameter: Tensor) -> Tensor | None:
+    def _own_storage(self, parameter: Tensor) -> Tensor | None:
         """The rank's own storage of its whole share, if it has that. The same on all ranks."""
         if parameter.dtype != self.dtype:
             return None
@@ -93,10 +93,10 @@ class GeneratorWeights:
         self._current, self._updated = False, True
 
     def release_if_short(self) -> None:
-        """Give the copies' memory to the update, unless one has run beside them. All ranks call.
+        """Free the copies for scoring and update, where these may need the memory. All ranks call.
 
-        Before the first update nobody knows what it takes. After it, memory that nothing has ever
-        asked for is to spare.
+        They may before the first update, when nobody knows what it takes; and from then on unless
+        as many bytes again have never been used by anything.
         """
         short = not self._updated or never_used_bytes(self.device) < self.num_bytes
         # Together: the next `sync` is collective.

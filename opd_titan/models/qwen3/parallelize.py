@@ -125,15 +125,15 @@ def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
     def reduce(_module: nn.Module, _args: Any, out_TD: torch.Tensor) -> torch.Tensor:
         return scatter_tokens(out_TD, tp) if sequence_parallel else sum_ranks(out_TD, tp)
 
-    needs_all_tokens: list[nn.Module] = [model.norm]
-    leaves_a_sum: list[nn.Module] = [model.tok_embeddings]
+    gathered_after: list[nn.Module] = [model.norm]
+    summed_after: list[nn.Module] = [model.tok_embeddings]
     for block in model.layers:
-        needs_all_tokens += [block.attention_norm, block.ffn_norm]
-        leaves_a_sum += [block.attention.wo, block.feed_forward.w2]
-    for module in leaves_a_sum:
+        gathered_after += [block.attention_norm, block.ffn_norm]
+        summed_after += [block.attention.wo, block.feed_forward.w2]
+    for module in summed_after:
         module.register_forward_hook(reduce)
     if sequence_parallel:
-        for module in needs_all_tokens:
+        for module in gathered_after:
             module.register_forward_hook(gather)
     model.tok_embeddings.first_row = tp.rank * local(model.tok_embeddings.weight).shape[0]
 

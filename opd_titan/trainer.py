@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
@@ -53,6 +54,7 @@ class Trainer:
         self.world, self.device = self.job.world, self.job.world.device
         self.sources, self.validator = self.job.sources, self.job.validator
         self.total_steps = self.job.total_steps
+        self.on_policy = config.rollout.on_policy_fraction > 0.0
         self._build_models()
         self._build_rules()
         self.step = self.graphs = 0
@@ -166,7 +168,8 @@ class Trainer:
             with phase("data"):
                 prompts = next(self.job.loader)
             with phase("sync"):
-                self.weights.sync()
+                if self.on_policy:
+                    self.weights.sync()
             with phase("rollout"):
                 samples = self.rollout(prompts)
                 self.weights.release_if_short()
@@ -184,7 +187,7 @@ class Trainer:
     def rollout(self, prompts: list[Prompt]) -> list[Sample]:
         """The step's responses: the student's own, or the data set's."""
         r = self.config.rollout
-        if r.on_policy_fraction == 0.0:
+        if not self.on_policy:
             return [self._given_response(p) for p in prompts]
         dp = self.world.dp
         most = len(prompts[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
@@ -260,9 +263,12 @@ class Trainer:
             self.recorder.record_pauses(0)
 
     def _measure_teacher(self) -> None:
+        self.weights.release()  # two copies at once would be the peak of the whole run
         weights, generator = self._generator("teacher", self.teacher)
         weights.sync()
         self.validator.measure_teacher(generator)
+        del weights, generator
+        gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> None:
         self.weights.sync()
@@ -327,7 +333,6 @@ class Trainer:
             logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
             return
         self.checkpointer.load(self.job.resumed_at)
-        self.weights.outdate()
         self.step = self.job.resumed_at
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
         logger.info(

@@ -74,8 +74,9 @@ check_processes() {
 # What NGPU workers on this machine get in their environment.
 set_worker_environment() {
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-    # On a CPU the workers share the cores.
-    if [ "$NGPU" -gt 1 ] && [ "$(visible_gpus)" = 0 ]; then
+    # The workers share the cores, also those that drive GPUs: torchrun alone would give each one
+    # thread, and an optimizer on the host needs more.
+    if [ "$NGPU" -gt 1 ]; then
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NGPU - 1) / NGPU ))}"
     fi
 }

@@ -33,6 +33,7 @@ from opd_titan.distill.objectives import (
     sft,
 )
 from opd_titan.distill.packing import pack, pack_values, unpack_values
+from opd_titan.distributed.world import Axis
 from opd_titan.models.logits import Distribution, VocabHead, local_logits, truncate_
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.sampler import sample
@@ -376,3 +377,17 @@ def test_expected_gradient_is_that_of_the_kl_to_the_sampled_distribution(dist) -
     grads = torch.autograd.grad(loss, parameters)
     for grad, true in zip(grads, torch.autograd.grad(truth, parameters), strict=True):
         assert (grad - true).norm() <= 2e-4 * true.norm() + 1e-7
+
+
+def test_a_chunk_that_truncates_has_room_for_the_whole_sorted_vocabulary() -> None:
+    """Truncation gathers and sorts every column, whatever part of them a rank holds."""
+    weight = torch.zeros(64, 2)
+    whole, half = VocabHead(weight), VocabHead(weight[:32], Axis(0, 2))
+    plain, cut = Distribution(), Distribution(top_p=0.9)
+
+    def rows(of: VocabHead, distribution: Distribution) -> int:
+        chunk = head._chunks(1 << 24, of, distribution)[0]
+        return chunk.stop - chunk.start
+
+    assert rows(half, plain) == 2 * rows(whole, plain)
+    assert rows(half, cut) == rows(whole, cut) == rows(whole, plain) // 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +128,61 @@ def check_one_rank_has_no_copy() -> tuple[int, bool]:
 
 def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
     assert run_distributed(check_one_rank_has_no_copy, 1) == [(0, True)]
+
+
+def check_resumed_trainer_gives_back(argv: list[str]) -> list[int]:
+    """Bytes of the copy after each rollout of a run that has just been resumed."""
+    from opd_titan.config import load_config
+    from opd_titan.trainer import Trainer
+
+    dist.destroy_process_group()
+    trainer = Trainer(load_config(argv))
+    held, score = [], trainer.score
+    trainer.score = lambda *args: (held.append(held_bytes(trainer.weights)), score(*args))
+    assert trainer.train() == 0
+    return held[::2]  # scores of the teacher, and of the reference that is not there
+
+
+def test_a_resumed_run_gives_its_copy_back_before_its_first_update(world: World) -> None:
+    """It has updated before, but not in this process: nobody knows what the update takes."""
+    options = ("--training.dtype", "bfloat16", "--validation.enable", "false")
+    first = world.argv("bf16", *options, "--training.steps", 2)
+    (fresh,) = run_distributed(check_resumed_trainer_gives_back, 1, first)
+    longer = world.argv("bf16", *options, "--training.steps", 4)
+    (resumed,) = run_distributed(check_resumed_trainer_gives_back, 1, longer)
+    assert fresh[0] == resumed[0] == 0
+    assert fresh[1] == resumed[1] > 0
+
+
+def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
+    """Bytes of the student's copy while the teacher answers, and the teacher's models after it."""
+    import weakref
+
+    from opd_titan.config import load_config
+    from opd_titan.trainer import Trainer
+
+    dist.destroy_process_group()
+    trainer = Trainer(load_config(argv))
+    made: list[weakref.ref] = []
+    beside: list[int] = []
+    generator_of, measure = trainer._generator, trainer.validator.measure_teacher
+
+    def generator(role: str, model: Any) -> Any:
+        found = generator_of(role, model)
+        made.append(weakref.ref(found[0].model))
+        return found
+
+    def measured(generator: Any) -> None:
+        beside.append(held_bytes(trainer.weights))
+        measure(generator)
+
+    trainer._generator, trainer.validator.measure_teacher = generator, measured
+    trainer.weights.sync()
+    trainer.recorder = SimpleNamespace(metrics=SimpleNamespace(log=lambda *_: None))
+    trainer._measure_teacher()
+    return beside[0], sum(ref() is not None for ref in made)
+
+
+def test_the_teacher_answers_alone_and_is_let_go(world: World) -> None:
+    argv = world.argv("teacher", "--training.dtype", "bfloat16")
+    assert run_distributed(check_teacher_is_let_go, 1, argv) == [(0, 0)]

@@ -25,6 +25,7 @@ from opd_titan.distill.head import loss_head, score_head
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, forward_backward
+from opd_titan.distributed.collectives import broadcast_tokens
 from opd_titan.distributed.world import ALONE, Axis, World, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3 import parallelize
@@ -320,3 +321,17 @@ def test_padding_to_equal_shares_predicts_nothing(layout: tuple[int, int, int]) 
     assert torch.equal(padded.tokens_T[: len(whole.tokens_T)], whole.tokens_T)
     # A sequence of its own: no token of a sample's attends to it, or it to them.
     assert padded.attend.seq_lens == [*whole.attend.seq_lens, missing]
+
+
+def check_one_rank_decides() -> tuple[list[int], list[float]]:
+    """Ranks that have drawn different tokens, as rounding on a GPU may make them."""
+    world = build_world(CPU, tensor=2)
+    tokens = torch.tensor([3, 1 << 40, 5]) + world.tp.rank
+    logprobs = torch.tensor([-0.1, -2.5, -1e-7]) - world.tp.rank
+    same, their = broadcast_tokens(tokens, logprobs, world.tp)
+    return same.tolist(), their.tolist()
+
+
+def test_ranks_of_one_model_go_on_with_the_same_tokens() -> None:
+    expected = ([3, 1 << 40, 5], torch.tensor([-0.1, -2.5, -1e-7]).tolist())
+    assert run_distributed(check_one_rank_decides, 4) == [expected] * 4

@@ -37,7 +37,8 @@ class Teacher:
     random_init: bool = False
     """Take the sizes from config.json but random weights. Off: the weights must exist."""
     cpu_offload: bool = False
-    """Keep the weights on the host and stream them to the GPU layer by layer."""
+    """Keep the weights on the host and stream them to the GPU layer by layer for scoring. To be
+    validated the teacher is gathered on the GPU all the same: see validation.enable."""
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Rollout:
     on_policy_fraction: float = 1.0
     """1: the student samples the responses. 0: the data set's own responses (objective sft)."""
     max_concurrent: int = 0
-    """Sequences decoded at once on each rank. 0: as many as fit in free memory."""
+    """Sequences decoded at once on each rank. 0: as many as fit in half of the free memory."""
 
 
 @dataclass

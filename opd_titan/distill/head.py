@@ -29,8 +29,10 @@ from opd_titan.models.logits import Distribution, VocabHead, local_logits
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
 
 
-def _chunks(n: int, head: VocabHead) -> list[slice]:
-    rows = max(1, CHUNK_BYTES[head.weight_vD.device.type] // (4 * head.rows))
+def _chunks(n: int, head: VocabHead, dist: Distribution) -> list[slice]:
+    # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
+    width = 8 * head.vocab_size if dist.truncates else head.rows
+    rows = max(1, CHUNK_BYTES[head.weight_vD.device.type] // (4 * width))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
@@ -65,7 +67,7 @@ def score_head(
     """
     head = VocabHead.of(weight)
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
-    chunks = _chunks(targets_R.numel(), head)
+    chunks = _chunks(targets_R.numel(), head, dist)
     buffer = _logits_buffer(chunks, head)
     for chunk in chunks:
         targets_C = targets_R[chunk]
@@ -144,7 +146,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
         stats: list[list[Tensor]] = []
-        chunks = _chunks(targets_R.numel(), head)
+        chunks = _chunks(targets_R.numel(), head, dist)
         logits_buffer = _logits_buffer(chunks, head)
         probs_buffer = _buffer(chunks, head)
         for chunk in chunks:

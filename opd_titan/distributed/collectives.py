@@ -54,6 +54,15 @@ def min_integer(value: int, device: torch.device, axis: Axis) -> int:
     return int(smallest)
 
 
+def broadcast_tokens(tokens_N: Tensor, logprobs_N: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """The first rank's tokens (int64) and their log-probs (fp32), in one collective."""
+    if axis.size == 1:
+        return tokens_N, logprobs_N
+    both_2N = torch.stack((tokens_N, logprobs_N.double().view(torch.int64)))
+    dist.broadcast(both_2N, group=axis.group, group_src=0)
+    return both_2N[0], both_2N[1].view(torch.float64).float()
+
+
 def gather_vector(values_N: Tensor, axis: Axis) -> Tensor:
     """Every rank's 1-D tensor, of any length, concatenated in rank order, on every rank."""
     if axis.size == 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_titan.data.types import Sample
-from opd_titan.distributed.collectives import min_integer
+from opd_titan.distributed.collectives import broadcast_tokens, min_integer
 from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.logits import Distribution, VocabHead, whole_logits
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention, bytes_per_token
@@ -155,10 +155,14 @@ class Generator:
     def choose(
         self, hidden_ND: Tensor, state: SlotState, rows: slice, params: SamplingParams
     ) -> tuple[Tensor, Tensor]:
+        """The next token of each row [N] and its log-prob, the same on tensor-parallel ranks."""
         if params.temperature == 0.0:
-            return greedy(whole_logits(hidden_ND, self.head, Distribution()))
-        logits_NV = whole_logits(hidden_ND, self.head, params.distribution)
-        return sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
+            chosen = greedy(whole_logits(hidden_ND, self.head, Distribution()))
+        else:
+            logits_NV = whole_logits(hidden_ND, self.head, params.distribution)
+            chosen = sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
+        # From the same logits a GPU's prefix sums may round differently: one rank decides.
+        return broadcast_tokens(*chosen, self.head.tp)
 
 
 class SlotState:

@@ -43,13 +43,14 @@ class GeneratorWeights:
         for name, parameter in source.named_parameters():
             shared = self._own_storage(parameter)
             if shared is None:
-                shared = torch.empty(shapes[name], dtype=dtype, device=device)
+                shared = torch.empty(shapes[name], dtype=dtype, device=device)  # until `release`
                 self._copies[name] = shared
             tensors[name] = shared
         self.model.load_state_dict(tensors, strict=False, assign=True)
         self.model.tie_weights()
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
-        self._current = self._updated = False
+        self._updated = False
+        self.release()
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +106,7 @@ class GeneratorWeights:
 
     def release(self) -> None:
         """Give the copies' memory back until the next `sync`."""
-        self._current = self._current and not self._copies
+        self._current = False
         for tensor in self._copies.values():
             tensor.untyped_storage().resize_(0)
 

@@ -179,8 +179,9 @@ class ActivationCheckpoint:
 @dataclass
 class Compile:
     enable: bool = False
-    """Compile the layers of all models (torch.compile), once for all batch shapes. A run whose
-    graphs keep being recompiled stops with an error."""
+    """Compile the layers of all models (torch.compile), all but the attention kernel. Sizes of a
+    batch are left open, so that a few graphs serve all; more than 32 of one function are an error.
+    """
 
 
 @dataclass

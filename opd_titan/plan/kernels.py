@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from opd_titan.distill.head import CHUNK_BYTES
+
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
@@ -18,13 +20,21 @@ def like_cuda() -> Iterator[None]:
     on_cuda = patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True)
     hopper = patch("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     fused = patch("torch.nn.functional.rms_norm", _rms_norm)
-    with on_cuda, hopper, fused:
+    chunks = patch.dict(CHUNK_BYTES, cpu=CHUNK_BYTES["cuda"])
+    with on_cuda, hopper, fused, chunks:
         yield
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
     """One kernel that keeps its input. On a CPU it is several, which keep more."""
     return _RMSNorm.apply(x, weight)
+
+
+def know_collectives() -> None:
+    """Let collectives take tensors without data, which older versions of torch must be told."""
+    known = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not known("c10d::_allgather_base_", "Meta"):
+        from torch.distributed._tools import fake_collectives  # noqa: F401 - registers them
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -30,7 +30,7 @@ from opd_titan.distributed.world import World, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.optim import build_optimizer
 from opd_titan.plan.cluster import Cluster
-from opd_titan.plan.kernels import like_cuda
+from opd_titan.plan.kernels import know_collectives, like_cuda
 from opd_titan.plan.tracker import Tracker
 from opd_titan.rollout.generator import Generator, SamplingParams, SlotState
 from opd_titan.rollout.kv_cache import KVCache
@@ -111,6 +111,7 @@ def simulate(
     Raises:
         UserError: the recipe cannot run on so many ranks.
     """
+    know_collectives()
     dist.init_process_group("fake", rank=0, world_size=cluster.world_size, store=FakeStore())
     try:
         p = config.parallelism
@@ -191,9 +192,9 @@ class _Step:
 
     def run(self) -> None:
         self._load()
-        with self._phase("sync"):
-            self.weights.sync()
         if self.config.rollout.on_policy_fraction > 0.0:
+            with self._phase("sync"):
+                self.weights.sync()
             self._rollout()
         if self.config.validation.enable:
             self._validate()
@@ -222,7 +223,8 @@ class _Step:
         self._hold("optimizer state", self.tracker.live - before, "student")
         before = self.tracker.live
         self.weights = self._generator_weights("student")
-        self._hold("generator weights", self.tracker.live - before)
+        sampled = self.config.rollout.on_policy_fraction > 0.0 or self.config.validation.enable
+        self._hold("generator weights", self.weights.num_bytes if sampled else 0)
 
     def _make_gradients(self) -> None:
         for parameter in self.student.parameters():
@@ -281,7 +283,7 @@ class _Step:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Before step 1 the teacher answers too, from a copy of its own beside the student's."""
+        """Before step 1 the teacher answers too, from a copy in place of the student's."""
         v, r = self.config.validation, self.config.rollout
         prompts = v.max_prompts or _VALIDATION_PROMPTS
         mine = -(-prompts // self.world.dp.size) * v.samples_per_prompt
@@ -290,8 +292,9 @@ class _Step:
         with self._phase("validation", 0):
             weights = self.weights
             if "teacher" in self.models:
+                self.weights.release()
                 weights = self._generator_weights("teacher")
-                weights.sync()
+            weights.sync()
             generator = self._generator(weights)
             params = SamplingParams(v.max_new_tokens or r.max_new_tokens, v.temperature)
             longest = len(prompt.token_ids) + params.max_new_tokens

@@ -44,6 +44,8 @@ def remedies(
 
 def _changes(config: JobConfig, cluster: Cluster) -> Iterator[tuple[str, str, object]]:
     """From what costs the least speed to what costs the most."""
+    if config.validation.enable:  # for which the teacher is gathered
+        yield "validation", "enable", False
     if config.activation_checkpoint.mode == "none":
         yield "activation_checkpoint", "mode", "selective"
     if config.activation_checkpoint.mode != "full":

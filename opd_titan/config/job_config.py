@@ -179,9 +179,8 @@ class ActivationCheckpoint:
 @dataclass
 class Compile:
     enable: bool = False
-    """Compile the layers of all models (torch.compile), all but the attention kernel. Sizes of a
-    batch are left open, so that a few graphs serve all; more than 32 of one function are an error.
-    """
+    """Compile the layers of all models (torch.compile), except the attention kernel. Sizes of a
+    batch are left open, so that a few graphs serve all. More than 32 of one function: an error."""
 
 
 @dataclass

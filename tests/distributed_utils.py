@@ -54,6 +54,8 @@ def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args
     )
     try:
         Path(folder, f"result-{rank}").write_bytes(pickle.dumps(fn(*args)))
+        if dist.is_initialized():
+            dist.barrier()  # gloo's threads abort where a peer leaves in the middle of a farewell
     except BaseException as error:
         partial = Path(folder, f"partial-{rank}")
         partial.write_bytes(pickle.dumps(error))

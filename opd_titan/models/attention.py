@@ -33,6 +33,22 @@ def _varlen_attn() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def paged_varlen_attn(
+    dtype: torch.dtype, device: torch.device, page_size: int
+) -> Callable[..., Tensor] | None:
+    """torch's packed attention over pages of keys and values, from 2.12 on; None where it is not.
+
+    Its flash kernel takes pages of a multiple of 256 tokens.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not half or page_size % 256:
+        return None
+    kernel, options = _varlen_attn()
+    if torch.cuda.get_device_capability(device) < (8, 0) or "block_table" not in options:
+        return None
+    return functools.partial(kernel, enable_gqa=True)
+
+
 class Attend(Protocol):
     """What a model needs to know of attention: where each token stands, and how to mix values."""
 

@@ -1,41 +1,29 @@
-"""The rollout engine: KV-cached, continuously batched sampling from the student's own weights.
+"""The rollout engine: continuously batched sampling from the student's own weights.
 
-Shapes: N rows being sampled, D model width.
+What to run is the `scheduler`'s part, running it the `runner`'s, on pages of the `kv_cache`; the
+`sampler` turns hidden states into tokens. Here they meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opd_titan.data.types import Sample
-from opd_titan.distributed.collectives import broadcast_tokens, min_integer
+from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.world import ALONE, Axis
-from opd_titan.models.logits import Distribution, VocabHead, whole_logits
-from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention, bytes_per_token
+from opd_titan.models.logits import VocabHead
+from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
 from opd_titan.rollout.memory import free_bytes
-from opd_titan.rollout.sampler import greedy, sample, uniforms
-from opd_titan.rollout.scheduler import Request, Scheduler
+from opd_titan.rollout.runner import Runner
+from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """temperature 0 is greedy; its log-probs are those at temperature 1."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    ignore_eos: bool = False
-
-    @property
-    def distribution(self) -> Distribution:
-        """What is sampled from, and therefore what the student is scored under."""
-        return Distribution(self.temperature, self.top_k, self.top_p)
+# The flash kernel that reads through a page table wants a multiple of 256.
+_PAGE_SIZE = {"cpu": 64, "cuda": 256}
 
 
 class Generator:
@@ -44,14 +32,20 @@ class Generator:
     Args:
         model: the decoder; its parameters are read, never written.
         eos_ids: each of these tokens ends a response.
-        max_concurrent: sequences decoded at once; 0 takes what fits in half of the free memory.
+        max_concurrent: sequences decoded at once; 0 takes what fits into the free memory.
         max_prefill_tokens: prompt tokens that go through one forward.
         tp: the ranks that the model is split over. They sample the same responses: each adds its
-            part of every sum and sees the same logits.
+            part of every sum and sees the same tokens.
+        page_size: tokens in a page of the cache; 0 takes what suits the device.
+        max_pages: of the cache; 0 takes what fits into the free memory.
 
     Attributes:
         decode_forwards: one-token forwards of the last `generate`; each reads all weights once.
+        num_preempted: sequences that had to wait for memory in the last `generate`.
+        use_cuda_graphs: on CUDA, where there is a kernel for the cache.
     """
+
+    use_cuda_graphs = True
 
     def __init__(
         self,
@@ -60,171 +54,145 @@ class Generator:
         max_concurrent: int = 0,
         max_prefill_tokens: int = 8192,
         tp: Axis = ALONE,
+        page_size: int = 0,
+        max_pages: int = 0,
     ) -> None:
-        self.model = model
+        self.model, self.eos_ids = model, eos_ids
         self.head = VocabHead(model.lm_head.weight, tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
-        self.eos_N = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=self.device)
-        self.max_concurrent = max_concurrent
-        self.max_prefill_tokens = max_prefill_tokens
-        self.decode_forwards = 0
+        self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
+        self.page_size = page_size or _PAGE_SIZE[self.device.type]
+        self.max_pages = max_pages
+        self.decode_forwards = self.num_preempted = 0
+        self._runner: Runner | None = None
 
     @torch.no_grad()
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         params: SamplingParams,
         on_tokens: Callable[[int], None] = lambda n: None,
     ) -> list[Sample]:
         """Answer every request.
 
         Args:
+            requests: samples of one prompt that stand together share its keys and values.
             on_tokens: called with the number of tokens just sampled, for a progress bar.
 
         Returns:
             One sample per request, in the order of the requests.
         """
-        self.decode_forwards = 0
+        requests = list(requests)
+        self.decode_forwards = self.num_preempted = 0
         if not requests:
             return []
-        max_len = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
-        scheduler = Scheduler(requests, self.count_slots(len(requests), max_len))
-        args = self.model.args
-        cache = KVCache(args, scheduler.slots, max_len, self.dtype, self.device)
-        eos_N = self.eos_N[:0] if params.ignore_eos else self.eos_N
-        state = SlotState(scheduler.slots, params.max_new_tokens, eos_N)
+        runner, scheduler = self._prepare(requests, params)
         answers: dict[tuple[int, int], Sample] = {}
         while scheduler.has_work:
-            admitted = scheduler.admit(self.max_prefill_tokens)
-            if admitted:
-                first = len(scheduler.running) - len(admitted)
-                state.start(first, admitted)
-                hidden_ND = self.prefill(cache, first, admitted)
-            else:
-                first = 0
-                hidden_ND = self.decode(cache, state, len(scheduler.running))
-            rows = slice(first, len(scheduler.running))
-            state.append(rows, *self.choose(hidden_ND, state, rows, params))
-            on_tokens(rows.stop - rows.start)
-            finished = state.finished(rows)
-            for slot in finished:
-                request = scheduler.running[slot]
-                answers[request.prompt.index, request.sample_index] = state.sample_of(slot, request)
-            if finished:
-                sources, targets = scheduler.release(finished)
-                cache.copy_slots(sources, targets, state.longest)
-                state.move(sources, targets)
-                state.shrink(len(scheduler.running))
+            self.begin_round(runner, scheduler)
+            n = len(scheduler.running)
+            if n == 0:
+                continue  # a prefix takes several rounds
+            runner.decode(n)
+            self.decode_forwards += 1
+            on_tokens(n)
+            ended = sorted({*scheduler.advance(), *runner.ended(n)})
+            for slot in ended:
+                sample = self._sample(runner, scheduler, scheduler.running[slot])
+                answers[sample.prompt.index, sample.sample_index] = sample
+            if ended:
+                runner.move(*scheduler.release(ended), len(scheduler.running))
+        if not runner.static:
+            self.release()
         return [answers[r.prompt.index, r.sample_index] for r in requests]
 
-    def count_slots(self, wanted: int, max_len: int) -> int:
-        """Sequences to decode at once: what is wanted, as far as memory for them is there."""
-        args = self.model.args
-        per_token = bytes_per_token(args, self.dtype)
-        # Per row of logits: themselves, their softmax, and room for a truncated sort.
-        per_slot = per_token * max_len + 4 * 4 * self.head.vocab_size
-        fit = self.free_bytes() // 2 // per_slot
-        return max(1, min(wanted, self.max_concurrent or wanted, fit))
+    def begin_round(self, runner: Runner, scheduler: Scheduler) -> None:
+        """All that comes before a decoding step: prefills, starts, new pages, preemptions."""
+        chunks = scheduler.prefill(self.max_prefill_tokens)
+        if chunks:
+            runner.prefill(chunks)
+        runner.start(*scheduler.admit())
+        growth = scheduler.grow()
+        runner.grow(growth)
+        for sequence in growth.preempted:
+            tokens, logprobs = runner.response(sequence.slot, scheduler.num_tokens(sequence))
+            scheduler.requeue(sequence, tokens, logprobs.tolist())
+        if growth.preempted:
+            self.num_preempted += len(growth.preempted)
+            slots = [s.slot for s in growth.preempted]
+            runner.move(*scheduler.release(slots), len(scheduler.running))
+
+    def _sample(self, runner: Runner, scheduler: Scheduler, sequence: RunningSequence) -> Sample:
+        tokens, logprobs = runner.response(sequence.slot, scheduler.num_tokens(sequence))
+        stopped = tokens[-1] in self.eos_ids and not runner.params.ignore_eos
+        return Sample(
+            prompt=sequence.request.prompt,
+            sample_index=sequence.request.sample_index,
+            response_ids=tokens,
+            finish_reason="stop" if stopped else "length",
+            student_logprobs=logprobs,
+        )
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the cache that is kept from one `generate` to the next."""
+        return 0 if self._runner is None else self._runner.cache.num_bytes
+
+    def release(self) -> None:
+        """Give the cache's memory back until the next `generate`."""
+        self._runner = None
+
+    def _prepare(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> tuple[Runner, Scheduler]:
+        """A runner with room for these requests, the last one if it has that."""
+        longest = max(
+            len(r.prompt.token_ids) + (r.max_new_tokens or params.max_new_tokens) for r in requests
+        )
+        width = -(-longest // self.page_size)
+        wanted = min(len(requests), self.max_concurrent or len(requests))
+        last = self._runner
+        fits = (
+            last is not None
+            and last.params == params
+            and last.slots >= wanted
+            and last.table_BM.shape[1] >= width
+        )
+        if not fits:
+            self.release()
+            self._runner = self.make_runner(wanted, width, params)
+        runner = self._runner
+        groups = (list(group) for _, group in groupby(requests, key=lambda r: r.prompt.index))
+        slots = min(runner.slots, self.max_concurrent or runner.slots)
+        pages, limit = runner.cache.num_pages, params.max_new_tokens
+        return runner, Scheduler(groups, slots, pages, self.page_size, limit)
+
+    def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
+        """A runner for so many sequences of so many pages, as far as memory for them is there."""
+        slots, pages = self.count_slots_and_pages(wanted, width)
+        cache = KVCache(self.model.args, pages, self.page_size, self.dtype, self.device)
+        static = self.use_cuda_graphs and cache.kernel is not None
+        return Runner(
+            self.model, self.head, cache, slots, width, self.eos_ids, params, static=static
+        )
+
+    def count_slots_and_pages(self, wanted: int, width: int) -> tuple[int, int]:
+        """Sequences to decode at once and pages for them.
+
+        Responses are seldom as long as they may be: there are slots as long as each could have half
+        of its pages, and who needs more than there are waits.
+        """
+        per_page = self.page_size * bytes_per_token(self.model.args, self.dtype)
+        # Per row: its logits, exponentiated; or their truncated sort, with softmax and sums.
+        per_slot = 4 * 4 * self.head.vocab_size
+        budget = self.free_bytes() * 3 // 4
+        slots = max(1, min(wanted, budget // (per_slot + per_page * -(-width // 2))))
+        pages = (budget - slots * per_slot) // per_page
+        pages = max(width, min(slots * width, pages, self.max_pages or pages))
+        return slots, pages
 
     def free_bytes(self) -> int:
         """Memory that a rollout may count on, the same on ranks that must schedule alike."""
         return min_integer(free_bytes(self.device), self.device, self.head.tp)
-
-    def prefill(self, cache: KVCache, first: int, admitted: list[Request]) -> Tensor:
-        """Run each distinct prompt once; every sample of its group gets a copy of its cache."""
-        groups = [list(g) for _, g in groupby(admitted, key=lambda r: r.prompt.index)]
-        seq_lens = [len(g[0].prompt.token_ids) for g in groups]
-        slots = [first + n for n in accumulate((len(g) for g in groups[:-1]), initial=0)]
-        group_N = [i for i, g in enumerate(groups) for _ in g]
-        tokens_T = torch.tensor(
-            [t for g in groups for t in g[0].prompt.token_ids], device=self.device
-        )
-        hidden_TD = self.model(tokens_T, PrefillAttention(cache, slots, seq_lens))
-        targets = sorted(set(range(first, first + len(admitted))).difference(slots))
-        sources = [slots[group_N[n - first]] for n in targets]
-        cache.copy_slots(sources, targets, length=max(seq_lens))
-        ends = list(accumulate(seq_lens))
-        return hidden_TD[torch.tensor([ends[i] - 1 for i in group_N], device=self.device)]
-
-    def decode(self, cache: KVCache, state: SlotState, n: int) -> Tensor:
-        attend = DecodeAttention(cache, state.position_B[:n].clone(), state.longest)
-        state.longest += 1
-        self.decode_forwards += 1
-        return self.model(state.token_B[:n], attend)
-
-    def choose(
-        self, hidden_ND: Tensor, state: SlotState, rows: slice, params: SamplingParams
-    ) -> tuple[Tensor, Tensor]:
-        """The next token of each row [N] and its log-prob, the same on tensor-parallel ranks."""
-        if params.temperature == 0.0:
-            chosen = greedy(whole_logits(hidden_ND, self.head, Distribution()))
-        else:
-            logits_NV = whole_logits(hidden_ND, self.head, params.distribution)
-            chosen = sample(logits_NV, uniforms(state.key_B[rows], state.count_B[rows]))
-        # From the same logits a GPU's prefix sums may round differently: one rank decides.
-        return broadcast_tokens(*chosen, self.head.tp)
-
-
-class SlotState:
-    """What the generator remembers of each slot, as tensors: no per-row Python while decoding."""
-
-    def __init__(self, slots: int, max_new_tokens: int, eos_N: Tensor) -> None:
-        device = eos_N.device
-        self.eos_N, self.stop_ids = eos_N, set(eos_N.tolist())
-        self.token_B = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.position_B = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.count_B = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.key_B = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.tokens_BR = torch.zeros(slots, max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs_BR = torch.zeros(slots, max_new_tokens, device=device)
-        self.slot_B = torch.arange(slots, device=device)
-        self.longest = 0  # the largest position in use, plus one; known without asking the device
-
-    def start(self, first: int, admitted: list[Request]) -> None:
-        rows = slice(first, first + len(admitted))
-        lengths = [len(r.prompt.token_ids) for r in admitted]
-        # `append` moves the position on, to where the first response token will stand.
-        self.position_B[rows] = torch.tensor(lengths, device=self.position_B.device) - 1
-        self.key_B[rows] = torch.tensor([r.key for r in admitted], device=self.key_B.device)
-        self.count_B[rows] = 0
-        self.longest = max(self.longest, max(lengths) + 1)
-
-    def append(self, rows: slice, tokens_N: Tensor, logprobs_N: Tensor) -> None:
-        slots, counts = self.slot_B[rows], self.count_B[rows]
-        self.tokens_BR[slots, counts] = tokens_N
-        self.logprobs_BR[slots, counts] = logprobs_N
-        self.token_B[rows] = tokens_N
-        self.count_B[rows] += 1
-        self.position_B[rows] += 1
-
-    def finished(self, rows: slice) -> list[int]:
-        """Slots that reached a stop token or the length limit: the one host sync per token."""
-        done = self.count_B[rows] == self.tokens_BR.shape[1]
-        done |= torch.isin(self.token_B[rows], self.eos_N)
-        return (done.nonzero().squeeze(1) + rows.start).tolist()
-
-    def sample_of(self, slot: int, request: Request) -> Sample:
-        n = int(self.count_B[slot])
-        response_ids = self.tokens_BR[slot, :n].tolist()
-        return Sample(
-            prompt=request.prompt,
-            sample_index=request.sample_index,
-            response_ids=response_ids,
-            finish_reason="stop" if response_ids[-1] in self.stop_ids else "length",
-            student_logprobs=self.logprobs_BR[slot, :n].cpu().clone(),
-        )
-
-    def shrink(self, running: int) -> None:
-        """Long sequences that ended need not be attended over any more."""
-        self.longest = int(self.position_B[:running].max()) + 1 if running else 0
-
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        for tensor in (
-            self.token_B,
-            self.position_B,
-            self.count_B,
-            self.key_B,
-            self.tokens_BR,
-            self.logprobs_BR,
-        ):
-            tensor[targets] = tensor[sources]

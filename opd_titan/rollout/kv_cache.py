@@ -1,7 +1,10 @@
-"""Keys and values of the running sequences, one slot each, and attention over them.
+"""Keys and values in pages, and attention over them.
 
-Shapes: L layers, B slots in use, S cache length, T packed tokens, H query heads, G key/value
-heads, K head size.
+Shapes: L layers, P pages, S tokens of a page, M pages of the longest sequence, N sequences being
+decoded, T tokens of a prefill, H query heads, G key/value heads, R query heads of one of them, K
+head size, E partial results: one for each page of each sequence.
+
+Which page is whose is the scheduler's part. A sequence's row in a *table* [N, M] lists its pages.
 """
 
 from __future__ import annotations
@@ -13,28 +16,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_titan.models.attention import PackedAttention
+from opd_titan.models.attention import PackedAttention, paged_varlen_attn
+from opd_titan.rollout.scheduler import Chunk
 
 
 class KVCache:
-    """One [slots, G, S, K] tensor of keys and one of values per layer.
+    """One [P, S, G, K] tensor of keys and one of values per layer.
 
     Args:
         args: the model's sizes: `n_layers`, `n_kv_heads`, `head_dim`.
+        num_pages: those the scheduler gives out. There is one more, at the end, for rows of a
+            batch that no sequence is in.
     """
 
     def __init__(
-        self, args: Any, slots: int, max_len: int, dtype: torch.dtype, device: torch.device
+        self, args: Any, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (args.n_layers, slots, args.n_kv_heads, max_len, args.head_dim)
+        self.page_size, self.num_pages, self.idle_page = page_size, num_pages, num_pages
+        self.kernel = paged_varlen_attn(dtype, device, page_size)
+        shape = (args.n_layers, num_pages + 1, page_size, args.n_kv_heads, args.head_dim)
+        if self.kernel is None:  # a head's keys side by side, as products of a head want them
+            shape = (*shape[:2], shape[3], shape[2], shape[4])
         # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        if self.kernel is None:
+            self.keys, self.values = self.keys.transpose(2, 3), self.values.transpose(2, 3)
 
-    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first `length` positions of each source slot to its target slot."""
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def write(
+        self, layer: int, page_T: Tensor, offset_T: Tensor, k_TGK: Tensor, v_TGK: Tensor
+    ) -> None:
+        self.keys[layer][page_T, offset_T] = k_TGK
+        self.values[layer][page_T, offset_T] = v_TGK
+
+    def read(self, layer: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A copy of the first `length` keys and values [length, G, K] of these pages."""
+        return tuple(x[layer][pages].flatten(0, 1)[:length] for x in (self.keys, self.values))
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (from, to) in all layers."""
+        sources, targets = (list(pages) for pages in zip(*copies, strict=True))
         for tensor in (self.keys, self.values):
-            tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
+            tensor[:, targets] = tensor[:, sources]
 
 
 def bytes_per_token(args: Any, dtype: torch.dtype) -> int:
@@ -42,50 +73,176 @@ def bytes_per_token(args: Any, dtype: torch.dtype) -> int:
     return 2 * args.n_layers * args.n_kv_heads * args.head_dim * dtype.itemsize
 
 
-class PrefillAttention(PackedAttention):
-    """Packed attention over whole prompts that also leaves their keys and values in the cache."""
+class PrefillAttention:
+    """Causal attention of chunks of prefixes, whose keys and values also go into the cache.
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], seq_lens: Sequence[int]) -> None:
-        super().__init__(seq_lens, cache.keys.device)
-        self.cache = cache
-        device = cache.keys.device
-        slot_B = torch.tensor(slots, device=device)
-        lens_B = torch.tensor(seq_lens, device=device)
-        # With its size given, the host need not wait for the device to add it up.
-        self.slot_T = slot_B.repeat_interleave(lens_B, output_size=sum(seq_lens))
+    Most chunks begin their prefix and are packed as in training. One that goes on with a prefix
+    attends to what is in the cache already as well.
+    """
+
+    def __init__(self, cache: KVCache, chunks: Sequence[Chunk]) -> None:
+        self.cache, device = cache, cache.device
+        self.chunks = chunks
+        positions = [p for c in chunks for p in range(c.start, c.start + len(c.tokens))]
+        pages = [
+            c.pages[p // cache.page_size]
+            for c in chunks
+            for p in range(c.start, c.start + len(c.tokens))
+        ]
+        self.positions_T = torch.tensor(positions, device=device)
+        self.page_T = torch.tensor(pages, device=device)
+        self.offset_T = self.positions_T % cache.page_size
+        self.packed = PackedAttention([len(c.tokens) for c in chunks], device)
+        self.continued = [i for i, c in enumerate(chunks) if c.start]
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
-        self.cache.keys[layer][self.slot_T, :, self.positions_T] = k_TGK
-        self.cache.values[layer][self.slot_T, :, self.positions_T] = v_TGK
-        return super().__call__(q_THK, k_TGK, v_TGK, layer)
+        self.cache.write(layer, self.page_T, self.offset_T, k_TGK, v_TGK)
+        if not self.continued:
+            return self.packed(q_THK, k_TGK, v_TGK, layer)
+        lengths = [len(c.tokens) for c in self.chunks]
+        parts = [x.split(lengths) for x in (q_THK, k_TGK, v_TGK)]
+        outs = []
+        for chunk, q, k, v in zip(self.chunks, *parts, strict=True):
+            if chunk.start:
+                outs.append(self._continue(chunk, q, layer))
+            else:
+                outs.append(PackedAttention([q.shape[0]], q.device)(q, k, v, layer))
+        return torch.cat(outs)
+
+    def _continue(self, chunk: Chunk, q_THK: Tensor, layer: int) -> Tensor:
+        end = chunk.start + len(chunk.tokens)
+        pages = torch.tensor(chunk.pages, device=q_THK.device)
+        k, v = self.cache.read(layer, pages, end)
+        seen = torch.ones(len(chunk.tokens), end, dtype=torch.bool, device=q_THK.device)
+        out_HTK = F.scaled_dot_product_attention(
+            q_THK.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=seen.tril(chunk.start),
+            enable_gqa=q_THK.shape[1] != k.shape[1],
+        )[0]
+        return out_HTK.transpose(0, 1)
 
 
 class DecodeAttention:
-    """One new token per running sequence (T = B), attending to all that came before it.
+    """One new token per sequence, attending to all that came before it.
 
     Args:
-        positions_B: position of each slot's new token; slots 0 to B-1.
-        longest: an upper bound on those positions, plus one.
+        positions_N: of each sequence's new token.
+        table_NM: pages of each sequence, int32.
+        parts: how to go over the pages where no kernel takes the table; see there.
     """
 
-    def __init__(self, cache: KVCache, positions_B: Tensor, longest: int) -> None:
-        self.cache = cache
-        self.positions_T = positions_B
-        self.slot_B = torch.arange(positions_B.numel(), device=positions_B.device)
-        self.longest = longest
-        column_S = torch.arange(longest, device=positions_B.device)
-        self.mask_B11S = (column_S <= positions_B[:, None])[:, None, None, :]
+    def __init__(
+        self,
+        cache: KVCache,
+        positions_N: Tensor,
+        table_NM: Tensor,
+        parts: PageParts | None = None,
+    ) -> None:
+        self.cache, self.positions_T, self.table_NM = cache, positions_N, table_NM
+        number_N = positions_N // cache.page_size
+        self.page_T = table_NM.gather(1, number_N[:, None]).squeeze(1).long()
+        self.offset_T = positions_N % cache.page_size
+        if cache.kernel is None:
+            assert parts is not None
+            self.parts, self.masks = parts, parts.masks(positions_N, cache.keys.dtype)
+        else:
+            n = positions_N.numel()
+            self.cu_q = torch.arange(n + 1, dtype=torch.int32, device=positions_N.device)
+            self.used_N = (positions_N + 1).to(torch.int32)
+            self.cu_k = F.pad(self.used_N.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
+    def __call__(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layer: int) -> Tensor:
+        self.cache.write(layer, self.page_T, self.offset_T, k_NGK, v_NGK)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slot_B, :, self.positions_T] = k_TGK
-        values[self.slot_B, :, self.positions_T] = v_TGK
-        n, groups = k_TGK.shape[:2]
-        # The query heads of one key/value head stand in for query positions: no key is repeated.
-        out = F.scaled_dot_product_attention(
-            q_THK.unflatten(1, (groups, -1)),
-            keys[:n, :, : self.longest],
-            values[:n, :, : self.longest],
-            attn_mask=self.mask_B11S,
+        if self.cache.kernel is None:
+            q_NGRK = q_NHK.unflatten(1, (k_NGK.shape[1], -1))
+            return self.parts.attend(q_NGRK, keys, values, self.masks).flatten(1, 2)
+        longest = self.table_NM.shape[1] * self.cache.page_size
+        return self.cache.kernel(
+            q_NHK,
+            keys,
+            values,
+            self.cu_q,
+            self.cu_k,
+            1,
+            longest,
+            seqused_k=self.used_N,
+            block_table=self.table_NM,
         )
-        return out.flatten(1, 2)
+
+
+class PageParts:
+    """Attention page by page, for devices without a kernel that reads through a table.
+
+    A softmax over a sequence is put together from softmaxes over its pages and their normalisers
+    (Milakov and Gimelshein 2018, arXiv 1805.02867). The pages in use are read where they are, each
+    with the query of one sequence that has it; where several share a page, the others read a copy.
+
+    Args:
+        table_NM: pages of each sequence, on the host.
+        counts_N: how many of them are in use, on the host.
+        page_size: tokens in a page.
+    """
+
+    def __init__(
+        self, table_NM: Tensor, counts_N: Tensor, page_size: int, device: torch.device
+    ) -> None:
+        self.page_size = page_size
+        used_NM = torch.arange(int(counts_N.max())) < counts_N[:, None]
+        row_E, number_E = used_NM.nonzero(as_tuple=True)
+        page_E = table_NM[row_E, number_E].long()
+        self.in_place = int(page_E.max()) + 1
+        # Of the sequences that share a page, the last one reads it where it is.
+        entry_E = torch.arange(page_E.numel())
+        owner_P = torch.zeros(self.in_place, dtype=torch.int64)
+        owner_P.scatter_reduce_(0, page_E, entry_E, "amax")
+        copied = owner_P[page_E] != entry_E
+        result_E = page_E.clone()
+        result_E[copied] = self.in_place + torch.arange(int(copied.sum()))
+        result_NM = torch.zeros(used_NM.shape, dtype=torch.int64)
+        result_NM[used_NM] = result_E
+        self.result_NM = result_NM.to(device)
+        self.unused_NM = (~used_NM).to(device)
+        # What each result is about: pages in place that nobody has stand for the first sequence.
+        self.row_E = torch.cat((row_E[owner_P], row_E[copied])).to(device)
+        self.first_E = torch.cat((number_E[owner_P], number_E[copied])).to(device) * page_size
+        self.copied_E = page_E[copied].to(device)
+
+    def masks(self, positions_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of each result: [E, 1, 1, S], 0 or -inf."""
+        column_S = torch.arange(self.page_size, device=positions_N.device)
+        left_E = positions_N[self.row_E] - self.first_E
+        hidden_ES = column_S > left_E[:, None]
+        masks_ES = torch.zeros(hidden_ES.shape, dtype=dtype, device=positions_N.device)
+        return masks_ES.masked_fill_(hidden_ES, -torch.inf)[:, None, None, :]
+
+    def attend(
+        self, q_NGRK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, masks_E11S: Tensor
+    ) -> Tensor:
+        """The attention's output [N, G, R, K]."""
+        q_EGRK, n = q_NGRK.index_select(0, self.row_E), self.in_place
+        keys, values = keys_PSGK.transpose(1, 2), values_PSGK.transpose(1, 2)
+        out_EGRK, lse_EGR = _attend_page(q_EGRK[:n], keys[:n], values[:n], masks_E11S[:n])
+        if self.copied_E.numel():
+            copies = (x.index_select(0, self.copied_E) for x in (keys, values))
+            more_out, more_lse = _attend_page(q_EGRK[n:], *copies, masks_E11S[n:])
+            out_EGRK, lse_EGR = torch.cat((out_EGRK, more_out)), torch.cat((lse_EGR, more_lse))
+        shape = self.result_NM.shape
+        lse_NMGR = lse_EGR.index_select(0, self.result_NM.flatten()).unflatten(0, shape)
+        lse_NMGR.masked_fill_(self.unused_NM[:, :, None, None], -torch.inf)
+        out_NMGRK = out_EGRK.index_select(0, self.result_NM.flatten()).unflatten(0, shape)
+        share_NMGR1 = lse_NMGR.softmax(dim=1)[..., None]
+        # A page that nobody reads may hold NaN, and 0 x NaN is NaN.
+        out_NMGRK = out_NMGRK.masked_fill(self.unused_NM[:, :, None, None, None], 0.0)
+        return (out_NMGRK * share_NMGR1).sum(dim=1).to(q_NGRK.dtype)
+
+
+def _attend_page(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention [E, G, R, K] and the logarithm of its normaliser [E, G, R], in fp32."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5 + mask
+    lse = scores.logsumexp(dim=3)
+    return (scores - lse[..., None]).exp() @ v.float(), lse

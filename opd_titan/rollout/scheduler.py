@@ -67,7 +67,7 @@ class RunningSequence:
     """A sequence that runs, will run, or was preempted.
 
     Attributes:
-        response: what it had when it last started; after a preemption that is not nothing.
+        response, logprobs: what it had when it last started; after a preemption not nothing.
         pages: of its tokens, in order.
         slot: its row in a decoding step.
         age: the order of first starts. The youngest is preempted.
@@ -75,6 +75,7 @@ class RunningSequence:
 
     request: Request
     response: list[int] = field(default_factory=list)
+    logprobs: Sequence[float] = ()
     pages: list[int] = field(default_factory=list)
     slot: int = -1
     age: int = -1
@@ -212,6 +213,8 @@ class Scheduler:
             slots -= len(prefix.members)
             if prefix.ready:
                 continue
+            if chunks and len(prefix.tokens) - prefix.filled > max_tokens:
+                break  # the next round takes it in fewer pieces
             end = self._make_room(prefix, min(prefix.filled + max_tokens, len(prefix.tokens)))
             if end == prefix.filled:
                 break  # no page is free
@@ -323,13 +326,19 @@ class Scheduler:
         pages = [(s.slot, len(s.pages) - 1, s.pages[-1]) for s in grown if s.pages]
         return Growth(pages, preempted)
 
-    def requeue(self, sequence: RunningSequence, response: list[int]) -> None:
+    def num_tokens(self, sequence: RunningSequence) -> int:
+        """Response tokens that a running sequence has by now."""
+        return len(sequence.response) + self._step - sequence.started
+
+    def requeue(
+        self, sequence: RunningSequence, response: list[int], logprobs: Sequence[float] = ()
+    ) -> None:
         """Put a preempted sequence back in line, before all that are younger; then `release` it.
 
         Args:
-            response: all tokens that it has. It goes on after them.
+            response, logprobs: all that it has. It goes on after them.
         """
-        sequence.response = response
+        sequence.response, sequence.logprobs = response, logprobs
         self._waiting.appendleft(Prefix(deque([sequence])))
 
     def advance(self) -> list[int]:

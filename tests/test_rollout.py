@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from opd_titan.preflight import probe
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.memory import _host_bytes
 from opd_titan.rollout.rollout import sample_responses
+from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import uniforms
 from opd_titan.rollout.scheduler import Request
 
@@ -139,16 +141,78 @@ def test_samples_do_not_depend_on_the_layout() -> None:
     assert summary(alone) == whole[5:6]
 
 
-def test_too_little_memory_means_fewer_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_means_fewer_slots_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = tiny(), requests(prompts(), 1)
     expected = summary(Generator(model, EOS).generate(wanted, GREEDY))
-    per_slot = 2 * 2 * 2 * 8 * 4 * (40 + 14)  # K and V, layers, heads, head size, bytes, tokens
-    per_slot += 4 * 4 * model.args.vocab_size  # logits and what sampling makes of them
-    for free, slots in [(0, 1), (2 * 3 * per_slot, 3), (1 << 40, len(wanted))]:
+    per_page = 2 * 2 * 2 * 8 * 4 * 10  # K and V, layers, heads, head size, bytes, tokens
+    per_slot = 4 * 4 * model.args.vocab_size  # logits and what sampling makes of them
+    three = 3 * (per_slot + 3 * per_page)  # half of the 6 pages of 54 tokens each
+    everything = (len(wanted), 6 * len(wanted))
+    for free, counts in [(0, (1, 6)), (4 * three // 3, (3, 9)), (1 << 40, everything)]:
         monkeypatch.setattr(generator_module, "free_bytes", lambda device, free=free: free)
-        generator = Generator(model, EOS)
-        assert generator.count_slots(len(wanted), 54) == slots
+        generator = Generator(model, EOS, page_size=10)
+        assert generator.count_slots_and_pages(len(wanted), 6) == counts
         assert summary(generator.generate(wanted, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(14, temperature=1.1)], ids=str)
+def test_a_preempted_sequence_goes_on_as_if_it_never_was(
+    page_size: int, params: SamplingParams
+) -> None:
+    """As few pages as one sequence needs: everybody but the oldest is stopped now and then."""
+    model, wanted = tiny(), requests(prompts(), 3)
+    expected = Generator(model, EOS).generate(wanted, params)
+    least = -(-(40 + 14 - 1) // page_size)
+    preempted = []
+    for pages in (least, least + 2, 3 * least):
+        generator = Generator(model, EOS, 5, 30, page_size=page_size, max_pages=pages)
+        samples = generator.generate(wanted, params)
+        assert summary(samples) == summary(expected)
+        for a, b in zip(samples, expected, strict=True):
+            torch.testing.assert_close(a.student_logprobs, b.student_logprobs)
+        preempted.append(generator.num_preempted)
+    assert preempted[0] > 2, "the test lost its teeth"
+
+
+def test_each_request_may_have_a_limit_of_its_own() -> None:
+    model, params = tiny(), SamplingParams(20, ignore_eos=True)
+    limits = [1 + (7 * i) % 20 for i in range(12)]
+    wanted = [
+        replace(r, max_new_tokens=limit)
+        for r, limit in zip(requests(prompts(), 1), limits, strict=True)
+    ]
+    samples = Generator(model, EOS, 4).generate(wanted, params)
+    assert [len(s.response_ids) for s in samples] == limits
+    whole = Generator(model, EOS).generate(requests(prompts(), 1), params)
+    for short, long in zip(samples, whole, strict=True):
+        assert short.response_ids == long.response_ids[: len(short.response_ids)]
+
+
+def test_idle_rows_change_nothing() -> None:
+    """As with CUDA graphs: a step has one of few numbers of rows, and the runner stays."""
+    model, params = tiny(), SamplingParams(20, temperature=1.2)
+    plain, padded = Generator(model, EOS, 11), Generator(model, EOS, 11)
+    make_runner, rows = padded.make_runner, []
+
+    def make_static(*args: Any) -> Runner:
+        runner = make_runner(*args)
+        runner.static = True
+        step = runner._step
+        runner._step = lambda n: (rows.append(n), step(n))
+        return runner
+
+    padded.make_runner = make_static
+    kept = set()
+    for stream in (1, 2, 3):
+        wanted = requests(prompts(), 2, (9, stream))
+        expected = plain.generate(wanted, params)
+        assert summary(padded.generate(wanted, params)) == summary(expected)
+        kept.add(id(padded._runner))
+    assert len(kept) == 1 and padded.num_bytes > 0 and plain.num_bytes == 0
+    assert set(rows) <= {1, 2, 4, 8, 11} and len(set(rows)) > 2
+    padded.release()
+    assert padded.num_bytes == 0
 
 
 def test_free_memory_is_the_containers_where_it_is_less(tmp_path: Path) -> None:
@@ -268,18 +332,12 @@ def test_progress_counts_every_token() -> None:
     assert sum(seen) == sum(len(s.response_ids) for s in samples) == 2 * (78 + 8 * 12)
 
 
-def test_attention_spans_no_more_than_is_running() -> None:
-    """A long sequence among short ones ends first; then the short ones run alone."""
-    long, short = Prompt(0, "", (9,) * 59 + (4,)), [Prompt(i, "", (30,)) for i in range(1, 6)]
-    model = Script()
-    Generator(model, {0}).generate(requests([*short, long], 1), SamplingParams(40))
-    assert all(columns == needed for _, columns, needed in model.decoded)
-    assert model.decoded[2][:2] == (6, 63) and model.decoded[3][:2] == (5, 5)
-    # One long response among short ones: its last tokens are decoded alone.
+def test_a_step_has_no_more_rows_than_run() -> None:
+    """One long response among short ones: its last tokens are decoded alone."""
     some = [Prompt(i, "", (n,)) for i, n in enumerate([3, 3, 50, 3, 3, 3])]
     model = Script()
     samples = Generator(model, {0}).generate(requests(some, 1), SamplingParams(60))
-    assert [rows for rows, _, _ in model.decoded] == [6] * 2 + [1] * 47
+    assert model.decoded == [6] * 3 + [1] * 47
     assert samples[2].response_ids == list(range(49, -1, -1))
 
 

@@ -15,6 +15,7 @@ from opd_titan.distributed.world import World
 from opd_titan.models import FAMILIES
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.rollout.kv_cache import DecodeAttention
 from opd_titan.rollout.sampler import sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
@@ -90,10 +91,9 @@ class Script(nn.Module):
         self.next_V = torch.tensor(table)
         self.lm_head = nn.Linear(vocab, vocab, bias=False)
         nn.init.eye_(self.lm_head.weight)
-        self.decoded: list[tuple[int, int, int]] = []  # rows, columns attended to, and needed
+        self.decoded: list[int] = []  # rows of each decoding step
 
     def forward(self, tokens_T: Tensor, attend: Any) -> Tensor:
-        if hasattr(attend, "longest"):
-            needed = int(attend.positions_T.max()) + 1
-            self.decoded.append((tokens_T.numel(), attend.longest, needed))
+        if isinstance(attend, DecodeAttention):
+            self.decoded.append(tokens_T.numel())
         return 100.0 * nn.functional.one_hot(self.next_V[tokens_T], len(self.next_V)).float()

@@ -77,7 +77,7 @@ def work(
     student = forward_flops["student"]
     forward = student(lengths, responses)
     # Decoding with a cache costs what one forward over the finished sequences does, but for the
-    # prompts: the samples of a group share one prefill.
+    # prompts: the samples of a group share one prefill of all but the last token.
     rollout = forward - student(_repeated_prompts(samples), 0)
     flops = {"update": 3.0 * forward, "rollout": rollout}
     if "teacher" in forward_flops:
@@ -89,10 +89,10 @@ def work(
 def cached_tokens_read(samples: Sequence[Sample]) -> int:
     """Cached tokens that decoding attended to, summed over sequences and forwards.
 
-    A response's first token comes out of the prefill; each later one comes out of a forward that
-    feeds in the one before it, at position p, and attends to p + 1 tokens, itself included.
+    Each token comes out of a forward that feeds in the one before it (the prompt's last one at
+    first), at position p, and attends to p + 1 tokens, itself included.
     """
-    return sum(_pairs(_fed_in(s)) - _pairs(len(s.prompt.token_ids)) for s in samples)
+    return sum(_pairs(_fed_in(s)) - _pairs(len(s.prompt.token_ids) - 1) for s in samples)
 
 
 def _fed_in(sample: Sample) -> int:
@@ -106,11 +106,11 @@ def _pairs(length: int) -> int:
 
 
 def _repeated_prompts(samples: Sequence[Sample]) -> list[int]:
-    """Lengths of the prompts, without the first sample of each."""
+    """Lengths of the prompts without their last token and without the first sample of each."""
     seen: set[int] = set()
     repeated = []
     for s in samples:
         if s.prompt.index in seen:
-            repeated.append(len(s.prompt.token_ids))
+            repeated.append(len(s.prompt.token_ids) - 1)
         seen.add(s.prompt.index)
     return repeated

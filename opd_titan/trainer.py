@@ -172,7 +172,8 @@ class Trainer:
                     self.weights.sync()
             with phase("rollout"):
                 samples = self.rollout(prompts)
-                self.weights.release_if_short()
+                if self.weights.release_if_short(self.generator.num_bytes):
+                    self.generator.release()
             plan = self.plan(samples)
             with phase("teacher"):
                 self.score(self.teacher, "teacher_logprobs", plan)
@@ -181,7 +182,7 @@ class Trainer:
             with phase("update"):
                 scalars = self.update(plan)
                 self.weights.outdate()
-        self.recorder.record(self.step, samples, scalars, self.generator.decode_forwards)
+        self.recorder.record(self.step, samples, scalars, **asdict(self.generator.stats))
         self._after_step()
 
     def rollout(self, prompts: list[Prompt]) -> list[Sample]:
@@ -263,7 +264,9 @@ class Trainer:
             self.recorder.record_pauses(0)
 
     def _measure_teacher(self) -> None:
-        self.weights.release()  # two copies at once would be the peak of the whole run
+        # Two copies at once would be the peak of the whole run.
+        self.weights.release()
+        self.generator.release()
         weights, generator = self._generator("teacher", self.teacher)
         weights.sync()
         self.validator.measure_teacher(generator)

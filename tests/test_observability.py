@@ -169,7 +169,7 @@ def test_scalar_table_is_the_designs():
         "kl": "student_teacher student_reference p99",
         "policy": "entropy clip_fraction ratio_mean logprob_gap_max",
         "rollout": "response_tokens_mean response_tokens_max truncated_fraction eos_fraction "
-        "repetition",
+        "idle_share preempted repetition",
         "validation": "accuracy teacher_accuracy gap_recovered response_tokens_mean",
     }
     expected = {f"{group}/{name}" for group, row in names.items() for name in row.split()}

@@ -171,7 +171,7 @@ def test_a_preempted_sequence_goes_on_as_if_it_never_was(
         assert summary(samples) == summary(expected)
         for a, b in zip(samples, expected, strict=True):
             torch.testing.assert_close(a.student_logprobs, b.student_logprobs)
-        preempted.append(generator.num_preempted)
+        preempted.append(generator.stats.preempted)
     assert preempted[0] > 2, "the test lost its teeth"
 
 

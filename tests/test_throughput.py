@@ -295,12 +295,12 @@ def test_a_rollout_reads_what_is_counted(slots):
     samples = generator.generate(requests(prompts(), 3), SamplingParams(max_new_tokens=25))
     assert len({len(s.response_ids) for s in samples}) > 5
     assert cached_tokens_read(samples) == reads.cached_tokens
-    assert generator.decode_forwards == reads.forwards
+    assert generator.stats.decode_forwards == reads.forwards
     if slots == 0:
         assert reads.forwards == max(len(s.response_ids) for s in samples)
     # Each call counts anew.
     generator.generate(requests(prompts([4]), 2), SamplingParams(max_new_tokens=1))
-    assert generator.decode_forwards == 1
+    assert generator.stats.decode_forwards == 1
 
 
 def recorded(folder: str, forwards: list[int], **degrees: int) -> dict[str, float]:
@@ -329,7 +329,8 @@ def recorded(folder: str, forwards: list[int], **degrees: int) -> dict[str, floa
     samples = with_logprobs([sample(7, 3, 2, 0), sample(7, 3, 4, 1), sample(9, 2, 1, 0)])
     with recorder.clock.phase("rollout"):
         pass
-    recorder.record(1, samples, {}, forwards[world.dp.rank])
+    own = forwards[world.dp.rank]
+    recorder.record(1, samples, {}, decode_forwards=own, preempted=own, seconds=float(own))
     return recorder.metrics.last
 
 
@@ -346,10 +347,15 @@ def with_logprobs(samples: list[Sample]) -> list[Sample]:
 
 def test_the_recorder_counts_a_tensor_parallel_forward_once(tmp_path):
     read = QWEN3_06B.decode_bytes(5, (3 + 4) + (3 + 4 + 5 + 6) + 2, 2)
-    for last in chain(*run_distributed(recorded_on_two_ranks, 2, str(tmp_path))):
+    run = run_distributed(recorded_on_two_ranks, 2, str(tmp_path))
+    for last in chain(*run):
         seconds = last["time/rollout(s)"]
         assert last["mbu/rollout(%)"] == pytest.approx(100 * read / (seconds * 2 * 1e12))
         assert last["throughput/rollout(tok/s/gpu)"] == pytest.approx(7 / seconds / 2)
+        assert last["rollout/preempted"] == 5.0
+    (two, one), _ = run
+    assert two["rollout/idle_share"] == pytest.approx(1 - (4 + 1) / 2 / 4)
+    assert one["rollout/idle_share"] == 0.0
 
 
 # ---- peaks ----

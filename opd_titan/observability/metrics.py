@@ -35,6 +35,8 @@ SCALARS: dict[str, str] = {
     "rollout/response_tokens_max": "tokens, the stop token included",
     "rollout/truncated_fraction": "share of responses cut at max_new_tokens",
     "rollout/eos_fraction": "share of responses that ended by themselves",
+    "rollout/idle_share": "0..1, of the ranks' time: waiting for the rank that samples longest",
+    "rollout/preempted": "sequences that waited for memory of the KV cache, over all ranks",
     "rollout/repetition": "0..1, mean over responses of rollout_writer.repetition",
     "grad_norm": "total norm before clipping, mean over the step's updates",
     "lr": "learning rate",

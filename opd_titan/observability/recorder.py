@@ -19,6 +19,7 @@ from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import write_rollouts
 from opd_titan.observability.step_scalars import (
     ForwardFlops,
+    balance_scalars,
     cached_tokens_read,
     kl_scalars,
     rollout_scalars,
@@ -69,19 +70,27 @@ class Recorder:
         )
 
     def record(
-        self, step: int, samples: list[Sample], scalars: dict[str, float], decode_forwards: int
+        self,
+        step: int,
+        samples: list[Sample],
+        scalars: dict[str, float],
+        *,
+        decode_forwards: int,
+        preempted: int,
+        seconds: float,
     ) -> None:
         """Record a step that has just ended.
 
         Args:
             samples: of all ranks; those that this rank updated on have their advantages.
             scalars: what the update measured.
-            decode_forwards: that this rank's rollout took.
+            decode_forwards, preempted, seconds: of this rank's rollout, see `RolloutStats`.
         """
         mine = [s for s in samples if s.advantages is not None]
         scalars = {**scalars, **self._work_scalars(samples, decode_forwards)}
         if self.on_policy:
             scalars |= rollout_scalars(samples, mine, self.decode, self.world)
+            scalars |= balance_scalars(seconds, preempted, self.world)
             scalars |= kl_scalars(mine, self.world)
         memory = memory_stats(self.world.device)
         scalars |= {name: max_scalar(value, self.world.device) for name, value in memory.items()}

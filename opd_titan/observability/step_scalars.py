@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_titan.data.types import Sample
-from opd_titan.distributed.collectives import gather_vector, sum_scalars
+from opd_titan.distributed.collectives import gather_vector, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.observability.rollout_writer import repetition
 
@@ -38,6 +38,14 @@ def rollout_scalars(
         "rollout/eos_fraction": 1.0 - truncated,
         "rollout/repetition": total / len(samples),
     }
+
+
+def balance_scalars(seconds: float, preempted: int, world: World) -> dict[str, float]:
+    """`rollout/{idle_share,preempted}`, given this rank's seconds of sampling and preemptions."""
+    total = sum_scalars({"s": seconds, "n": preempted}, world.device, world.dp)
+    longest = max_scalar(seconds, world.device)
+    idle = 1.0 - total["s"] / world.dp.size / longest if longest > 0.0 else 0.0
+    return {"rollout/idle_share": idle, "rollout/preempted": total["n"]}
 
 
 def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:

@@ -6,7 +6,9 @@ What to run is the `scheduler`'s part, running it the `runner`'s, on pages of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -21,9 +23,25 @@ from opd_titan.rollout.memory import free_bytes
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
+from opd_titan.rollout.share import Share
 
 # The flash kernel that reads through a page table wants a multiple of 256.
 _PAGE_SIZE = {"cpu": 64, "cuda": 256}
+
+
+@dataclass
+class RolloutStats:
+    """What a rank's part of a rollout took.
+
+    Attributes:
+        decode_forwards: one-token forwards; each reads all weights once.
+        preempted: sequences that had to wait for memory.
+        seconds: without waiting for other ranks.
+    """
+
+    decode_forwards: int = 0
+    preempted: int = 0
+    seconds: float = 0.0
 
 
 class Generator:
@@ -40,8 +58,7 @@ class Generator:
         max_pages: of the cache; 0 takes what fits into the free memory.
 
     Attributes:
-        decode_forwards: one-token forwards of the last `generate`; each reads all weights once.
-        num_preempted: sequences that had to wait for memory in the last `generate`.
+        stats: of the last `generate`.
         use_cuda_graphs: on CUDA, where there is a kernel for the cache.
     """
 
@@ -63,30 +80,32 @@ class Generator:
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
         self.page_size = page_size or _PAGE_SIZE[self.device.type]
         self.max_pages = max_pages
-        self.decode_forwards = self.num_preempted = 0
+        self.stats = RolloutStats()
         self._runner: Runner | None = None
 
     @torch.no_grad()
     def generate(
         self,
-        requests: Iterable[Request],
+        requests: Sequence[Request],
         params: SamplingParams,
         on_tokens: Callable[[int], None] = lambda n: None,
+        share: Share | None = None,
     ) -> list[Sample]:
         """Answer every request.
 
         Args:
             requests: samples of one prompt that stand together share its keys and values.
             on_tokens: called with the number of tokens just sampled, for a progress bar.
+            share: which of the requests this rank answers. Without it, all of them.
 
         Returns:
-            One sample per request, in the order of the requests.
+            One sample per request that was answered, in the order of the requests.
         """
-        requests = list(requests)
-        self.decode_forwards = self.num_preempted = 0
+        start = time.perf_counter()
+        self.stats = RolloutStats()
         if not requests:
             return []
-        runner, scheduler = self._prepare(requests, params)
+        runner, scheduler = self._prepare(requests, params, share)
         answers: dict[tuple[int, int], Sample] = {}
         while scheduler.has_work:
             self.begin_round(runner, scheduler)
@@ -94,7 +113,7 @@ class Generator:
             if n == 0:
                 continue  # a prefix takes several rounds
             runner.decode(n)
-            self.decode_forwards += 1
+            self.stats.decode_forwards += 1
             on_tokens(n)
             ended = sorted({*scheduler.advance(), *runner.ended(n)})
             for slot in ended:
@@ -104,7 +123,9 @@ class Generator:
                 runner.move(*scheduler.release(ended), len(scheduler.running))
         if not runner.static:
             self.release()
-        return [answers[r.prompt.index, r.sample_index] for r in requests]
+        self.stats.seconds = time.perf_counter() - start
+        keys = [(r.prompt.index, r.sample_index) for r in requests]
+        return [answers[key] for key in keys if key in answers]
 
     def begin_round(self, runner: Runner, scheduler: Scheduler) -> None:
         """All that comes before a decoding step: prefills, starts, new pages, preemptions."""
@@ -118,7 +139,7 @@ class Generator:
             tokens, logprobs = runner.response(sequence.slot, scheduler.num_tokens(sequence))
             scheduler.requeue(sequence, tokens, logprobs.tolist())
         if growth.preempted:
-            self.num_preempted += len(growth.preempted)
+            self.stats.preempted += len(growth.preempted)
             slots = [s.slot for s in growth.preempted]
             runner.move(*scheduler.release(slots), len(scheduler.running))
 
@@ -145,27 +166,33 @@ class Generator:
         self._runner = None
 
     def _prepare(
-        self, requests: Sequence[Request], params: SamplingParams
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        share: Share | None,
     ) -> tuple[Runner, Scheduler]:
         """A runner with room for these requests, the last one if it has that."""
         longest = max(
             len(r.prompt.token_ids) + (r.max_new_tokens or params.max_new_tokens) for r in requests
         )
         width = -(-longest // self.page_size)
-        wanted = min(len(requests), self.max_concurrent or len(requests))
+        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.prompt.index)]
+        wanted = len(requests) if share is None else share.count_even(groups)
+        wanted = min(wanted, self.max_concurrent or wanted)
         last = self._runner
         fits = (
             last is not None
             and last.params == params
             and last.slots >= wanted
             and last.table_BM.shape[1] >= width
+            and last.weights_stay()
         )
         if not fits:
             self.release()
             self._runner = self.make_runner(wanted, width, params)
         runner = self._runner
-        groups = (list(group) for _, group in groupby(requests, key=lambda r: r.prompt.index))
         slots = min(runner.slots, self.max_concurrent or runner.slots)
+        groups = groups if share is None else share.read(groups, slots)
         pages, limit = runner.cache.num_pages, params.max_new_tokens
         return runner, Scheduler(groups, slots, pages, self.page_size, limit)
 

@@ -67,6 +67,7 @@ class Runner:
         self._num_pages_B = torch.zeros(slots, dtype=torch.int64)
         self._parts: PageParts | None = None
         self.static = static
+        self._addresses = self._weight_addresses()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: tuple[int, int] | None = None
 
@@ -174,6 +175,13 @@ class Runner:
                 self._host_table_BM[:n], counts_N, self.cache.page_size, self.cache.device
             )
         return self._parts
+
+    def weights_stay(self) -> bool:
+        """Whether they are where they were when this runner was made: a graph reads addresses."""
+        return self._addresses == self._weight_addresses()
+
+    def _weight_addresses(self) -> list[int]:
+        return [p.data_ptr() for p in self.model.parameters()]
 
     def _capture(self, n: int) -> torch.cuda.CUDAGraph:
         """Record a step of n rows. Running it for that, as CUDA wants, changes no sequence."""

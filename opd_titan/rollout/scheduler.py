@@ -270,12 +270,9 @@ class Scheduler:
     def _give_pages(self, prefix: Prefix, copies: list[tuple[int, int]]) -> bool:
         """Pages for the first member's prefix and next token; False while there is none free."""
         full, in_last = divmod(len(prefix.tokens), self.page_size)
-        free = bool(self.pool.free)
-        if not free and not self.running:
-            free = self._empty_last(prefix)
         if in_last and len(prefix.members) == 1:
             own = prefix.pages.pop()
-        elif free:
+        elif self.pool.free or (not self.running and self._empty_last(prefix)):
             own = self.pool.take()
             if in_last:
                 copies.append((prefix.pages[full], own))

@@ -93,16 +93,25 @@ class GeneratorWeights:
         """Say that the source has changed."""
         self._current, self._updated = False, True
 
-    def release_if_short(self) -> None:
+    def release_if_short(self, cache_bytes: int = 0) -> bool:
         """Free the copies for scoring and update, where these may need the memory. All ranks call.
 
         They may before the first update, when nobody knows what it takes; and from then on unless
         as many bytes again have never been used by anything.
+
+        Args:
+            cache_bytes: that the generator keeps besides.
+
+        Returns:
+            Whether memory is short: then the generator should give back its own as well.
         """
-        short = not self._updated or never_used_bytes(self.device) < self.num_bytes
+        kept = self.num_bytes + cache_bytes
+        short = not self._updated or never_used_bytes(self.device) < kept
         # Together: the next `sync` is collective.
-        if self._copies and max_scalar(float(short), self.device):
+        short = bool(max_scalar(float(short), self.device))
+        if short:
             self.release()
+        return short
 
     def release(self) -> None:
         """Give the copies' memory back until the next `sync`."""

@@ -97,7 +97,8 @@ class Trainer:
     def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
         c, source, tp = self.config, self.sources[role], self.world.tp
         build = partial(source.build_share, tp, c.compile.enable)
-        weights = GeneratorWeights(model, build, self.job.dtype, self.device)
+        packs = not c.compile.enable
+        weights = GeneratorWeights(model, build, self.job.dtype, self.device, packs)
         return weights, Generator(
             weights.model,
             source.eos_ids,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
-from tiny_rollout import CPU, follow, sharded
+from tiny_rollout import CPU, follow, held, sharded
 from tiny_world import World, assert_same_run, make_world, read_weights, train
 
 import opd_titan.rollout.weights as weights_module
@@ -57,7 +57,9 @@ def held_bytes(weights: GeneratorWeights) -> int:
     own = {p.untyped_storage().data_ptr() for p in stored}
     storages = [p.untyped_storage() for p in weights.model.parameters()]
     there = [s for s in storages if s.nbytes()]  # one that was given back has no address
-    return sum(s.nbytes() for s in there if s.data_ptr() not in own)
+    packed = [getattr(m, "packed", None) for m in weights.model.modules()]
+    in_packed = sum(p.numel() * p.element_size() for p in packed if p is not None)
+    return in_packed + sum(s.nbytes() for s in there if s.data_ptr() not in own)
 
 
 def check_release_and_sync(spare: int | None) -> list[int]:
@@ -66,24 +68,25 @@ def check_release_and_sync(spare: int | None) -> list[int]:
     weights = follow(model, torch.bfloat16)
     if spare is not None:
         weights_module.never_used_bytes = lambda device: spare
-    held = [held_bytes(weights)]
-    before = {n: p.detach().clone() for n, p in weights.model.named_parameters()}
+    sizes = [held_bytes(weights)]
+    before = {n: held(weights, n).clone() for n, _ in weights.model.named_parameters()}
     weights.release_if_short()
-    held.append(held_bytes(weights))
+    sizes.append(held_bytes(weights))
     weights.sync()
-    same = (torch.equal(before[n], p) for n, p in weights.model.named_parameters())
+    same = (torch.equal(value, held(weights, n)) for n, value in before.items())
     assert all(same), "what was given back came back otherwise"
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
     weights.outdate()
     weights.sync()
-    held.append(held_bytes(weights))
-    for name, p in weights.model.named_parameters():
-        torch.testing.assert_close(p.float(), before[name].float() + 1.0, rtol=0.02, atol=0.02)
+    sizes.append(held_bytes(weights))
+    for name, old in before.items():
+        new = held(weights, name).float()
+        torch.testing.assert_close(new, old.float() + 1.0, rtol=0.02, atol=0.02)
     weights.release_if_short()
-    held.append(held_bytes(weights))
-    return held
+    sizes.append(held_bytes(weights))
+    return sizes
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

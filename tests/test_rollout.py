@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
 from tiny_rollout import (
+    ARGS,
     CPU,
     EOS,
     FAMILY,
     LENGTHS,
     Script,
     follow,
+    held,
     prompts,
     requests,
     sharded,
@@ -32,6 +34,7 @@ import opd_titan.rollout.generator as generator_module
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.models.attention import PackedAttention
+from opd_titan.models.layers import can_pack
 from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.preflight import probe
@@ -384,26 +387,51 @@ def test_fp32_weights_are_the_training_weights(world: World, tied: bool) -> None
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool) -> None:
+@pytest.mark.parametrize("pack", [False, True])
+def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool, pack: bool) -> None:
     source = sharded(world, torch.bfloat16, tied=tied)
-    weights = follow(source, torch.bfloat16)
+    weights = follow(source, torch.bfloat16, pack)
     generator = Generator(weights.model, EOS)
-    stale = {name: p.clone() for name, p in weights.model.named_parameters()}
-    assert stale.keys() == {name for name, _ in source.named_parameters()}
+    stale = {name: held(weights, name).clone() for name, _ in source.named_parameters()}
+    assert stale.keys() == {name for name, _ in weights.model.named_parameters()}
+    packed = [m for m in weights.model.modules() if getattr(m, "packed", None) is not None]
+    assert len(packed) == (7 * ARGS.n_layers if pack and can_pack(torch.bfloat16, CPU) else 0)
     for name, p in source.named_parameters():
         assert torch.equal(stale[name], p.to_local().bfloat16())
         with torch.no_grad():
             p.to_local().add_(1.0)
-        assert torch.equal(weights.model.get_parameter(name), stale[name])
+        assert torch.equal(held(weights, name), stale[name])
     weights.outdate()
     weights.sync()
     for name, p in source.named_parameters():
-        assert torch.equal(weights.model.get_parameter(name), p.to_local().bfloat16()), name
+        assert torch.equal(held(weights, name), p.to_local().bfloat16()), name
     head = weights.model.lm_head.weight
     assert (head is weights.model.tok_embeddings.weight) == tied
     assert generator.head.weight_vD.data_ptr() == head.data_ptr()
     samples = generator.generate(requests(prompts(), 1), SamplingParams(5))
     assert samples[0].student_logprobs.dtype == torch.float32
+    weights.release()
+    assert all(getattr(m, "packed", None) is None for m in weights.model.modules())
+
+
+def test_packed_weights_give_the_same_log_probs(world: World) -> None:
+    """As plain ones do, to bf16's rounding, before and after an update."""
+    source = sharded(world, torch.bfloat16)
+    both = [follow(source, torch.bfloat16, pack) for pack in (False, True)]
+    wanted = requests(prompts(), 2)
+    for _ in range(2):
+        plain, packed = (Generator(w.model, EOS).generate(wanted, GREEDY) for w in both)
+        pairs = zip(plain, packed, strict=True)
+        same = [(a, b) for a, b in pairs if a.response_ids == b.response_ids]
+        assert len(same) >= 18, "bf16 turns few greedy choices"
+        for a, b in same:
+            torch.testing.assert_close(a.student_logprobs, b.student_logprobs, rtol=0, atol=0.1)
+        with torch.no_grad():
+            for p in source.parameters():
+                p.to_local().mul_(1.2)
+        for weights in both:
+            weights.outdate()
+            weights.sync()
 
 
 # --------------------------------------------------------------------- several ranks
@@ -422,7 +450,7 @@ def gathered_weights_are_whole(dtype: torch.dtype, tied: bool) -> list[bool]:
     same = []
     for name, p in plain.named_parameters():
         parts = [part * (1.5 + r) for r, part in enumerate(p.chunk(ranks))]
-        same.append(torch.equal(weights.model.get_parameter(name), torch.cat(parts).to(dtype)))
+        same.append(torch.equal(held(weights, name), torch.cat(parts).to(dtype)))
     return same
 
 

@@ -40,6 +40,7 @@ STEP_SCALARS = set(
     loss/policy loss/total kl/student_teacher kl/p99 policy/entropy policy/clip_fraction
     policy/ratio_mean policy/logprob_gap_max rollout/response_tokens_mean
     rollout/response_tokens_max rollout/truncated_fraction rollout/eos_fraction rollout/repetition
+    rollout/idle_share rollout/preempted
     grad_norm lr time/data(s) time/rollout(s) time/teacher(s) time/reference(s) time/update(s)
     time/sync(s) time/step(s) throughput/rollout(tok/s/gpu) throughput/teacher(tok/s/gpu)
     throughput/update(tok/s/gpu) throughput/step(tok/s/gpu) memory/max_active(GiB)

@@ -75,10 +75,19 @@ def sharded(world: World, dtype: torch.dtype = torch.float32, **sizes: Any) -> Q
     return model
 
 
-def follow(source: Qwen3Model, dtype: torch.dtype = torch.float32) -> GeneratorWeights:
-    weights = GeneratorWeights(source, lambda: Qwen3Model(source.args), dtype, CPU)
+def follow(
+    source: Qwen3Model, dtype: torch.dtype = torch.float32, pack: bool = True
+) -> GeneratorWeights:
+    weights = GeneratorWeights(source, lambda: Qwen3Model(source.args), dtype, CPU, pack)
     weights.sync()
     return weights
+
+
+def held(weights: GeneratorWeights, name: str) -> Tensor:
+    """The weight that the generator computes with."""
+    layer = weights.model.get_submodule(name.removesuffix(".weight"))
+    packed = getattr(layer, "packed", None)
+    return layer.weight if packed is None else packed.to_dense()
 
 
 class Script(nn.Module):

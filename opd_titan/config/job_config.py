@@ -91,7 +91,8 @@ class Rollout:
     on_policy_fraction: float = 1.0
     """1: the student samples the responses. 0: the data set's own responses (objective sft)."""
     max_concurrent: int = 0
-    """Sequences decoded at once on each rank. 0: as many as fit in half of the free memory."""
+    """Sequences decoded at once on each rank. 0: as many as fit into the free memory, where each
+    has half of what it may need; when it runs out, the youngest wait."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.tensor_parallel import local
+from opd_titan.models.layers import Linear, can_pack
 from opd_titan.rollout.memory import never_used_bytes
 
 
@@ -25,6 +26,8 @@ class GeneratorWeights:
         build: makes the architecture of one rank's share, with the collectives between shares.
         dtype: what the generator computes in; FSDP gathers in the same.
         device: where it computes.
+        pack: keep layers' weights in the CPU's own layout where it has one for this type; not for
+            compiled layers.
     """
 
     def __init__(
@@ -33,12 +36,14 @@ class GeneratorWeights:
         build: Callable[[], nn.Module],
         dtype: torch.dtype,
         device: torch.device,
+        pack: bool = True,
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         with torch.device("meta"):
             self.model = build().requires_grad_(False).eval()
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self._copies: dict[str, Tensor] = {}
+        self._packed: dict[str, Linear] = {}
         tensors = {}
         for name, parameter in source.named_parameters():
             shared = self._own_storage(parameter)
@@ -49,13 +54,25 @@ class GeneratorWeights:
         self.model.load_state_dict(tensors, strict=False, assign=True)
         self.model.tie_weights()
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
+        if pack and can_pack(dtype, device):
+            self._pack_layers()
         self._updated = False
         self.release()
+
+    def _pack_layers(self) -> None:
+        """Of these the packed weights are the copies. The head projects with its plain one."""
+        for name, module in self.model.named_modules():
+            weight = f"{name}.weight"
+            if isinstance(module, Linear) and module is not self.model.lm_head:
+                if self._copies.pop(weight, None) is not None:
+                    module.weight.untyped_storage().resize_(0)
+                    self._packed[weight] = module
 
     @property
     def num_bytes(self) -> int:
         """Of the copies, when they are there."""
-        return sum(t.numel() * t.element_size() for t in self._copies.values())
+        weights = [*self._copies.values(), *(m.weight for m in self._packed.values())]
+        return sum(t.numel() * t.element_size() for t in weights)
 
     def _own_storage(self, parameter: Tensor) -> Tensor | None:
         """The rank's own storage of its whole share, if it has that. The same on all ranks."""
@@ -77,7 +94,7 @@ class GeneratorWeights:
         self._current = True
         for tensor in self._copies.values():
             tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
-        left = dict(self._copies)
+        left = {**self._copies, **self._packed}
         for prefix, module in _innermost_first(self.source):
             mine = [n for n in left if n.startswith(prefix)]
             if not mine:
@@ -85,7 +102,11 @@ class GeneratorWeights:
             module.unshard()
             gathered = dict(module.named_parameters(prefix=prefix.rstrip(".")))
             for name in mine:
-                left.pop(name).copy_(local(gathered[name]))
+                copy, weight = left.pop(name), local(gathered[name])
+                if isinstance(copy, Linear):
+                    copy.pack(weight.to(self.dtype))
+                else:
+                    copy.copy_(weight)
             module.reshard()
         assert not left, f"not gathered: {list(left)}"
 
@@ -118,6 +139,8 @@ class GeneratorWeights:
         self._current = False
         for tensor in self._copies.values():
             tensor.untyped_storage().resize_(0)
+        for layer in self._packed.values():
+            layer.packed = None
 
 
 def _innermost_first(model: nn.Module) -> Iterator[tuple[str, FSDPModule]]:

@@ -1,147 +1,579 @@
-"""The scheduler against a simulation of what stands in each slot. No torch anywhere here."""
+"""The scheduler, driven by an engine whose cache holds histories instead of keys and values.
+
+A cell holds a hash of all tokens up to its own, as keys and values depend on all of them. So pages
+that are lost, shared too long, or written by two sequences show as a wrong history. No torch here.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_titan.data.types import Prompt
-from opd_titan.rollout.scheduler import Request, Scheduler
+from opd_titan.rollout.scheduler import Chunk, Growth, Request, RunningSequence, Scheduler
 
-settings.register_profile("scheduler", deadline=None, max_examples=300)
-settings.load_profile("scheduler")
+Identity = tuple[int, int]
+properties = settings(deadline=None, max_examples=200)
+thoroughly = settings(deadline=None, max_examples=600)
+
+
+def identity(r: Request) -> Identity:
+    return r.prompt.index, r.sample_index
+
+
+def make_group(index: int, length: int, limits: Sequence[int | None]) -> list[Request]:
+    """Samples of one prompt. No two prompts have a token in common."""
+    prompt = Prompt(index, "", tuple(1000 * (index + 1) + i for i in range(length)))
+    return [Request(prompt, i, key=0, max_new_tokens=limit) for i, limit in enumerate(limits)]
+
+
+def sampled_token(who: Identity, position: int) -> int:
+    """The same again after a preemption, as the engine's random numbers are."""
+    return hash((who, position))
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
+
+
+# --------------------------------------------------------------------- workloads
 
 
 @dataclass
 class Workload:
-    """`durations`: tokens that each request runs for, counting the one that prefill gives."""
+    """`stops`: after how many tokens a stop token comes, if nothing else ends the response."""
 
-    requests: list[Request]
-    durations: dict[tuple[int, int], int]
+    groups: list[list[Request]]
+    stops: dict[Identity, int]
     slots: int
+    num_pages: int
+    page_size: int
     budget: int
+    max_new_tokens: int
+
+    @property
+    def requests(self) -> list[Request]:
+        return list(chain.from_iterable(self.groups))
+
+    def limit(self, r: Request) -> int:
+        return r.max_new_tokens or self.max_new_tokens
+
+    def pages(self, r: Request) -> int:
+        """Of a sequence to its end; the last token is sampled, but never fed."""
+        return pages_for(len(r.prompt.token_ids) + self.limit(r) - 1, self.page_size)
+
+    def answer(self, r: Request) -> list[int]:
+        n = min(self.limit(r), self.stops[identity(r)])
+        first = len(r.prompt.token_ids)
+        return [sampled_token(identity(r), p) for p in range(first, first + n)]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(self.answer(r)) for r in self.requests)
+
+    @property
+    def enough_pages(self) -> int:
+        """So many that nobody ever waits for one."""
+        return sum(self.pages(r) for r in self.requests) + sum(
+            pages_for(len(group[0].prompt.token_ids), self.page_size) for group in self.groups
+        )
 
 
-def request(index: int, sample_index: int, length: int) -> Request:
-    return Request(Prompt(index, "", (0,) * length), sample_index, key=0)
-
-
-def identity(r: Request) -> tuple[int, int]:
-    return r.prompt.index, r.sample_index
+LENGTHS = st.integers(1, 40)
+NEW_TOKENS = st.integers(1, 20)
+NEVER = 100
+# What one request may have of its own: its limit, and when a stop token comes.
+ENDS = st.tuples(st.none() | NEW_TOKENS, st.just(NEVER) | NEW_TOKENS)
+GROUPS = st.tuples(LENGTHS, st.lists(ENDS, min_size=1, max_size=5))
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> Workload:
-    groups = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), max_size=10))
-    requests = [request(i, s, n) for i, (n, size) in enumerate(groups) for s in range(size)]
-    if draw(st.booleans()):  # samples of one prompt need not stand side by side
-        requests = draw(st.permutations(requests))
-    lengths = st.integers(1, 12)
-    return Workload(
-        requests,
-        {identity(r): draw(lengths) for r in requests},
-        draw(st.integers(1, 12)),
-        draw(st.integers(1, 120)),
+def workloads(draw: st.DrawFn, plenty: bool = False) -> Workload:
+    drawn = draw(st.lists(GROUPS, max_size=8))
+    groups = [make_group(i, n, [limit for limit, _ in e]) for i, (n, e) in enumerate(drawn)]
+    w = Workload(
+        groups,
+        {(i, k): stop for i, (_, ends) in enumerate(drawn) for k, (_, stop) in enumerate(ends)},
+        slots=draw(st.integers(1, 12)),
+        num_pages=0,
+        page_size=draw(st.integers(1, 16)),
+        budget=draw(st.integers(1, 120)),
+        max_new_tokens=draw(NEW_TOKENS),
     )
+    bare = max((w.pages(r) for r in w.requests), default=1)
+    # Half of them are short of pages: there the scheduler has most to do.
+    few = st.integers(bare, 2 * bare) | st.integers(bare, max(bare, w.enough_pages))
+    w.num_pages = w.enough_pages if plenty else draw(few)
+    return w
+
+
+# ----------------------------------------------------------------------- engine
 
 
 @dataclass
-class Trace:
-    admissions: list[list[Request]] = field(default_factory=list)
-    finished: list[tuple[int, int]] = field(default_factory=list)
-    moves: int = 0
+class Row:
+    """What the engine knows of a slot. `pages` is its row of the block table."""
+
+    request: Request
+    pages: list[int]
+    token: int
+    position: int
+    response: list[int]
 
 
-def simulate(w: Workload) -> Trace:
-    """Play the generator: slots hold who runs there; every step gives each of them one token."""
-    scheduler, trace = Scheduler(w.requests, w.slots), Trace()
-    contents: list[tuple[int, int] | None] = [None] * w.slots
-    left = dict(w.durations)
-    while scheduler.has_work:
-        admitted = scheduler.admit(w.budget)
-        trace.admissions.append(admitted)
-        n = len(scheduler.running)
-        assert 0 < n <= w.slots, "work, but nothing runs"
-        first = n - len(admitted) if admitted else 0
-        assert scheduler.running[first:] == admitted or not admitted
-        for slot, r in enumerate(admitted, start=first):
-            assert contents[slot] is None, "a slot was given away twice"
-            contents[slot] = identity(r)
-        for slot in range(first, n):
-            left[contents[slot]] -= 1
-        finished = [slot for slot in range(first, n) if left[contents[slot]] == 0]
-        trace.finished += [contents[slot] for slot in finished]
-        sources, targets = scheduler.release(finished)
-        assert set(targets) <= set(finished)
-        assert not set(sources) & (set(targets) | set(finished))
-        assert len(sources) == len(targets) == len(set(sources)) == len(set(targets))
+@dataclass
+class Cache:
+    """Cells by page and offset."""
+
+    page_size: int
+    cells: dict[int, list[int | None]] = field(default_factory=dict)
+
+    def read(self, pages: Sequence[int], length: int) -> list[int | None]:
+        empty = [None] * self.page_size
+        return list(chain.from_iterable(self.cells.get(p, empty) for p in pages))[:length]
+
+    def write(self, pages: Sequence[int], position: int, token: int) -> None:
+        """Put in the token's history, which goes on from what these pages hold before it."""
+        before = self.cell(pages, position - 1) if position else 0
+        number, offset = divmod(position, self.page_size)
+        page = self.cells.setdefault(pages[number], [None] * self.page_size)
+        page[offset] = hash((before, token))
+
+    def cell(self, pages: Sequence[int], position: int) -> int | None:
+        number, offset = divmod(position, self.page_size)
+        return self.cells[pages[number]][offset]
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        sources = [list(self.cells[source]) for source, _ in pairs]
+        for (_, target), page in zip(pairs, sources, strict=True):
+            self.cells[target] = page
+
+    def forget(self, pages: set[int]) -> None:
+        """So that nobody lives on what a free page happens to hold."""
+        for page in self.cells.keys() & pages:
+            del self.cells[page]
+
+
+def history(tokens: Sequence[int]) -> list[int]:
+    """What a sequence's cells must hold."""
+    out = [0]
+    for token in tokens:
+        out.append(hash((out[-1], token)))
+    return out[1:]
+
+
+class Engine:
+    """Plays generator, runner and cache, and looks at every step whether all is as it must be.
+
+    Attributes:
+        rows: by slot. Filled from what `admit` and `grow` told, and moved as `release` told.
+        started: sequences, and how many started before them for the first time.
+        line: those among them that were preempted and have not started again.
+        peak: most pages in use before a decoding step.
+    """
+
+    def __init__(self, w: Workload) -> None:
+        self.w = w
+        self.cache = Cache(w.page_size)
+        self.rows: list[Row] = []
+        self.started: dict[Identity, int] = {}
+        self.line: dict[Identity, list[int]] = {}
+        self.answers: dict[Identity, list[int]] = {}
+        self.rounds = self.num_read = self.num_prefilled = self.num_preempted = self.peak = 0
+        self.expected = {identity(r): w.answer(r) for r in w.requests}
+        self.histories = {
+            identity(r): history([*r.prompt.token_ids, *w.answer(r)]) for r in w.requests
+        }
+        self.scheduler = Scheduler(
+            self.read_groups(), w.slots, w.num_pages, w.page_size, w.max_new_tokens
+        )
+
+    def read_groups(self) -> Iterator[list[Request]]:
+        for group in self.w.groups:
+            in_line = self.num_read - len(self.started) + len(self.line)
+            wanted = max(1, self.w.slots - len(self.rows))
+            assert in_line < wanted, "a group was read before a slot was free for it"
+            self.num_read += len(group)
+            yield group
+
+    def run(self) -> Engine:
+        w = self.w
+        # A round samples tokens, or it computes a prefix because nothing runs: so after an end.
+        longest = max((len(h) for h in self.histories.values()), default=0)
+        bound = w.num_tokens + len(w.requests) * (longest // w.budget + 1)
+        while self.scheduler.has_work:
+            self.round()
+            self.rounds += 1
+            assert self.rounds <= bound, "it does not come to an end"
+        pool = self.scheduler.pool
+        assert not self.rows and not self.scheduler.running and not self.line
+        assert pool.free == w.num_pages and not pool._holders, "pages were lost"
+        assert self.scheduler.prefill(w.budget) == [] and self.scheduler.admit() == ([], [])
+        return self
+
+    def round(self) -> None:
+        chunks = self.scheduler.prefill(self.w.budget)
+        self.prefill(chunks)
+        self.start(*self.scheduler.admit())
+        growth = self.scheduler.grow()
+        self.grow(growth)
+        if growth.preempted:
+            self.preempt(growth.preempted)
+        self.check_pages()
+        if not self.rows:
+            # Nothing could start: the first in line took all that a round can compute.
+            assert [len(c.tokens) for c in chunks] == [self.w.budget], "nothing goes on"
+            return
+        stopped = self.decode()
+        ended = sorted({*self.scheduler.advance(), *stopped})
+        for slot in ended:
+            self.check_answer(slot)
+        if ended:
+            self.release(ended)
+
+    # --------------------------------------------------------- before decoding
+
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        lengths = [len(c.tokens) for c in chunks]
+        assert sum(lengths) <= self.w.budget and 0 not in lengths
+        self.num_prefilled += sum(lengths)
+        written: set[tuple[int, int]] = set()
+        for c in chunks:
+            for position, token in enumerate(c.tokens, start=c.start):
+                self.cache.write(c.pages, position, token)
+                number, offset = divmod(position, self.w.page_size)
+                cell = (c.pages[number], offset)
+                assert cell not in written, "two prefixes in one cell"
+                written.add(cell)
+
+    def start(
+        self, sequences: Sequence[RunningSequence], copies: Sequence[tuple[int, int]]
+    ) -> None:
+        targets = [target for _, target in copies]
+        assert len(set(targets)) == len(targets)
+        assert not {source for source, _ in copies} & set(targets), "the order would matter"
+        self.cache.copy(copies)
+        for s in sequences:
+            who = identity(s.request)
+            assert s.slot == len(self.rows), "slots are not dense"
+            if who in self.started:
+                assert s.response == self.line.pop(who)
+            else:
+                self.started[who] = len(self.started)
+                assert s.response == []
+            assert s.tokens == [*s.request.prompt.token_ids, *s.response]
+            assert s.start_position == len(s.tokens) - 1
+            row = Row(s.request, list(s.pages), s.tokens[-1], s.start_position, list(s.response))
+            self.rows.append(row)
+        assert len(self.rows) <= self.w.slots
+        if sequences and self.line:
+            last = max(self.age(row) for row in self.rows)
+            assert last < min(self.started[who] for who in self.line), "a younger one went before"
+
+    def age(self, row: Row) -> int:
+        return self.started[identity(row.request)]
+
+    def grow(self, growth: Growth) -> None:
+        for slot, number, page in growth.pages:
+            assert number == len(self.rows[slot].pages), "a page was left out"
+            self.rows[slot].pages.append(page)
+
+    def preempt(self, preempted: Sequence[RunningSequence]) -> None:
+        slots = [s.slot for s in preempted]
+        ages = [self.age(row) for row in self.rows]
+        stay = [age for slot, age in enumerate(ages) if slot not in slots]
+        assert stay and max(stay) < min(ages[slot] for slot in slots), "not the youngest"
+        for s in preempted:
+            row = self.rows[s.slot]
+            assert row.request is s.request
+            assert self.scheduler.num_tokens(s) == len(row.response)
+            assert s.pages == []
+            self.line[identity(s.request)] = list(row.response)
+            self.scheduler.requeue(s, row.response, [0.0] * len(row.response))
+        self.num_preempted += len(preempted)
+        self.release(slots)
+        used = {page for row in self.rows for page in row.pages}
+        in_use = self.w.num_pages - self.scheduler.pool.free
+        assert in_use == len(used), "those in line were to lose their pages first"
+
+    def check_pages(self) -> None:
+        pool = self.scheduler.pool
+        free, held = set(pool._free), set(pool._holders)
+        assert len(pool._free) == len(free) == pool.free
+        assert not free & held and free | held == set(range(self.w.num_pages))
+        for row, s in zip(self.rows, self.scheduler.running, strict=True):
+            assert row.request is s.request and row.pages == s.pages
+            assert not free.intersection(row.pages), "a page is free, but in use"
+            assert len(row.pages) == row.position // self.w.page_size + 1
+        self.peak = max(self.peak, len(held))
+        self.cache.forget(free)
+
+    # --------------------------------------------------------------- decoding
+
+    def decode(self) -> list[int]:
+        """A step of all rows: first all write, then all read. Returns who met a stop token."""
+        for row in self.rows:
+            seen = self.cache.read(row.pages, row.position)
+            assert seen == self.histories[identity(row.request)][: row.position]
+        for row in self.rows:
+            self.cache.write(row.pages, row.position, row.token)
+        stopped: list[int] = []
+        for slot, row in enumerate(self.rows):
+            who = identity(row.request)
+            row.position += 1
+            own = self.histories[who][: row.position]
+            assert self.cache.read(row.pages, row.position) == own
+            row.token = sampled_token(who, row.position)
+            row.response.append(row.token)
+            if len(row.response) == self.w.stops[who]:
+                stopped.append(slot)
+        return stopped
+
+    def check_answer(self, slot: int) -> None:
+        row, s = self.rows[slot], self.scheduler.running[slot]
+        who = identity(row.request)
+        assert s.request is row.request
+        assert self.scheduler.num_tokens(s) == len(row.response)
+        assert who not in self.answers, "answered twice"
+        assert row.response == self.expected[who]
+        self.answers[who] = row.response
+
+    def release(self, slots: list[int]) -> None:
+        left = len(self.rows) - len(slots)
+        sources, targets = self.scheduler.release(slots)
+        assert len(sources) == len(targets) and len(set(targets)) == len(targets)
+        assert set(targets) <= set(slots) and not set(sources) & set(slots)
         for source, target in zip(sources, targets, strict=True):
-            contents[target] = contents[source]
-        trace.moves += len(sources)
-        running = [identity(r) for r in scheduler.running]
-        assert contents[: len(running)] == running, "slots are not dense, or someone was mixed up"
-        contents[len(running) :] = [None] * (w.slots - len(running))
-    assert all(n == 0 for n in left.values())
-    return trace
+            self.rows[target] = self.rows[source]
+        del self.rows[left:]
+        assert [s.slot for s in self.scheduler.running] == list(range(left))
 
 
+# ------------------------------------------------------------------- properties
+
+
+@thoroughly
 @given(workloads())
-def test_every_request_runs_once_in_dense_slots_under_its_own_name(w: Workload) -> None:
-    trace = simulate(w)
-    assert sorted(trace.finished) == sorted(identity(r) for r in w.requests)
+def test_every_request_gets_its_own_tokens_once_whatever_the_memory(w: Workload) -> None:
+    engine = Engine(w).run()
+    assert engine.answers == engine.expected
+    assert list(engine.started) == [identity(r) for r in w.requests]
+    assert engine.num_read == len(w.requests)
 
 
-@given(workloads())
-def test_first_come_first_served(w: Workload) -> None:
-    assert [r for admitted in simulate(w).admissions for r in admitted] == w.requests
+@properties
+@given(workloads(plenty=True))
+def test_with_enough_memory_a_prefix_is_computed_once_and_nobody_is_preempted(w: Workload) -> None:
+    engine = Engine(w).run()
+    assert engine.num_preempted == 0
+    assert engine.num_prefilled == sum(len(g[0].prompt.token_ids) - 1 for g in w.groups)
 
 
-@given(workloads())
-def test_prefill_stays_in_its_budget_and_fills_it(w: Workload) -> None:
-    waiting, free = list(w.requests), w.slots
-    scheduler = Scheduler(w.requests, w.slots)
-    while waiting and free:
-        admitted = scheduler.admit(w.budget)
-        prompts = [p for p, _ in groupby(r.prompt for r in admitted)]
-        tokens = sum(len(p.token_ids) for p in prompts)
-        assert tokens <= w.budget or len(prompts) == 1
-        waiting, free = waiting[len(admitted) :], free - len(admitted)
-        if waiting and free:  # it stopped although a slot was free: the next prompt does not fit
-            assert waiting[0].prompt != prompts[-1]
-            assert tokens + len(waiting[0].prompt.token_ids) > w.budget
+@properties
+@given(LENGTHS, NEW_TOKENS, *[st.integers(1, n) for n in (5, 12, 16, 120)])
+def test_a_group_shares_the_full_pages_of_its_prompt(
+    length: int, new: int, size: int, slots: int, page_size: int, budget: int
+) -> None:
+    w = Workload(
+        [make_group(0, length, [None] * size)],
+        {(0, i): NEVER for i in range(size)},
+        slots,
+        1000,
+        page_size,
+        budget,
+        new,
+    )
+    shared, in_last = divmod(length - 1, page_size)
+    own = pages_for(length + new - 1, page_size) - shared
+    for_later = slots < size and in_last > 0  # the half-filled page, to be copied
+    assert Engine(w).run().peak == shared + min(slots, size) * own + for_later
 
 
-def test_samples_of_one_prompt_count_its_tokens_once() -> None:
-    group = [request(0, s, 10) for s in range(4)]
-    assert Scheduler(group, 8).admit(10) == group
-    assert Scheduler(group, 3).admit(10) == group[:3]
-    # Also when the prompt alone is over the budget: its siblings cost nothing more.
-    assert Scheduler(group, 8).admit(1) == group
-    assert Scheduler([*group, request(1, 0, 1)], 8).admit(10) == group
-    assert len(Scheduler([*group, request(1, 0, 1)], 8).admit(11)) == 5
-    alternating = [request(i, s, 10) for s in range(2) for i in range(2)]
-    assert len(Scheduler(alternating, 8).admit(20)) == 2
+@properties
+@given(st.lists(LENGTHS, min_size=1, max_size=3), NEW_TOKENS, *[st.integers(1, n) for n in (5, 16)])
+def test_a_cache_for_one_sequence_is_enough(
+    lengths: list[int], new: int, size: int, page_size: int
+) -> None:
+    groups = [make_group(i, length, [None] * size) for i, length in enumerate(lengths)]
+    stops = {identity(r): NEVER for group in groups for r in group}
+    num_pages = pages_for(max(lengths) + new - 1, page_size)
+    engine = Engine(Workload(groups, stops, 12, num_pages, page_size, 7, new)).run()
+    assert engine.answers == engine.expected
+
+
+# ---------------------------------------------------------------------- by hand
+
+
+def scheduler_of(
+    *groups: list[Request], slots: int = 8, pages: int = 100, page_size: int = 4, new: int = 4
+) -> Scheduler:
+    return Scheduler(groups, slots, pages, page_size, new)
+
+
+def pages_of(sequences: Sequence[RunningSequence]) -> list[list[int]]:
+    return [s.pages for s in sequences]
+
+
+def chunk(r: Request, start: int, end: int, pages: list[int]) -> Chunk:
+    return Chunk(list(r.prompt.token_ids[start:end]), start, pages)
+
+
+def test_a_half_filled_page_is_copied_and_the_last_one_takes_it_over() -> None:
+    group = make_group(0, 6, [None] * 3)
+    scheduler = scheduler_of(group, pages=10)
+    # The prefix is five tokens: page 0 is full, one token is in page 1.
+    assert scheduler.prefill(100) == [chunk(group[0], 0, 5, [0, 1])]
+    started, copies = scheduler.admit()
+    assert [s.request for s in started] == group and [s.slot for s in started] == [0, 1, 2]
+    assert copies == [(1, 2), (1, 3)]
+    assert pages_of(started) == [[0, 2], [0, 3], [0, 1]]
+    assert scheduler.pool.free == 6
+    # They feed positions 5 to 8: the last of them is in a new page.
+    for _ in range(3):
+        assert scheduler.grow() == Growth([], [])
+        assert scheduler.advance() == []
+    assert scheduler.grow() == Growth([(0, 2, 4), (1, 2, 5), (2, 2, 6)], [])
+    assert scheduler.advance() == [0, 1, 2]
+    assert scheduler.release([0, 1, 2]) == ([], [])
+    assert scheduler.pool.free == 10 and not scheduler.has_work
+
+
+def test_where_all_pages_are_full_none_is_copied() -> None:
+    group = make_group(0, 5, [None] * 3)
+    scheduler = scheduler_of(group)
+    assert scheduler.prefill(100) == [chunk(group[0], 0, 4, [0])]
+    started, copies = scheduler.admit()
+    assert copies == [] and pages_of(started) == [[0, 1], [0, 2], [0, 3]]
+
+
+def test_a_group_that_starts_in_parts_takes_the_page_over_at_its_end() -> None:
+    group = make_group(0, 3, [1, 1, 1])
+    scheduler = scheduler_of(group, slots=2)
+    assert scheduler.prefill(100) == [chunk(group[0], 0, 2, [0])]
+    started, copies = scheduler.admit()
+    assert copies == [(0, 1), (0, 2)] and pages_of(started) == [[1], [2]]
+    assert scheduler.grow() == Growth([], [])
+    assert scheduler.advance() == [0, 1]
+    scheduler.release([0, 1])
+    assert scheduler.prefill(100) == []
+    started, copies = scheduler.admit()
+    assert copies == [] and pages_of(started) == [[0]]
+
+
+def test_a_prompt_of_one_token_has_nothing_to_compute() -> None:
+    scheduler = scheduler_of(make_group(0, 1, [None] * 2))
+    assert scheduler.prefill(100) == []
+    started, copies = scheduler.admit()
+    assert copies == [] and pages_of(started) == [[0], [1]]
+    assert [s.start_position for s in started] == [0, 0]
+
+
+def test_a_long_prefix_takes_three_rounds_and_the_next_fills_the_last() -> None:
+    (long,), (short,), (third,) = groups = [
+        make_group(i, n, [None]) for i, n in enumerate((11, 2, 4))
+    ]
+    scheduler = scheduler_of(*groups)
+    chunks, started = [], []
+    for _ in range(4):
+        chunks.append(scheduler.prefill(4))
+        started.append([s.request for s in scheduler.admit()[0]])
+    assert chunks == [
+        [chunk(long, 0, 4, [0])],
+        [chunk(long, 4, 8, [0, 1])],
+        # One token of the budget is left, which is not all of the third.
+        [chunk(long, 8, 10, [0, 1, 2]), chunk(short, 0, 1, [3])],
+        [chunk(third, 0, 3, [4])],
+    ]
+    assert started == [[], [], [long, short], [third]]
+
+
+def test_the_youngest_is_preempted_and_goes_on_when_one_has_ended() -> None:
+    (first,), (second,) = groups = [make_group(i, 2, [None]) for i in range(2)]
+    scheduler = scheduler_of(*groups, pages=3, page_size=2)
+    assert scheduler.prefill(100) == [chunk(first, 0, 1, [0]), chunk(second, 0, 1, [1])]
+    _, younger = scheduler.admit()[0]
+    assert scheduler.grow() == Growth([], [])
+    assert scheduler.advance() == []
+    # Both need a page, and there is one.
+    assert scheduler.grow() == Growth([(0, 1, 2)], [younger])
+    assert scheduler.num_tokens(younger) == 1
+    scheduler.requeue(younger, [7], [-0.5])
+    assert scheduler.release([1]) == ([], [])
+    for ended in ([], [], [0]):
+        assert scheduler.advance() == ended
+        # There is a page, but the first one is to have it.
+        assert scheduler.prefill(100) == [] and scheduler.admit() == ([], [])
+        if not ended:
+            scheduler.grow()
+    assert scheduler.pool.free == 0
+    scheduler.release([0])
+    assert scheduler.prefill(100) == [Chunk(list(second.prompt.token_ids), 0, [0])]
+    assert scheduler.admit() == ([younger], [])
+    assert younger.response == [7] and younger.logprobs == [-0.5]
+    assert younger.tokens == [*second.prompt.token_ids, 7] and younger.start_position == 2
+    for ended in ([], [], [0]):  # three tokens are left to it
+        scheduler.grow()
+        assert scheduler.advance() == ended
+    scheduler.release([0])
+    assert scheduler.pool.free == 3 and not scheduler.has_work
+
+
+def test_those_in_line_lose_their_pages_before_one_that_runs() -> None:
+    first, group = make_group(0, 2, [None]), make_group(1, 3, [None] * 2)
+    scheduler = scheduler_of(first, group, slots=2, pages=2, page_size=3)
+    assert scheduler.prefill(100) == [chunk(first[0], 0, 1, [0]), chunk(group[0], 0, 2, [1])]
+    started, copies = scheduler.admit()
+    assert pages_of(started) == [[0]] and copies == []  # no page to copy that of the group into
+    for _ in range(2):
+        assert scheduler.grow() == Growth([], [])
+        scheduler.advance()
+        assert scheduler.prefill(100) == [] and scheduler.admit() == ([], [])
+    assert scheduler.grow() == Growth([(0, 1, 1)], [])
+    for _ in range(2):
+        scheduler.advance()
+    scheduler.release([0])
+    assert scheduler.prefill(100) == [chunk(group[0], 0, 2, [0])]
+
+
+def test_one_that_fills_the_cache_takes_what_its_group_had() -> None:
+    group = make_group(0, 6, [2, 2])
+    scheduler = scheduler_of(group, pages=2)
+    assert scheduler.prefill(100) == [chunk(group[0], 0, 5, [0, 1])]
+    started, copies = scheduler.admit()
+    assert copies == [] and pages_of(started) == [[0, 1]]
+    assert scheduler.prefill(100) == []  # no page
+    scheduler.advance()
+    assert scheduler.advance() == [0]
+    scheduler.release([0])
+    # The full page was kept.
+    assert scheduler.prefill(100) == [chunk(group[0], 4, 5, [0, 1])]
+    assert pages_of(scheduler.admit()[0]) == [[0, 1]]
 
 
 def test_a_survivor_moves_at_most_once() -> None:
-    scheduler = Scheduler([request(i, 0, 1) for i in range(100)], 100)
-    scheduler.admit(1000)
+    scheduler = scheduler_of(*[make_group(i, 1, [None]) for i in range(100)], slots=100)
+    scheduler.admit()
+    assert scheduler.running == []  # `prefill` reads the groups
+    assert scheduler.prefill(1000) == []
+    scheduler.admit()
     assert scheduler.release(list(range(99))) == ([99], [0])
-    assert [r.prompt.index for r in scheduler.running] == [99]
+    assert [s.request.prompt.index for s in scheduler.running] == [99]
     assert scheduler.release([0]) == ([], [])
-    assert not scheduler.has_work
+    assert scheduler.pool.free == 100 and not scheduler.has_work
 
 
 def test_nothing_to_do() -> None:
-    scheduler = Scheduler([], 1)
+    scheduler = scheduler_of()
     assert not scheduler.has_work
-    assert scheduler.admit(100) == []
-    assert scheduler.release([]) == ([], [])
+    assert scheduler.prefill(100) == [] and scheduler.admit() == ([], [])
+    assert scheduler.grow() == Growth([], [])
+    assert scheduler.advance() == [] and scheduler.release([]) == ([], [])
 
 
 def test_the_scheduler_needs_no_torch() -> None:

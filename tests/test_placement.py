@@ -91,14 +91,14 @@ def check_release_and_sync(spare: int | None) -> list[int]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_copy_is_given_back_until_an_update_has_shown_that_it_can_stay(ranks: int) -> None:
-    for held in run_distributed(check_release_and_sync, ranks, None):
-        assert held[0] > 0
-        assert held == [held[0], 0, held[0], held[0]]
+    for sizes in run_distributed(check_release_and_sync, ranks, None):
+        assert sizes[0] > 0
+        assert sizes == [sizes[0], 0, sizes[0], sizes[0]]
 
 
 def test_the_copy_is_given_back_at_every_update_where_memory_is_short() -> None:
-    for held in run_distributed(check_release_and_sync, 1, 0):
-        assert held == [held[0], 0, held[0], 0]
+    for sizes in run_distributed(check_release_and_sync, 1, 0):
+        assert sizes == [sizes[0], 0, sizes[0], 0]
 
 
 def check_ranks_agree() -> int:

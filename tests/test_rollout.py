@@ -41,7 +41,6 @@ from opd_titan.preflight import probe
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.memory import _host_bytes
 from opd_titan.rollout.rollout import sample_responses
-from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import uniforms
 from opd_titan.rollout.scheduler import Request
 
@@ -190,32 +189,6 @@ def test_each_request_may_have_a_limit_of_its_own() -> None:
     whole = Generator(model, EOS).generate(requests(prompts(), 1), params)
     for short, long in zip(samples, whole, strict=True):
         assert short.response_ids == long.response_ids[: len(short.response_ids)]
-
-
-def test_idle_rows_change_nothing() -> None:
-    """As with CUDA graphs: a step has one of few numbers of rows, and the runner stays."""
-    model, params = tiny(), SamplingParams(20, temperature=1.2)
-    plain, padded = Generator(model, EOS, 11), Generator(model, EOS, 11)
-    make_runner, rows = padded.make_runner, []
-
-    def make_static(*args: Any) -> Runner:
-        runner = make_runner(*args)
-        runner.static = True
-        step = runner._step
-        runner._step = lambda n: (rows.append(n), step(n))
-        return runner
-
-    padded.make_runner = make_static
-    kept = set()
-    for stream in (1, 2, 3):
-        wanted = requests(prompts(), 2, (9, stream))
-        expected = plain.generate(wanted, params)
-        assert summary(padded.generate(wanted, params)) == summary(expected)
-        kept.add(id(padded._runner))
-    assert len(kept) == 1 and padded.num_bytes > 0 and plain.num_bytes == 0
-    assert set(rows) <= {1, 2, 4, 8, 11} and len(set(rows)) > 2
-    padded.release()
-    assert padded.num_bytes == 0
 
 
 def test_free_memory_is_the_containers_where_it_is_less(tmp_path: Path) -> None:

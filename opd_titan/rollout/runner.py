@@ -28,8 +28,7 @@ class Runner:
         slots: rows at most.
         max_pages: of the longest sequence.
         eos_ids: each of these tokens ends a response.
-        static: a step has one of few numbers of rows, and on CUDA each of them is captured as a
-            graph.
+        static: a step has one of few numbers of rows, and each of them is captured as a CUDA graph.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Runner:
         static: bool = False,
     ) -> None:
         self.model, self.cache, self.slots, self.params = model, cache, slots, params
-        self.sampler = Sampler(head, params)
+        self.sampler = Sampler(head, params, slots)
         device = cache.device
         eos = () if params.ignore_eos else sorted(eos_ids)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
@@ -143,10 +142,10 @@ class Runner:
 
     def decode(self, n: int) -> None:
         """Give every sequence in slots 0 to n-1 its next token."""
-        n = bucket(n, self.slots) if self.static else n
-        if not self.static or self.cache.device.type != "cuda":
+        if not self.static:
             self._step(n)
             return
+        n = bucket(n, self.slots)
         if n not in self._graphs:
             self._graphs[n] = self._capture(n)
         self._graphs[n].replay()
@@ -161,7 +160,7 @@ class Runner:
         self.tokens_BR[self.slot_B[:n], count_N] = tokens_N
         self.logprobs_BR[self.slot_B[:n], count_N] = logprobs_N
         self.token_B[:n] = tokens_N
-        self.done_B[:n] = torch.isin(tokens_N, self.eos)
+        self.done_B[:n] = (tokens_N[:, None] == self.eos).any(dim=1)
         count_N += self.runs_B[:n]
         self.position_B[:n] += self.runs_B[:n]
 

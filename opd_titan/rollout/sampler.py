@@ -46,11 +46,16 @@ class Sampler:
 
     Args:
         head: its weight is read at every call, so it may change in place.
+        max_rows: rows at most. Their logits have one place for good, as a CUDA graph wants it; on a
+            CPU fresh pages at every call would cost as much as the product.
     """
 
-    def __init__(self, head: VocabHead, params: SamplingParams) -> None:
+    def __init__(self, head: VocabHead, params: SamplingParams, max_rows: int) -> None:
         self.head, self.params = head, params
-        self._values = torch.empty(0, device=head.weight_vD.device)
+        _, count = self._chunks(max_rows)
+        size = max_rows * (head.rows + count * 2 * _BLOCK)  # every chunk is rounded up
+        drawn = params.temperature > 0.0 and not params.distribution.truncates
+        self._values = torch.empty(size if drawn else 0, device=head.weight_vD.device)
 
     def __call__(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a token for each row.
@@ -105,8 +110,6 @@ class Sampler:
         """
         weight_vD, n = self.head.weight_vD, hidden_ND.shape[0]
         width, count = self._chunks(n)
-        if self._values.numel() < count * n * width:
-            self._values = self._values.new_empty(count * n * width)
         values = self._values[: count * n * width].view(count, n, width)
         sums = values.new_empty(count, n, width // _BLOCK)
         maxima = values.new_empty(count, n)

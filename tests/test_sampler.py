@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import opd_titan.rollout.sampler as sampler_module
 from opd_titan.models.logits import Distribution, VocabHead, local_logits, truncate_
-from opd_titan.rollout.sampler import greedy, sample, sequence_key, uniforms
+from opd_titan.rollout.sampler import (
+    Sampler,
+    SamplingParams,
+    greedy,
+    sample,
+    sequence_key,
+    uniforms,
+)
 from opd_titan.validate import VALIDATION_STREAM
 
 MASK = (1 << 64) - 1
@@ -290,3 +298,42 @@ def test_temperature_comes_before_truncation() -> None:
     assert torch.allclose(
         local_logits(hidden, head, Distribution(0.5)), hidden @ weight.T * 2, atol=1e-5
     )
+
+
+# -------------------------------------------------------------- from hidden states
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("vocab", "chunk_bytes"), [(61, 1 << 20), (1000, 4096), (4096, 40000)])
+def test_chunks_of_the_vocabulary_are_sampled_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, chunk_bytes: int, temperature: float
+) -> None:
+    monkeypatch.setitem(sampler_module._CHUNK_BYTES, "cpu", chunk_bytes)
+    g = torch.Generator().manual_seed(vocab)
+    # A few chunks hold nearly everything, others next to nothing: their units differ by e^100.
+    weight_VD = torch.randn(vocab, 8, generator=g) * torch.linspace(0.1, 12, vocab)[:, None]
+    params = SamplingParams(1, temperature)
+    sampler = Sampler(VocabHead(weight_VD), params, max_rows=50)
+    for n in (50, 7, 1):
+        assert vocab == 61 or sampler._chunks(n)[1] > 1 or n == 1
+        hidden_ND = torch.randn(n, 8, generator=g)
+        u_N = torch.rand(n, generator=g, dtype=torch.float64)
+        u_N[0] = 1e-9 if n == 50 else 1.0 - 2.0**-53
+        tokens_N, logprobs_N = sampler(hidden_ND, u_N)
+        logits_NV = hidden_ND @ weight_VD.t() / temperature
+        expected = sample(logits_NV, u_N)
+        assert torch.equal(tokens_N, expected[0])
+        torch.testing.assert_close(logprobs_N, expected[1], rtol=1e-5, atol=1e-5)
+        exact = logits_NV.double().log_softmax(dim=1).gather(1, tokens_N[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs_N.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_every_number_of_rows_fits_the_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for vocab in (1, 127, 128, 129, 1000, 3001):
+        for chunk_bytes in (512, 5000, 1 << 20):
+            monkeypatch.setitem(sampler_module._CHUNK_BYTES, "cpu", chunk_bytes)
+            sampler = Sampler(VocabHead(torch.zeros(vocab, 2)), SamplingParams(1), max_rows=37)
+            for n in range(1, 38):
+                width, count = sampler._chunks(n)
+                assert width * (count - 1) < vocab <= width * count
+                assert n * width * count <= sampler._values.numel()

@@ -41,7 +41,7 @@ def probe(
         "kl": mean log S - log T with the student in the teacher's place; 0 to rounding.
         "gap": the largest |rollout - update| log-prob of one token.
     """
-    short = replace(params, max_new_tokens=min(PROBE_TOKENS, params.max_new_tokens))
+    short = replace(params, max_new_tokens=min(PROBE_TOKENS, params.max_new_tokens), max_tokens=0)
     samples = sample_responses(generator, prompts[:PROBE_PROMPTS], 1, short, (seed, 0), world.dp)
     plan = plan_minibatches(samples, 1, 1 << 30, world.dp)
     as_teacher = {

@@ -111,7 +111,7 @@ class Trainer:
         c = self.config
         r, d = c.rollout, c.distill
         self.sampling = SamplingParams(
-            r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.ignore_eos
+            r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.ignore_eos, r.max_tokens_per_step
         )
         # A teacher is scored whole, whatever the student's samples were cut to.
         self.teacher_distribution = Distribution(r.temperature)

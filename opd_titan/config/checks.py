@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "rollout.prompts_per_step": (">= 1",),
     "rollout.group_size": (">= 1",),
     "rollout.max_new_tokens": (">= 1",),
+    "rollout.max_tokens_per_step": (">= 0",),
     "rollout.temperature": ("> 0",),
     "rollout.top_p": ("> 0", "<= 1"),
     "rollout.on_policy_fraction": (">= 0", "<= 1"),
@@ -209,6 +210,15 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "distill.minibatches",
             f"{c.distill.minibatches} is more than a step's {responses} responses ([rollout] "
             f"prompts_per_step x group_size); wanted at most {responses}",
+        )
+    if 0 < r.max_tokens_per_step < responses or (fraction == 0.0 and r.max_tokens_per_step):
+        yield (
+            "rollout.max_tokens_per_step",
+            f"{r.max_tokens_per_step} leaves nothing of some of a step's {responses} responses; "
+            f"wanted 0, or at least {responses}"
+            if fraction > 0.0
+            else f"{r.max_tokens_per_step} contradicts on_policy_fraction = 0.0: nothing is "
+            "sampled; wanted 0",
         )
     if c.checkpoint.load_step > 0 and not c.checkpoint.enable:
         yield (

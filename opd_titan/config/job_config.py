@@ -80,6 +80,9 @@ class Rollout:
     """Responses sampled for each prompt."""
     max_new_tokens: int = 512
     """A response without an end after this many tokens is cut and marked as truncated."""
+    max_tokens_per_step: int = 0
+    """A step's responses are cut at the greatest common length at which they have no more tokens
+    than this together, so that a few long ones do not hold up the rest. 0: no limit."""
     temperature: float = 1.0
     """Sampling temperature, > 0. All log-probs (student, teacher, reference) are taken at it."""
     top_p: float = 1.0

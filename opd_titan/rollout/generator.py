@@ -7,7 +7,7 @@ What to run is the `scheduler`'s part, running it the `runner`'s, on pages of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,6 +19,7 @@ from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
+from opd_titan.rollout.limit import common_length
 from opd_titan.rollout.memory import free_bytes
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import SamplingParams
@@ -107,6 +108,7 @@ class Generator:
             return []
         runner, scheduler = self._prepare(requests, params, share)
         answers: dict[tuple[int, int], Sample] = {}
+        sampled = 0
         while scheduler.has_work:
             self.begin_round(runner, scheduler)
             n = len(scheduler.running)
@@ -116,6 +118,9 @@ class Generator:
             self.stats.decode_forwards += 1
             on_tokens(n)
             ended = sorted({*scheduler.advance(), *runner.ended(n)})
+            sampled += n
+            if params.max_tokens and sampled > params.max_tokens:
+                ended = sorted({*ended, *self._beyond_limit(scheduler, answers.values(), params)})
             for slot in ended:
                 sample = self._sample(runner, scheduler, scheduler.running[slot])
                 answers[sample.prompt.index, sample.sample_index] = sample
@@ -153,6 +158,16 @@ class Generator:
             finish_reason="stop" if stopped else "length",
             student_logprobs=logprobs,
         )
+
+    @staticmethod
+    def _beyond_limit(
+        scheduler: Scheduler, answers: Iterable[Sample], params: SamplingParams
+    ) -> list[int]:
+        """Slots of sequences that will be cut to what they have already, or to less."""
+        running = {s.slot: scheduler.num_tokens(s) for s in scheduler.running}
+        known = [*(len(s.response_ids) for s in answers), *running.values()]
+        limit = common_length(known, params.max_tokens)
+        return [slot for slot, length in running.items() if length >= limit]
 
     # ------------------------------------------------------------------ memory
 

@@ -8,6 +8,7 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
 from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.limit import cut
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.share import Share
@@ -41,5 +42,6 @@ def sample_responses(
     ]
     share = Share(dp, generator.head.tp, generator.device)
     samples = gather_lists(generator.generate(requests, params, on_tokens, share), dp)
+    samples = cut(samples, params.max_tokens)
     place = {p.index: i for i, p in enumerate(prompts)}
     return sorted(samples, key=lambda s: (place[s.prompt.index], s.sample_index))

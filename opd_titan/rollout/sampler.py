@@ -27,13 +27,18 @@ _CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy; its log-probs are those at temperature 1."""
+    """temperature 0 is greedy; its log-probs are those at temperature 1.
+
+    Attributes:
+        max_tokens: of all responses together, see `limit`; 0 for no limit.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     ignore_eos: bool = False
+    max_tokens: int = 0
 
     @property
     def distribution(self) -> Distribution:

@@ -32,6 +32,7 @@ PROMPT_TOKENS = 33  # the mean of the debug recipe's data
 # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, vocab_size
 _SIZES = {
     "small": (512, 4, 8, 1536, 8192),
+    "medium": (512, 6, 8, 1536, 16384),
     "student": (768, 6, 12, 2304, 32768),
     "teacher": (1024, 8, 16, 3072, 32768),
 }
@@ -71,6 +72,10 @@ CASES: dict[str, Case] = {
     "long, no checkpointing": Case(1, f"{_LONG} {_AC} none", "small", "small"),
     "long, selective": Case(1, f"{_LONG} {_AC} selective", "small", "small"),
     "long, full": Case(1, f"{_LONG} {_AC} full", "small", "small"),
+    # As much of one as of the other, in little time: the test suite's.
+    "fsdp 2, selective": Case(
+        2, f"--rollout.prompts_per_step 16 {_AC} selective", "medium", "medium"
+    ),
 }
 _COMMON = (
     "--student.random_init true --teacher.random_init true --rollout.prompts_per_step 4 "

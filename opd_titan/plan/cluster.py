@@ -15,9 +15,12 @@ class Assumed:
         products: share of peak FLOP/s that training and scoring reach while they compute.
         memory: share of the memory bandwidth that decoding and the optimizer reach.
         links: share of a link's bandwidth that a collective reaches.
-        launch: seconds of the host per kernel of an eager forward; decoding waits for it. Between
-            a bare launch, 5e-6, and 30e-6 of the eager baseline in PyTorch's "Accelerating
-            Generative AI II" (40 ms a token of a 7B, of some 1,300 kernels).
+        launch: seconds of the host per kernel of an eager forward; decoding waits for it where
+            there are no graphs. Between a bare launch, 5e-6, and 30e-6 of the eager baseline in
+            PyTorch's "Accelerating Generative AI II" (40 ms a token of a 7B, of some 1,300
+            kernels).
+        kernel: seconds that each kernel of a CUDA graph adds to what it reads and computes:
+            starting, filling the device, ending.
         latency: seconds per collective and rank of its ring, on top of its bytes.
         host_link: bytes/s between a GPU and its host, for what is offloaded.
         slack: share of what is alive that the caching allocator holds beyond it.
@@ -27,6 +30,7 @@ class Assumed:
     memory: float = 0.7
     links: float = 0.8
     launch: float = 15e-6
+    kernel: float = 2e-6
     latency: float = 2e-6
     host_link: float = 25e9
     slack: float = 0.05

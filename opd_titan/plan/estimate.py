@@ -11,8 +11,9 @@ from opd_titan.plan.simulate import Phase, Simulation
 
 # Reads parameter, gradient and two moments; writes all but the gradient.
 _OPTIMIZER_BYTES = 28
-# Phases whose peaks hold the generator's copy of the weights already.
+# Phases whose peaks hold the generator's copy of the weights already, or its cache.
 _HAS_COPY = ("sync", "rollout", "validation")
+_HAS_CACHE = ("rollout", "validation")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Estimate:
     """Bytes and seconds of one device in one step.
 
     Attributes:
-        copy_stays: the generator's copy need not be freed for the update.
+        copy_stays: the generator's copy and its cache need not be freed for the update.
         flops: of all ranks, by phase.
         seconds: by phase; empty where the device's speed is not known.
     """
@@ -59,10 +60,12 @@ def estimate(config: JobConfig, cluster: Cluster, simulation: Simulation) -> Est
     copy = simulation.resident["generator weights"]
     peaks = {name: phase.peak for name, phase in simulation.phases.items()}
     # As the run decides it: when memory for it is left over that nothing has ever asked for.
-    copy_stays = copy > 0 and _total(cluster, max(peaks.values()) + copy) <= cluster.memory
+    kept = copy + (simulation.kv_cache if simulation.runner else 0)
+    copy_stays = kept > 0 and _total(cluster, max(peaks.values()) + kept) <= cluster.memory
     if copy_stays:
-        beside = {name: peak + copy for name, peak in peaks.items() if name not in _HAS_COPY}
-        peaks |= beside
+        for name in peaks:
+            peaks[name] += copy * (name not in _HAS_COPY)
+            peaks[name] += simulation.runner * (name not in _HAS_CACHE)
     worst = max(peaks, key=lambda name: peaks[name])
     peak = _total(cluster, peaks[worst])
     forward = {role: shape.args.forward_flops for role, shape in simulation.shapes.items()}
@@ -101,8 +104,9 @@ def _seconds(
         seconds["update"].busy += again / rate
     if "rollout" in seconds:
         share = len(simulation.rollout_share) / len(simulation.samples)
-        computing = flops["rollout"] * share / rate
-        seconds["rollout"].busy = _rollout_seconds(cluster, simulation, computing)
+        seconds["rollout"].busy = _rollout_seconds(
+            cluster, simulation, flops["rollout"] * share, rate
+        )
     reach = cluster.bandwidth * a.memory
     if config.optimizer.cpu_offload:
         reach = a.host_link
@@ -131,12 +135,23 @@ def _traffic(cluster: Cluster, simulation: Simulation, phase: Phase) -> Seconds:
     return result
 
 
-def _rollout_seconds(cluster: Cluster, simulation: Simulation, computing: float) -> float:
-    """Decoding waits for the slowest of arithmetic, memory and the host that launches it."""
+def _rollout_seconds(cluster: Cluster, simulation: Simulation, flops: float, rate: float) -> float:
+    """Decoding waits for the slower of arithmetic and memory, and for kernels to start.
+
+    Args:
+        flops: of the rank's share, as they count: each prompt is computed once.
+        rate: FLOP/s.
+    """
     a, args = cluster.assumed, simulation.shapes["student"].args
-    share = simulation.rollout_share
-    forwards = simulation.waves * (len(share[0].response_ids) - 1)
+    forwards, share = simulation.decode_forwards, simulation.rollout_share
+    prompts = {s.prompt.index: len(s.prompt.token_ids) - 1 for s in share}
+    starts, ends = ([chunk[i] for chunk in simulation.prefilled] for i in (0, 1))
+    # Those of preempted sequences again.
+    prefilling = (args.forward_flops(ends, 0) - args.forward_flops(starts, 0)) / rate
+    computing = (flops - args.forward_flops(prompts.values(), 0)) / rate
     read = args.decode_bytes(forwards, cached_tokens_read(share), simulation.dtype.itemsize)
     reading = read / simulation.world.tp.size / (cluster.bandwidth * a.memory)
-    launching = forwards * simulation.phases["rollout"].operations * a.launch
-    return max(computing, reading, launching)
+    kernels = forwards * simulation.phases["rollout"].operations
+    if simulation.runner:  # graphs
+        return prefilling + max(computing, reading) + kernels * a.kernel
+    return prefilling + max(computing, reading, kernels * a.launch)

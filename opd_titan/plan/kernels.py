@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -12,17 +12,34 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from opd_titan.distill.head import CHUNK_BYTES
+from opd_titan.models.attention import paged_varlen_attn
+from opd_titan.rollout.generator import _PAGE_SIZE
+from opd_titan.rollout.sampler import _CHUNK_BYTES
+
+# Figures by kind of device, which the program looks up where it runs.
+_FIGURES: tuple[dict[str, int], ...] = (CHUNK_BYTES, _CHUNK_BYTES, _PAGE_SIZE)
 
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
     """Take the branches that the program's code has for GPUs, on fake tensors."""
-    on_cuda = patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True)
-    hopper = patch("torch.cuda.get_device_capability", lambda device=None: (9, 0))
-    fused = patch("torch.nn.functional.rms_norm", _rms_norm)
-    chunks = patch.dict(CHUNK_BYTES, cpu=CHUNK_BYTES["cuda"])
-    with on_cuda, hopper, fused, chunks:
+    patches = [
+        patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True),
+        patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
+        patch("torch.nn.functional.rms_norm", _rms_norm),
+        patch("opd_titan.rollout.kv_cache.paged_varlen_attn", _paged_varlen_attn),
+        *(patch.dict(figures, cpu=figures["cuda"]) for figures in _FIGURES),
+    ]
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
         yield
+
+
+def _paged_varlen_attn(
+    dtype: torch.dtype, device: torch.device, page_size: int
+) -> Callable[..., Tensor] | None:
+    return paged_varlen_attn(dtype, torch.device("cuda"), page_size)
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:

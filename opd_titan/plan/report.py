@@ -34,8 +34,12 @@ def table(config: JobConfig, columns: list[Column]) -> str:
     add("  of", [_gib(c.memory) for c, _, _ in columns])
     add("  fits", ["yes" if e.fits else "NO" for _, _, e in columns])
     stays = {True: "stays", False: "freed"}
-    add("  generator's copy", [stays[e.copy_stays] for _, _, e in columns])
-    add("sequences decoded at once", [f"{s.slots} x {s.waves}" for _, s, _ in columns])
+    add("  generator's copy, cache", [stays[e.copy_stays] for _, _, e in columns])
+    add("sequences decoded at once", [f"{s.slots}" for _, s, _ in columns])
+    add("  mean", [_mean_rows(s) for _, s, _ in columns])
+    add("  pages x tokens", [f"{s.pages:,} x {s.page_size}" for _, s, _ in columns if s.pages])
+    add("  steps", [f"{s.decode_forwards:,}" for _, s, _ in columns])
+    add("  preempted", [f"{s.preempted:,}" for _, s, _ in columns])
     rows.append(("sent by one device per step, GB", []))
     for phase in columns[0][1].phases:
         add(f"  {phase}", [_gb(sum(s.phases[phase].sent.values())) for _, s, _ in columns])
@@ -70,10 +74,16 @@ def assumptions(assumed: Assumed) -> str:
         f"Assumed: {assumed.products:.0%} of peak FLOP/s in scoring and update, "
         f"{assumed.memory:.0%} of memory bandwidth in decoding, {assumed.links:.0%} of a link in "
         f"collectives and {assumed.latency * 1e6:.0f} us per rank of their ring, "
-        f"{assumed.launch * 1e6:.0f} us per kernel that the host launches while decoding, "
+        f"{assumed.kernel * 1e6:.0f} us per kernel of a decoding step's graph "
+        f"({assumed.launch * 1e6:.0f} us where the host launches it), "
         f"{assumed.slack:.0%} of live memory lost in the allocator. Every sample has the planned "
         f"lengths; data-parallel traffic hides behind computing, tensor-parallel traffic does not."
     )
+
+
+def _mean_rows(simulation: Simulation) -> str:
+    tokens = sum(len(s.response_ids) for s in simulation.rollout_share)
+    return f"{tokens / max(1, simulation.decode_forwards):.1f}" if simulation.slots else "-"
 
 
 def _mesh(simulation: Simulation) -> str:

@@ -10,7 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -31,10 +31,10 @@ from opd_titan.models.logits import Distribution
 from opd_titan.optim import build_optimizer
 from opd_titan.plan.cluster import Cluster
 from opd_titan.plan.kernels import know_collectives, like_cuda
+from opd_titan.plan.rollout import PlannedGenerator, PlannedRunner
 from opd_titan.plan.tracker import Tracker
-from opd_titan.rollout.generator import Generator, SamplingParams, SlotState
-from opd_titan.rollout.kv_cache import KVCache
-from opd_titan.rollout.scheduler import Request, Scheduler
+from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
 
 # Where the recipe does not limit the validation, its set is taken to be as large as GSM8K's.
@@ -50,12 +50,16 @@ class Phase:
         sent: bytes that the rank sends in the whole step, by axis of the mesh.
         collectives: their number in the whole step, by axis.
         operations: of one decoding forward (rollout only).
+        times, calls: how much of the phase the body now run stands for: what it sends, and how
+            often its collectives are called.
     """
 
     peak: int = 0
     sent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     operations: int = 0
+    times: float = 1.0
+    calls: float = 1.0
 
 
 @dataclass
@@ -67,7 +71,11 @@ class Simulation:
         weights: the frozen models' share of one rank, on its device or its host, by role.
         gradients: on the device; `trained` parameters have one in fp32.
         microbatches: of one rank in the whole step.
-        slots: sequences decoded at once; `waves` of them make the rollout.
+        kv_cache: with its `pages` of `page_size` tokens.
+        runner: all that the rollout keeps for the next one, the cache among it.
+        slots: sequences decoded at once, at most.
+        decode_forwards, preempted: see `RolloutStats`.
+        prefilled: chunks of prefixes that went through prefills, as (start, end).
         samples: of all ranks, with the lengths that were planned for.
         update_share: those that this rank scores and updates on.
     """
@@ -81,9 +89,14 @@ class Simulation:
     trained: int = 0
     microbatches: int = 0
     kv_cache: int = 0
+    pages: int = 0
+    page_size: int = 0
+    runner: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
     slots: int = 0
-    waves: int = 0
+    decode_forwards: int = 0
+    preempted: int = 0
+    prefilled: list[tuple[int, int]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     update_share: list[Sample] = field(default_factory=list)
 
@@ -149,20 +162,14 @@ def _dtype(config: JobConfig, cluster: Cluster) -> torch.dtype:
 
 def _samples(config: JobConfig, prompt_tokens: int, response_tokens: int) -> list[Sample]:
     r = config.rollout
+    if r.max_tokens_per_step:
+        fair = r.max_tokens_per_step // (r.prompts_per_step * r.group_size)
+        response_tokens = min(response_tokens, fair)
     return [
         Sample(Prompt(i, "", (0,) * prompt_tokens), n, [0] * response_tokens, "stop")
         for i in range(r.prompts_per_step)
         for n in range(r.group_size)
     ]
-
-
-class _PlannedGenerator(Generator):
-    """Counts on the memory of the cluster, not on that of the machine that plans."""
-
-    budget: int = 0
-
-    def free_bytes(self) -> int:
-        return max(0, self.budget)
 
 
 class _CopiedWeights(GeneratorWeights):
@@ -233,7 +240,8 @@ class _Step:
     def _generator_weights(self, role: str) -> GeneratorWeights:
         build = partial(self.result.shapes[role].build_share, self.world.tp, False)
         kind = _CopiedWeights if self._is_on_host(role) else GeneratorWeights
-        return kind(self.models[role], build, self.dtype, self.world.device)
+        # A CPU's own layout of weights takes as many bytes, but is not for tensors without data.
+        return kind(self.models[role], build, self.dtype, self.world.device, pack=False)
 
     def _is_on_host(self, role: str) -> bool:
         return self.cluster.on_cuda and cpu_offload(role, self.config)
@@ -247,89 +255,91 @@ class _Step:
 
     @contextmanager
     def _phase(self, name: str, times: float = 1.0) -> Iterator[Phase]:
-        """Note a phase's peak and traffic. The body stands for a share of it, done `times`."""
+        """Note a phase's peak and traffic. The body stands for a share of it, done `times`.
+
+        The body may change the share, by `phase.times` and `phase.calls`.
+        """
         tracker, phase = self.tracker, self.result.phases.setdefault(name, Phase())
+        phase.times = phase.calls = times
         tracker.reset()
         yield phase
         phase.peak = max(phase.peak, tracker.peak - self.on_host)
         mesh = self.world.mesh
         for axis in mesh.mesh_dim_names:
             group = mesh.get_group(axis).group_name
-            phase.sent[axis] += tracker.sent[group] * times
-            phase.collectives[axis] += tracker.collectives[group] * times
+            phase.sent[axis] += tracker.sent[group] * phase.times
+            phase.collectives[axis] += tracker.collectives[group] * phase.calls
 
-    def _generator(self, weights: GeneratorWeights) -> _PlannedGenerator:
+    def _generator(self, weights: GeneratorWeights) -> PlannedGenerator:
         c = self.config
         budget = c.training.max_tokens_per_microbatch
         concurrent, tp = c.rollout.max_concurrent, self.world.tp
-        generator = _PlannedGenerator(weights.model, {0}, concurrent, budget, tp)
+        generator = PlannedGenerator(weights.model, {0}, concurrent, budget, tp)
         spent = self.tracker.live - self.on_host + self.cluster.reserve
         generator.budget = int(self.cluster.memory - spent)
         return generator
 
     @torch.no_grad()
     def _rollout(self) -> None:
-        r = self.config.rollout
-        mine = self.result.rollout_share
-        requests = [Request(s.prompt, s.sample_index, 0) for s in mine]
+        r, result = self.config.rollout, self.result
+        requests = [Request(s.prompt, s.sample_index, 0) for s in result.rollout_share]
         generator = self._generator(self.weights)
+        generator.response_tokens = len(result.samples[0].response_ids)
         params = SamplingParams(r.max_new_tokens, r.temperature, r.top_p, r.top_k)
-        # The cache has room for the longest response, whatever the mean is.
-        longest = len(mine[0].prompt.token_ids) + r.max_new_tokens
-        scheduler = Scheduler(requests, generator.count_slots(len(requests), longest))
-        self.result.slots = scheduler.slots
-        self.result.waves = -(-len(requests) // scheduler.slots)
-        self._sample(generator, scheduler, params, longest)
+        before = self.tracker.live
+        runner = self._sample("rollout", generator, requests, params)
+        result.runner = self.tracker.live - before if runner.static else 0
+        result.kv_cache, result.page_size = runner.cache.num_bytes, runner.cache.page_size
+        result.slots, result.pages = runner.slots, runner.cache.num_pages
+        result.decode_forwards = generator.stats.decode_forwards
+        result.preempted = generator.stats.preempted
+        result.prefilled = runner.chunks
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Before step 1 the teacher answers too, from a copy in place of the student's."""
         v, r = self.config.validation, self.config.rollout
         prompts = v.max_prompts or _VALIDATION_PROMPTS
-        mine = -(-prompts // self.world.dp.size) * v.samples_per_prompt
+        mine = -(-prompts // self.world.dp.size)
         prompt = self.result.samples[0].prompt
-        requests = [Request(prompt, n, 0) for n in range(mine)]
+        requests = [
+            Request(replace(prompt, index=i), n, 0)
+            for i in range(mine)
+            for n in range(v.samples_per_prompt)
+        ]
+        weights = self.weights
         with self._phase("validation", 0):
-            weights = self.weights
             if "teacher" in self.models:
                 self.weights.release()
                 weights = self._generator_weights("teacher")
             weights.sync()
-            generator = self._generator(weights)
-            params = SamplingParams(v.max_new_tokens or r.max_new_tokens, v.temperature)
-            longest = len(prompt.token_ids) + params.max_new_tokens
-            slots = generator.count_slots(mine, longest)
-            args = generator.model.args
-            cache = KVCache(args, slots, longest, self.dtype, self.world.device)
-            state = SlotState(slots, params.max_new_tokens, generator.eos_N)
-            state.start(0, requests[:slots])
-            state.longest = longest - 1
-            hidden_ND = generator.decode(cache, state, slots)
-            generator.choose(hidden_ND, state, slice(0, slots), params)
+        generator = self._generator(weights)
+        params = SamplingParams(v.max_new_tokens or r.max_new_tokens, v.temperature)
+        generator.response_tokens = params.max_new_tokens
+        self._sample("validation", generator, requests, params, 0)
 
     def _sample(
-        self, generator: Generator, scheduler: Scheduler, params: SamplingParams, longest: int
-    ) -> None:
-        """Prefills until every slot is taken, then one forward of decoding at the longest."""
-        before = self.tracker.live
-        args, tokens = generator.model.args, len(self.result.samples[0].response_ids)
-        cache = KVCache(args, scheduler.slots, longest, self.dtype, self.world.device)
-        self.result.kv_cache = self.tracker.live - before
-        state = SlotState(scheduler.slots, params.max_new_tokens, generator.eos_N)
-        with self._phase("rollout", self.result.waves):
-            while admitted := scheduler.admit(generator.max_prefill_tokens):
-                first = len(scheduler.running) - len(admitted)
-                state.start(first, admitted)
-                hidden_ND = generator.prefill(cache, first, admitted)
-                rows = slice(first, len(scheduler.running))
-                state.append(rows, *generator.choose(hidden_ND, state, rows, params))
-        state.longest = longest - 1
-        with self._phase("rollout", self.result.waves * (tokens - 1)) as phase:
-            operations = self.tracker.operations
-            hidden_ND = generator.decode(cache, state, scheduler.slots)
-            rows = slice(0, scheduler.slots)
-            state.append(rows, *generator.choose(hidden_ND, state, rows, params))
-            phase.operations = self.tracker.operations - operations
+        self,
+        name: str,
+        generator: PlannedGenerator,
+        requests: list[Request],
+        params: SamplingParams,
+        times: int = 1,
+    ) -> PlannedRunner:
+        """The widest decoding step and the fullest prefill of a phase that does these `times`."""
+        runner, tracker = generator.plan(requests, params), self.tracker
+        with self._phase(name) as phase:
+            rows = runner.run_widest()
+            phase.times, phase.calls = times * runner.num_rows / rows, times * runner.num_decodes
+            phase.operations = tracker.operations
+        if runner.static:
+            # What a step needs besides stays with its graphs.
+            runner.graphs = torch.empty(tracker.peak - tracker.live, dtype=torch.uint8)
+        with self._phase(name) as phase:
+            tokens = max(1, runner.run_fullest())
+            phase.times = times * runner.num_prefilled / tokens
+            phase.calls = times * runner.num_prefills
+        return runner
 
     def _plan(self) -> list[Minibatch]:
         c, result = self.config, self.result

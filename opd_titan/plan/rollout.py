@@ -1,0 +1,161 @@
+"""A rollout without data: the engine's own loop decides everything, and its largest moments run.
+
+A rollout is thousands of decoding steps, far too many even for tensors that compute nothing. So the
+scheduler goes through all of them, which is plain Python, while the runner only takes notes; then
+it runs the fullest prefill and the widest step, which stand for the others.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.kv_cache import PageParts
+from opd_titan.rollout.runner import Runner, bucket
+from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import (
+    Chunk,
+    Growth,
+    Request,
+    RunningSequence,
+    Scheduler,
+)
+
+
+class PlannedGenerator(Generator):
+    """Counts on the memory of the cluster, not on that of the machine that plans.
+
+    Attributes:
+        budget: bytes.
+        response_tokens: of every response.
+    """
+
+    budget: int = 0
+    response_tokens: int = 0
+
+    def free_bytes(self) -> int:
+        return max(0, self.budget)
+
+    def plan(self, requests: Sequence[Request], params: SamplingParams) -> PlannedRunner:
+        """Answer the requests with a runner that notes what it takes."""
+        self.generate(requests, params)
+        return self.runner
+
+    def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
+        with patch("opd_titan.rollout.generator.Runner", PlannedRunner):
+            self.runner = super().make_runner(wanted, width, params)
+        return self.runner
+
+    def begin_round(self, runner: PlannedRunner, scheduler: Scheduler) -> None:
+        super().begin_round(runner, scheduler)
+        runner.see(scheduler, self.response_tokens)
+
+
+class PlannedRunner(Runner):
+    """Notes what it should run; `run_fullest` and `run_widest` run the largest of that.
+
+    Attributes:
+        chunks: of all prefills, as (start, end) in their prefix.
+        num_prefills: forwards that they took.
+        fullest: the chunks of the forward with the most tokens.
+        num_decodes: forwards of one token per sequence; their `num_rows` are idle ones, too.
+        widest: the pages of each sequence in the one with the most.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.chunks: list[tuple[int, int]] = []
+        self.num_prefills = self.num_decodes = self.num_rows = 0
+        self.fullest: Sequence[Chunk] = ()
+        self.widest: list[list[int]] = []
+        self._most = (0, 0)
+        self._ended: list[int] = []
+
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of all prefills."""
+        return sum(end - start for start, end in self.chunks)
+
+    # ------------------------------------------------------------------- notes
+
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        self.num_prefills += 1
+        self.chunks += [(c.start, c.start + len(c.tokens)) for c in chunks]
+        self.fullest = max(self.fullest, chunks, key=_num_tokens)
+
+    def see(self, scheduler: Scheduler, response_tokens: int) -> None:
+        """Note the sequences that run, and whose next token is the last one."""
+        running = scheduler.running
+        # What a kernel takes does not depend on the pages that it reads.
+        pages = 0 if self.cache.kernel is not None else sum(len(s.pages) for s in running)
+        if (len(running), pages) > self._most:
+            self._most = len(running), pages
+            self.widest = [list(s.pages) for s in running]
+        self._ended = []
+        if response_tokens < self.params.max_new_tokens:
+            last = response_tokens - 1
+            self._ended = [s.slot for s in running if scheduler.num_tokens(s) == last]
+
+    def start(
+        self, sequences: Sequence[RunningSequence], copies: Sequence[tuple[int, int]]
+    ) -> None: ...
+
+    def grow(self, growth: Growth) -> None: ...
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], running: int) -> None: ...
+
+    def decode(self, n: int) -> None:
+        self.num_decodes += 1
+        self.num_rows += self._width(n)
+
+    def _width(self, n: int) -> int:
+        return bucket(n, self.slots) if self.static else n
+
+    def ended(self, n: int) -> list[int]:
+        return self._ended
+
+    def response(self, slot: int, count: int) -> tuple[list[int], Any]:
+        return [0] * count, array("f", bytes(4 * count))
+
+    # ------------------------------------------------------------- what it runs
+
+    def run_fullest(self) -> int:
+        """Returns its tokens."""
+        if self.fullest:
+            super().prefill(self.fullest)
+        return _num_tokens(self.fullest)
+
+    def run_widest(self) -> int:
+        """What would be captured where there are graphs. Returns the rows."""
+        rows = self._width(len(self.widest))
+        self._step(rows)
+        return rows
+
+    def _page_parts(self, n: int) -> PageParts | None:
+        """Which pages to read is data, which tensors here do not have: planned beside them."""
+        if self.cache.kernel is not None:
+            return None
+        with unset_fake_temporarily():
+            table_NM = torch.full((n, self.table_BM.shape[1]), self.cache.idle_page)
+            for row_M, pages in zip(table_NM, self.widest, strict=True):
+                row_M[: len(pages)] = torch.tensor(pages)
+            counts_N = torch.tensor([len(pages) for pages in self.widest])
+            parts = PageParts(table_NM, counts_N, self.cache.page_size, self.cache.device)
+        for name, value in vars(parts).items():
+            if isinstance(value, Tensor):
+                setattr(parts, name, torch.empty_like(value))
+        return parts
+
+    def _weight_addresses(self) -> list[int]:
+        return []
+
+
+def _num_tokens(chunks: Sequence[Chunk]) -> int:
+    return sum(len(c.tokens) for c in chunks)

@@ -85,7 +85,7 @@ def plan(only: list[str], sizes: list[str], compile: bool) -> Iterator[Case]:
     for way, on in ways.items():
         run = partial(phases.measure_step, compile=on)
         cases.append(Case("step", f"0.6B taught by 4B, {way}", run))
-    cases.append(Case("step", "0.6B, decode attention", phases.measure_decode_attention))
+    cases.append(Case("step", "0.6B, decoding", phases.measure_decoding))
     two = (("update", phases.measure_update), ("score", phases.measure_score))
     for part, measure in two:
         for way, on in ways.items():

@@ -23,8 +23,8 @@ from opd_titan.distill.update import forward_backward
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution, project
 from opd_titan.preflight import TOLERANCE, probe
-from opd_titan.rollout.generator import Generator, SamplingParams
-from opd_titan.rollout.sampler import sample, uniforms
+from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.sampler import SamplingParams, sample, uniforms
 from opd_titan.rollout.weights import GeneratorWeights
 
 Checked = tuple[dict[str, Any], bool]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from scale_setting import Setting, fed_in, responses
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd_titan.config import JobConfig
-from opd_titan.data.types import Sample
+from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
@@ -23,9 +21,10 @@ from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
 from opd_titan.observability.step_scalars import cached_tokens_read, work
 from opd_titan.optim import build_optimizer
-from opd_titan.rollout.generator import Generator, SamplingParams
-from opd_titan.rollout.kv_cache import DecodeAttention, KVCache
+from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.rollout import sample_responses
+from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import Request, Scheduler
 from opd_titan.rollout.weights import GeneratorWeights
 
 MODES = ("none", "selective", "full")
@@ -159,7 +158,8 @@ class _Step:
         stream = (42, number)
         sampling = (self.generator, self.prompts, 1, params, stream, s.world.dp)
         samples = phase("rollout", sample_responses, *sampling)
-        self.weights.release_if_short()
+        if self.weights.release_if_short(self.generator.num_bytes):
+            self.generator.release()
         budget = self.config.training.max_tokens_per_microbatch
         plan = plan_minibatches(samples, 1, budget, s.world.dp)
         scored = phase("teacher", score, self.teacher, plan, Distribution(), s.world)
@@ -188,7 +188,7 @@ def measure_step(s: Setting, compile: bool) -> None:
     tokens, flops = work(samples, flops_of)
     for name in ("rollout", "teacher", "update"):
         s.emit({"figure": name, **s.rates(median[name], flops[name], tokens[name])})
-    args, forwards = step.shapes["student"].args, step.generator.decode_forwards
+    args, forwards = step.shapes["student"].args, step.generator.stats.decode_forwards
     read = args.decode_bytes(forwards, cached_tokens_read(samples), s.dtype.itemsize)
     bandwidth = {"gb_per_s": read / median["rollout"] / 1e9}
     if s.peaks.bandwidth:
@@ -201,36 +201,52 @@ def measure_step(s: Setting, compile: bool) -> None:
 
 
 @torch.no_grad()
-def measure_decode_attention(s: Setting) -> None:
-    """Attention over the cache at growing lengths, by kernel: one that plans anew for every length
-    shows in the first pass over them."""
-    args = s.shape("student", "0.6B").args
-    longest, count = s.prompt + s.step_new_tokens, min(16, s.step_new_tokens)
-    cache = KVCache(args, s.step_sequences, longest, s.dtype, s.device)
-    q, k, v = (
-        torch.randn(s.step_sequences, n, args.head_dim, device=s.device, dtype=s.dtype)
-        for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)
-    )
+def measure_decoding(s: Setting) -> None:
+    """The engine's decoding steps after a short and a long context, with CUDA graphs and without:
+    capturing shows in the first pass."""
+    shape = s.shape("student", "0.6B")
+    build = partial(shape.build_share, s.world.tp, False)
+    weights = GeneratorWeights(s.model(shape, recipe(False)), build, s.dtype, s.device)
+    weights.sync()
+    for context in (s.prompt, s.prompt + s.step_new_tokens):
+        for graphs in (True, False):
+            generator = Generator(weights.model, {0}, max_prefill_tokens=max(s.budgets))
+            generator.use_cuda_graphs = graphs
+            _measure_steps(s, generator, context, f"decoding after {context}")
+            generator.release()
+            s.reset_memory()
 
-    def lengths() -> None:
-        for length in range(longest - count, longest):
-            position_B = torch.full((s.step_sequences,), length, device=s.device)
-            attend = DecodeAttention(cache, position_B, length + 1)
-            for layer in range(args.n_layers):
-                attend(q, k, v, layer)
 
-    read = 2 * cache.keys[:, :, :, : longest - count // 2].numel() * s.dtype.itemsize * count
-    kernels = {"default": None, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-    kernels |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-    for name, backend in kernels.items():
-        try:
-            with nullcontext() if backend is None else sdpa_kernel(backend):
-                timed = s.seconds(lengths)
-        except RuntimeError as error:  # the device has no such kernel
-            what = {"available": False, "why": str(error).splitlines()[0][:120]}
-            s.emit({"figure": f"decode attention, {name}", **what})
-            continue
-        per_forward = {k: 1e3 * timed[f"{k}_s"] / count for k in ("first", "min", "median")}
-        figures = {f"{k}_ms_per_forward": v for k, v in per_forward.items()}
-        speed = {"gb_per_s": read / timed["median_s"] / 1e9}
-        s.emit({"figure": f"decode attention, {name}", **figures, **speed})
+def _measure_steps(s: Setting, generator: Generator, context: int, name: str) -> None:
+    args, count, n = generator.model.args, min(16, s.step_new_tokens), s.step_sequences
+    ids = torch.randint(args.vocab_size, (n, context)).tolist()
+    groups = [[Request(Prompt(i, "", tuple(row)), 0, i)] for i, row in enumerate(ids)]
+    # One more than are measured: no sequence ends.
+    params = SamplingParams(count * (s.warmup + s.repeats) + 1, ignore_eos=True)
+    size = generator.page_size
+    runner = generator.make_runner(n, -(-(context + params.max_new_tokens) // size), params)
+    if generator.use_cuda_graphs and not runner.static:
+        s.emit({"figure": f"{name}, graphs", "available": False})
+        return
+    pages, limit = runner.cache.num_pages, params.max_new_tokens
+    scheduler = Scheduler(groups, n, pages, size, limit)
+    while len(scheduler.running) < n:
+        generator.begin_round(runner, scheduler)
+
+    def steps() -> None:
+        for _ in range(count):
+            generator.begin_round(runner, scheduler)
+            runner.decode(n)
+            scheduler.advance()
+
+    timed = s.seconds(steps)
+    per_forward = {k: 1e3 * timed[f"{k}_s"] / count for k in ("first", "min", "median")}
+    figures: dict[str, float] = {f"{k}_ms_per_forward": v for k, v in per_forward.items()}
+    attended = context + count * (s.warmup + s.repeats) // 2
+    read = args.decode_bytes(1, n * attended, s.dtype.itemsize)
+    seconds = per_forward["median"] / 1e3
+    figures["gb_per_s"] = read / seconds / 1e9
+    if s.peaks.bandwidth:
+        figures["mbu_percent"] = percent_of_peak(read, seconds, s.peaks.bandwidth)
+    how = "graphs" if runner.static else "no graphs"
+    s.emit({"figure": f"{name}, {how}", "sequences": n, **figures})

@@ -50,8 +50,13 @@ def test_every_part_gives_its_figures(report: dict[str, Any]) -> None:
     phases = sum(step[phase] for phase in ("sync", "rollout", "teacher", "update"))
     assert 0 < phases <= step["step"]
     assert step["logprob_gap_max"] < (1.0 if report["cuda"] else 1e-4)
-    assert figures(report, "step", "0.6B")["decoding"]["forwards"] == 23
-    assert figures(report, "step", "0.6B")["decode attention, default"]["gb_per_s"] > 0
+    assert figures(report, "step", "0.6B")["decoding"]["forwards"] == 24
+    decoding = figures(report, "step", "0.6B, decoding")
+    for context in (16, 16 + 24):
+        assert decoding[f"decoding after {context}, no graphs"]["gb_per_s"] > 0
+        assert (
+            decoding[f"decoding after {context}, graphs"].get("available", True) == report["cuda"]
+        )
 
 
 @pytest.mark.slow

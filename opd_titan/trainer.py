@@ -277,6 +277,7 @@ class Trainer:
     def _validate(self) -> None:
         self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step)
+        self.generator.release()  # its cache suits no other phase
         self.recorder.metrics.log(self.step, scalars)
 
     def _report_compiling(self) -> None:

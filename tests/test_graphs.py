@@ -6,6 +6,7 @@ graph is: played again it does the same to whatever is then in them, and nothing
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_rollout import ARGS, EOS, prompts, requests, summary, tiny
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import opd_titan.rollout.generator as generator_module
 import opd_titan.rollout.kv_cache as kv_cache_module
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.runner import Runner, bucket
@@ -33,14 +35,22 @@ def read_through_table(
     *,
     seqused_k: Tensor,
     block_table: Tensor,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """What torch says of `varlen_attn` with pages, for one query a sequence."""
-    n, page_size = q_NHK.shape[0], keys.shape[1]
+    """What torch says of `varlen_attn` with pages, for one query a sequence, or one sequence."""
+    n, page_size = seqused_k.numel(), keys.shape[1]
     assert keys.shape[2:] == values.shape[2:] == (ARGS.n_kv_heads, ARGS.head_dim)
     assert keys.is_contiguous() and block_table.dtype == cu_q.dtype == torch.int32
-    assert (max_q, max_k) == (1, block_table.shape[1] * page_size)
-    assert cu_q.shape == cu_k.shape == (n + 1,) and seqused_k.shape == (n,)
+    assert cu_q.shape == cu_k.shape == (n + 1,) and block_table.shape[0] == n
     k, v = (x[block_table.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+    if window_size == (-1, 0):
+        assert n == 1 and (max_q, max_k) == (q_NHK.shape[0], int(seqused_k))
+        seen = torch.ones(max_q, max_k, dtype=torch.bool).tril(max_k - max_q)
+        q, k, v = q_NHK.transpose(0, 1)[None], k[:, :, :max_k], v[:, :, :max_k]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    assert window_size == (-1, -1)
+    assert (max_q, max_k, n) == (1, block_table.shape[1] * page_size, q_NHK.shape[0])
     seen = torch.arange(max_k) < seqused_k[:, None]
     out = F.scaled_dot_product_attention(
         q_NHK[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True
@@ -94,7 +104,7 @@ def test_steps_played_again_sample_the_same(recorded: list[int], temperature: fl
             torch.testing.assert_close(a.student_logprobs, b.student_logprobs)
         assert graphs.stats.preempted > 0
         runners.add(id(graphs._runner))
-        buffers.add(graphs._runner.sampler._values.data_ptr())
+        buffers.add(graphs._runner.sampler.values.data_ptr())
     assert len(runners) == len(buffers) == 1 and graphs.num_bytes > 0
     assert len(recorded) == len(set(recorded)) > 2, "each size is recorded once for all rollouts"
     assert set(recorded) <= {1, 2, 4, 8, 11}
@@ -131,11 +141,38 @@ def test_a_runner_is_made_anew_only_for_more(recorded: list[int]) -> None:
         return generator._runner
 
     first = runner_for(20, 6)
+    assert generator.num_bytes > first.cache.num_bytes + 4 * 6 * ARGS.vocab_size
     assert runner_for(20, 6) is first and runner_for(3, 2) is first
     more = runner_for(20, 9)
     assert more is not first and more.slots == 9
     longer = runner_for(30, 9)
     assert longer is not more and runner_for(20, 9, top_k=3) is not longer
+
+
+def test_the_last_cache_is_gone_before_the_next_is_sized(recorded: list[int]) -> None:
+    generator = Generator(tiny(), EOS, page_size=4)
+    count, caches, alive = generator.count_slots_and_pages, [], []
+
+    def counted(*args: Any) -> tuple[int, int]:
+        alive.append([cache() for cache in caches])
+        return count(*args)
+
+    generator.count_slots_and_pages = counted
+    for length in (5, 30):
+        generator.generate(requests(prompts([length]), 1), SamplingParams(5))
+        caches.append(weakref.ref(generator._runner.cache))
+    assert alive == [[], [None]]
+
+
+def test_a_runner_that_memory_kept_small_stays(
+    recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator_module, "free_bytes", lambda device: 60_000)
+    generator, runners = Generator(tiny(), EOS, page_size=4), []
+    for _ in range(2):
+        generator.generate(requests(prompts(), 2), SamplingParams(5))
+        runners.append(generator._runner)
+    assert runners[0] is runners[1] and runners[0].slots < 24
 
 
 def test_few_sizes_with_few_idle_rows() -> None:

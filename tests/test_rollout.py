@@ -147,13 +147,13 @@ def test_too_little_memory_means_fewer_slots_and_pages(monkeypatch: pytest.Monke
     model, wanted = tiny(), requests(prompts(), 1)
     expected = summary(Generator(model, EOS).generate(wanted, GREEDY))
     per_page = 2 * 2 * 2 * 8 * 4 * 10  # K and V, layers, heads, head size, bytes, tokens
-    per_slot = 4 * 4 * model.args.vocab_size  # logits and what sampling makes of them
+    per_slot = 4 * 3 * model.args.vocab_size  # logits and what sampling makes of them
     three = 3 * (per_slot + 3 * per_page)  # half of the 6 pages of 54 tokens each
     everything = (len(wanted), 6 * len(wanted))
     for free, counts in [(0, (1, 6)), (4 * three // 3, (3, 9)), (1 << 40, everything)]:
         monkeypatch.setattr(generator_module, "free_bytes", lambda device, free=free: free)
         generator = Generator(model, EOS, page_size=10)
-        assert generator.count_slots_and_pages(len(wanted), 6) == counts
+        assert generator.count_slots_and_pages(len(wanted), 6, GREEDY) == counts
         assert summary(generator.generate(wanted, GREEDY)) == expected
 
 

@@ -328,6 +328,20 @@ def test_chunks_of_the_vocabulary_are_sampled_as_a_whole(
         torch.testing.assert_close(logprobs_N.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [61, 1000])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_gives_a_token_that_exists(vocab: int, bad: float) -> None:
+    """And a log-prob that says it, instead of an index error in the next step."""
+    sampler = Sampler(VocabHead(torch.ones(vocab, 2)), SamplingParams(1), max_rows=3)
+    u_N = torch.tensor([0.1, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
+    for tokens_N, logprobs_N in (
+        sampler(torch.full((3, 2), bad), u_N),
+        sample(torch.full((3, vocab), bad), u_N),
+    ):
+        assert 0 <= tokens_N.min() and tokens_N.max() < vocab
+        assert not logprobs_N.isfinite().any()
+
+
 def test_every_number_of_rows_fits_the_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     for vocab in (1, 127, 128, 129, 1000, 3001):
         for chunk_bytes in (512, 5000, 1 << 20):
@@ -336,4 +350,4 @@ def test_every_number_of_rows_fits_the_one_buffer(monkeypatch: pytest.MonkeyPatc
             for n in range(1, 38):
                 width, count = sampler._chunks(n)
                 assert width * (count - 1) < vocab <= width * count
-                assert n * width * count <= sampler._values.numel()
+                assert n * width * count <= sampler.values.numel()

@@ -83,6 +83,7 @@ class Generator:
         self.max_pages = max_pages
         self.stats = RolloutStats()
         self._runner: Runner | None = None
+        self._asked = 0  # sequences that it was to have slots for
 
     @torch.no_grad()
     def generate(
@@ -173,11 +174,11 @@ class Generator:
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache that is kept from one `generate` to the next."""
-        return 0 if self._runner is None else self._runner.cache.num_bytes
+        """Of the cache, and what else is kept from one `generate` to the next."""
+        return 0 if self._runner is None else self._runner.num_bytes
 
     def release(self) -> None:
-        """Give the cache's memory back until the next `generate`."""
+        """Give this memory back until the next `generate`."""
         self._runner = None
 
     def _prepare(
@@ -187,48 +188,56 @@ class Generator:
         share: Share | None,
     ) -> tuple[Runner, Scheduler]:
         """A runner with room for these requests, the last one if it has that."""
-        longest = max(
-            len(r.prompt.token_ids) + (r.max_new_tokens or params.max_new_tokens) for r in requests
-        )
+        limits = [r.max_new_tokens or params.max_new_tokens for r in requests]
+        assert max(limits) <= params.max_new_tokens, "there is no room for longer responses"
+        longest = max(len(r.prompt.token_ids) + n for r, n in zip(requests, limits, strict=True))
         width = -(-longest // self.page_size)
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.prompt.index)]
         wanted = len(requests) if share is None else share.count_even(groups)
         wanted = min(wanted, self.max_concurrent or wanted)
-        last = self._runner
-        fits = (
-            last is not None
-            and last.params == params
-            and last.slots >= wanted
-            and last.table_BM.shape[1] >= width
-            and last.weights_stay()
-        )
-        if not fits:
-            self.release()
+        if not self._suits(wanted, width, params):
+            self.release()  # first: the next one's size is what is then free
             self._runner = self.make_runner(wanted, width, params)
+            self._asked = wanted
         runner = self._runner
         slots = min(runner.slots, self.max_concurrent or runner.slots)
         groups = groups if share is None else share.read(groups, slots)
         pages, limit = runner.cache.num_pages, params.max_new_tokens
         return runner, Scheduler(groups, slots, pages, self.page_size, limit)
 
+    def _suits(self, wanted: int, width: int, params: SamplingParams) -> bool:
+        """Whether the last runner will do. One that memory kept small would be no larger now."""
+        last = self._runner
+        return (
+            last is not None
+            and last.params == params
+            and self._asked >= wanted
+            and last.table_BM.shape[1] >= width
+            and last.weights_stay()
+        )
+
     def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
         """A runner for so many sequences of so many pages, as far as memory for them is there."""
-        slots, pages = self.count_slots_and_pages(wanted, width)
+        slots, pages = self.count_slots_and_pages(wanted, width, params)
         cache = KVCache(self.model.args, pages, self.page_size, self.dtype, self.device)
         static = self.use_cuda_graphs and cache.kernel is not None
         return Runner(
             self.model, self.head, cache, slots, width, self.eos_ids, params, static=static
         )
 
-    def count_slots_and_pages(self, wanted: int, width: int) -> tuple[int, int]:
+    def count_slots_and_pages(
+        self, wanted: int, width: int, params: SamplingParams
+    ) -> tuple[int, int]:
         """Sequences to decode at once and pages for them.
 
         Responses are seldom as long as they may be: there are slots as long as each could have half
         of its pages, and who needs more than there are waits.
         """
         per_page = self.page_size * bytes_per_token(self.model.args, self.dtype)
-        # Per row: its logits, exponentiated; or their truncated sort, with softmax and sums.
-        per_slot = 4 * 4 * self.head.vocab_size
+        # Per row: its logits, exponentiated, and a chunk of them beside; or whole logits, and where
+        # they are truncated their sort with its int64 order, softmax, prefix sums and masks.
+        copies = 8 if params.distribution.truncates else 3
+        per_slot = 4 * copies * self.head.vocab_size
         budget = self.free_bytes() * 3 // 4
         slots = max(1, min(wanted, budget // (per_slot + per_page * -(-width // 2))))
         pages = (budget - slots * per_slot) // per_page

@@ -110,18 +110,37 @@ class PrefillAttention:
         return torch.cat(outs)
 
     def _continue(self, chunk: Chunk, q_THK: Tensor, layer: int) -> Tensor:
-        end = chunk.start + len(chunk.tokens)
-        pages = torch.tensor(chunk.pages, device=q_THK.device)
-        k, v = self.cache.read(layer, pages, end)
-        seen = torch.ones(len(chunk.tokens), end, dtype=torch.bool, device=q_THK.device)
-        out_HTK = F.scaled_dot_product_attention(
-            q_THK.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=seen.tril(chunk.start),
-            enable_gqa=q_THK.shape[1] != k.shape[1],
-        )[0]
-        return out_HTK.transpose(0, 1)
+        n, end = len(chunk.tokens), chunk.start + len(chunk.tokens)
+        if self.cache.kernel is not None:
+            return self._through_table(chunk, q_THK, layer)
+        k, v = self.cache.read(layer, torch.tensor(chunk.pages, device=q_THK.device), end)
+        repeats = q_THK.shape[1] // k.shape[1]
+        # Repeated here: with a mask and fewer key/value heads, CUDA has no kernel that keeps the
+        # scores out of memory.
+        q, k, v = (
+            x.transpose(0, 1)[None]
+            for x in (q_THK, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
+        )
+        seen = torch.ones(n, end, dtype=torch.bool, device=q_THK.device).tril(chunk.start)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
+
+    def _through_table(self, chunk: Chunk, q_THK: Tensor, layer: int) -> Tensor:
+        def int32(*values: object) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=q_THK.device)
+
+        n, end = len(chunk.tokens), chunk.start + len(chunk.tokens)
+        return self.cache.kernel(
+            q_THK,
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            int32(0, n),
+            int32(0, end),
+            n,
+            end,
+            window_size=(-1, 0),  # causal: the last query sees the last key
+            seqused_k=int32(end),
+            block_table=int32(chunk.pages),
+        )
 
 
 class DecodeAttention:

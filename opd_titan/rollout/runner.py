@@ -70,6 +70,12 @@ class Runner:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: tuple[int, int] | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the cache, the responses and the logits."""
+        own = (self.tokens_BR, self.logprobs_BR, self.sampler.values)
+        return self.cache.num_bytes + sum(t.numel() * t.element_size() for t in own)
+
     # ------------------------------------------------------------ what changes
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
@@ -194,7 +200,9 @@ class Runner:
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        # Other threads (a checkpoint being written) may use CUDA meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode=mode):
             self._step(n)
         self._graph_memory = graph.pool()
         return graph

@@ -60,7 +60,7 @@ class Sampler:
         _, count = self._chunks(max_rows)
         size = max_rows * (head.rows + count * 2 * _BLOCK)  # every chunk is rounded up
         drawn = params.temperature > 0.0 and not params.distribution.truncates
-        self._values = torch.empty(size if drawn else 0, device=head.weight_vD.device)
+        self.values = torch.empty(size if drawn else 0, device=head.weight_vD.device)
 
     def __call__(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a token for each row.
@@ -100,7 +100,9 @@ class Sampler:
         offset, _ = _invert(within, rest_N / scale[chunk, row])
         value = within.gather(1, offset[:, None]).squeeze(1).log() + maxima[chunk, row]
         logprobs_N = (value - (highest_N + total_N.log())).float()
-        tokens_N = block * _BLOCK + offset + self.head.tp.rank * self.head.rows
+        # Numbers that are not finite must not make a token that there is not.
+        tokens_N = (block * _BLOCK + offset).clamp(max=self.head.rows - 1)
+        tokens_N += self.head.tp.rank * self.head.rows
         if self.head.tp.size > 1:
             both = torch.stack((tokens_N.double(), logprobs_N.double()))
             both = self.head.stack(both.where(mine, 0.0)).sum(dim=0)
@@ -115,7 +117,7 @@ class Sampler:
         """
         weight_vD, n = self.head.weight_vD, hidden_ND.shape[0]
         width, count = self._chunks(n)
-        values = self._values[: count * n * width].view(count, n, width)
+        values = self.values[: count * n * width].view(count, n, width)
         sums = values.new_empty(count, n, width // _BLOCK)
         maxima = values.new_empty(count, n)
         ones = values.new_ones(_BLOCK)
@@ -223,7 +225,7 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     within = probs[torch.arange(n, device=block.device), block].double()
     offset, _ = _invert(within, rest)
     chosen = within.gather(1, offset[:, None]).squeeze(1)
-    return block * _BLOCK + offset, chosen.log().float()
+    return (block * _BLOCK + offset).clamp(max=vocab - 1), chosen.log().float()
 
 
 def _invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        self._read_groups(1)
+        if not self.running:  # else whoever is free first may have the next group
+            self._read_groups(1)
         return bool(self._waiting or self.running)
 
     def _read_groups(self, wanted: int) -> None:

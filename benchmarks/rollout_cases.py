@@ -366,8 +366,8 @@ def measure_sampler(s: RolloutSetting, size: str) -> None:
     else:
         args = s.shape("student", size).args
     weight = torch.randn(args.vocab_size, args.dim, device=s.device).mul_(0.02).to(s.dtype)
-    sampler = Sampler(VocabHead.of(weight), SamplingParams(1))
     batches = (1, 2, 4, 8, 16, 32, 64, 256) if s.on_cuda else (1, 8, 16, 32)
+    sampler = Sampler(VocabHead.of(weight), SamplingParams(1), max(batches))
     bandwidth = measure_bandwidth(s)
     for rows in batches:
         hidden = torch.randn(rows, args.dim, device=s.device, dtype=s.dtype)

@@ -58,6 +58,9 @@ def configs(draw) -> JobConfig:
         c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
     c.reference.coef *= not sft
     c.distill.minibatches = min(c.distill.minibatches, c.rollout.prompts_per_step)
+    responses = c.rollout.prompts_per_step * c.rollout.group_size
+    if sft or c.rollout.max_tokens_per_step < responses:
+        c.rollout.max_tokens_per_step = 0
     c.checkpoint.enable |= c.checkpoint.load_step > 0
     return c
 

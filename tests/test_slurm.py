@@ -169,7 +169,9 @@ def test_two_nodes_give_the_numbers_of_one_machine(
     assert job.finish() == ("COMPLETED", "0", "0"), job.text()
     assert "2 nodes x 2 processes" in job.text()
     assert job.text().count("Done: ") == 1, "one rank speaks"
-    assert "error" not in job.text().lower()
+    # torch may log, with a C++ stack, that the node with the store left a moment before the other.
+    for bad in ("Traceback", "failed with exit code", "srun: error"):
+        assert bad not in job.text()
     assert sorted(p.name for p in (out / "logs").iterdir()) == [f"rank-{n}.log" for n in range(4)]
     assert_same_numbers(out, one_machine)
 

@@ -211,14 +211,17 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             f"{c.distill.minibatches} is more than a step's {responses} responses ([rollout] "
             f"prompts_per_step x group_size); wanted at most {responses}",
         )
-    if 0 < r.max_tokens_per_step < responses or (fraction == 0.0 and r.max_tokens_per_step):
+    if fraction == 0.0 and r.max_tokens_per_step:
+        yield (
+            "rollout.max_tokens_per_step",
+            f"{r.max_tokens_per_step} contradicts on_policy_fraction = 0.0: nothing is sampled; "
+            "wanted 0",
+        )
+    elif 0 < r.max_tokens_per_step < responses:
         yield (
             "rollout.max_tokens_per_step",
             f"{r.max_tokens_per_step} leaves nothing of some of a step's {responses} responses; "
-            f"wanted 0, or at least {responses}"
-            if fraction > 0.0
-            else f"{r.max_tokens_per_step} contradicts on_policy_fraction = 0.0: nothing is "
-            "sampled; wanted 0",
+            f"wanted 0, or at least {responses}",
         )
     if c.checkpoint.load_step > 0 and not c.checkpoint.enable:
         yield (

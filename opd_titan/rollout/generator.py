@@ -118,10 +118,10 @@ class Generator:
             runner.decode(n)
             self.stats.decode_forwards += 1
             on_tokens(n)
-            ended = sorted({*scheduler.advance(), *runner.ended(n)})
+            ended = {*scheduler.advance(), *runner.ended(n)}
             sampled += n
             if params.max_tokens and sampled > params.max_tokens:
-                ended = sorted({*ended, *self._beyond_limit(scheduler, answers.values(), params)})
+                ended |= self._beyond_limit(scheduler, answers.values(), params)
             for slot in ended:
                 sample = self._sample(runner, scheduler, scheduler.running[slot])
                 answers[sample.prompt.index, sample.sample_index] = sample
@@ -163,12 +163,12 @@ class Generator:
     @staticmethod
     def _beyond_limit(
         scheduler: Scheduler, answers: Iterable[Sample], params: SamplingParams
-    ) -> list[int]:
+    ) -> set[int]:
         """Slots of sequences that will be cut to what they have already, or to less."""
         running = {s.slot: scheduler.num_tokens(s) for s in scheduler.running}
         known = [*(len(s.response_ids) for s in answers), *running.values()]
         limit = common_length(known, params.max_tokens)
-        return [slot for slot, length in running.items() if length >= limit]
+        return {slot for slot, length in running.items() if length >= limit}
 
     # ------------------------------------------------------------------ memory
 

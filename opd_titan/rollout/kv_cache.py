@@ -92,21 +92,22 @@ class PrefillAttention:
         self.positions_T = torch.tensor(positions, device=device)
         self.page_T = torch.tensor(pages, device=device)
         self.offset_T = self.positions_T % cache.page_size
-        self.packed = PackedAttention([len(c.tokens) for c in chunks], device)
-        self.continued = [i for i, c in enumerate(chunks) if c.start]
+        # How to pad is planned here, once for all layers. One that goes on is mixed by itself, and
+        # then so are the others.
+        self.lengths = [len(c.tokens) for c in chunks]
+        self.together = not any(c.start for c in chunks)
+        packs = [self.lengths] if self.together else [[n] for n in self.lengths]
+        self.packed = [PackedAttention(seq_lens, device) for seq_lens in packs]
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         self.cache.write(layer, self.page_T, self.offset_T, k_TGK, v_TGK)
-        if not self.continued:
-            return self.packed(q_THK, k_TGK, v_TGK, layer)
-        lengths = [len(c.tokens) for c in self.chunks]
-        parts = [x.split(lengths) for x in (q_THK, k_TGK, v_TGK)]
+        if self.together:
+            return self.packed[0](q_THK, k_TGK, v_TGK, layer)
+        parts = [x.split(self.lengths) for x in (q_THK, k_TGK, v_TGK)]
         outs = []
-        for chunk, q, k, v in zip(self.chunks, *parts, strict=True):
-            if chunk.start:
-                outs.append(self._continue(chunk, q, layer))
-            else:
-                outs.append(PackedAttention([q.shape[0]], q.device)(q, k, v, layer))
+        for chunk, packed, q, k, v in zip(self.chunks, self.packed, *parts, strict=True):
+            mixed = self._continue(chunk, q, layer) if chunk.start else packed(q, k, v, layer)
+            outs.append(mixed)
         return torch.cat(outs)
 
     def _continue(self, chunk: Chunk, q_THK: Tensor, layer: int) -> Tensor:

@@ -74,6 +74,9 @@ check_processes() {
 # What NGPU workers on this machine get in their environment.
 set_worker_environment() {
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+    # Huge pages for malloc (glibc 2.35 on): large tensors that come and go fault 512 times less, on
+    # a CPU 10 to 25 % of a rollout.
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
     # The workers share the cores, also those that drive GPUs: torchrun alone would give each one
     # thread, and an optimizer on the host needs more.
     if [ "$NGPU" -gt 1 ]; then

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from opd_titan.data.types import Prompt
 
@@ -64,13 +65,14 @@ class PagePool:
 
 @dataclass(eq=False)
 class RunningSequence:
-    """A sequence that runs, will run, or was preempted.
+    """A sequence that runs or is in line. One that goes on after a preemption is a new one.
 
     Attributes:
-        response, logprobs: what it had when it last started; after a preemption not nothing.
-        pages: of its tokens, in order.
+        response, logprobs: what it has before it starts: after a preemption not nothing.
+        pages: of its tokens, in order. It runs as long as it has any.
         slot: its row in a decoding step.
-        age: the order of first starts. The youngest is preempted.
+        number: counts starts. Who started last is preempted first.
+        started: the decoding step before which it did.
     """
 
     request: Request
@@ -78,8 +80,8 @@ class RunningSequence:
     logprobs: Sequence[float] = ()
     pages: list[int] = field(default_factory=list)
     slot: int = -1
-    age: int = -1
-    started: int = -1  # the decoding step before which it did
+    number: int = -1
+    started: int = -1
 
     @property
     def tokens(self) -> list[int]:
@@ -89,13 +91,6 @@ class RunningSequence:
     def start_position(self) -> int:
         """Of the first token that it feeds: the last one that it had."""
         return len(self.request.prompt.token_ids) + len(self.response) - 1
-
-    def runs_since(self, step: int) -> bool:
-        return self.slot >= 0 and self.started == step
-
-
-# By decoding step: sequences and when they started, for a preempted one may have started again.
-_Calendar = defaultdict[int, list[tuple[RunningSequence, int]]]
 
 
 @dataclass(eq=False)
@@ -164,13 +159,15 @@ class Scheduler:
         self.slots, self.num_pages, self.page_size = slots, num_pages, page_size
         self.pool = PagePool(num_pages)
         self.running: list[RunningSequence] = []
-        self._groups: Iterator[Sequence[Request]] | None = iter(groups)
+        self._groups = iter(groups)
+        # Of those in line only the first that is not ready, and those before it, have pages.
         self._waiting: deque[Prefix] = deque()
-        self._step = self._num_started = 0
+        self._step, self._numbers = 0, count()
         self._crowded = False  # from a preemption until a sequence ends: nothing new may start
-        # Whose next token needs a new page, and who has all its tokens after it.
-        self._needs_page: _Calendar = defaultdict(list)
-        self._ends: _Calendar = defaultdict(list)
+        # By decoding step: who needs a new page before it, and who has all its tokens after it,
+        # if it still runs then.
+        self._needs_page: defaultdict[int, list[RunningSequence]] = defaultdict(list)
+        self._ends: defaultdict[int, list[RunningSequence]] = defaultdict(list)
 
     @property
     def has_work(self) -> bool:
@@ -181,11 +178,7 @@ class Scheduler:
     def _read_groups(self, wanted: int) -> None:
         """Have as many sequences in line, if there are."""
         in_line = sum(len(p.members) for p in self._waiting)
-        while self._groups is not None and in_line < wanted:
-            group = next(self._groups, None)
-            if group is None:
-                self._groups = None
-                return
+        while in_line < wanted and (group := next(self._groups, None)):
             for r in group:
                 longest = len(r.prompt.token_ids) + self._limit(r) - 1
                 assert longest <= self.num_pages * self.page_size, "cache too small"
@@ -207,11 +200,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         if self._crowded or slots == 0:
             return chunks
-        self._read_groups(slots)
+        self._read_groups(slots)  # and no more: all that are in line then have a slot waiting
         for prefix in self._waiting:
-            if slots <= 0 or max_tokens == 0:
-                break
-            slots -= len(prefix.members)
             if prefix.ready:
                 continue
             if chunks and len(prefix.tokens) - prefix.filled > max_tokens:
@@ -228,10 +218,7 @@ class Scheduler:
 
     def _make_room(self, prefix: Prefix, end: int) -> int:
         """Take pages for tokens up to `end`, as far as there are. Returns how far that is."""
-        while len(prefix.pages) * self.page_size < end:
-            # While others run, pages get free by themselves.
-            if not self.pool.free and (self.running or not self._empty_last(prefix)):
-                break
+        while len(prefix.pages) * self.page_size < end and self.pool.free:
             prefix.pages.append(self.pool.take())
         return min(end, len(prefix.pages) * self.page_size)
 
@@ -290,15 +277,13 @@ class Scheduler:
         return True
 
     def _start(self, sequence: RunningSequence) -> None:
-        if sequence.age < 0:
-            sequence.age, self._num_started = self._num_started, self._num_started + 1
-        sequence.started, sequence.slot = self._step, len(self.running)
+        sequence.number, sequence.started = next(self._numbers), self._step
+        sequence.slot = len(self.running)
         self.running.append(sequence)
-        in_last = sequence.start_position % self.page_size
-        first = self._step + self.page_size - in_last
-        self._needs_page[first].append((sequence, self._step))
+        fit = self.page_size - sequence.start_position % self.page_size
+        self._needs_page[self._step + fit].append(sequence)
         left = self._limit(sequence.request) - len(sequence.response)
-        self._ends[self._step + left].append((sequence, self._step))
+        self._ends[self._step + left].append(sequence)
 
     # ------------------------------------------------------------- while running
 
@@ -308,21 +293,20 @@ class Scheduler:
         Where none is free, those in line lose what was computed for them; then the youngest that
         run are preempted.
         """
-        grown: list[RunningSequence] = []
-        preempted: list[RunningSequence] = []
-        due = [s for s, started in self._needs_page.pop(self._step, ()) if s.runs_since(started)]
-        for sequence in sorted(due, key=lambda s: s.age):
-            while sequence.pages and not self.pool.free and not self._empty_last():
-                youngest = max((s for s in self.running if s.pages), key=lambda s: s.age)
+        growth = Growth([], [])
+        # The oldest first: then no page goes to one that is preempted after it.
+        for s in sorted(self._needs_page.pop(self._step, ()), key=lambda s: s.number):
+            while s.pages and not self.pool.free and not self._empty_last():
+                youngest = max((r for r in self.running if r.pages), key=lambda r: r.number)
                 self._free_pages(youngest)
-                preempted.append(youngest)
-            if sequence.pages:
-                sequence.pages.append(self.pool.take())
-                self._needs_page[self._step + self.page_size].append((sequence, sequence.started))
-                grown.append(sequence)
-        self._crowded |= bool(preempted)
-        pages = [(s.slot, len(s.pages) - 1, s.pages[-1]) for s in grown if s.pages]
-        return Growth(pages, preempted)
+                growth.preempted.append(youngest)
+                self._crowded = True
+            if s.pages:
+                page = self.pool.take()
+                growth.pages.append((s.slot, len(s.pages), page))
+                s.pages.append(page)
+                self._needs_page[self._step + self.page_size].append(s)
+        return growth
 
     def num_tokens(self, sequence: RunningSequence) -> int:
         """Response tokens that a running sequence has by now."""
@@ -336,13 +320,13 @@ class Scheduler:
         Args:
             response, logprobs: all that it has. It goes on after them.
         """
-        sequence.response, sequence.logprobs = response, logprobs
-        self._waiting.appendleft(Prefix(deque([sequence])))
+        again = RunningSequence(sequence.request, response, logprobs)
+        self._waiting.appendleft(Prefix(deque([again])))
 
     def advance(self) -> list[int]:
         """Count a decoding step. Returns the slots of sequences that now have all their tokens."""
         self._step += 1
-        return [s.slot for s, began in self._ends.pop(self._step, ()) if s.runs_since(began)]
+        return [s.slot for s in self._ends.pop(self._step, ()) if s.pages]
 
     def release(self, slots: Iterable[int]) -> tuple[list[int], list[int]]:
         """Free the slots of sequences that ended or were preempted.
@@ -355,7 +339,6 @@ class Scheduler:
             if sequence.pages:  # it ended
                 self._free_pages(sequence)
                 self._crowded = False
-            sequence.slot = -1
         left = len(self.running) - len(gone)
         targets = sorted(slot for slot in gone if slot < left)
         sources = sorted(set(range(left, len(self.running))) - gone)

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from opd_titan.distill.head import CHUNK_BYTES
+from opd_titan.distill import head
 from opd_titan.models.attention import paged_varlen_attn
-from opd_titan.rollout.generator import _PAGE_SIZE
-from opd_titan.rollout.sampler import _CHUNK_BYTES
+from opd_titan.rollout import generator, sampler
 
 # Figures by kind of device, which the program looks up where it runs.
-_FIGURES: tuple[dict[str, int], ...] = (CHUNK_BYTES, _CHUNK_BYTES, _PAGE_SIZE)
+_FIGURES: tuple[dict[str, int], ...] = (
+    head.CHUNK_BYTES,
+    sampler.CHUNK_BYTES,
+    generator.PAGE_SIZE,
+)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
 from opd_titan.rollout.share import Share
 
 # The flash kernel that reads through a page table wants a multiple of 256.
-_PAGE_SIZE = {"cpu": 64, "cuda": 256}
+PAGE_SIZE = {"cpu": 64, "cuda": 256}
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Generator:
         self.head = VocabHead(model.lm_head.weight, tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
-        self.page_size = page_size or _PAGE_SIZE[self.device.type]
+        self.page_size = page_size or PAGE_SIZE[self.device.type]
         self.max_pages = max_pages
         self.stats = RolloutStats()
         self._runner: Runner | None = None

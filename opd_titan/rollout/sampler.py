@@ -22,7 +22,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK = 128
 # Logits of a chunk are still in the cache of the core that made them when they are summed; a GPU
 # wants few and large kernels instead.
-_CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,22 @@ class Sampler:
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
         """`sample` of the whole logits, which are written once and read again only where needed.
 
-        Every chunk of the vocabulary is exponentiated below its own maximum while it is in cache,
-        and leaves the sums of its blocks. Ranks exchange a maximum and a sum for each row.
+        Every chunk of the vocabulary is exponentiated while it is in cache. Ranks exchange a
+        maximum and a sum for each row.
         """
         values, sums, maxima = self._exponentiate(hidden_ND)
         highest_N = maxima.amax(dim=0)
-        scale = (maxima - highest_N).double().exp()
-        blocks = (sums.double() * scale[..., None]).transpose(0, 1).flatten(1)
-        mine, rest_N, highest_N, total_N = self._share(highest_N, blocks.sum(dim=1), uniforms_N)
-        block, rest_N = _invert(blocks, rest_N)
-        chunk, inner = block // sums.shape[2], block % sums.shape[2]
-        row = torch.arange(block.numel(), device=block.device)
-        within = values.unflatten(2, (-1, _BLOCK))[chunk, row, inner].double()
-        # In the unit of the block sums, which is the row's maximum.
-        offset, _ = _invert(within, rest_N / scale[chunk, row])
-        value = within.gather(1, offset[:, None]).squeeze(1).log() + maxima[chunk, row]
-        logprobs_N = (value - (highest_N + total_N.log())).float()
+        shift = (maxima - highest_N).double()
+        # In the unit of the row's maximum.
+        blocks_NB = (sums.double() * shift.exp()[..., None]).transpose(0, 1).flatten(1)
+        mine_N, target_N, log_total_N = self._share(highest_N, blocks_NB.sum(dim=1), uniforms_N)
+        tokens_N, logs_N = _invert_blocks(values, blocks_NB, shift, target_N)
         # Numbers that are not finite must not make a token that there is not.
-        tokens_N = (block * _BLOCK + offset).clamp(max=self.head.rows - 1)
-        tokens_N += self.head.tp.rank * self.head.rows
+        tokens_N = tokens_N.clamp(max=self.head.rows - 1) + self.head.tp.rank * self.head.rows
+        logprobs_N = (logs_N - log_total_N).float()
         if self.head.tp.size > 1:
             both = torch.stack((tokens_N.double(), logprobs_N.double()))
-            both = self.head.stack(both.where(mine, 0.0)).sum(dim=0)
+            both = self.head.stack(both.where(mine_N, 0.0)).sum(dim=0)
             tokens_N, logprobs_N = both[0].long(), both[1].float()
         return tokens_N, logprobs_N
 
@@ -115,30 +109,24 @@ class Sampler:
         Returns:
             fp32 [chunks, N, C], [chunks, N, C / 128] and [chunks, N]; 0 where the last chunk ends.
         """
-        weight_vD, n = self.head.weight_vD, hidden_ND.shape[0]
+        n = hidden_ND.shape[0]
         width, count = self._chunks(n)
         values = self.values[: count * n * width].view(count, n, width)
-        sums = values.new_empty(count, n, width // _BLOCK)
-        maxima = values.new_empty(count, n)
-        ones = values.new_ones(_BLOCK)
-        for i, rows_CD in enumerate(weight_vD.split(width)):
-            logits_NC = values[i]
-            if rows_CD.shape[0] < width:
-                logits_NC[:, rows_CD.shape[0] :] = -torch.inf
-                logits_NC = logits_NC[:, : rows_CD.shape[0]]
-            logits_NC.copy_(project(hidden_ND, rows_CD))
+        parts = []
+        for values_NC, rows_CD in zip(values, self.head.weight_vD.split(width), strict=True):
+            end = rows_CD.shape[0]
+            values_NC[:, end:] = -torch.inf
+            values_NC[:, :end] = project(hidden_ND, rows_CD)
             if self.params.temperature != 1.0:
-                logits_NC.div_(self.params.temperature)
-            torch.amax(values[i], dim=1, out=maxima[i])
-            values[i].sub_(maxima[i, :, None]).exp_()
-            # A product with ones is five times as fast as sum() on a CPU.
-            torch.matmul(values[i].view(n, -1, _BLOCK), ones, out=sums[i])
+                values_NC.div_(self.params.temperature)
+            parts.append(_exponentiate_(values_NC))
+        sums, maxima = (torch.stack(x) for x in zip(*parts, strict=True))
         return values, sums, maxima
 
     def _chunks(self, n: int) -> tuple[int, int]:
         """Width of a chunk, in whole blocks, and how many there are."""
         rows, device = self.head.rows, self.head.weight_vD.device.type
-        count = max(1, round(n * rows * 4 / _CHUNK_BYTES[device]))
+        count = max(1, round(n * rows * 4 / CHUNK_BYTES[device]))
         width = -(-rows // count)
         width += -width % _BLOCK
         return width, -(-rows // width)
@@ -149,19 +137,19 @@ class Sampler:
         """Whose part of the vocabulary each row's token is in.
 
         Returns:
-            Whether it is in this rank's; what is left of the target in it, in the unit of its own
-            sums; maximum and sum over all ranks.
+            Whether it is in this rank's; what is left of the target in it, and the logarithm of the
+            sum over all ranks, both in the unit of this rank's `total_N`, exp(`highest_N`).
         """
         if self.head.tp.size == 1:
-            return torch.ones_like(total_N).bool(), uniforms_N * total_N, highest_N, total_N
+            return torch.ones_like(total_N).bool(), uniforms_N * total_N, total_N.log()
         highest_RN, total_RN = self.head.stack(torch.stack((highest_N.double(), total_N))).unbind(1)
-        highest_of_all_N = highest_RN.amax(dim=0)
-        scale_RN = (highest_RN - highest_of_all_N).exp()
-        weights_NR = (total_RN * scale_RN).t()
+        shift_RN = highest_RN - highest_RN.amax(dim=0)
+        weights_NR = (total_RN * shift_RN.exp()).t()
         sum_N = weights_NR.sum(dim=1)
         rank_N, rest_N = _invert(weights_NR, uniforms_N * sum_N)
-        rank = self.head.tp.rank
-        return rank_N == rank, rest_N / scale_RN[rank], highest_of_all_N, sum_N
+        shift_N = shift_RN[self.head.tp.rank]
+        mine_N = rank_N == self.head.tp.rank
+        return mine_N, rest_N / shift_N.exp(), sum_N.log() - shift_N
 
 
 def _signed(x: int) -> int:
@@ -205,7 +193,7 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution.
 
     Probabilities are added in blocks of 128, then over blocks in float64: exact to fp32 rounding at
-    any vocabulary, and the [N, V] values are touched only by one softmax and one product.
+    any vocabulary.
 
     Args:
         logits_NV: fp32 logits of the distribution to sample from; -inf is never drawn.
@@ -214,18 +202,41 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Tokens [N] int64 and their log-probabilities [N] fp32.
     """
-    n, vocab = logits_NV.shape
-    probs = logits_NV.softmax(dim=1)
-    if vocab % _BLOCK:
-        probs = F.pad(probs, (0, -vocab % _BLOCK))
-    probs = probs.view(n, -1, _BLOCK)
+    vocab = logits_NV.shape[1]
+    values_NV = F.pad(logits_NV, (0, -vocab % _BLOCK), value=-torch.inf)
+    blocks_NB = _exponentiate_(values_NV)[0].double()
+    total_N = blocks_NB.sum(dim=1)
+    shift = torch.zeros_like(total_N)[None]
+    tokens_N, logs_N = _invert_blocks(values_NV[None], blocks_NB, shift, uniforms_N * total_N)
+    return tokens_N.clamp(max=vocab - 1), (logs_N - total_N.log()).float()
+
+
+def _exponentiate_(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Become exp(logits - maximum of the row); sums of blocks [N, C / 128], and the maxima [N]."""
+    maxima_N = logits_NC.amax(dim=1)
+    logits_NC.sub_(maxima_N[:, None]).exp_()
     # A product with ones is five times as fast as sum() on a CPU.
-    blocks = (probs @ probs.new_ones(_BLOCK)).double()
-    block, rest = _invert(blocks, uniforms_N * blocks.sum(dim=1))
-    within = probs[torch.arange(n, device=block.device), block].double()
-    offset, _ = _invert(within, rest)
-    chosen = within.gather(1, offset[:, None]).squeeze(1)
-    return (block * _BLOCK + offset).clamp(max=vocab - 1), chosen.log().float()
+    return logits_NC.unflatten(1, (-1, _BLOCK)) @ logits_NC.new_ones(_BLOCK), maxima_N
+
+
+def _invert_blocks(
+    values: Tensor, blocks_NB: Tensor, shift: Tensor, target_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens [N] at which the running sums exceed the target, and the logarithms of their weights.
+
+    Args:
+        values: weights [chunks, N, C], each chunk's in a unit of its own.
+        blocks_NB: sums of all their blocks of 128, in the row's unit, as the target is.
+        shift: logarithms of the chunks' units in the row's, [chunks, N].
+    """
+    block_N, rest_N = _invert(blocks_NB, target_N)
+    row_N = torch.arange(block_N.numel(), device=block_N.device)
+    values = values.unflatten(2, (-1, _BLOCK))
+    chunk_N, inner_N = block_N // values.shape[2], block_N % values.shape[2]
+    shift_N, within = shift[chunk_N, row_N], values[chunk_N, row_N, inner_N].double()
+    offset_N, _ = _invert(within, rest_N / shift_N.exp())
+    log_N = within.gather(1, offset_N[:, None]).squeeze(1).log()
+    return block_N * _BLOCK + offset_N, log_N + shift_N
 
 
 def _invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:

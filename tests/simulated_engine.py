@@ -207,6 +207,7 @@ class Engine:
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         lengths = [len(c.tokens) for c in chunks]
         assert sum(lengths) <= self.w.budget and 0 not in lengths
+        assert not any(c.start for c in chunks[1:]), "only the first may go on with its prefix"
         self.num_prefilled += sum(lengths)
         written: set[tuple[int, int]] = set()
         for c in chunks:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_titan.models.attention import PackedAttention, paged_varlen_attn
+from opd_titan.models.attention import Attend, PackedAttention, paged_varlen_attn
 from opd_titan.rollout.scheduler import Chunk
 
 
@@ -57,10 +57,6 @@ class KVCache:
         self.keys[layer][page_T, offset_T] = k_TGK
         self.values[layer][page_T, offset_T] = v_TGK
 
-    def read(self, layer: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """A copy of the first `length` keys and values [length, G, K] of these pages."""
-        return tuple(x[layer][pages].flatten(0, 1)[:length] for x in (self.keys, self.values))
-
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to) in all layers."""
         sources, targets = (list(pages) for pages in zip(*copies, strict=True))
@@ -76,72 +72,72 @@ def bytes_per_token(args: Any, dtype: torch.dtype) -> int:
 class PrefillAttention:
     """Causal attention of chunks of prefixes, whose keys and values also go into the cache.
 
-    Most chunks begin their prefix and are packed as in training. One that goes on with a prefix
-    attends to what is in the cache already as well.
+    Args:
+        chunks: those that begin their prefix are packed as in training. Only the first may go on
+            with one.
     """
 
     def __init__(self, cache: KVCache, chunks: Sequence[Chunk]) -> None:
         self.cache, device = cache, cache.device
-        self.chunks = chunks
-        positions = [p for c in chunks for p in range(c.start, c.start + len(c.tokens))]
-        pages = [
-            c.pages[p // cache.page_size]
-            for c in chunks
-            for p in range(c.start, c.start + len(c.tokens))
-        ]
-        self.positions_T = torch.tensor(positions, device=device)
+        places = [(c, p) for c in chunks for p in range(c.start, c.start + len(c.tokens))]
+        self.positions_T = torch.tensor([p for _, p in places], device=device)
+        pages = [c.pages[p // cache.page_size] for c, p in places]
         self.page_T = torch.tensor(pages, device=device)
         self.offset_T = self.positions_T % cache.page_size
-        # How to pad is planned here, once for all layers. One that goes on is mixed by itself, and
-        # then so are the others.
-        self.lengths = [len(c.tokens) for c in chunks]
-        self.together = not any(c.start for c in chunks)
-        packs = [self.lengths] if self.together else [[n] for n in self.lengths]
-        self.packed = [PackedAttention(seq_lens, device) for seq_lens in packs]
+        # Masks and indices are made here, once for all layers.
+        goes_on, begin = [c for c in chunks[:1] if c.start], [c for c in chunks if not c.start]
+        assert [*goes_on, *begin] == list(chunks)
+        self.parts: list[Attend] = [ContinuedAttention(cache, c) for c in goes_on]
+        if begin:
+            self.parts.append(PackedAttention([len(c.tokens) for c in begin], device))
+        self.lengths = [part.positions_T.numel() for part in self.parts]
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         self.cache.write(layer, self.page_T, self.offset_T, k_TGK, v_TGK)
-        if self.together:
-            return self.packed[0](q_THK, k_TGK, v_TGK, layer)
-        parts = [x.split(self.lengths) for x in (q_THK, k_TGK, v_TGK)]
-        outs = []
-        for chunk, packed, q, k, v in zip(self.chunks, self.packed, *parts, strict=True):
-            mixed = self._continue(chunk, q, layer) if chunk.start else packed(q, k, v, layer)
-            outs.append(mixed)
-        return torch.cat(outs)
+        split = (x.split(self.lengths) for x in (q_THK, k_TGK, v_TGK))
+        outs = [part(*qkv, layer) for part, *qkv in zip(self.parts, *split, strict=True)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _continue(self, chunk: Chunk, q_THK: Tensor, layer: int) -> Tensor:
-        n, end = len(chunk.tokens), chunk.start + len(chunk.tokens)
+
+class ContinuedAttention:
+    """A chunk that goes on with its prefix attends to what is in the cache, itself included."""
+
+    def __init__(self, cache: KVCache, chunk: Chunk) -> None:
+        self.cache, n, end = cache, len(chunk.tokens), chunk.start + len(chunk.tokens)
+        self.positions_T = torch.arange(chunk.start, end, device=cache.device)
+
+        def int32(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=cache.device)
+
+        self.pages = int32(*chunk.pages)
+        if cache.kernel is None:
+            self.seen = torch.ones(n, end, dtype=torch.bool, device=cache.device).tril(chunk.start)
+        else:
+            self.lengths = int32(0, n), int32(0, end), n, end
+            self.used = int32(end)
+
+    def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.cache.kernel is not None:
-            return self._through_table(chunk, q_THK, layer)
-        k, v = self.cache.read(layer, torch.tensor(chunk.pages, device=q_THK.device), end)
-        repeats = q_THK.shape[1] // k.shape[1]
+            return self.cache.kernel(
+                q_THK,
+                keys,
+                values,
+                *self.lengths,
+                window_size=(-1, 0),  # causal: the last query sees the last key
+                seqused_k=self.used,
+                block_table=self.pages[None],
+            )
         # Repeated here: with a mask and fewer key/value heads, CUDA has no kernel that keeps the
         # scores out of memory.
-        q, k, v = (
-            x.transpose(0, 1)[None]
-            for x in (q_THK, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
+        end, repeats = self.seen.shape[1], q_THK.shape[1] // k_TGK.shape[1]
+        k, v = (
+            x.index_select(0, self.pages).flatten(0, 1)[:end].repeat_interleave(repeats, dim=1)
+            for x in (keys, values)
         )
-        seen = torch.ones(n, end, dtype=torch.bool, device=q_THK.device).tril(chunk.start)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
-
-    def _through_table(self, chunk: Chunk, q_THK: Tensor, layer: int) -> Tensor:
-        def int32(*values: object) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=q_THK.device)
-
-        n, end = len(chunk.tokens), chunk.start + len(chunk.tokens)
-        return self.cache.kernel(
-            q_THK,
-            self.cache.keys[layer],
-            self.cache.values[layer],
-            int32(0, n),
-            int32(0, end),
-            n,
-            end,
-            window_size=(-1, 0),  # causal: the last query sees the last key
-            seqused_k=int32(end),
-            block_table=int32(chunk.pages),
-        )
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen)
+        return out[0].transpose(0, 1)
 
 
 class DecodeAttention:

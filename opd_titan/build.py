@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,17 +123,31 @@ def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
     tp = config.parallelism.tensor_parallel_degree
     sources = [inspect_model(*role, tp) for role in roles(config)]
     for other in sources[1:]:
-        _check_can_score(other, sources[0])
+        _check_can_score(other, sources[0], tp)
     return {s.role: s for s in sources}
 
 
-def _check_can_score(other: ModelSource, student: ModelSource) -> None:
-    if student.args.vocab_size > other.args.vocab_size:
+def _check_can_score(other: ModelSource, student: ModelSource, tp: int) -> None:
+    sizes = {source.role: source.args.vocab_size for source in (student, other)}
+    if tp > 1 and len(set(sizes.values())) > 1:
         raise ModelError(
-            f"{other.role}.hf_path: vocab_size is {other.args.vocab_size}, the student's is "
-            f"{student.args.vocab_size}; the {other.role} could not score every token"
+            f"{other.role}.hf_path: vocab_size is {sizes[other.role]}, the student's is "
+            f"{sizes['student']}; with [parallelism] tensor_parallel_degree = {tp} a rank would "
+            "hold different parts of them; wanted 1 there, or equal sizes"
         )
     compare_tokenizers(student.tokenizer, other.tokenizer, other.role)
+    highest = max(student.tokenizer.get_vocab().values(), default=-1)
+    if highest >= min(sizes.values()):
+        raise ModelError(
+            f"{other.role}.hf_path: vocab_size is {sizes[other.role]}, but the tokenizer has token "
+            f"ids up to {highest}; the {other.role} could not score every token"
+        )
+
+
+def common_vocab_size(sources: Mapping[str, ModelSource]) -> int:
+    """Token ids that every model knows; what comes after is padding to round sizes. 0: all do."""
+    sizes = {source.args.vocab_size for source in sources.values()}
+    return min(sizes) if len(sizes) > 1 else 0
 
 
 def check_lengths(

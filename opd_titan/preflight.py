@@ -11,9 +11,10 @@ from torch import nn
 
 from opd_titan.data.types import Prompt
 from opd_titan.distill.head import loss_head
-from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
+from opd_titan.distill.objectives import ObjectiveSettings, sft
 from opd_titan.distill.packing import STAND_IN, pack, plan_minibatches
 from opd_titan.distill.scoring import score
+from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.rollout.generator import Generator, SamplingParams

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import load_model
+from opd_titan.build import common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
@@ -109,22 +108,21 @@ class Trainer:
 
     def _build_rules(self) -> None:
         c = self.config
-        r, d = c.rollout, c.distill
+        r, vocab_size = c.rollout, common_vocab_size(self.sources)
         self.sampling = SamplingParams(
-            r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.ignore_eos, r.max_tokens_per_step
+            max_new_tokens=r.max_new_tokens,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            top_k=r.top_k,
+            ignore_eos=r.ignore_eos,
+            max_tokens=r.max_tokens_per_step,
+            vocab_size=vocab_size,
         )
         # A teacher is scored whole, whatever the student's samples were cut to.
-        self.teacher_distribution = Distribution(r.temperature)
-        settings = ObjectiveSettings(
-            clip_low=d.clip_low,
-            clip_high=d.clip_high,
-            reference_coef=c.reference.coef,
-            log_ratio_clamp=d.log_ratio_clamp,
-            true_ratio=d.minibatches > 1,
-        )
-        self.rule = UpdateRule(
-            OBJECTIVES[d.objective], settings, self.sampling.distribution, c.training.max_grad_norm
-        )
+        self.teacher_distribution = Distribution(r.temperature, vocab_size=vocab_size)
+        self.rule = UpdateRule.of(c, self.sampling.distribution)
+        scored = {"teacher": self.teacher, "reference": self.reference}
+        self.scored = {role: model for role, model in scored.items() if model is not None}
 
     # ------------------------------------------------------------------- loop
 
@@ -177,9 +175,9 @@ class Trainer:
                     self.generator.release()
             plan = self.plan(samples)
             with phase("teacher"):
-                self.score(self.teacher, "teacher_logprobs", plan)
+                self.score("teacher", plan)
             with phase("reference"):
-                self.score(self.reference, "reference_logprobs", plan)
+                self.score("reference", plan)
             with phase("update"):
                 scalars = self.update(plan)
                 self.weights.outdate()
@@ -221,21 +219,27 @@ class Trainer:
             self.world.dp,
         )
 
-    def score(self, model: Any, field: str, plan: list[Minibatch]) -> None:
-        """Give every sample of this rank the frozen model's log-probs."""
-        if model is None:
+    def score(self, role: str, plan: list[Minibatch]) -> None:
+        """Give every sample of this rank the frozen model's log-probs, or what they follow from."""
+        if role not in self.scored:
             return
-        with self._sequence_bar(field.removesuffix("_logprobs"), plan) as bar:
-            scored = score(model, plan, self.teacher_distribution, self.world, bar.update)
-        for sample, logprobs in scored:
-            setattr(sample, field, logprobs)
+        whole = self.rule.needs_vocabulary
+        with self._sequence_bar(role, plan) as bar:
+            scored = score(
+                self.scored[role], plan, self.teacher_distribution, self.world, bar.update, whole
+            )
+        for sample, values in scored:
+            setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
 
     def update(self, plan: list[Minibatch]) -> dict[str, float]:
         """Move the student."""
         rate = learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
+        frozen = self.scored if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
-            scalars = update(self.student, self.optimizer, plan, self.rule, self.world, bar.update)
+            scalars = update(
+                self.student, self.optimizer, plan, self.rule, self.world, bar.update, frozen
+            )
         return {**scalars, "lr": rate}
 
     def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:

@@ -36,6 +36,8 @@ RANGES: dict[str, tuple[str, ...]] = {
     "rollout.top_p": ("> 0", "<= 1"),
     "rollout.on_policy_fraction": (">= 0", "<= 1"),
     "distill.clip_low": (">= 0", "< 1"),
+    "distill.beta": (">= 0", "<= 1"),
+    "distill.top_k": (">= 1",),
     "distill.minibatches": (">= 1",),
     "optimizer.beta1": (">= 0", "< 1"),
     "optimizer.beta2": (">= 0", "< 1"),
@@ -142,7 +144,8 @@ def nearest(table: str, key: str) -> list[str]:
 
 def check_consistency(config: JobConfig) -> None:
     """Raise `ConfigError` for the first key that is missing, not built yet or contradicted."""
-    for name, problem in (*_model_problems(config), *_training_problems(config)):
+    problems = (_model_problems, _objective_problems, _training_problems)
+    for name, problem in (p for check in problems for p in check(config)):
         table, _, key = name.partition(".")
         raise error(f"[{table}] {key}", problem)
 
@@ -170,6 +173,33 @@ def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "validation.samples_per_prompt",
             f"{v.samples_per_prompt} greedy samples ([validation] temperature = 0) would all be "
             "the same; set the temperature > 0 or the samples to 1",
+        )
+
+
+def _objective_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of `table.key` and what is wrong: options that the objective has no use for."""
+    d, r = c.distill, c.rollout
+    named = f'[distill] objective = "{d.objective}"'
+    own = {"baseline": "none", "reward_power": 0.0}
+    for key, off in own.items():
+        if getattr(d, key) != off and d.objective != "policy_gradient":
+            yield (
+                f"distill.{key}",
+                f"{literal(getattr(d, key))} contradicts {named}; only policy_gradient has "
+                f"advantages; wanted {literal(off)}",
+            )
+    if d.reward_power > 0.0 and d.log_ratio_clamp > 0.0:
+        yield (
+            "distill.log_ratio_clamp",
+            f"{d.log_ratio_clamp} contradicts reward_power = {d.reward_power}, which is bounded; "
+            "wanted 0 for one of them",
+        )
+    cut = "top_p" if r.top_p < 1.0 else "top_k" if r.top_k else ""
+    if cut and d.objective not in ("policy_gradient", "sft"):
+        yield (
+            f"rollout.{cut}",
+            f"{getattr(r, cut)} contradicts {named}, which compares whole distributions; wanted "
+            f"{1.0 if cut == 'top_p' else 0}",
         )
 
 

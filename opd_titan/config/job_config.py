@@ -100,9 +100,29 @@ class Rollout:
 
 @dataclass
 class Distill:
-    objective: Literal["policy_gradient", "sft"] = "policy_gradient"
+    objective: Literal[
+        "policy_gradient",
+        "reverse_kl",
+        "forward_kl",
+        "jsd",
+        "top_k_reverse_kl",
+        "top_k_forward_kl",
+        "sft",
+    ] = "policy_gradient"
     """policy_gradient: clipped, with the per-token reverse KL to the teacher as negative reward.
-    sft: cross-entropy on the data set's own responses, without a teacher."""
+    reverse_kl, forward_kl, jsd: exact, over the whole vocabulary, at each prefix of a response.
+    top_k_*: the same over top_k tokens (the student's, or the teacher's for forward_kl) and one
+    bucket for all others. sft: cross-entropy on the data set's own responses, without a teacher."""
+    baseline: Literal["none", "kl", "top_k"] = "none"
+    """What policy_gradient adds to the advantages to lower their variance, not their mean. kl: the
+    exact KL to the teacher at that prefix; top_k: the same over top_k tokens and the rest."""
+    beta: float = 0.5
+    """Of jsd: the teacher's weight in the mixture. 0: the forward KL; 1: the reverse KL."""
+    top_k: int = 16
+    """Tokens of the top_k objectives and of the top_k baseline."""
+    reward_power: float = 0.0
+    """a > 0: policy_gradient's reward is T^a - S^a, which is within +-1, not log T - log S.
+    0: off."""
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low. Acts when minibatches > 1."""
     clip_high: float = 0.2
@@ -110,7 +130,8 @@ class Distill:
     minibatches: int = 1
     """Optimizer updates for each step's rollouts, each on its own share of them."""
     log_ratio_clamp: float = 0.0
-    """Clamp the per-token logT - logS, and logR - logS, to +- this many nats. 0: off."""
+    """policy_gradient clamps the per-token logT - logS, and logR - logS, to +- this many nats.
+    0: off."""
 
 
 @dataclass

@@ -35,6 +35,9 @@ class Sample:
     `response_ids` includes the stop token when `finish_reason` is "stop". The other tensors are
     fp32, on the CPU, one natural logarithm (or advantage) per response token; None where that
     model is not there. `student_logprobs` are those of the sampling itself.
+
+    `teacher_hidden` and `reference_hidden` [its tokens, their width] are there between scoring and
+    update where whole distributions are needed, on the device.
     """
 
     prompt: Prompt
@@ -45,6 +48,8 @@ class Sample:
     teacher_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     advantages: Tensor | None = None
+    teacher_hidden: Tensor | None = None
+    reference_hidden: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

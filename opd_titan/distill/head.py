@@ -1,25 +1,28 @@
-"""The vocabulary head in chunks: log-probs, entropy and the loss, forward and backward in one pass.
+"""The vocabulary head in chunks: log-probs and the loss, forward and backward in one pass.
 
 No tensor of [tokens, vocabulary] ever exists beyond one chunk, and only positions that predict a
-response token are projected.
+response token are projected. Whole distributions of frozen models are kept as hidden states and
+projected next to the student's.
 
 Under tensor parallelism each rank projects onto its part of the vocabulary; the ranks exchange a
 few numbers per token, never logits (except where top-k or top-p have to see them all).
 
-Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width,
-v the part of the vocabulary that this rank holds (all of it without tensor parallelism), P
-tensor-parallel ranks.
+Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width, E a frozen
+model's, v the part of the vocabulary that this rank holds (all of it without tensor parallelism),
+P tensor-parallel ranks, K likeliest tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
+from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
+from opd_titan.distill.vocabulary import Rows, TokenScores
 from opd_titan.distributed.tensor_parallel import sum_ranks
 from opd_titan.models.logits import Distribution, VocabHead, local_logits
 
@@ -27,31 +30,37 @@ from opd_titan.models.logits import Distribution, VocabHead, local_logits
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
 # 64 MiB that traffic would be three times the products' own time).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
+# Diagnostics that need passes of their own over the vocabulary look at every so many tokens.
+PROBE_EVERY = 8
+PROBE_TOP_K = 16
 
 
-def _chunks(n: int, head: VocabHead, dist: Distribution) -> list[slice]:
+def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
+    """So many rows at a time that `tensors` of a chunk's size take what two of CHUNK_BYTES do."""
     # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
-    rows = max(1, CHUNK_BYTES[head.weight_vD.device.type] // (4 * width))
+    rows = max(1, 2 * CHUNK_BYTES[head.weight_vD.device.type] // (4 * width * tensors))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
-def _logits(
-    h_CD: Tensor, head: VocabHead, targets_C: Tensor, dist: Distribution, buffer: Tensor | None
-) -> Tensor:
-    out_Cv = None if buffer is None else buffer[: h_CD.shape[0]]
-    return local_logits(h_CD, head, dist, targets_C, out_Cv)
+class _Projection:
+    """One model's head, and the place of its logits: one allocation serves all chunks."""
+
+    def __init__(self, head: VocabHead, dist: Distribution, chunks: Sequence[slice]) -> None:
+        self.head, self.dist = head, dist
+        # Half-precision operands cannot write an fp32 product in place.
+        fits = head.weight_vD.dtype == torch.float32
+        self.buffer = buffer_like(head, chunks) if fits else None
+
+    def __call__(self, h_CD: Tensor, targets_C: Tensor) -> Tensor:
+        out_Cv = None if self.buffer is None else self.buffer[: h_CD.shape[0]]
+        return local_logits(h_CD, self.head, self.dist, targets_C, out_Cv)
 
 
-def _buffer(chunks: list[slice], head: VocabHead) -> Tensor:
-    """fp32 [C, v] that holds any of the chunks: one allocation serves them all."""
+def buffer_like(head: VocabHead, chunks: Sequence[slice]) -> Tensor:
+    """fp32 [C, v] that holds any of the chunks."""
     rows = max((c.stop - c.start for c in chunks), default=0)
     return torch.empty(rows, head.rows, device=head.weight_vD.device)
-
-
-def _logits_buffer(chunks: list[slice], head: VocabHead) -> Tensor | None:
-    """None where the product cannot write fp32 in place: half-precision operands."""
-    return _buffer(chunks, head) if head.weight_vD.dtype == torch.float32 else None
 
 
 @torch.no_grad()
@@ -65,42 +74,75 @@ def score_head(
         predict_R: for each target, the packed position whose hidden state predicts it.
         targets_R: token ids.
     """
-    head = VocabHead.of(weight)
+    head = VocabHead.of(weight).first(dist.vocab_size)
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
     chunks = _chunks(targets_R.numel(), head, dist)
-    buffer = _logits_buffer(chunks, head)
+    project = _Projection(head, dist, chunks)
     for chunk in chunks:
         targets_C = targets_R[chunk]
-        logits_Cv = _logits(hidden_TD[predict_R[chunk]], head, targets_C, dist, buffer)
-        out_R[chunk] = _target_logprobs(logits_Cv, targets_C, head)[0]
+        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C)
+        out_R[chunk] = _target_logprobs([logits_Cv], targets_C, head)[0][0]
     return out_R
 
 
+def hidden_head(hidden_TD: Tensor, weight: Tensor, predict_R: Tensor) -> Tensor:
+    """The hidden states [R, D] that predict the targets, for a later pass over the vocabulary."""
+    return hidden_TD.index_select(0, predict_R)
+
+
 def _target_logprobs(
-    logits_Cv: Tensor, targets_C: Tensor, head: VocabHead
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets [C] and the normalisers [C] over the whole vocabulary."""
-    normaliser_C = logits_Cv.logsumexp(dim=1)
+    logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
+) -> list[tuple[Tensor, Tensor]]:
+    """For each model's logits [C, v] the log-probs of the targets [C] and the normalisers [C].
+
+    One exchange between the ranks, whatever the number of models.
+    """
     row_C, held_C = head.locate(targets_C)
-    target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
-    if head.tp.size > 1:
-        target_C = target_C.masked_fill(~held_C, -torch.inf)
-        parts_P2C = head.stack(torch.stack((normaliser_C, target_C)))
-        normaliser_C = parts_P2C[:, 0].logsumexp(dim=0)
-        target_C = parts_P2C[:, 1].amax(dim=0)
-    return target_C - normaliser_C, normaliser_C
+    pairs = []
+    for logits_Cv in logits:
+        target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
+        pairs.append(torch.stack((logits_Cv.logsumexp(dim=1), target_C)))
+    if head.tp.size == 1:
+        return [(target_C - normaliser_C, normaliser_C) for normaliser_C, target_C in pairs]
+    for pair in pairs:
+        pair[1].masked_fill_(~held_C, -torch.inf)
+    parts_PM2C = head.stack(torch.stack(pairs))
+    normaliser_MC, target_MC = parts_PM2C[:, :, 0].logsumexp(dim=0), parts_PM2C[:, :, 1].amax(dim=0)
+    return list(zip(target_MC - normaliser_MC, normaliser_MC, strict=True))
 
 
 @dataclass
 class HeadStats:
-    """Per-token diagnostics [R] of an update, detached."""
+    """Diagnostics of an update, detached.
+
+    Attributes:
+        logprob_R, entropy_R, loss_R, advantage_R: of every token.
+        ratio_R, clipped_R: where the objective has them.
+        teacher_R, reference_R: log-probs, where they were found only here.
+        probe: by name, values of every `PROBE_EVERY`-th token; where the teacher's whole
+            distribution is there.
+    """
 
     logprob_R: Tensor
     entropy_R: Tensor
     loss_R: Tensor
     advantage_R: Tensor
-    ratio_R: Tensor
-    clipped_R: Tensor
+    ratio_R: Tensor | None = None
+    clipped_R: Tensor | None = None
+    teacher_R: Tensor | None = None
+    reference_R: Tensor | None = None
+    probe: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FrozenHeads:
+    """Heads of the models that are kept as hidden states, gathered while updates last."""
+
+    teacher: VocabHead | None = None
+    reference: VocabHead | None = None
+
+
+NONE_FROZEN = FrozenHeads()
 
 
 def loss_head(
@@ -114,78 +156,177 @@ def loss_head(
     objective: Objective,
     settings: ObjectiveSettings,
     dist: Distribution,
+    frozen: FrozenHeads = NONE_FROZEN,
 ) -> tuple[Tensor, HeadStats]:
     """The objective summed over response tokens, times `scale`, with its diagnostics.
 
     `scale` is one over the *global* number of response tokens of the update, so that adding up
     micro-batches and ranks gives the mean over tokens and never a mean of means.
     """
-    token_loss = partial(objective, settings=settings)
-    head = VocabHead.of(weight)
-    hidden_RD = hidden_TD.index_select(0, predict_R)
-    loss, *stats = _FusedLoss.apply(
-        hidden_RD, head.weight_vD, head.tp, targets_R, scores, scale, token_loss, dist
-    )
-    return loss, HeadStats(*stats)
+    head = VocabHead.of(weight).first(dist.vocab_size)
+    chunked = _ChunkedLoss(head.tp, targets_R, scores, scale, objective, settings, dist, frozen)
+    loss = _FusedLoss.apply(hidden_TD.index_select(0, predict_R), head.weight_vD, chunked)
+    return loss, chunked.stats()
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss and gradients of each chunk while its logits are there.
-
-    With g the derivative of a token's loss by its log-prob, p the probabilities and t the
-    temperature, the logits' gradient is g (onehot - p) / t. Forward therefore ends with the
-    gradients of hidden states and weight in hand; backward only scales them.
+    """A loss whose forward ends with the gradients of both arguments in hand.
 
     Under tensor parallelism the hidden states' gradient is this rank's part of a sum over ranks,
     which the backward of the gathering of tokens makes.
     """
 
     @staticmethod
-    def forward(ctx, hidden_RD, weight_vD, tp, targets_R, scores, scale, token_loss, dist):
-        head = VocabHead(weight_vD.detach(), tp)
-        grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
-        stats: list[list[Tensor]] = []
-        chunks = _chunks(targets_R.numel(), head, dist)
-        logits_buffer = _logits_buffer(chunks, head)
-        probs_buffer = _buffer(chunks, head)
-        for chunk in chunks:
-            h_CD, targets_C = hidden_RD[chunk], targets_R[chunk]
-            logits_Cv = _logits(h_CD, head, targets_C, dist, logits_buffer)
-            logprob_C, normaliser_C = _target_logprobs(logits_Cv, targets_C, head)
-            with torch.enable_grad():
-                leaf_C = logprob_C.requires_grad_()
-                result = token_loss(leaf_C, scores[chunk])
-                (g_C,) = torch.autograd.grad(result.loss_C.sum(), leaf_C)
-            logprobs_Cv = logits_Cv.sub_(normaliser_C[:, None])
-            probs_Cv = torch.exp(logprobs_Cv, out=probs_buffer[: h_CD.shape[0]])
-            if dist.truncates:  # 0 x -inf is NaN, and a token that was cut adds nothing
-                logprobs_Cv.masked_fill_(logprobs_Cv == -torch.inf, 0.0)
-            entropy_C = -torch.bmm(probs_Cv[:, None], logprobs_Cv[:, :, None]).view(-1)
-            g_C = g_C * (scale / dist.temperature)
-            dlogits_Cv = probs_Cv.mul_(-g_C[:, None])
-            row_C, held_C = head.locate(targets_C)
-            dlogits_Cv.scatter_add_(1, row_C[:, None], (g_C * held_C)[:, None])
-            dlogits_Cv = dlogits_Cv.to(hidden_RD.dtype)
-            torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
-            _add_product_(grad_weight_vD, dlogits_Cv, h_CD)
-            stats.append(
-                [logprob_C.detach(), entropy_C, result.loss_C.detach()]
-                + [result.advantage_C, result.ratio_C, result.clipped_C]
-            )
+    def forward(ctx: Any, hidden_RD: Tensor, weight_vD: Tensor, chunked: _ChunkedLoss) -> Tensor:
+        loss, ctx.factor, grad_hidden_RD, grad_weight_vD = chunked(hidden_RD, weight_vD.detach())
         ctx.save_for_backward(grad_hidden_RD, grad_weight_vD.to(weight_vD.dtype))
-        logprob_R, entropy_R, loss_R, *rest = (torch.cat(c) for c in zip(*stats, strict=True))
-        sum_ranks(entropy_R, tp)  # each rank's was over its part of the vocabulary
-        columns = (logprob_R, entropy_R, loss_R, *rest)
-        ctx.mark_non_differentiable(*columns)
-        return loss_R.sum() * scale, *columns
+        return loss
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
-        grads = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         # In place: these are as large as the head, and serve one backward.
-        grad_hidden_RD, grad_weight_vD = (grad.mul_(grad_loss) for grad in grads)
-        return grad_hidden_RD, grad_weight_vD, None, None, None, None, None, None
+        grad_hidden_RD, grad_weight_vD = ctx.saved_tensors
+        factor = grad_loss * ctx.factor
+        return grad_hidden_RD.mul_(factor), grad_weight_vD.mul_(factor), None
+
+
+class _ChunkedLoss:
+    """Loss and gradients of each chunk while its logits are there."""
+
+    def __init__(
+        self,
+        tp: Any,
+        targets_R: Tensor,
+        scores: TokenScores,
+        scale: float,
+        objective: Objective,
+        settings: ObjectiveSettings,
+        dist: Distribution,
+        frozen: FrozenHeads,
+    ) -> None:
+        self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale
+        self.objective, self.settings, self.dist = objective, settings, dist
+        # What a frozen model would be cut to is the student's affair alone.
+        self.whole = replace(dist, top_k=0, top_p=1.0)
+        heads = {"teacher": frozen.teacher, "reference": frozen.reference}
+        self.frozen = {
+            role: head.first(dist.vocab_size) for role, head in heads.items() if head is not None
+        }
+        self.columns: dict[str, list[Tensor]] = {}
+        self.probe: dict[str, list[Tensor]] = {}
+
+    def __call__(
+        self, hidden_RD: Tensor, weight_vD: Tensor
+    ) -> tuple[Tensor, float, Tensor, Tensor]:
+        """The loss, the factor that both gradients still need, and the gradients."""
+        head = VocabHead(weight_vD, self.tp)
+        grad_hidden_RD = torch.empty_like(hidden_RD)
+        grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
+        # Logits and probabilities; over the vocabulary at most two more of the objective's own, and
+        # the frozen models'.
+        tensors = 2 + (2 + len(self.frozen) if self.frozen else 0)
+        chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
+        project = {"student": _Projection(head, self.dist, chunks)}
+        for role, frozen in self.frozen.items():
+            project[role] = _Projection(frozen, self.whole, chunks)
+        probs_buffer = buffer_like(head, chunks)
+        for chunk in chunks:
+            rows = self._rows(hidden_RD, chunk, project, head, probs_buffer)
+            # This rank's part; they are added up once, in `stats`.
+            entropy_C = -torch.bmm(rows.probs_Cv[:, None], rows.student_Cv[:, :, None]).view(-1)
+            self._examine(rows, chunk)
+            result, dlogits_Cv = self._differentiate(rows, chunk, head)
+            dlogits_Cv = dlogits_Cv.to(hidden_RD.dtype)
+            torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
+            _add_product_(grad_weight_vD, dlogits_Cv, hidden_RD[chunk])
+            self._keep(
+                logprob_R=rows.logprob_C,
+                entropy_R=entropy_C,
+                loss_R=result.loss_C,
+                advantage_R=result.advantage_C,
+                ratio_R=result.ratio_C,
+                clipped_R=result.clipped_C,
+                teacher_R=rows.scores.teacher if "teacher" in self.frozen else None,
+                reference_R=rows.scores.reference if "reference" in self.frozen else None,
+            )
+        loss = torch.cat(self.columns["loss_R"]).sum() * self.scale
+        return loss, self.scale / self.dist.temperature, grad_hidden_RD, grad_weight_vD
+
+    def _rows(
+        self,
+        hidden_RD: Tensor,
+        chunk: slice,
+        project: dict[str, Callable[[Tensor, Tensor], Tensor]],
+        head: VocabHead,
+        probs_buffer: Tensor,
+    ) -> Rows:
+        targets_C, scores = self.targets_R[chunk], self.scores[chunk]
+        logits = {"student": project["student"](hidden_RD[chunk], targets_C)}
+        for role in self.frozen:
+            hidden_CE = getattr(scores, f"{role}_hidden")
+            logits[role] = project[role](hidden_CE, targets_C)
+        found = _target_logprobs(list(logits.values()), targets_C, head)
+        logprobs = {}
+        for (role, logits_Cv), (target_C, normaliser_C) in zip(logits.items(), found, strict=True):
+            logits[role] = logits_Cv.sub_(normaliser_C[:, None])
+            logprobs[role] = target_C
+        student_Cv = logits["student"]
+        if self.dist.truncates:  # 0 x -inf is NaN, and a token that was cut adds nothing
+            student_Cv.clamp_(min=-1e4)
+        return Rows(
+            logprob_C=logprobs.pop("student"),
+            scores=replace(scores, **logprobs),
+            student_Cv=student_Cv,
+            probs_Cv=torch.exp(student_Cv, out=probs_buffer[: student_Cv.shape[0]]),
+            teacher_Cv=logits.get("teacher"),
+            reference_Cv=logits.get("reference"),
+            tp=self.tp,
+        )
+
+    def _differentiate(self, rows: Rows, chunk: slice, head: VocabHead) -> tuple[TokenLoss, Tensor]:
+        """The objective's results, and its derivative by the logits [C, v] at temperature 1."""
+        with torch.enable_grad():
+            rows.logprob_C.requires_grad_()
+            result = self.objective(rows, self.settings)
+            if result.dlogits_Cv is not None:
+                return result, result.dlogits_Cv
+            # With g the derivative by the sampled token's log-prob: g (onehot - p).
+            (g_C,) = torch.autograd.grad(result.loss_C.sum(), rows.logprob_C)
+        row_C, held_C = head.locate(self.targets_R[chunk])
+        dlogits_Cv = rows.probs_Cv.mul_(-g_C[:, None])
+        return result, dlogits_Cv.scatter_add_(1, row_C[:, None], (g_C * held_C)[:, None])
+
+    def _examine(self, rows: Rows, chunk: slice) -> None:
+        """How far apart distributions are, on some tokens; before the objective uses them up."""
+        if rows.teacher_Cv is None:
+            return
+        some = slice(-chunk.start % PROBE_EVERY, None, PROBE_EVERY)
+        student_Cv, teacher_Cv, probs_Cv = (
+            x[some] for x in (rows.student_Cv, rows.teacher_Cv, rows.probs_Cv)
+        )
+        log_s_C, log_t_C = rows.expect(probs_Cv, student_Cv, teacher_Cv)
+        teacher_log_t_C, teacher_log_s_C = rows.expect(teacher_Cv.exp(), teacher_Cv, student_Cv)
+        student_CK, teacher_CK = (rows.top_k(x, PROBE_TOP_K) for x in (student_Cv, teacher_Cv))
+        shared_CK = (student_CK[:, :, None] == teacher_CK[:, None, :]).any(dim=2)
+        values = {
+            "kl/reverse": log_s_C - log_t_C,
+            "kl/forward": teacher_log_t_C - teacher_log_s_C,
+            "policy/teacher_entropy": -teacher_log_t_C,
+            "policy/top_k_overlap": shared_CK.float().mean(dim=1),
+            "policy/top_1_agreement": (student_CK[:, 0] == teacher_CK[:, 0]).float(),
+        }
+        for name, value_C in values.items():
+            self.probe.setdefault(name, []).append(value_C)
+
+    def _keep(self, **columns: Tensor | None) -> None:
+        for name, value_C in columns.items():
+            if value_C is not None:
+                self.columns.setdefault(name, []).append(value_C.detach())
+
+    def stats(self) -> HeadStats:
+        columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
+        sum_ranks(columns["entropy_R"], self.tp)
+        return HeadStats(**columns, probe={k: torch.cat(parts) for k, parts in self.probe.items()})
 
 
 def _add_product_(weight_grad_vD: Tensor, dlogits_Cv: Tensor, h_CD: Tensor) -> None:

@@ -1,36 +1,26 @@
 """What the student minimises, per response token. Pure tensor maths; the head calls it by chunks.
 
-Shapes: C response tokens of a chunk. Log-probs are fp32, natural, at the sampling temperature.
+An objective is a function of `Rows` and settings, and a row of the table at the end. Those that
+look at the sampled token alone return a loss that carries its gradient by `rows.logprob_C`; those
+over the vocabulary give the gradient by the logits themselves. `docs/objectives.md` derives each.
 
-S is the student, T the teacher, R the reference. `docs/objective.md` derives each formula.
+Shapes: C response tokens of a chunk, v a rank's part of the vocabulary, K tokens of a support, B =
+K + 1 buckets. Log-probs are fp32, natural, at the sampling temperature.
+
+S (p) is the student, T (q) the teacher, R the reference, c its coefficient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class TokenScores:
-    """What is known of each response token before the update. None: not needed or not there.
-
-    Attributes:
-        rollout: log S at the time of sampling.
-        teacher: log T.
-        reference: log R.
-    """
-
-    rollout: Tensor | None = None
-    teacher: Tensor | None = None
-    reference: Tensor | None = None
-
-    def __getitem__(self, chunk: slice) -> TokenScores:
-        values = (getattr(self, f.name) for f in fields(self))
-        return TokenScores(*(None if v is None else v[chunk] for v in values))
+from opd_titan.config import JobConfig
+from opd_titan.distill.vocabulary import Rows
 
 
 @dataclass(frozen=True)
@@ -47,45 +37,103 @@ class ObjectiveSettings:
     clip_high: float = 0.2
     reference_coef: float = 0.0
     log_ratio_clamp: float = 0.0
+    reward_power: float = 0.0
+    baseline: str = "none"
+    beta: float = 0.5
+    top_k: int = 16
     true_ratio: bool = False
+
+    @classmethod
+    def of(cls, config: JobConfig) -> ObjectiveSettings:
+        d = config.distill
+        return cls(
+            clip_low=d.clip_low,
+            clip_high=d.clip_high,
+            reference_coef=config.reference.coef,
+            log_ratio_clamp=d.log_ratio_clamp,
+            reward_power=d.reward_power,
+            baseline=d.baseline,
+            beta=d.beta,
+            top_k=d.top_k,
+            true_ratio=d.minibatches > 1,
+        )
 
 
 @dataclass
 class TokenLoss:
-    """Per-token results. All but `loss_C` are detached."""
+    """Per-token results. All but `loss_C` are detached; None where the objective has no such thing.
+
+    Attributes:
+        dlogits_Cv: derivative of the loss by this rank's logits, at temperature 1. None: the loss
+            depends on them through `rows.logprob_C` alone, and carries that gradient.
+    """
 
     loss_C: Tensor
     advantage_C: Tensor
-    ratio_C: Tensor
-    clipped_C: Tensor
+    ratio_C: Tensor | None = None
+    clipped_C: Tensor | None = None
+    dlogits_Cv: Tensor | None = None
 
 
-def reverse_kl_advantage(
-    student_C: Tensor, scores: TokenScores, settings: ObjectiveSettings
+# ------------------------------------------------------------ the sampled token
+
+
+def penalty(
+    student: Tensor, teacher: Tensor, reference: Tensor | None, settings: ObjectiveSettings
 ) -> Tensor:
-    """A = -[(log S - log T) + c (log S - log R)], detached.
+    """(log S - log T) + c (log S - log R), elementwise; its mean under S is KL(S||T) + c KL(S||R).
 
-    The expectation of -A over the student's own samples is KL(S||T) + c KL(S||R); its optimum is
-    S proportional to (T R^c)^(1/(1+c)). `log_ratio_clamp` bounds each of the two differences.
+    `log_ratio_clamp` bounds each difference; `reward_power` a > 0 puts S^a - T^a in [-1, 1] in
+    their place (PowerOPD, arXiv 2606.17199).
     """
+    power, limit = settings.reward_power, settings.log_ratio_clamp
 
-    def bounded(difference_C: Tensor) -> Tensor:
-        limit = settings.log_ratio_clamp
-        return difference_C.clamp(-limit, limit) if limit > 0 else difference_C
+    def difference(other: Tensor) -> Tensor:
+        if power > 0.0:
+            return (power * student).exp() - (power * other).exp()
+        ratio = student - other
+        return ratio.clamp(-limit, limit) if limit > 0.0 else ratio
 
-    kl_C = bounded(student_C - scores.teacher)
-    if settings.reference_coef != 0.0:
-        kl_C = kl_C + settings.reference_coef * bounded(student_C - scores.reference)
-    return -kl_C.detach()
+    if settings.reference_coef == 0.0:
+        return difference(teacher)
+    return difference(teacher) + settings.reference_coef * difference(reference)
 
 
-def policy_gradient(
-    student_C: Tensor, scores: TokenScores, settings: ObjectiveSettings
-) -> TokenLoss:
+def advantages(student_C: Tensor, rows: Rows, settings: ObjectiveSettings) -> Tensor:
+    """A = -penalty of the sampled token + baseline [C], detached.
+
+    Args:
+        student_C: log S at the time of sampling.
+    """
+    scores = rows.scores
+    advantage_C = -penalty(student_C.detach(), scores.teacher, scores.reference, settings)
+    if settings.baseline == "none":
+        return advantage_C
+    return advantage_C + expected_penalty(rows, settings)
+
+
+def expected_penalty(rows: Rows, settings: ObjectiveSettings) -> Tensor:
+    """The penalty's mean [C] over the student's next token: what `baseline` adds to A.
+
+    It does not depend on which token was sampled, so it leaves the mean of the gradient alone; it
+    takes away the part of the variance that the distance as such makes (vOPD, arXiv 2605.07865).
+    "top_k" sums over the student's k likeliest tokens and one bucket for the rest.
+    """
+    if settings.baseline == "kl":
+        values_Cv = penalty(rows.student_Cv, rows.teacher_Cv, rows.reference_Cv, settings)
+        return rows.expect(rows.probs_Cv, values_Cv)[0]
+    ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
+    student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
+    values_CB = penalty(student_CB, teacher_CB, reference_CB, settings)
+    values_CB = values_CB.masked_fill(student_CB == -torch.inf, 0.0)  # no tokens in it
+    return (student_CB.exp() * values_CB).sum(dim=1)
+
+
+def policy_gradient(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A), r = S / S_old (PPO, arXiv 1707.06347)."""
-    old_C = scores.rollout if settings.true_ratio else student_C.detach()
-    advantage_C = reverse_kl_advantage(old_C, scores, settings)
-    ratio_C = (student_C - old_C).exp()
+    old_C = rows.scores.rollout if settings.true_ratio else rows.logprob_C.detach()
+    advantage_C = advantages(old_C, rows, settings)
+    ratio_C = (rows.logprob_C - old_C).exp()
     clipped_ratio_C = ratio_C.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     unclipped_C, clipped_C = ratio_C * advantage_C, clipped_ratio_C * advantage_C
     is_clipped_C = (clipped_C < unclipped_C).detach()
@@ -99,12 +147,156 @@ def policy_gradient(
     )
 
 
-def sft(student_C: Tensor, scores: TokenScores, settings: ObjectiveSettings) -> TokenLoss:
+def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """-log S: cross-entropy on responses that somebody else wrote."""
-    ones_C = torch.ones_like(student_C)
-    return TokenLoss(-student_C, ones_C, ones_C, torch.zeros_like(student_C, dtype=torch.bool))
+    return TokenLoss(-rows.logprob_C, torch.ones_like(rows.logprob_C))
 
 
-Objective = Callable[[Tensor, TokenScores, ObjectiveSettings], TokenLoss]
+# ------------------------------------------------------------ the whole vocabulary
 
-OBJECTIVES: dict[str, Objective] = {"policy_gradient": policy_gradient, "sft": sft}
+
+def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+    """KL(S||T) + c KL(S||R). With x the penalty: sum p x, and by a logit p (x - sum p x)."""
+    x_Cv = torch.sub(rows.student_Cv, rows.teacher_Cv, out=rows.teacher_Cv)
+    if settings.reference_coef != 0.0:
+        ratio_Cv = torch.sub(rows.student_Cv, rows.reference_Cv, out=rows.reference_Cv)
+        x_Cv.add_(ratio_Cv, alpha=settings.reference_coef)
+    (loss_C,) = rows.expect(rows.probs_Cv, x_Cv)
+    return _over_vocabulary(rows, settings, loss_C, _score_(rows, x_Cv, loss_C))
+
+
+def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+    """KL(T||S) + c KL(S||R). Sum q (log q - log p), and by a logit p - q."""
+    teacher_probs_Cv = rows.teacher_Cv.exp()
+    x_Cv = torch.sub(rows.teacher_Cv, rows.student_Cv, out=rows.teacher_Cv)
+    (loss_C,) = rows.expect(teacher_probs_Cv, x_Cv)
+    dlogits_Cv = torch.sub(rows.probs_Cv, teacher_probs_Cv, out=teacher_probs_Cv)
+    return _with_reference(rows, settings, loss_C, dlogits_Cv)
+
+
+def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+    """beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S, plus c KL(S||R).
+
+    By a logit: (1 - beta) p (x - sum p x), x = log p - log m. beta 0 and 1, where this is 0, stand
+    for its limits after division by beta and by 1 - beta: the forward and the reverse KL
+    (generalised JSD, arXiv 2306.13649).
+    """
+    beta = settings.beta
+    if beta == 0.0:
+        return forward_kl(rows, settings)
+    if beta == 1.0:
+        return reverse_kl(rows, settings)
+    weighted_Cv = rows.student_Cv + (math.log1p(-beta) - math.log(beta))
+    mixture_Cv = torch.logaddexp(rows.teacher_Cv, weighted_Cv, out=weighted_Cv).add_(math.log(beta))
+    teacher_probs_Cv = rows.teacher_Cv.exp()
+    teacher_x_Cv = rows.teacher_Cv.sub_(mixture_Cv)
+    student_x_Cv = torch.sub(rows.student_Cv, mixture_Cv, out=mixture_Cv)
+    (from_teacher_C,) = rows.expect(teacher_probs_Cv, teacher_x_Cv)
+    (from_student_C,) = rows.expect(rows.probs_Cv, student_x_Cv)
+    loss_C = beta * from_teacher_C + (1.0 - beta) * from_student_C
+    dlogits_Cv = _score_(rows, student_x_Cv, from_student_C).mul_(1.0 - beta)
+    return _with_reference(rows, settings, loss_C, dlogits_Cv)
+
+
+def _score_(rows: Rows, x_Cv: Tensor, mean_C: Tensor) -> Tensor:
+    """p (x - mean), in place of x: what the logits get of a mean of x under the student."""
+    return x_Cv.sub_(mean_C[:, None]).mul_(rows.probs_Cv)
+
+
+def _with_reference(
+    rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
+) -> TokenLoss:
+    c = settings.reference_coef
+    if c != 0.0:
+        x_Cv = torch.sub(rows.student_Cv, rows.reference_Cv, out=rows.reference_Cv)
+        (kl_C,) = rows.expect(rows.probs_Cv, x_Cv)
+        loss_C = loss_C + c * kl_C
+        dlogits_Cv.add_(_score_(rows, x_Cv, kl_C), alpha=c)
+    return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
+
+
+def _over_vocabulary(
+    rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
+) -> TokenLoss:
+    """The advantage is what the policy gradient's would be at this sample; nothing uses it."""
+    scores = rows.scores
+    penalty_C = penalty(rows.logprob_C.detach(), scores.teacher, scores.reference, settings)
+    return TokenLoss(loss_C, -penalty_C, dlogits_Cv=dlogits_Cv)
+
+
+# ------------------------------------------------------------ k tokens and the rest
+
+
+def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+    """`reverse_kl` between the student's k likeliest tokens, with all others as one bucket."""
+    ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
+    student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
+    x_CB = _log_ratio(student_CB, teacher_CB)
+    if settings.reference_coef != 0.0:
+        x_CB += settings.reference_coef * _log_ratio(student_CB, reference_CB)
+    probs_CB = student_CB.exp()
+    loss_C = (probs_CB * x_CB).sum(dim=1)
+    slope_CB = x_CB - loss_C[:, None]
+    dlogits_Cv = rows.spread_((probs_CB * slope_CB)[:, :-1], slope_CB[:, -1], ids_CK)
+    return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
+
+
+def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+    """`forward_kl` between the teacher's k likeliest tokens, with all others as one bucket."""
+    ids_CK = rows.top_k(rows.teacher_Cv, settings.top_k)
+    student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
+    x_CB = _log_ratio(teacher_CB, student_CB)
+    probs_CB, teacher_probs_CB = student_CB.exp(), teacher_CB.exp()
+    loss_C = (teacher_probs_CB * x_CB).sum(dim=1)
+    dlogits_CB = probs_CB - teacher_probs_CB
+    # The rest's share of it falls on its tokens as the student does: p_i (1 - q / p).
+    rest_slope_C = 1.0 - x_CB[:, -1].clamp(max=80.0).exp()
+    c = settings.reference_coef
+    if c != 0.0:
+        ratio_CB = _log_ratio(student_CB, reference_CB)
+        kl_C = (probs_CB * ratio_CB).sum(dim=1)
+        loss_C = loss_C + c * kl_C
+        dlogits_CB += c * probs_CB * (ratio_CB - kl_C[:, None])
+        rest_slope_C += c * (ratio_CB[:, -1] - kl_C)
+    dlogits_Cv = rows.spread_(dlogits_CB[:, :-1], rest_slope_C, ids_CK)
+    return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
+
+
+def _bucketed(
+    rows: Rows, ids_CK: Tensor, settings: ObjectiveSettings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs [C, B] of student, teacher and, where it counts, reference."""
+    reference_CB = None
+    if settings.reference_coef != 0.0:
+        reference_CB = rows.buckets(rows.reference_Cv, ids_CK)
+    return (
+        rows.buckets(rows.student_Cv, ids_CK),
+        rows.buckets(rows.teacher_Cv, ids_CK),
+        reference_CB,
+    )
+
+
+def _log_ratio(a_CB: Tensor, b_CB: Tensor) -> Tensor:
+    """log a - log b, 0 for a bucket that has no tokens."""
+    return (a_CB - b_CB).masked_fill_(a_CB == -torch.inf, 0.0)
+
+
+Objective = Callable[[Rows, ObjectiveSettings], TokenLoss]
+
+OBJECTIVES: dict[str, Objective] = {
+    "policy_gradient": policy_gradient,
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": jsd,
+    "top_k_reverse_kl": top_k_reverse_kl,
+    "top_k_forward_kl": top_k_forward_kl,
+    "sft": sft,
+}
+
+
+SAMPLED_TOKEN = (policy_gradient, sft)
+
+
+def needs_vocabulary(objective: Objective, settings: ObjectiveSettings) -> bool:
+    """Whether the frozen models' whole distributions are needed, not only the sampled tokens'."""
+    return objective not in SAMPLED_TOKEN or settings.baseline != "none"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from opd_titan.data.types import Sample
-from opd_titan.distill.head import score_head
-from opd_titan.distill.packing import STAND_IN, Minibatch, pack, unpack_values
+from opd_titan.distill.head import FrozenHeads, hidden_head, score_head
+from opd_titan.distill.packing import STAND_IN, Minibatch, pack
 from opd_titan.distributed.world import World
-from opd_titan.models.logits import Distribution
+from opd_titan.models.logits import Distribution, VocabHead
 
 
 @torch.no_grad()
@@ -22,32 +23,53 @@ def score(
     dist: Distribution,
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
+    keep_hidden: bool = False,
 ) -> list[tuple[Sample, Tensor]]:
-    """Log-probs of every response token of this rank's share of the plan.
+    """Log-probs of every response token of this rank's share of the plan, or what predicts them.
 
     Args:
         model: FSDP-sharded decoder; left resharded.
         dist: the distribution to score under; a teacher is scored whole, at the sampling
             temperature, whatever top-k and top-p the student sampled with.
         on_sequences: called with the number of sequences just done, for a progress bar.
+        keep_hidden: leave the vocabulary to the update, which needs all of it.
 
     Returns:
-        Each of this rank's samples with its log-probs, fp32 on the CPU.
+        Each of this rank's samples with its log-probs, fp32 on the CPU; or with the hidden states
+        [response tokens, E] that predict them, where they were made.
     """
     scored: list[tuple[Sequence[Sample], Tensor]] = []
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
         samples = microbatch or STAND_IN
         batch = pack(samples, world)
-        head = partial(score_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
-        logprobs_R = model(batch.tokens_T, batch.attend, head)
+        head = partial(hidden_head, predict_R=batch.predict_R)
+        if not keep_hidden:
+            where = {"predict_R": batch.predict_R, "targets_R": batch.targets_R}
+            head = partial(score_head, **where, dist=dist)
+        values_R = model(batch.tokens_T, batch.attend, head)
         if microbatch:
-            scored.append((samples, logprobs_R))
+            scored.append((samples, values_R))
         on_sequences(len(microbatch))
     # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
     model.reshard()
-    # Only now: a copy to the host waits for the device, which should be busy meanwhile.
-    return [
-        pair
-        for samples, logprobs_R in scored
-        for pair in zip(samples, unpack_values(logprobs_R, samples), strict=True)
-    ]
+    pairs: list[tuple[Sample, Tensor]] = []
+    for samples, values_R in scored:
+        # Only now: a copy to the host waits for the device, which should be busy meanwhile.
+        values = values_R if keep_hidden else values_R.cpu()
+        pairs += zip(samples, values.split([len(s.response_ids) for s in samples]), strict=True)
+    return pairs
+
+
+@contextmanager
+def gathered_heads(models: Mapping[str, nn.Module]) -> Iterator[FrozenHeads]:
+    """The heads of these frozen models ("teacher", "reference"), whole but for tensor parallelism.
+
+    All ranks enter. FSDP gathers a head together with the embedding, which it may be tied to.
+    """
+    for model in models.values():
+        model.unshard()
+    try:
+        yield FrozenHeads(**{r: VocabHead.of(m.lm_head.weight) for r, m in models.items()})
+    finally:
+        for model in models.values():
+            model.reshard()

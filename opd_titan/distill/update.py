@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 
+from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
-from opd_titan.distill.head import HeadStats, loss_head
-from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenScores
+from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
+from opd_titan.distill.objectives import (
+    OBJECTIVES,
+    Objective,
+    ObjectiveSettings,
+    needs_vocabulary,
+)
 from opd_titan.distill.packing import (
     STAND_IN,
     Minibatch,
@@ -23,9 +30,14 @@ from opd_titan.distill.packing import (
     pack_values,
     unpack_values,
 )
+from opd_titan.distill.scoring import gathered_heads
+from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
+
+# Stands for a log-prob at rollout time where the student did not write the response.
+UNKNOWN = math.inf
 
 
 @dataclass(frozen=True)
@@ -37,36 +49,64 @@ class UpdateRule:
     dist: Distribution
     max_grad_norm: float
 
+    @classmethod
+    def of(cls, config: JobConfig, dist: Distribution) -> UpdateRule:
+        """What `config` asks for; `dist` is what the student samples from."""
+        return cls(
+            OBJECTIVES[config.distill.objective],
+            ObjectiveSettings.of(config),
+            dist,
+            config.training.max_grad_norm,
+        )
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        return needs_vocabulary(self.objective, self.settings)
+
 
 class _Totals:
     """Sums over this rank's response tokens of a step, kept on the device until the end."""
 
-    NAMES = ("tokens", "loss", "entropy", "ratio", "clipped")
+    NAMES = {
+        "loss_R": "loss/policy",
+        "entropy_R": "policy/entropy",
+        "ratio_R": "policy/ratio_mean",
+        "clipped_R": "policy/clip_fraction",
+    }
 
     def __init__(self, world: World) -> None:
         self.world, device = world, world.device
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.sums: dict[str, Tensor] = {}
         self.gap_max = torch.zeros((), device=device)
         self.grad_norms: list[float] = []
 
-    def add(self, stats: HeadStats, rollout_R: Tensor | None, first_update: bool) -> None:
-        ones_R = torch.ones_like(stats.loss_R)
-        values = (ones_R, stats.loss_R, stats.entropy_R, stats.ratio_R, stats.clipped_R)
-        self.sums += torch.stack([v.double() for v in values]).sum(dim=1)
-        if first_update and rollout_R is not None:
-            gap = (stats.logprob_R - rollout_R).abs().max()
-            self.gap_max = torch.maximum(self.gap_max, gap)
+    def add(self, stats: HeadStats, rollout_R: Tensor | None, weight: int) -> None:
+        """Add a micro-batch's diagnostics; one that stands in has weight 0, and every name.
+
+        Args:
+            rollout_R: log-probs at rollout time, where the weights have not moved since.
+        """
+        values = {name: getattr(stats, column) for column, name in self.NAMES.items()}
+        for name, value_R in (*values.items(), *stats.probe.items()):
+            if value_R is not None:
+                count = torch.ones_like(value_R, dtype=torch.float64)
+                total = torch.stack((value_R.double(), count)).sum(dim=1) * weight
+                self.sums[name] = self.sums.get(name, 0.0) + total
+        if rollout_R is not None:
+            gap_R = (stats.logprob_R - rollout_R).abs() * weight
+            gap_R = gap_R.masked_fill(rollout_R == UNKNOWN, 0.0)
+            self.gap_max = torch.maximum(self.gap_max, gap_R.max())
 
     def metrics(self) -> dict[str, float]:
-        local = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        local = {}
+        for name, total in self.sums.items():
+            local[name], local[f"number of {name}"] = total.tolist()
         total = sum_scalars(local, self.world.device, self.world.dp)
-        mean = {name: value / total["tokens"] for name, value in total.items()}
+        counts = {name: total[f"number of {name}"] for name in self.sums}
+        mean = {name: total[name] / count for name, count in counts.items() if count}
         return {
-            "loss/policy": mean["loss"],
-            "loss/total": mean["loss"],
-            "policy/entropy": mean["entropy"],
-            "policy/ratio_mean": mean["ratio"],
-            "policy/clip_fraction": mean["clipped"],
+            **mean,
+            "loss/total": mean["loss/policy"],
             "policy/logprob_gap_max": max_scalar(self.gap_max.item(), self.world.device),
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
@@ -79,11 +119,14 @@ def update(
     rule: UpdateRule,
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
+    frozen: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> dict[str, float]:
     """One optimizer step per mini-batch; fills in each sample's advantages.
 
     Args:
         on_sequences: called with the number of sequences just done, for a progress bar.
+        frozen: by role ("teacher", "reference"), the models that the samples hold hidden states of;
+            these are used up, and their log-probs filled in.
 
     Returns:
         Scalars by their TensorBoard names, the same on every rank.
@@ -92,38 +135,58 @@ def update(
         FloatingPointError: the gradient norm is not finite; the weights were not touched by it.
     """
     totals = _Totals(world)
-    advantages: list[tuple[Sequence[Sample], Tensor]] = []
-    for i, minibatch in enumerate(plan):
-        for samples in minibatch.microbatches:
-            stats, rollout_R = forward_backward(
-                model, samples, minibatch.response_tokens, rule, world
-            )
-            if samples:
-                totals.add(stats, rollout_R, first_update=i == 0)
-                advantages.append((samples, stats.advantage_R))
-            on_sequences(len(samples))
-        totals.grad_norms.append(_clip(model, rule.max_grad_norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    done: list[tuple[Sequence[Sample], HeadStats]] = []
+    with gathered_heads(frozen) as heads:
+        for i, minibatch in enumerate(plan):
+            for samples in minibatch.microbatches:
+                stats, rollout_R = forward_backward(
+                    model, samples, minibatch.response_tokens, rule, world, heads
+                )
+                totals.add(stats, rollout_R if i == 0 else None, weight=int(bool(samples)))
+                if samples:
+                    done.append((samples, stats))
+                on_sequences(len(samples))
+            totals.grad_norms.append(_clip(model, rule.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     # Only now: a copy to the host waits for the device, which should be busy meanwhile.
-    for samples, advantage_R in advantages:
-        for sample, values in zip(samples, unpack_values(advantage_R, samples), strict=True):
-            sample.advantages = values
+    for samples, stats in done:
+        _fill_in(samples, stats)
     return totals.metrics()
 
 
+def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
+    columns = {
+        "advantages": stats.advantage_R,
+        "teacher_logprobs": stats.teacher_R,
+        "reference_logprobs": stats.reference_R,
+    }
+    for field, value_R in columns.items():
+        if value_R is not None:
+            for sample, values in zip(samples, unpack_values(value_R, samples), strict=True):
+                setattr(sample, field, values)
+    for sample in samples:
+        sample.teacher_hidden = sample.reference_hidden = None
+
+
 def forward_backward(
-    model: nn.Module, samples: Sequence[Sample], update_tokens: int, rule: UpdateRule, world: World
+    model: nn.Module,
+    samples: Sequence[Sample],
+    update_tokens: int,
+    rule: UpdateRule,
+    world: World,
+    heads: FrozenHeads = NONE_FROZEN,
 ) -> tuple[HeadStats, Tensor | None]:
     """Forward and backward of one micro-batch, which may be empty: both are collective.
 
     Args:
         update_tokens: response tokens of the whole update, over micro-batches and ranks.
+        heads: of the models that the samples hold hidden states of.
 
     Returns:
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
     """
-    batch, scores = _packed(samples, world)
+    batch, scores = _packed(samples, world, heads)
     head = partial(
         loss_head,
         predict_R=batch.predict_R,
@@ -133,21 +196,36 @@ def forward_backward(
         objective=rule.objective,
         settings=rule.settings,
         dist=rule.dist,
+        frozen=heads,
     )
     loss, stats = model(batch.tokens_T, batch.attend, head)
     loss.backward()
     return stats, scores.rollout
 
 
-def _packed(samples: Sequence[Sample], world: World) -> tuple[PackedBatch, TokenScores]:
+def _packed(
+    samples: Sequence[Sample], world: World, heads: FrozenHeads
+) -> tuple[PackedBatch, TokenScores]:
     device = world.device
     if not samples:
         zero_R = torch.zeros(1, device=device)
-        return pack(STAND_IN, world), TokenScores(zero_R, zero_R, zero_R)
+        hidden = [
+            None if head is None else head.weight_vD.new_zeros(1, head.weight_vD.shape[1])
+            for head in (heads.teacher, heads.reference)
+        ]
+        return pack(STAND_IN, world), TokenScores(zero_R, zero_R, zero_R, *hidden)
+    rollout = [s.student_logprobs for s in samples]
+    if any(values is not None for values in rollout):
+        rollout = [
+            torch.full((len(s.response_ids),), UNKNOWN) if values is None else values
+            for s, values in zip(samples, rollout, strict=True)
+        ]
     scores = TokenScores(
-        pack_values([s.student_logprobs for s in samples], device),
+        pack_values(rollout, device),
         pack_values([s.teacher_logprobs for s in samples], device),
         pack_values([s.reference_logprobs for s in samples], device),
+        pack_values([s.teacher_hidden for s in samples], device),
+        pack_values([s.reference_hidden for s in samples], device),
     )
     return pack(samples, world), scores
 

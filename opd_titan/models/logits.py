@@ -24,11 +24,16 @@ class Distribution:
     """What log-probs are taken under. Sampling and scoring share it, or they disagree.
 
     top_k 0 and top_p 1.0 keep every token.
+
+    Attributes:
+        vocab_size: only token ids below this take part; 0 for all. For models whose vocabularies
+            are padded to different sizes.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    vocab_size: int = 0
 
     @property
     def truncates(self) -> bool:
@@ -54,6 +59,13 @@ class VocabHead:
             return cls(weight)
         mesh = weight.device_mesh
         return cls(local(weight), Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group()))
+
+    def first(self, vocab_size: int) -> VocabHead:
+        """Without the rows of the token ids from `vocab_size` on; 0 keeps all."""
+        if vocab_size in (0, self.vocab_size):
+            return self
+        assert self.tp.size == 1, "ranks would hold unequal parts"
+        return VocabHead(self.weight_vD[:vocab_size])
 
     @property
     def rows(self) -> int:

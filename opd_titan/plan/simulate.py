@@ -22,9 +22,8 @@ from opd_titan.build import ModelShape, cpu_offload, inspect_shape, parallel_mod
 from opd_titan.checkpoint.hf_folder import resolve_model_folder
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import Minibatch, plan_minibatches
-from opd_titan.distill.scoring import score
+from opd_titan.distill.scoring import gathered_heads, score
 from opd_titan.distill.update import UpdateRule, forward_backward
 from opd_titan.distributed.world import World, build_world
 from opd_titan.models.logits import Distribution
@@ -353,22 +352,27 @@ class _Step:
 
     def _score(self, role: str, plan: list[Minibatch]) -> None:
         first, count = _first_microbatch(plan)
+        model, whole = self.models[role], self._rule().needs_vocabulary
         with self._phase(role, count):
-            scored = score(
-                self.models[role],
-                [Minibatch([first], 1)],
-                Distribution(self.config.rollout.temperature),
-                self.world,
-            )
-        for sample, logprobs in scored:
-            setattr(sample, f"{role}_logprobs", logprobs)
+            dist_ = Distribution(self.config.rollout.temperature)
+            minibatch = [Minibatch([first], 1)]
+            scored = score(model, minibatch, dist_, self.world, keep_hidden=whole)
+        for sample, values in scored:
+            setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
+        if whole:  # those of the other micro-batches wait for the update as well
+            like = scored[0][1]
+            for s in self.result.update_share:
+                if getattr(s, f"{role}_hidden") is None:
+                    shape = (len(s.response_ids), like.shape[1])
+                    setattr(s, f"{role}_hidden", like.new_empty(shape))
+
+    def _rule(self) -> UpdateRule:
+        r = self.config.rollout
+        return UpdateRule.of(self.config, Distribution(r.temperature, r.top_k, r.top_p))
 
     def _update(self, plan: list[Minibatch]) -> None:
-        c, r = self.config, self.config.rollout
-        d = c.distill
-        settings = ObjectiveSettings(reference_coef=c.reference.coef, true_ratio=d.minibatches > 1)
-        dist_ = Distribution(r.temperature, r.top_k, r.top_p)
-        rule = UpdateRule(OBJECTIVES[d.objective], settings, dist_, c.training.max_grad_norm)
+        rule = self._rule()
+        frozen = {r: m for r, m in self.models.items() if r != "student"}
         first, count = _first_microbatch(plan)
         self.result.microbatches = count
         offloaded = self._is_on_host("student")
@@ -378,8 +382,9 @@ class _Step:
         if offloaded:
             self.on_host += self.result.gradients
             self.result.gradients = 0
-        with self._phase("update", count):
-            forward_backward(self.student, first, 1, rule, self.world)
+        with gathered_heads(frozen if rule.needs_vocabulary else {}) as heads:
+            with self._phase("update", count):
+                forward_backward(self.student, first, 1, rule, self.world, heads)
         with self._phase("update", len(plan)):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -31,6 +31,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: of all responses together, see `limit`; 0 for no limit.
+        vocab_size: see `Distribution`.
     """
 
     max_new_tokens: int
@@ -39,11 +40,12 @@ class SamplingParams:
     top_k: int = 0
     ignore_eos: bool = False
     max_tokens: int = 0
+    vocab_size: int = 0
 
     @property
     def distribution(self) -> Distribution:
         """What is sampled from, and therefore what the student is scored under."""
-        return Distribution(self.temperature, self.top_k, self.top_p)
+        return Distribution(self.temperature, self.top_k, self.top_p, self.vocab_size)
 
 
 class Sampler:
@@ -56,9 +58,9 @@ class Sampler:
     """
 
     def __init__(self, head: VocabHead, params: SamplingParams, max_rows: int) -> None:
-        self.head, self.params = head, params
+        self.head, self.params = head.first(params.vocab_size), params
         _, count = self._chunks(max_rows)
-        size = max_rows * (head.rows + count * 2 * _BLOCK)  # every chunk is rounded up
+        size = max_rows * (self.head.rows + count * 2 * _BLOCK)  # every chunk is rounded up
         drawn = params.temperature > 0.0 and not params.distribution.truncates
         self.values = torch.empty(size if drawn else 0, device=head.weight_vD.device)
 

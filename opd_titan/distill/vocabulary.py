@@ -1,0 +1,111 @@
+"""What an objective sees of a chunk: the sampled tokens, and whole distributions where it asks.
+
+Shapes: C response tokens of a chunk, v the part of the vocabulary that this rank holds (all of it
+without tensor parallelism), K tokens of a support, B = K + 1 buckets: those and one for the rest.
+
+All log-probs are natural, at the sampling temperature; fp32 in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from opd_titan.distributed.tensor_parallel import concat_ranks, locate_rows, sum_ranks
+from opd_titan.distributed.world import ALONE, Axis
+
+
+@dataclass
+class TokenScores:
+    """What is known of each response token before the update. None: not needed or not there.
+
+    Attributes:
+        rollout: log S at the time of sampling [R].
+        teacher: log T [R].
+        reference: log R [R].
+        teacher_hidden: what the teacher's head projects [R, E], where its whole distribution is
+            needed; `teacher` then follows from it.
+        reference_hidden: the same of the reference.
+    """
+
+    rollout: Tensor | None = None
+    teacher: Tensor | None = None
+    reference: Tensor | None = None
+    teacher_hidden: Tensor | None = None
+    reference_hidden: Tensor | None = None
+
+    def __getitem__(self, chunk: slice) -> TokenScores:
+        values = (getattr(self, f.name) for f in fields(self))
+        return TokenScores(*(None if v is None else v[chunk] for v in values))
+
+
+@dataclass
+class Rows:
+    """One chunk. Objectives may overwrite the [C, v] tensors of teacher and reference.
+
+    Attributes:
+        logprob_C: log S of the sampled tokens.
+        scores: of the sampled tokens.
+        student_Cv, probs_Cv: log S and S over this rank's part of the vocabulary.
+        teacher_Cv, reference_Cv: log T and log R, where they are needed.
+        tp: the ranks that hold the other parts.
+    """
+
+    logprob_C: Tensor
+    scores: TokenScores
+    student_Cv: Tensor | None = None
+    probs_Cv: Tensor | None = None
+    teacher_Cv: Tensor | None = None
+    reference_Cv: Tensor | None = None
+    tp: Axis = ALONE
+
+    def expect(self, probs_Cv: Tensor, *values_Cv: Tensor) -> tuple[Tensor, ...]:
+        """The mean [C] of each of the values under `probs_Cv`, over the whole vocabulary."""
+        # A product of matrices adds up without another tensor of this size.
+        means = [torch.bmm(probs_Cv[:, None], v_Cv[:, :, None]).view(-1) for v_Cv in values_Cv]
+        return sum_ranks(torch.stack(means), self.tp).unbind()
+
+    def top_k(self, values_Cv: Tensor, k: int) -> Tensor:
+        """Token ids [C, K] of the k largest values of each row, over the whole vocabulary."""
+        width = values_Cv.shape[1]
+        values_CK, ids_CK = values_Cv.topk(min(k, width), dim=1)
+        if self.tp.size == 1:
+            return ids_CK
+        ids_CK = ids_CK + self.tp.rank * width
+        values, ids = (self._stack(x).transpose(0, 1).flatten(1) for x in (values_CK, ids_CK))
+        return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices)
+
+    def buckets(self, values_Cv: Tensor, ids_CK: Tensor) -> Tensor:
+        """Log-probs [C, B] of these tokens and, last, of all others together.
+
+        The others' is summed, not taken as one minus the rest, which rounding would make negative.
+        It is -inf where there are no others.
+        """
+        row_CK, held_CK = self._locate(ids_CK)
+        inside_CK = values_Cv.gather(1, row_CK).masked_fill(~held_CK, -torch.inf)
+        cut_CK = torch.zeros_like(inside_CK).masked_fill_(held_CK, -torch.inf)
+        rest_C = values_Cv.scatter_add(1, row_CK, cut_CK).logsumexp(dim=1)
+        parts_PCB = self._stack(torch.cat((inside_CK, rest_C[:, None]), dim=1))
+        return parts_PCB.logsumexp(dim=0)
+
+    def spread_(self, dlogits_CK: Tensor, rest_slope_C: Tensor, ids_CK: Tensor) -> Tensor:
+        """A derivative by the logits [C, v], in the place of `probs_Cv`.
+
+        Args:
+            dlogits_CK: its values at these tokens.
+            rest_slope_C: its values at all others, each divided by the token's probability.
+        """
+        row_CK, held_CK = self._locate(ids_CK)
+        rest_CK = self.probs_Cv.gather(1, row_CK) * rest_slope_C[:, None]
+        correction_CK = (dlogits_CK - rest_CK) * held_CK
+        return self.probs_Cv.mul_(rest_slope_C[:, None]).scatter_add_(1, row_CK, correction_CK)
+
+    def _locate(self, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.student_Cv.shape[1]
+        return locate_rows(ids_CK, self.tp.rank * rows, rows)
+
+    def _stack(self, values: Tensor) -> Tensor:
+        """Every rank's tensor of this shape: [ranks, *shape]."""
+        return concat_ranks(values[None], self.tp)

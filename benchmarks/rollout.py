@@ -9,10 +9,9 @@
 
 PYTHON is an interpreter that imports vllm, from an environment of its own. On a CPU vLLM keeps a
 core for its other processes unless told otherwise; `vllm-all-cores` tells it. All engines have the
-same weights (random, of true shapes, bf16), prompts and lengths; they take turns in rounds, so
+same prompts and lengths, and random weights of true shapes in bf16; they take turns in rounds, so
 that a ratio compares what ran side by side. Figures are printed and written to OUT/rollout.json as
-they come, and as tables to OUT/rollout.md. `--model DIR` keeps the weights from one call to the
-next.
+they come, and as tables to OUT/rollout.md.
 
 The floor is what the workload takes at least: in each phase (prefill, decode) its bytes over the
 bandwidth of a large read, or its FLOPs over the rate of the fastest of the model's own products
@@ -28,6 +27,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import shlex  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from functools import partial  # noqa: E402
@@ -37,10 +37,8 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]  # a script's children may start anew
 
 import rollout_cases as cases  # noqa: E402
-from rollout_report import RolloutReport, summary, tables  # noqa: E402
-from scale import Case, describe, run_case  # noqa: E402
+from scale import Case, Report, describe, run_case  # noqa: E402
 
-SETTINGS = ("small", "0.6B", "ragged", "sampler", "h200")
 ENGINES = {
     "small": "ours,vllm,vllm-all-cores,generate",
     "0.6B": "ours,vllm,vllm-all-cores,generate",
@@ -54,11 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--setting", choices=SETTINGS, default="small")
+    parser.add_argument("--setting", choices=tuple(ENGINES), default="small")
     parser.add_argument("--shape", choices=("small", "0.6B"), help="of ragged and sampler")
     parser.add_argument("--engines", help="of ours, waves, vllm, vllm-all-cores, generate")
     parser.add_argument("--data", type=Path, help="has gsm8k/ and qwen3_tokenizer/; none: random")
-    parser.add_argument("--model", type=Path, help="the folder of the weights; made if absent")
     parser.add_argument("--vllm-python", help="default: this one, if it imports vllm")
     parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 2, in miniature 1")
     parser.add_argument("--requests", type=int, help="default: 32, 16, or 64 ragged ones")
@@ -67,7 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shortest", type=int, default=16, help="new tokens, of ragged")
     parser.add_argument("--longest", type=int, default=512, help="new tokens, of ragged")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary, for trials")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--sizes", default="0.6B,8B", help="of h200")
     parser.add_argument("--only", help="of h200: some of nano,curve,sampler")
     parser.add_argument("--miniature", action="store_true", help="tiny models, for trials of h200")
@@ -76,8 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     a = parser.parse_args()
     a.shape = a.setting if a.setting in ("small", "0.6B") else a.shape or "small"
     a.engines = (a.engines or ENGINES[a.setting]).split(",")
-    many = 32 if a.setting == "small" else 16
-    a.concurrent = a.concurrent or many
+    a.concurrent = a.concurrent or (32 if a.setting == "small" else 16)
     a.requests = a.requests or (64 if a.setting == "ragged" else a.concurrent)
     a.time_limit = a.time_limit or (540.0 if a.setting == "h200" else 1e5)
     return a
@@ -90,35 +85,103 @@ def plan(a: argparse.Namespace) -> Iterator[Case]:
         return
     if a.setting != "h200":
         name = f"ragged {a.shape}" if a.setting == "ragged" else a.setting
-        yield Case("compare", name, cases.measure_side_by_side)
+        run = partial(cases.measure_engines, size=a.shape, engines=a.engines)
+        yield Case("compare", name, run)
         return
-    sizes, modes = a.sizes.split(","), list(cases.CURVES)
-    found = [Case("nano", f"{n}, ours", partial(cases.measure_nano, size=n)) for n in sizes]
+    first, *others = cases.CURVES
+    order = [("nano", "ours"), ("curve", first), ("sampler", "")]
+    order += [("curve", mode) for mode in others]
+    order += [("nano", engine) for engine in a.engines if engine != "ours"]
+    for part, way in order:
+        for size in a.sizes.split(",") if not a.only or part in a.only.split(",") else ():
+            run = {
+                "nano": partial(cases.measure_engines, engines=[way]),
+                "curve": partial(cases.measure_curve, mode=way),
+                "sampler": cases.measure_sampler,
+            }[part]
+            yield Case(part, f"{size}, {way}" if way else size, partial(run, size=size))
 
-    def curves(mode: str) -> list[Case]:
-        run = partial(cases.measure_curve, mode=mode)
-        return [Case("curve", f"{n}, {mode}", partial(run, size=n)) for n in sizes]
 
-    found += curves(modes[0])
-    found += [Case("sampler", n, partial(cases.measure_sampler, size=n)) for n in sizes]
-    for mode in modes[1:]:
-        found += curves(mode)
-    for engine in (e for e in a.engines if e != "ours"):
-        run = partial(cases.measure_nano, engine=engine)
-        found += [Case("nano", f"{n}, {engine}", partial(run, size=n)) for n in sizes]
-    yield from (c for c in found if not a.only or c.part in a.only.split(","))
+# --------------------------------------------------------------------- the report
+
+# By figure: its table's columns, and what they say.
+_TABLES = {
+    "floor": (
+        "floor of | tokens in | out | floor s | read GB/s"
+        " | prefill s by bytes | by FLOPs | TFLOP/s | decode s by bytes | by FLOPs | TFLOP/s",
+        "{title}: {requests} requests, {concurrent} at once | {prompt_tokens:,} | {new_tokens:,}"
+        " | {seconds:.3g} | {read_gb_per_s:.4g}"
+        " | {prefill_bytes_s:.3g} | {prefill_flops_s:.3g} | {prefill_tflops_per_s:.3g}"
+        " | {decode_bytes_s:.3g} | {decode_flops_s:.3g} | {decode_tflops_per_s:.3g}",
+    ),
+    "engine": (
+        "engine@concurrent | tokens/s, median | by round | prefill s | decode s | share of floor"
+        " | decode, of bandwidth",
+        "{title}: {engine} | {tokens_per_s:,.0f} | {by_round} | {prefill_s:.3g} | {decode_s:.3g}"
+        " | {share_of_floor:.1%} | {decode_share_of_bandwidth:.1%}",
+    ),
+    "step": (
+        "decoding step | batch | floor ms | ms/step | tokens/s | of bandwidth",
+        "{title} | {batch} | {floor_ms:.3g} | {ms_per_step:.3g} | {tokens_per_s:,.0f}"
+        " | {share_of_bandwidth:.1%}",
+    ),
+    "sampler": (
+        "head | rows | projection ms | projection and draw ms | floor ms",
+        "{title} | {rows} | {project_ms:.3g} | {project_and_draw_ms:.3g} | {floor_ms:.3g}",
+    ),
+    "memory": ("peak memory | GiB", "{title} | {peak_active_gib:.1f}"),
+}
+
+
+def tables(report: Report) -> Iterator[str]:
+    """Markdown: the machine, then a table for each kind of figure."""
+    head = dict(report.head)
+    head["vllm"] = next((f", vLLM {r['vllm']}" for r in report.results if "vllm" in r), "")
+    yield "    {command}\n".format(**head)
+    versions = "Python {python}, torch {torch}, transformers {transformers}{vllm}".format(**head)
+    yield "{device}, {threads} threads, {0}, {date}, commit {commit}.\n".format(versions, **head)
+    for figure, (columns, cells) in _TABLES.items():
+        found = [r for r in report.results if r.get("figure") == figure and "error" not in r]
+        lines = [columns, "---" + " | --:" * columns.count("|")] if found else []
+        for r in found:
+            title = r["case"] if r["part"] == "compare" else f"{r['part']} {r['case']}"
+            by_round = ", ".join(f"{x:,.0f}" for x in r.get("rounds", ()))
+            row = []
+            for cell in cells.split(" | "):
+                try:
+                    row.append(cell.format(**r, title=title, by_round=by_round))
+                except KeyError:  # not every engine knows its phases
+                    row.append("")
+            lines.append(" | ".join(row))
+        yield "".join(f"| {line} |\n" for line in lines)
+
+
+def summary(report: Report) -> Iterator[str]:
+    """Ratios, shares of the memory's bandwidth, and what failed."""
+    for r in report.results:
+        if "error" in r:
+            who = f" {r['engine']}:" if "engine" in r else ""
+            yield f"FAILED: {r['part']} {r['case']}:{who} {r['error'].splitlines()[-1]}"
+        elif r.get("figure") == "ratio":
+            rounds = ", ".join(f"{x:.2f}" for x in r["rounds"])
+            yield f"{r['case']}: {r['of']} over {r['to']}: {r['ratio']:.2f}; {rounds}"
+        elif r["part"] == "nano" and "decode_share_of_bandwidth" in r:
+            share = f"{r['decode_share_of_bandwidth']:.0%} of the bandwidth"
+            yield f"nano {r['case']}: {r['tokens_per_s']:,.0f} tokens/s; decoding at {share}"
 
 
 def main() -> int:
     a = parse_arguments()
-    report, start = RolloutReport(a.out), "fork"
+    report, start = Report(a.out), "fork"
+    report.path = a.out / "rollout.json"
     probe = cases.RolloutSetting(miniature=True, compile=False, warmup=0, repeats=1, options=a)
     about = list(run_case(start, describe, probe, 120.0))[-1]
     if not about.get("cuda") and Path("/dev/nvidiactl").exists():  # a fork that lost the device
         start = "spawn"
         about = list(run_case(start, describe, probe, 120.0))[-1]
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
-    report.head |= {**about, "options": options}
+    command = shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]])
+    report.head |= {**about, "options": options, "command": command}
     print(json.dumps(report.head), flush=True)
     on_gpu = a.setting == "h200" and about.get("cuda") and not a.miniature
     if a.setting == "h200" and not on_gpu and not a.miniature:
@@ -140,8 +203,8 @@ def main() -> int:
             continue
         for record in run_case(start, case.run, s, left + 30.0):
             report.add(case, record)
-    lines = summary(report) + [f"NOT STARTED, out of time: {name}" for name in skipped]
-    text = "\n".join([*tables(report), "", *lines])
+    lines = [*summary(report), *(f"NOT STARTED, out of time: {name}" for name in skipped)]
+    text = "\n".join([*tables(report), *lines])
     print("\n" + text, flush=True)
     (a.out / "rollout.md").write_text(text + "\n", encoding="utf-8")
     report.write(summary=lines, skipped=skipped, seconds=report.seconds)

@@ -4,48 +4,48 @@ from __future__ import annotations
 
 import argparse
 import gc
+import heapq
 import importlib.util
+import json
+import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from qwen3_shapes import write_config
+from qwen3_shapes import hf_config
 from rollout_engines import (
     Answer,
     Engine,
     Generate,
     Ours,
-    RunnerClock,
     Vllm,
     Workload,
     gsm8k_prompts,
-    load_model,
-    model_config,
     nano_workload,
-    ragged_lengths,
     random_model,
-    write_model,
 )
-from rollout_floor import Floor, floor_of, measure_bandwidth, measure_machine
-from scale_setting import Setting
+from scale_setting import GIB, Setting
 
-from opd_titan.build import inspect_shape
+from opd_titan.build import ModelShape, inspect_shape
 from opd_titan.models.logits import VocabHead, project
-from opd_titan.models.qwen3.args import Qwen3Args
+from opd_titan.observability.step_scalars import cached_tokens_read
 from opd_titan.rollout.generator import SamplingParams
 from opd_titan.rollout.sampler import Sampler
 
-# Ours over the other, at the largest number of concurrent sequences.
-GOALS = {
-    "small": {"vllm@32": 1.5, "vllm-all-cores@32": 1.5, "generate@16": 6.0},
-    "0.6B": {"vllm@16": 1.2, "vllm-all-cores@16": 1.2, "generate@16": 3.0},
-    "ragged": {"waves@16": 1.6},
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
 }
 # CUDA graphs, and whether each step looks for stop tokens, as a real run does.
 CURVES = {
@@ -53,6 +53,7 @@ CURVES = {
     "eager": {"cuda_graphs": False, "checks_stop": False},
     "graphs, stop tokens": {"cuda_graphs": True, "checks_stop": True},
 }
+MAX_PREFILL_ROWS = 8192
 
 
 @dataclass
@@ -64,8 +65,6 @@ class RolloutSetting(Setting):
 
     def start(self) -> None:
         torch.manual_seed(0)
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +73,20 @@ class RolloutSetting(Setting):
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
+
+    def write_shape(self, size: str, folder: Path) -> ModelShape:
+        """Write the config.json of "small" or of a released size."""
+        o = self.options
+        config = hf_config("0.6B" if size == "small" else size, miniature=self.miniature)
+        config |= SMALL if size == "small" else {}
+        if o.vocab:
+            config |= {"vocab_size": o.vocab, "bos_token_id": None, "eos_token_id": None}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return inspect_shape("student", str(folder), 1)
+
+    def shape(self, role: str, size: str) -> ModelShape:
+        with tempfile.TemporaryDirectory() as folder:
+            return self.write_shape(size, Path(folder))
 
 
 class Run(NamedTuple):
@@ -88,117 +101,68 @@ class Run(NamedTuple):
         return f"{self.engine}@{self.concurrent}"
 
 
-# ------------------------------------------------------------- engines side by side
+# ----------------------------------------------------------------------- engines
 
 
-def measure_side_by_side(s: RolloutSetting) -> None:
-    """The settings small, 0.6B and ragged."""
+def measure_engines(s: RolloutSetting, size: str, engines: Sequence[str]) -> None:
+    """Engines side by side. On a GPU one alone, as nothing else may hold memory meanwhile."""
     o = s.options
-    config = model_config(o.shape, o.vocab)
-    prompts = gsm8k_prompts(o.requests, config["vocab_size"], o.data)
-    lengths = [o.new_tokens] * o.requests
-    if o.setting == "ragged":
-        lengths = ragged_lengths(o.requests, o.shortest, o.longest)
-    work = Workload(prompts, lengths)
-    runs = [Run(engine, o.requests, o.concurrent) for engine in o.engines]
-    if o.setting == "small" and "generate" in o.engines:
-        half = max(1, o.concurrent // 2)
-        runs += [Run(e, half, half) for e in ("ours", "generate") if e in o.engines]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = o.model or Path(temporary) / "model"
-        write_model(folder, config)
-        args = inspect_shape("student", str(folder), 1).args
-        floors = measure_floors(s, args, work, runs)
-        with start_engines(s, folder, work) as engines:
-            runs = [r for r in runs if r.engine in engines]
-            compare(s, engines, work, runs, floors, GOALS.get(o.setting, {}))
-
-
-@contextmanager
-def start_engines(s: RolloutSetting, folder: Path, work: Workload) -> Iterator[dict[str, Engine]]:
-    """Those of `--engines` that start. vLLM first: it looks at how much memory is free."""
-    engines: dict[str, Engine] = {}
-    wanted = s.options.engines
-    model = None
-    try:
-        for name in sorted(wanted, key=lambda name: not name.startswith("vllm")):
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        shape = s.write_shape(size, folder)
+        work = make_workload(s, shape.args.vocab_size)
+        count = len(work.prompts) if o.setting == "h200" else o.concurrent
+        runs = [Run(engine, len(work.prompts), count) for engine in engines]
+        if o.setting == "small" and "generate" in engines:
+            half = max(1, count // 2)
+            runs += [Run(e, half, half) for e in ("ours", "generate") if e in engines]
+        floors = measure_floors(s, shape.args, work, runs)
+        started: dict[str, Engine] = {}
+        # vLLM first: it looks at how much memory is free.
+        for engine in sorted(engines, key=lambda e: not e.startswith("vllm")):
             try:
-                if name.startswith("vllm"):
-                    found = start_vllm(s, name, folder, work.longest, s.options.concurrent)
-                elif name == "generate":
-                    found = Generate(_hf_model(folder))
+                if engine.startswith("vllm"):
+                    found = start_vllm(s, engine, folder, work.longest, count)
+                    found = found and stack.enter_context(closing(found))
+                elif engine == "generate":
+                    found = Generate(folder, s.device)
                 else:
-                    model = load_model(folder, s.device) if model is None else model
-                    found = Ours(model, in_waves=name == "waves")
+                    found = Ours(random_model(shape, s.device), in_waves=engine == "waves")
             except Exception as error:
-                s.emit({"figure": "engine", "engine": name, "error": str(error)})
+                s.emit({"figure": "engine", "engine": engine, "error": str(error)})
                 continue
             if found is not None:
-                engines[name] = found
-        yield engines
-    finally:
-        for engine in engines.values():
-            if isinstance(engine, Vllm):
-                engine.close()
+                started[engine] = found
+        runs = [r for r in runs if r.engine in started]
+        compare(s, started, work, runs, floors)
+    if o.setting == "h200" and "vllm" not in engines:
+        s.emit({"figure": "memory", **s.peak_memory()})
 
 
-def vllm_python(s: RolloutSetting, name: str) -> str | None:
-    """The interpreter that imports vllm, if there is one."""
-    if s.options.vllm_python:
-        return s.options.vllm_python
-    if importlib.util.find_spec("vllm"):
-        return sys.executable
-    s.emit({"figure": "skipped", "engine": name, "why": "not importable, no --vllm-python"})
-    return None
+def make_workload(s: RolloutSetting, vocab: int) -> Workload:
+    o = s.options
+    if o.setting == "h200":
+        return nano_workload(*((8, 4, 16) if s.miniature else (256, 100, 1024)), vocab)
+    pick, ragged = random.Random(0), o.setting == "ragged"
+    shortest, longest = (o.shortest, o.longest) if ragged else (o.new_tokens, o.new_tokens)
+    lengths = [pick.randint(shortest, longest) for _ in range(o.requests)]
+    return Workload(gsm8k_prompts(o.requests, vocab, o.data), lengths)
 
 
 def start_vllm(
-    s: RolloutSetting,
-    name: str,
-    folder: Path,
-    longest: int,
-    concurrent: int,
-    load_format: str = "auto",
+    s: RolloutSetting, name: str, folder: Path, longest: int, concurrent: int
 ) -> Vllm | None:
     """None where there is none."""
-    python, log = vllm_python(s, name), s.options.out / f"{name}.log"
+    python = s.options.vllm_python
+    if python is None and importlib.util.find_spec("vllm"):
+        python = sys.executable
     if python is None:
+        s.emit({"figure": "skipped", "engine": name, "why": "not importable, no --vllm-python"})
         return None
-    all_cores = name == "vllm-all-cores"
-    engine = Vllm(python, folder, longest, concurrent, log, load_format, all_cores)
+    log = s.options.out / f"{name}.log"
+    engine = Vllm(python, folder, longest, concurrent, log, all_cores=name == "vllm-all-cores")
     s.emit({"figure": "versions", "vllm": engine.version})
     return engine
-
-
-def _hf_model(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-
-
-def measure_floors(
-    s: RolloutSetting, args: Any, work: Workload, runs: Sequence[Run]
-) -> dict[Run, Floor]:
-    """Of each run; the same for all engines."""
-    found: dict[tuple[int, int], Floor] = {}
-    bandwidth = measure_bandwidth(s)
-    for _, requests, concurrent in runs:
-        if (requests, concurrent) in found:
-            continue
-        part = work.first(requests)
-        machine = measure_machine(s, args, part, concurrent, bandwidth)
-        floor = floor_of(machine, args, part, concurrent, s.dtype.itemsize)
-        size = {"requests": requests, "concurrent": concurrent}
-        tokens = {
-            "prompt_tokens": sum(map(len, part.prompts)),
-            "new_tokens": sum(part.new_tokens),
-        }
-        figures = {**machine.figures(), **floor.figures()}
-        s.emit({"figure": "floor", **size, **tokens, **figures})
-        found[requests, concurrent] = floor
-    gc.collect()
-    s.reset_memory()
-    return {run: found[run.requests, run.concurrent] for run in runs}
 
 
 def compare(
@@ -206,12 +170,12 @@ def compare(
     engines: dict[str, Engine],
     work: Workload,
     runs: list[Run],
-    floors: dict[Run, Floor],
-    goals: dict[str, float],
+    floors: dict[Run, dict[str, float]],
 ) -> None:
-    """Engines take turns; an engine that fails is left out from then on."""
+    """Engines take turns, the first round is a warm-up; one that fails is left out from then on."""
     answers: dict[Run, list[Answer]] = {run: [] for run in runs}
     for number in range(-1, s.repeats):
+        runs = list(answers)
         turn = max(0, number) % max(1, len(runs))
         for run in runs[turn:] + runs[:turn]:
             part = work.first(run.requests)
@@ -223,100 +187,143 @@ def compare(
                     raise RuntimeError(f"{sum(answer.tokens)} tokens: not what was asked for")
             except Exception as error:
                 s.emit({"figure": "run", "engine": run.name, "error": repr(error)})
-                answers.pop(run, None)
+                del answers[run]
                 continue
-            if number >= 0 and run in answers:
+            if number >= 0:
                 answers[run].append(answer)
-                s.emit({"figure": "run", "engine": run.name, "round": number, **_rate(answer)})
-        runs = [run for run in runs if run in answers]
-    for run in runs:
-        s.emit({"figure": "engine", **_engine(run, answers[run], floors[run])})
-    emit_ratios(s, answers, goals)
+                more = {"seconds": answer.seconds, **answer.details}
+                s.emit({"figure": "run", "engine": run.name, "round": number, **more})
+    rounds = {run: [sum(a.tokens) / a.seconds for a in found] for run, found in answers.items()}
+    for run, found in answers.items():
+        s.emit({"figure": "engine", **_engine(run, found, rounds[run], floors[run])})
+    emit_ratios(s, rounds)
 
 
-def _rate(answer: Answer) -> dict[str, Any]:
-    tokens = sum(answer.tokens)
-    rate = {"tokens": tokens, "seconds": answer.seconds, "tokens_per_s": tokens / answer.seconds}
-    return {**rate, **answer.details}
-
-
-def _engine(run: Run, answers: list[Answer], floor: Floor) -> dict[str, Any]:
+def _engine(
+    run: Run, answers: list[Answer], rounds: list[float], floor: dict[str, float]
+) -> dict[str, Any]:
     """Medians, and the shares of the floor."""
-    rates = [_rate(a) for a in answers]
     seconds = statistics.median(a.seconds for a in answers)
     found: dict[str, Any] = {
         "engine": run.name,
         "requests": run.requests,
         "concurrent": run.concurrent,
-        "tokens": rates[0]["tokens"],
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rates),
-        "rounds": [r["tokens_per_s"] for r in rates],
+        "tokens": sum(answers[0].tokens),
+        "tokens_per_s": statistics.median(rounds),
+        "rounds": rounds,
         "seconds": seconds,
-        "floor_s": floor.seconds,
-        "share_of_floor": floor.seconds / seconds,
+        "share_of_floor": floor["seconds"] / seconds,
     }
-    for phase in ("prefill", "decode"):
-        if all(f"{phase}_s" in r for r in rates):
-            took = statistics.median(r[f"{phase}_s"] for r in rates)
-            found[f"{phase}_s"] = took
-            found[f"{phase}_share_of_floor"] = getattr(floor, phase).seconds / took
-    if "decode_s" in found:
-        found["decode_share_of_bandwidth"] = floor.decode.bytes_s / found["decode_s"]
-        found["forwards"] = rates[0]["forwards"]
+    details = [a.details for a in answers]
+    if details[0]:
+        for phase in ("prefill_s", "decode_s"):
+            found[phase] = statistics.median(d[phase] for d in details)
+        found["decode_share_of_floor"] = floor["decode_s"] / found["decode_s"]
+        found["decode_share_of_bandwidth"] = floor["decode_bytes_s"] / found["decode_s"]
+        found["forwards"] = details[0]["forwards"]
     return found
 
 
-def emit_ratios(
-    s: RolloutSetting, answers: dict[Run, list[Answer]], goals: dict[str, float]
-) -> None:
+def emit_ratios(s: RolloutSetting, rounds: dict[Run, list[float]]) -> None:
     """Of ours to every other with as many sequences, and of our largest run to every other."""
-    ours = sorted((r for r in answers if r.engine == "ours"), key=lambda r: -r.concurrent)
-    for other in (r for r in answers if r.engine != "ours"):
+    ours = sorted((r for r in rounds if r.engine == "ours"), key=lambda r: -r.concurrent)
+    for other in (r for r in rounds if r.engine != "ours"):
         for mine in ours:
             if mine != ours[0] and mine.concurrent != other.concurrent:
                 continue
-            pairs = zip(answers[mine], answers[other], strict=True)
-            ratios = [_rate(a)["tokens_per_s"] / _rate(b)["tokens_per_s"] for a, b in pairs]
+            ratios = [a / b for a, b in zip(rounds[mine], rounds[other], strict=True)]
             row = {"of": mine.name, "to": other.name, "ratio": statistics.median(ratios)}
-            goal = {"goal": goals[other.name]} if mine == ours[0] and other.name in goals else {}
-            s.emit({"figure": "ratio", **row, "rounds": ratios, **goal})
+            s.emit({"figure": "ratio", **row, "rounds": ratios})
 
 
-# ------------------------------------------------------------------------ a GPU
+# --------------------------------------------------------------------- the floor
 
 
-def measure_nano(s: RolloutSetting, size: str, engine: str = "ours") -> None:
-    """nano-vllm's workload through one engine; nothing else holds memory meanwhile."""
-    if engine == "vllm" and vllm_python(s, engine) is None:
-        return
-    shape = s.shape("student", size)
-    limits = (8, 4, 16) if s.miniature else (256, 100, 1024)
-    work = nano_workload(*limits, shape.args.vocab_size)
-    run = Run(engine, len(work.prompts), len(work.prompts))
-    floors = measure_floors(s, shape.args, work, [run])
-    with tempfile.TemporaryDirectory() as folder:
-        if engine == "vllm":
-            write_config(size, Path(folder), miniature=s.miniature)
-            found = start_vllm(s, engine, Path(folder), work.longest, run.concurrent, "dummy")
-        elif engine == "generate":
-            found = Generate(_random_hf_model(s, size, Path(folder)))
-        else:
-            found = Ours(random_model(shape, s.device))
-        try:
-            compare(s, {engine: found}, work, [run], floors, {})
-        finally:
-            if engine == "vllm":
-                found.close()
-    if engine != "vllm":
-        s.emit({"figure": "memory", **s.peak_memory()})
+def measure_floors(
+    s: RolloutSetting, args: Any, work: Workload, runs: Sequence[Run]
+) -> dict[Run, dict[str, float]]:
+    """Of each run; the same for all engines."""
+    bandwidth = measure_bandwidth(s)
+    sizes = dict.fromkeys((run.requests, run.concurrent) for run in runs)
+    for requests, concurrent in sizes:
+        part = work.first(requests)
+        floor = measure_floor(s, args, part, concurrent, bandwidth)
+        sizes[requests, concurrent] = floor
+        tokens = {"prompt_tokens": sum(map(len, part.prompts)), "new_tokens": sum(part.new_tokens)}
+        size = {"requests": requests, "concurrent": concurrent}
+        s.emit({"figure": "floor", **size, **tokens, "read_gb_per_s": bandwidth / 1e9, **floor})
+    gc.collect()
+    s.reset_memory()
+    return {run: sizes[run.requests, run.concurrent] for run in runs}
 
 
-def _random_hf_model(s: RolloutSetting, size: str, folder: Path) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def measure_floor(
+    s: RolloutSetting, args: Any, work: Workload, concurrent: int, bandwidth: float
+) -> dict[str, float]:
+    """Least seconds of each phase: by its bytes, or by its FLOPs at the rate of the best product
+    with as many rows. Sampling, norms and attention's softmax are not counted.
 
-    config = AutoConfig.from_pretrained(write_config(size, folder, miniature=s.miniature))
-    with torch.device(s.device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    Prompts, but for the tokens that go in first when decoding, are prefilled in as few forwards as
+    they fit in; for decoding see `count_forwards`.
+    """
+    samples, prompts = work.samples(), [len(p) - 1 for p in work.prompts]
+    new, forwards = sum(work.new_tokens), count_forwards(work.new_tokens, concurrent)
+    first_rows = sum(map(len, work.prompts[:concurrent]))
+    rates = {
+        "prefill": measure_flops(s, args, min(MAX_PREFILL_ROWS, first_rows), head=False),
+        "decode": measure_flops(s, args, max(1, round(new / forwards)), head=True),
+    }
+    itemsize = s.dtype.itemsize
+    prefill_flops = args.forward_flops(prompts, 0)
+    all_flops = args.forward_flops([sample.num_tokens - 1 for sample in samples], new)
+    flops = {"prefill": prefill_flops, "decode": all_flops - prefill_flops}
+    layer_bytes = args.decode_bytes(1, 0, itemsize) - itemsize * args.dim * args.vocab_size
+    moved = {
+        "prefill": -(-sum(prompts) // MAX_PREFILL_ROWS) * layer_bytes,
+        "decode": args.decode_bytes(forwards, cached_tokens_read(samples), itemsize),
+    }
+    found = {}
+    for phase, rate in rates.items():
+        by_bytes, by_flops = moved[phase] / bandwidth, flops[phase] / rate
+        found |= {f"{phase}_s": max(by_bytes, by_flops), f"{phase}_tflops_per_s": rate / 1e12}
+        found |= {f"{phase}_bytes_s": by_bytes, f"{phase}_flops_s": by_flops}
+    return {"seconds": found["prefill_s"] + found["decode_s"], **found}
+
+
+def measure_bandwidth(s: Setting) -> float:
+    """Bytes/s: the best of several ways to read (and one to copy) what no cache holds."""
+    num_bytes = 4 * GIB if s.on_cuda else GIB // 16 if s.miniature else GIB
+    x = torch.ones(num_bytes // 4, device=s.device)
+    # A copy moves as much again, so half of it is as long.
+    source, target = x.chunk(2)
+    ways = (x.sum, x.amax, lambda: torch.dot(source, target), lambda: target.copy_(source))
+    return num_bytes / min(s.seconds(way, repeats=5)["min_s"] for way in ways)
+
+
+def measure_flops(s: Setting, args: Any, rows: int, head: bool) -> float:
+    """FLOP/s of the fastest of the model's products with so many rows."""
+    mixed = args.n_heads * args.head_dim
+    shapes = {(args.dim, mixed), (mixed, args.dim), (args.dim, args.ffn_dim)}
+    shapes |= {(args.ffn_dim, args.dim)} | ({(args.dim, args.vocab_size)} if head else set())
+    best = 0.0
+    for inside, outside in shapes:
+        x = torch.randn(rows, inside, device=s.device, dtype=s.dtype)
+        w = torch.randn(outside, inside, device=s.device, dtype=s.dtype)
+        seconds = s.seconds(lambda x=x, w=w: x @ w.t(), inner=4, repeats=5)["min_s"]
+        best = max(best, 2.0 * rows * inside * outside / seconds)
+    return best
+
+
+def count_forwards(new_tokens: Sequence[int], concurrent: int) -> int:
+    """Decoding steps where every sequence that ends makes room for the next one at once."""
+    ends: list[int] = []
+    for n in new_tokens:
+        begin = heapq.heappop(ends) if len(ends) == concurrent else 0
+        heapq.heappush(ends, begin + n)
+    return max(ends)
+
+
+# ------------------------------------------------------------- one decoding step
 
 
 def measure_curve(s: RolloutSetting, size: str, mode: str) -> None:
@@ -325,61 +332,42 @@ def measure_curve(s: RolloutSetting, size: str, mode: str) -> None:
     args, bandwidth = shape.args, measure_bandwidth(s)
     context, new = (24, 16) if s.miniature else (512, 64)
     batches = (1, 2, 4) if s.miniature else (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    prompt = context - new // 2
+    prompt, skipped = context - new // 2, new // 8
     # All prompts in one prefill, so that all sequences are of one length.
-    engine = Ours(
-        random_model(shape, s.device), max_prefill_tokens=prompt * max(batches), **CURVES[mode]
-    )
+    model, budget = random_model(shape, s.device), prompt * max(batches)
+    engine = Ours(model, max_prefill_tokens=budget, **CURVES[mode])
     s.reset_memory()
-    s.emit({"figure": "bandwidth", "read_gb_per_s": bandwidth / 1e9})
     for batch in reversed(batches):  # the largest first: its cache has room for all
         prompts = [tuple(row) for row in torch.randint(args.vocab_size, (batch, prompt)).tolist()]
         engine(Workload(prompts, [new] * batch), batch)
-        steps = _step_seconds(engine.clock, batch)[new // 8 :]
+        steps = [t for kind, n, t in engine.intervals[:-1] if (kind, n) == ("decode", batch)]
+        steps = steps[skipped:]
         seconds = statistics.median(steps)
-        middle = prompt + (new // 8 + new) / 2  # tokens attended to, on average
-        moved = args.decode_bytes(1, round(batch * middle), s.dtype.itemsize)
+        middle = prompt + (skipped + new) / 2  # tokens attended to, on average
+        floor = args.decode_bytes(1, round(batch * middle), s.dtype.itemsize) / bandwidth
         row = {
             "batch": batch,
             "ms_per_step": 1e3 * seconds,
             "tokens_per_s": batch / seconds,
             "steps": len(steps),
-            "fastest_ms": 1e3 * min(steps),
-            "floor_ms": 1e3 * moved / bandwidth,
-            "share_of_bandwidth": moved / bandwidth / seconds,
+            "floor_ms": 1e3 * floor,
+            "share_of_bandwidth": floor / seconds,
         }
         s.emit({"figure": "step", **row, **s.peak_memory()})
-
-
-def _step_seconds(clock: RunnerClock, batch: int) -> list[float]:
-    return [t for kind, n, t in clock.intervals()[:-1] if kind == "decode" and n == batch]
-
-
-# ------------------------------------------------------------------ the sampler
 
 
 @torch.no_grad()
 def measure_sampler(s: RolloutSetting, size: str) -> None:
     """The vocabulary projection alone, and with the draw, by number of rows."""
-    if size == "small" or s.options.vocab:
-        args = Qwen3Args.from_hf_config(model_config(size, s.options.vocab), size)
-    else:
-        args = s.shape("student", size).args
+    args = s.shape("student", size).args
     weight = torch.randn(args.vocab_size, args.dim, device=s.device).mul_(0.02).to(s.dtype)
     batches = (1, 2, 4, 8, 16, 32, 64, 256) if s.on_cuda else (1, 8, 16, 32)
     sampler = Sampler(VocabHead.of(weight), SamplingParams(1), max(batches))
-    bandwidth = measure_bandwidth(s)
+    floor = weight.numel() * weight.element_size() / measure_bandwidth(s)
     for rows in batches:
         hidden = torch.randn(rows, args.dim, device=s.device, dtype=s.dtype)
         uniforms = torch.rand(rows, dtype=torch.float64, device=s.device)
         whole = s.seconds(lambda h=hidden, u=uniforms: sampler(h, u), inner=4, repeats=5)["min_s"]
         alone = s.seconds(lambda h=hidden: project(h, weight), inner=4, repeats=5)["min_s"]
-        moved = weight.numel() * weight.element_size()
-        row = {
-            "rows": rows,
-            "project_ms": 1e3 * alone,
-            "project_and_draw_ms": 1e3 * whole,
-            "project_gflops_per_s": 2.0 * rows * weight.numel() / alone / 1e9,
-            "floor_ms": 1e3 * moved / bandwidth,
-        }
-        s.emit({"figure": "sampler", **row})
+        row = {"project_ms": 1e3 * alone, "project_and_draw_ms": 1e3 * whole}
+        s.emit({"figure": "sampler", "rows": rows, **row, "floor_ms": 1e3 * floor})

@@ -28,8 +28,7 @@ os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a Hugging Face folder; no tokenizer is needed")
-    parser.add_argument("--load-format", default="auto", help="dummy: the config is enough")
+    parser.add_argument("model", help="a folder with a config.json; weights are random")
     parser.add_argument("--max-num-seqs", type=int, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     return parser.parse_args()
@@ -44,7 +43,7 @@ def main() -> None:
     llm = vllm.LLM(
         a.model,
         dtype="bfloat16",
-        load_format=a.load_format,
+        load_format="dummy",
         max_num_seqs=a.max_num_seqs,
         max_model_len=a.max_model_len,
         skip_tokenizer_init=True,

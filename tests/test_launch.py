@@ -83,6 +83,12 @@ def fewer_tokens(folder: Path) -> list[Any]:
     return ["--student.hf_path", folder / "student-extra"]
 
 
+def fewer_rows(folder: Path) -> list[Any]:
+    """A vocabulary may be padded, but not cut."""
+    make_model(folder / "short", seed=2, vocab_size=97)
+    return ["--teacher.hf_path", folder / "short"]
+
+
 def other_reference(folder: Path) -> list[Any]:
     make_model(folder / "other", seed=2, extra=("\t",))
     return ["--reference.coef", 0.5, "--reference.hf_path", folder / "other"]
@@ -114,7 +120,8 @@ def nothing_to_grade(folder: Path) -> list[Any]:
 
 MISTAKES: list[tuple[Callable[[Path], list[Any]], list[str]]] = [
     (other_tokens, ["student.hf_path and teacher.hf_path", "only in the teacher", r"'\t' = "]),
-    (fewer_tokens, ["teacher.hf_path: vocab_size is 98", "student's is 99"]),
+    (fewer_tokens, ["student.hf_path and teacher.hf_path", "only in the student", r"'\t' = 98"]),
+    (fewer_rows, ["teacher.hf_path: ", "highest token id is 97", "vocab_size is 97"]),
     (other_reference, ["reference.hf_path", "vocabularies differ"]),
     (no_chat, ['data.template = "chat"', "no chat template", 'data.template = "raw"']),
     (cut_weights, ["cut/model.safetensors", "truncated"]),

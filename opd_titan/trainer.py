@@ -35,7 +35,7 @@ from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
 from opd_titan.prepare import prepare
 from opd_titan.rollout.generator import Generator, SamplingParams
-from opd_titan.rollout.rollout import sample_responses
+from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.validate import Baselines
 
@@ -185,22 +185,16 @@ class Trainer:
         self._after_step()
 
     def rollout(self, prompts: list[Prompt]) -> list[Sample]:
-        """The step's responses: the student's own, or the data set's."""
-        r = self.config.rollout
-        if not self.on_policy:
-            return [self._given_response(p) for p in prompts]
-        dp = self.world.dp
-        most = len(prompts[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
+        """The step's responses, of each prompt the student's own or the data set's."""
+        r, dp = self.config.rollout, self.world.dp
+        stream = (self.config.training.seed, self.step)
+        sampled, given = divide(prompts, r.on_policy_fraction, stream)
+        most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
-            return sample_responses(
-                self.generator,
-                prompts,
-                r.group_size,
-                self.sampling,
-                (self.config.training.seed, self.step),
-                dp,
-                bar.update,
+            samples = sample_responses(
+                self.generator, sampled, r.group_size, self.sampling, stream, dp, bar.update
             )
+        return in_order([*samples, *map(self._given_response, given)], prompts)
 
     def _given_response(self, prompt: Prompt) -> Sample:
         limit, stop_ids = self.config.rollout.max_new_tokens, self.sources["student"].eos_ids

@@ -52,14 +52,21 @@ def configs(draw) -> JobConfig:
     sft = c.distill.objective == "sft"
     c.data.enable_thinking &= c.data.template == "chat"
     c.validation.temperature += 1e-3
-    c.rollout.on_policy_fraction = 0.0 if sft else 1.0
-    c.rollout.group_size = 1 if sft else c.rollout.group_size
+    if c.distill.objective in ("sft", "policy_gradient"):
+        c.rollout.on_policy_fraction = 0.0 if sft else 1.0
+    if c.rollout.on_policy_fraction == 0.0:
+        c.rollout.group_size = 1
     if sft:
         c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
     c.reference.coef *= not sft
+    d = c.distill
+    if d.objective != "policy_gradient":
+        d.baseline, d.reward_power = "none", 0.0
+        c.rollout.top_p, c.rollout.top_k = 1.0, 0
+    d.log_ratio_clamp *= d.reward_power == 0.0
     c.distill.minibatches = min(c.distill.minibatches, c.rollout.prompts_per_step)
     responses = c.rollout.prompts_per_step * c.rollout.group_size
-    if sft or c.rollout.max_tokens_per_step < responses:
+    if c.rollout.on_policy_fraction == 0.0 or c.rollout.max_tokens_per_step < responses:
         c.rollout.max_tokens_per_step = 0
     c.checkpoint.enable |= c.checkpoint.load_step > 0
     return c

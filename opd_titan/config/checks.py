@@ -144,7 +144,7 @@ def nearest(table: str, key: str) -> list[str]:
 
 def check_consistency(config: JobConfig) -> None:
     """Raise `ConfigError` for the first key that is missing, not built yet or contradicted."""
-    problems = (_model_problems, _objective_problems, _training_problems)
+    problems = (_model_problems, _objective_problems, _rollout_problems, _training_problems)
     for name, problem in (p for check in problems for p in check(config)):
         table, _, key = name.partition(".")
         raise error(f"[{table}] {key}", problem)
@@ -203,44 +203,28 @@ def _objective_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
-    """Pairs of `table.key` and what is wrong: objective, updates, schedule, checkpoints."""
-    objective, fraction = c.distill.objective, c.rollout.on_policy_fraction
-    right = 0.0 if objective == "sft" else 1.0
-    source = {0.0: "the data set's own responses", 1.0: "the student's own samples"}
-    if fraction not in source:
+def _rollout_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of `table.key` and what is wrong: whose responses, and how many of them."""
+    objective, r, fraction = c.distill.objective, c.rollout, c.rollout.on_policy_fraction
+    if objective == "sft" and fraction != 0.0:
         yield (
             "rollout.on_policy_fraction",
-            f"{fraction} is not built yet; only 1.0 ({source[1.0]}) and 0.0 ({source[0.0]}) are",
+            f'{fraction} contradicts [distill] objective = "sft", which learns from the data '
+            "set's own responses; wanted 0.0",
         )
-    if fraction != right:
+    if objective == "policy_gradient" and fraction != 1.0:
         yield (
             "rollout.on_policy_fraction",
-            f'{fraction} contradicts [distill] objective = "{objective}", which learns from '
-            f"{source[right]}; wanted {right}",
+            f'{fraction} contradicts [distill] objective = "policy_gradient", whose gradient is a '
+            "mean over the student's own samples; wanted 1.0, or a divergence such as reverse_kl",
         )
-    if objective == "sft" and c.reference.coef != 0:
-        yield "reference.coef", 'must be 0 with [distill] objective = "sft", which has no reference'
-    if fraction == 0.0 and c.rollout.group_size != 1:
+    if fraction == 0.0 and r.group_size != 1:
         yield (
             "rollout.group_size",
-            f"{c.rollout.group_size} contradicts on_policy_fraction = 0.0: the data set has one "
+            f"{r.group_size} contradicts on_policy_fraction = 0.0: the data set has one "
             "response for each prompt; wanted 1",
         )
-    r = c.rollout
-    if objective == "sft" and (r.temperature, r.top_p, r.top_k) != (1.0, 1.0, 0):
-        yield (
-            "rollout.temperature",
-            f"{r.temperature}, with top_p {r.top_p} and top_k {r.top_k}, would change what "
-            '[distill] objective = "sft" minimises; wanted 1.0, 1.0 and 0',
-        )
-    responses = c.rollout.prompts_per_step * c.rollout.group_size
-    if c.distill.minibatches > responses:
-        yield (
-            "distill.minibatches",
-            f"{c.distill.minibatches} is more than a step's {responses} responses ([rollout] "
-            f"prompts_per_step x group_size); wanted at most {responses}",
-        )
+    responses = r.prompts_per_step * r.group_size
     if fraction == 0.0 and r.max_tokens_per_step:
         yield (
             "rollout.max_tokens_per_step",
@@ -252,6 +236,29 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "rollout.max_tokens_per_step",
             f"{r.max_tokens_per_step} leaves nothing of some of a step's {responses} responses; "
             f"wanted 0, or at least {responses}",
+        )
+    # A step may by chance have no prompt that the student answers.
+    fewest, factors = responses, "prompts_per_step x group_size"
+    if fraction < 1.0:
+        fewest, factors = r.prompts_per_step, "prompts_per_step, if none is sampled"
+    if c.distill.minibatches > fewest:
+        yield (
+            "distill.minibatches",
+            f"{c.distill.minibatches} is more than a step's {fewest} responses ([rollout] "
+            f"{factors}); wanted at most {fewest}",
+        )
+
+
+def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of `table.key` and what is wrong: objective, checkpoints."""
+    objective, r = c.distill.objective, c.rollout
+    if objective == "sft" and c.reference.coef != 0:
+        yield "reference.coef", 'must be 0 with [distill] objective = "sft", which has no reference'
+    if objective == "sft" and (r.temperature, r.top_p, r.top_k) != (1.0, 1.0, 0):
+        yield (
+            "rollout.temperature",
+            f"{r.temperature}, with top_p {r.top_p} and top_k {r.top_k}, would change what "
+            '[distill] objective = "sft" minimises; wanted 1.0, 1.0 and 0',
         )
     if c.checkpoint.load_step > 0 and not c.checkpoint.enable:
         yield (

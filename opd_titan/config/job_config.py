@@ -92,7 +92,8 @@ class Rollout:
     ignore_eos: bool = False
     """Sample on past the end of a response, to max_new_tokens. For benchmarks."""
     on_policy_fraction: float = 1.0
-    """1: the student samples the responses. 0: the data set's own responses (objective sft)."""
+    """Probability, drawn for each prompt of a step, that the student samples its responses; else it
+    has one, the data set's own. policy_gradient needs 1, sft 0; the others take any mixture."""
     max_concurrent: int = 0
     """Sequences decoded at once on each rank. 0: as many as fit into the free memory, where each
     has half of what it may need; when it runs out, the youngest wait."""

@@ -43,6 +43,7 @@ SCALARS: dict[str, str] = {
     "rollout/idle_share": "0..1, of the ranks' time: waiting for the rank that samples longest",
     "rollout/preempted": "sequences that waited for memory of the KV cache, over all ranks",
     "rollout/repetition": "0..1, mean over responses of rollout_writer.repetition",
+    "rollout/on_policy_fraction": "share of responses that the student sampled, not the data set",
     "grad_norm": "total norm before clipping, mean over the step's updates",
     "lr": "learning rate",
     "time/data(s)": "seconds on rank 0: prompts",

@@ -57,7 +57,7 @@ class Recorder:
         self.folder = Path(config.job.dump_folder)
         device, self.dtype = world.device, dtype
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.on_policy = config.rollout.on_policy_fraction > 0.0
+        self.on_policy_fraction = config.rollout.on_policy_fraction
         self.clock = PhaseClock(device)
         self.peaks = _peaks(device, dtype)
         self.metrics = MetricLogger(
@@ -82,14 +82,18 @@ class Recorder:
         """Record a step that has just ended.
 
         Args:
-            samples: of all ranks; those that this rank updated on have their advantages.
+            samples: of all ranks; those that this rank updated on have their advantages, those that
+                the student sampled its log-probs.
             scalars: what the update measured.
             decode_forwards, preempted, seconds: of this rank's rollout, see `RolloutStats`.
         """
         mine = [s for s in samples if s.advantages is not None]
-        scalars = {**scalars, **self._work_scalars(samples, decode_forwards)}
-        if self.on_policy:
-            scalars |= rollout_scalars(samples, mine, self.decode, self.world)
+        sampled = _sampled(samples)
+        scalars = {**scalars, **self._work_scalars(samples, sampled, decode_forwards)}
+        if 0.0 < self.on_policy_fraction < 1.0:
+            scalars["rollout/on_policy_fraction"] = len(sampled) / len(samples)
+        if sampled:
+            scalars |= rollout_scalars(sampled, _sampled(mine), self.decode, self.world)
             scalars |= balance_scalars(seconds, preempted, self.world)
             scalars |= kl_scalars(mine, self.world)
         memory = memory_stats(self.world.device)
@@ -97,29 +101,33 @@ class Recorder:
         self.metrics.log(step, scalars)
         if self.metrics.due(step):
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
-        if self.on_policy:
+        if self.on_policy_fraction > 0.0:
             self._write_rollouts(step, samples, mine)
 
     def record_pauses(self, step: int) -> None:
         """Record the time of what came after a step, or at the start, while no step ran."""
         self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}, {}))
 
-    def _work_scalars(self, samples: Sequence[Sample], decode_forwards: int) -> dict[str, float]:
+    def _work_scalars(
+        self, samples: Sequence[Sample], sampled: Sequence[Sample], decode_forwards: int
+    ) -> dict[str, float]:
         tokens, flops = work(samples, self.forward_flops)
+        del tokens["rollout"], flops["rollout"]
         bytes_read = {}
-        if self.on_policy:
-            bytes_read["rollout"] = self._rollout_bytes(samples, decode_forwards)
-        else:
-            del tokens["rollout"], flops["rollout"]
+        if sampled:
+            sampled_tokens, sampled_flops = work(sampled, self.forward_flops)
+            tokens["rollout"] = sampled_tokens["rollout"]
+            flops["rollout"] = sampled_flops["rollout"]
+            bytes_read["rollout"] = self._rollout_bytes(sampled, decode_forwards)
         return phase_scalars(
             self.clock.pop(), tokens, flops, bytes_read, world_size=self.ranks, peaks=self.peaks
         )
 
-    def _rollout_bytes(self, samples: Sequence[Sample], decode_forwards: int) -> float:
+    def _rollout_bytes(self, sampled: Sequence[Sample], decode_forwards: int) -> float:
         # Tensor-parallel ranks make one forward between them, each reading its share.
         own = {"forwards": decode_forwards}
         forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
-        return self.decode_bytes(forwards, cached_tokens_read(samples), self.dtype.itemsize)
+        return self.decode_bytes(forwards, cached_tokens_read(sampled), self.dtype.itemsize)
 
     def _write_rollouts(self, step: int, samples: list[Sample], mine: list[Sample]) -> None:
         limit = self.config.metrics.sample_rollouts
@@ -132,6 +140,11 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             write_rollouts(self.folder, step, scored, self.decode, self.grade)
+
+
+def _sampled(samples: Sequence[Sample]) -> list[Sample]:
+    """Those that the student wrote, not the data set."""
+    return [s for s in samples if s.student_logprobs is not None]
 
 
 def _peaks(device: torch.device, dtype: torch.dtype) -> Peaks:

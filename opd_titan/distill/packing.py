@@ -5,6 +5,8 @@ Shapes: T packed tokens, R response tokens.
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +20,20 @@ from opd_titan.models.attention import PackedAttention
 # Stands in where a rank has no micro-batch left: forward and backward are collective.
 STAND_IN = (Sample(Prompt(-1, "", (0,)), 0, [0], "length"),)
 
+# What counts as the same prompt: its row in the source and its tokens.
+PromptKey = tuple[int, tuple[int, ...]]
+# See `cost`.
+REPEATED_PART = 8
+
 
 @dataclass
 class PackedBatch:
     """Sequences laid end to end, and where their response tokens are predicted from.
 
     A sequence's last token predicts nothing, so it is a target but never an input. The first
-    response token is predicted from the prompt's last position; the stop token is a target like
-    any other. All of this follows from lengths alone, whatever the pad id is.
+    response token is predicted from the prompt's last position, which a group shares; the stop
+    token is a target like any other. All of this follows from lengths alone, whatever the pad id
+    is.
     """
 
     tokens_T: Tensor
@@ -35,30 +43,58 @@ class PackedBatch:
 
 
 def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
-    """Pack whole samples, in order.
+    """Pack whole samples, in order; a prompt that several have is packed once, before the first.
 
     Tensor-parallel ranks take equal shares of the tokens: what is missing to a multiple of them is
     added at the end, as a sequence that predicts nothing.
     """
-    tokens: list[int] = []
+    uses = Counter(_prompt_of(s) for s in samples)
+    layout = _Layout()
+    shared: dict[PromptKey, int] = {}
     predict: list[int] = []
-    seq_lens: list[int] = []
     for s in samples:
-        first = len(tokens) + len(s.prompt.token_ids) - 1
-        predict.extend(range(first, first + len(s.response_ids)))
-        tokens.extend(s.prompt.token_ids)
-        tokens.extend(s.response_ids[:-1])
-        seq_lens.append(s.num_tokens - 1)
-    device, missing = world.device, -len(tokens) % world.tp.size
+        prompt, key = s.prompt.token_ids, _prompt_of(s)
+        # A response's last token is no input.
+        if uses[key] == 1:
+            first = layout.add([*prompt, *s.response_ids[:-1]])
+            predict.extend(range(first + len(prompt) - 1, len(layout.tokens)))
+            continue
+        if key not in shared:
+            shared[key] = len(layout.lengths)
+            layout.add(prompt)
+        piece = shared[key]
+        predict.append(layout.starts[piece] + len(prompt) - 1)
+        if len(s.response_ids) > 1:
+            first = layout.add(s.response_ids[:-1], piece)
+            predict.extend(range(first, len(layout.tokens)))
+    missing = -len(layout.tokens) % world.tp.size
     if missing:
-        tokens.extend([0] * missing)
-        seq_lens.append(missing)
+        layout.add([0] * missing)
+    device = world.device
     return PackedBatch(
-        tokens_T=torch.tensor(tokens, device=device),
-        attend=PackedAttention(seq_lens, device),
+        tokens_T=torch.tensor(layout.tokens, device=device),
+        attend=PackedAttention(layout.lengths, device, layout.continues),
         predict_R=torch.tensor(predict, device=device),
         targets_R=torch.tensor([t for s in samples for t in s.response_ids], device=device),
     )
+
+
+class _Layout:
+    """Pieces laid end to end, see `PackedAttention`."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.continues: list[int | None] = []
+
+    def add(self, tokens: Sequence[int], continues: int | None = None) -> int:
+        """Append a piece; returns its first row."""
+        self.starts.append(len(self.tokens))
+        self.lengths.append(len(tokens))
+        self.continues.append(continues)
+        self.tokens.extend(tokens)
+        return self.starts[-1]
 
 
 def pack_values(values: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
@@ -79,37 +115,98 @@ def split_minibatches(num_samples: int, minibatches: int) -> list[range]:
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give each rank sequences of about the same number of tokens in all.
+def cost(samples: Sequence[Sample]) -> int:
+    """Tokens that a micro-batch of these is counted as: of its responses, and of each prompt once.
+
+    A prompt counts again by a part for each further sample that has it: only attention repeats it,
+    by its keys and values (1/8 to 1/20 of what the layers of a Qwen3 keep of a token).
+    """
+    total, seen = 0, set()
+    for s in samples:
+        total += _cost(s, repeated=_prompt_of(s) in seen)
+        seen.add(_prompt_of(s))
+    return total
+
+
+def _cost(sample: Sample, repeated: bool) -> int:
+    prompt = len(sample.prompt.token_ids)
+    return len(sample.response_ids) + (-(-prompt // REPEATED_PART) if repeated else prompt)
+
+
+def _prompt_of(sample: Sample) -> PromptKey:
+    return sample.prompt.index, sample.prompt.token_ids
+
+
+def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Give each rank items of about the same cost in all.
 
     Longest first to the least loaded rank (Graham 1969: at most 4/3 of the best possible).
     Returns indices per rank, ascending.
     """
-    loads = [0] * ranks
     parts: list[list[int]] = [[] for _ in range(ranks)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = min(range(ranks), key=lambda r: (loads[r], len(parts[r]), r))
-        loads[rank] += lengths[i]
+    loads = [(0, 0, rank) for rank in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, count, rank = loads[0]
         parts[rank].append(i)
+        heapq.heapreplace(loads, (load + costs[i], count + 1, rank))
     return [sorted(p) for p in parts]
 
 
-def fill_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """As few micro-batches of at most `max_tokens` as first-fit-decreasing finds.
+def place(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
+    """Give each rank about the same to compute, where samples of one prompt cost less together.
 
-    A sequence that is longer than the budget gets one of its own.
+    Groups are placed whole, then cut in 2, 4, ... down to single samples; what counts is the way
+    that leaves the busiest rank the least. Returns indices per rank, ascending.
     """
+    groups = _by_prompt(samples)
+    largest = max(len(g) for g in groups)
+    best: tuple[int, list[list[int]]] | None = None
+    cuts = 1
+    while best is None or cuts < 2 * largest:
+        units = [g[r.start : r.stop] for g in groups for r in split_minibatches(len(g), cuts) if r]
+        parts = balance([cost([samples[i] for i in u]) for u in units], ranks)
+        members = [sorted(i for u in part for i in units[u]) for part in parts]
+        busiest = max(cost([samples[i] for i in m]) for m in members)
+        if best is None or busiest < best[0]:
+            best = busiest, members
+        cuts *= 2
+    return best[1]
+
+
+def fill_microbatches(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """Micro-batches of at most `max_tokens` by their `cost`, and few of them.
+
+    The costliest group comes first, in it the longest response. Each sample joins others of its
+    prompt where there is room, or else the first micro-batch that has room. One that is longer than
+    the budget gets its own. Returns indices per micro-batch, ascending.
+    """
+    groups = _by_prompt(samples)
+    costs = [cost([samples[i] for i in g]) for g in groups]
     bins: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
-        if fits is None:
-            fits = len(bins)
-            bins.append([])
-            free.append(max_tokens)
-        bins[fits].append(i)
-        free[fits] -= lengths[i]
+    for number in sorted(range(len(groups)), key=lambda n: (-costs[n], n)):
+        holds_prompt: list[int] = []
+        for i in sorted(groups[number], key=lambda i: (-len(samples[i].response_ids), i)):
+            again, alone = (_cost(samples[i], repeated) for repeated in (True, False))
+            chosen = next((b for b in holds_prompt if free[b] >= again), None)
+            price = alone if chosen is None else again
+            if chosen is None:
+                chosen = next((b for b, room in enumerate(free) if room >= alone), len(bins))
+                holds_prompt.append(chosen)
+            if chosen == len(bins):
+                bins.append([])
+                free.append(max_tokens)
+            bins[chosen].append(i)
+            free[chosen] -= price
     return [sorted(b) for b in bins]
+
+
+def _by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of the samples of each prompt."""
+    groups: dict[PromptKey, list[int]] = {}
+    for i, s in enumerate(samples):
+        groups.setdefault(_prompt_of(s), []).append(i)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -133,11 +230,11 @@ def plan_minibatches(
     plan = []
     for part in split_minibatches(len(samples), minibatches):
         chosen = [samples[i] for i in part]
-        lengths = [s.num_tokens for s in chosen]
         bins_by_rank = []
-        for members in balance(lengths, dp.size):
-            bins = fill_microbatches([lengths[i] for i in members], max_tokens)
-            bins_by_rank.append([[chosen[members[i]] for i in b] for b in bins])
+        for members in place(chosen, dp.size):
+            share = [chosen[i] for i in members]
+            bins = fill_microbatches(share, max_tokens)
+            bins_by_rank.append([[share[i] for i in b] for b in bins])
         count = max(len(bins) for bins in bins_by_rank)
         mine = bins_by_rank[dp.rank]
         plan.append(

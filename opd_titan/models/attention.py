@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Padding that a group of sequences may hold: about what starting another group costs (in tokens),
+# and a share of its tokens.
+_PADDED_TOKENS, _PADDED_SHARE = 32, 1 / 32
 
 
 @functools.cache
@@ -60,14 +64,28 @@ class Attend(Protocol):
 class PackedAttention:
     """Each token attends to the earlier tokens of its own sequence, and to itself.
 
+    Sequences may begin with the same tokens (the prompt of a group), which are packed once: then a
+    sequence is two pieces, one of them shared.
+
     Args:
-        seq_lens: length of each packed sequence, in order; their sum is T.
+        seq_lens: length of each packed piece, in order; their sum is T.
         device: where the index tensors live.
+        continues: for each piece the number of the one that it goes on with, which goes on with
+            none itself, or None where a sequence begins; left out, every piece is a sequence.
     """
 
-    def __init__(self, seq_lens: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        seq_lens: Sequence[int],
+        device: torch.device,
+        continues: Sequence[int | None] | None = None,
+    ) -> None:
         self.seq_lens, self.device = list(seq_lens), device
-        self.positions_T = torch.cat([torch.arange(n) for n in self.seq_lens]).to(device)
+        self.continues = list(continues) if continues else [None] * len(self.seq_lens)
+        # Where each piece begins in its sequence.
+        self.offsets = [0 if c is None else self.seq_lens[c] for c in self.continues]
+        spans = zip(self.offsets, self.seq_lens, strict=True)
+        self.positions_T = torch.cat([torch.arange(a, a + n) for a, n in spans]).to(device)
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         if self._has_packed_kernel(q_THK):
@@ -81,17 +99,46 @@ class PackedAttention:
         return half and capable and _varlen_attn()[0] is not None
 
     @functools.cached_property
-    def _cu_seqlens(self) -> Tensor:
-        ends = [0, *accumulate(self.seq_lens)]
-        return torch.tensor(ends, dtype=torch.int32, device=self.device)
+    def _rows(self) -> list[list[int]]:
+        """For each piece, the packed rows of its sequence up to its own end."""
+        ends = [*accumulate(self.seq_lens)]
+        own = [list(range(end - n, end)) for n, end in zip(self.seq_lens, ends, strict=True)]
+        return [r if c is None else own[c] + r for c, r in zip(self.continues, own, strict=True)]
 
     @functools.cached_property
-    def _padding(self) -> tuple[list[Tensor], Tensor]:
-        return _pad_plan(self.seq_lens, self.device)
+    def _cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        """Where the queries and the keys of each piece begin, in the order of the packed kernel."""
+
+        def starts(lens: Iterable[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=self.device)
+
+        queries = starts(self.seq_lens)
+        if self._key_rows is None:
+            return queries, queries
+        return queries, starts(len(rows) for rows in self._rows)
+
+    @functools.cached_property
+    def _key_rows(self) -> Tensor | None:
+        """The packed row of each key, where some are seen from several sequences."""
+        if not any(self.offsets):
+            return None
+        return torch.tensor(list(chain.from_iterable(self._rows)), device=self.device)
+
+    @functools.cached_property
+    def _padding(self) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+        # A piece that others go on with is computed as part of one of them.
+        begun = {c for c in self.continues if c is not None}
+        whole = [rows for i, rows in enumerate(self._rows) if i not in begun]
+        shapes, *rows = _pad_plan(whole, sum(self.seq_lens))
+        return shapes, *(torch.tensor(r, device=self.device) for r in rows)
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        """A shared prompt's queries are computed once; its keys are repeated for each sequence."""
         varlen_attn, options = _varlen_attn()
+        if self._key_rows is not None:
+            k_TGK, v_TGK = (x.index_select(0, self._key_rows) for x in (k_TGK, v_TGK))
         # torch 2.10 says is_causal, later ones say it with a window; 2.12 brought grouped heads.
+        # Of fewer queries than keys, either lets the last query see the last key.
         causal = {"is_causal": True} if "is_causal" in options else {"window_size": (-1, 0)}
         grouped = {}
         if q_THK.shape[1] != k_TGK.shape[1]:
@@ -102,18 +149,21 @@ class PackedAttention:
                 k_TGK = k_TGK.repeat_interleave(repeats, dim=1)
                 v_TGK = v_TGK.repeat_interleave(repeats, dim=1)
         longest = max(self.seq_lens)
-        cu = self._cu_seqlens
-        return varlen_attn(q_THK, k_TGK, v_TGK, cu, cu, longest, longest, **causal, **grouped)
+        longest_keys = max(a + n for a, n in zip(self.offsets, self.seq_lens, strict=True))
+        cu_q, cu_k = self._cu_seqlens
+        return varlen_attn(
+            q_THK, k_TGK, v_TGK, cu_q, cu_k, longest, longest_keys, **causal, **grouped
+        )
 
     def _padded(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """Padding on the right needs no mask: causal attention never looks there."""
-        groups, unpad_T = self._padding
+        shapes, pad_N, unpad_T = self._padding
+        # Gathered and split for all groups at once: a backward per group would each take a whole T.
+        sizes = [b * s for b, s in shapes]
+        padded = [x.index_select(0, pad_N).split(sizes) for x in (q_THK, k_TGK, v_TGK)]
         outs = []
-        for index_BS in groups:
-            q, k, v = (
-                x.index_select(0, index_BS.flatten()).unflatten(0, index_BS.shape).transpose(1, 2)
-                for x in (q_THK, k_TGK, v_TGK)
-            )
+        for shape, *qkv in zip(shapes, *padded, strict=True):
+            q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
             out_BHSK = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -121,25 +171,40 @@ class PackedAttention:
         return torch.cat(outs).index_select(0, unpad_T)
 
 
-def _pad_plan(seq_lens: list[int], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Group sequences whose lengths share a power of two, so that padding stays under half.
+def _pad_plan(
+    sequences: list[list[int]], num_tokens: int
+) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Group sequences of similar lengths, so that there is little padding and few groups.
 
-    Returns one index [B, S] into the packed tokens per group (padding points at the sequence's
-    first token; causality keeps it unseen), and for each packed token its row in the groups'
-    flattened, concatenated outputs.
+    Args:
+        sequences: packed rows of each; all of them together hold every row, some several times.
+
+    Returns:
+        The shape (B, S) of each group; for each token of the groups' flattened, concatenated
+        inputs its packed row (padding repeats the sequence's first, which causality keeps unseen);
+        and for each packed row where it stands there, or one such place.
     """
-    starts = [0, *accumulate(seq_lens)]
-    buckets: dict[int, list[int]] = {}
-    for i, n in enumerate(seq_lens):
-        buckets.setdefault((n - 1).bit_length(), []).append(i)
-    groups, rows, offset = [], [0] * starts[-1], 0
-    for members in buckets.values():
-        longest = max(seq_lens[i] for i in members)
-        index = []
-        for i in members:
-            start, n = starts[i], seq_lens[i]
-            index.append([*range(start, start + n), *[start] * (longest - n)])
-            rows[start : start + n] = range(offset, offset + n)
-            offset += longest
-        groups.append(torch.tensor(index, device=device))
-    return groups, torch.tensor(rows, device=device)
+    ordered = sorted(sequences, key=len, reverse=True)
+    shapes: list[tuple[int, int]] = []
+    pad: list[int] = []
+    unpad = [0] * num_tokens
+    for members in _group([len(rows) for rows in ordered]):
+        longest = len(ordered[members.start])
+        shapes.append((len(members), longest))
+        for rows in ordered[members.start : members.stop]:
+            for place, row in enumerate(rows, len(pad)):
+                unpad[row] = place
+            pad += rows + [rows[0]] * (longest - len(rows))
+    return shapes, pad, unpad
+
+
+def _group(lengths: list[int]) -> list[range]:
+    """Cut descending lengths so that padding costs no more than one group more would."""
+    groups, start, padding, tokens = [], 0, 0, 0
+    for i, n in enumerate(lengths):
+        missing = lengths[start] - n
+        if padding + missing > _PADDED_TOKENS + _PADDED_SHARE * (tokens + n):
+            groups.append(range(start, i))
+            start, padding, tokens, missing = i, 0, 0, 0
+        padding, tokens = padding + missing, tokens + n
+    return [*groups, range(start, len(lengths))]

@@ -76,6 +76,8 @@ def work(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Tokens and FLOPs by phase, over all ranks, of one step in which every phase ran once.
 
+    Tokens are those of the sequences; FLOPs know that a prompt is computed once for its group.
+
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
     """
@@ -83,15 +85,23 @@ def work(
     lengths = [_fed_in(s) for s in samples]
     tokens = {"rollout": responses, "update": sum(lengths), "step": responses}
     student = forward_flops["student"]
-    forward = student(lengths, responses)
     # Decoding with a cache costs what one forward over the finished sequences does, but for the
     # prompts: the samples of a group share one prefill of all but the last token.
-    rollout = forward - student(_repeated_prompts(samples), 0)
-    flops = {"update": 3.0 * forward, "rollout": rollout}
+    prefilled_once = [n - 1 for n in _repeated_prompts(samples)]
+    flops = {
+        "update": 3.0 * packed_flops(samples, student, responses),
+        "rollout": student(lengths, responses) - student(prefilled_once, 0),
+    }
     if "teacher" in forward_flops:
         tokens["teacher"] = sum(lengths)
-        flops["teacher"] = forward_flops["teacher"](lengths, responses)
+        flops["teacher"] = packed_flops(samples, forward_flops["teacher"], responses)
     return tokens, flops
+
+
+def packed_flops(samples: Sequence[Sample], forward: ForwardFlops, projected: int) -> float:
+    """Of one forward over these samples, packed together: each prompt once."""
+    lengths = [_fed_in(s) for s in samples]
+    return forward(lengths, projected) - forward(_repeated_prompts(samples), 0)
 
 
 def cached_tokens_read(samples: Sequence[Sample]) -> int:
@@ -114,11 +124,11 @@ def _pairs(length: int) -> int:
 
 
 def _repeated_prompts(samples: Sequence[Sample]) -> list[int]:
-    """Lengths of the prompts without their last token and without the first sample of each."""
+    """Lengths of the prompts of all samples but the first of each."""
     seen: set[int] = set()
     repeated = []
     for s in samples:
         if s.prompt.index in seen:
-            repeated.append(len(s.prompt.token_ids) - 1)
+            repeated.append(len(s.prompt.token_ids))
         seen.add(s.prompt.index)
     return repeated

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_titan.config import JobConfig
-from opd_titan.observability.step_scalars import cached_tokens_read, work
+from opd_titan.data.types import Sample
+from opd_titan.observability.step_scalars import cached_tokens_read, packed_flops, work
 from opd_titan.plan.cluster import Cluster
 from opd_titan.plan.simulate import Phase, Simulation
 
@@ -71,9 +72,8 @@ def estimate(config: JobConfig, cluster: Cluster, simulation: Simulation) -> Est
     forward = {role: shape.args.forward_flops for role, shape in simulation.shapes.items()}
     _, flops = work(simulation.samples, forward)
     if "reference" in forward:
-        lengths = [s.num_tokens - 1 for s in simulation.samples]
         responses = sum(len(s.response_ids) for s in simulation.samples)
-        flops["reference"] = forward["reference"](lengths, responses)
+        flops["reference"] = packed_flops(simulation.samples, forward["reference"], responses)
     if config.rollout.on_policy_fraction == 0.0:
         del flops["rollout"]
     seconds: dict[str, Seconds] = {}
@@ -94,14 +94,11 @@ def _seconds(
     a, phases = cluster.assumed, simulation.phases
     rate = cluster.flops * a.products * simulation.world.tp.size
     seconds = {n: _traffic(cluster, simulation, p) for n, p in phases.items() if n != "validation"}
-    share = len(simulation.update_share) / len(simulation.samples)
     for name in ("teacher", "reference", "update"):
         if name in seconds:
-            seconds[name].busy = flops[name] * share / rate
+            seconds[name].busy = _packed_flops(simulation, name) / rate
     if config.activation_checkpoint.mode == "full":
-        lengths = [s.num_tokens - 1 for s in simulation.update_share]
-        again = simulation.shapes["student"].args.forward_flops(lengths, 0)
-        seconds["update"].busy += again / rate
+        seconds["update"].busy += _packed_flops(simulation, "again") / rate
     if "rollout" in seconds:
         share = len(simulation.rollout_share) / len(simulation.samples)
         seconds["rollout"].busy = _rollout_seconds(
@@ -117,6 +114,22 @@ def _seconds(
             streamed = simulation.weights[role] * simulation.microbatches
             seconds[role].hidden += streamed / a.host_link
     return seconds
+
+
+def _packed_flops(simulation: Simulation, phase: str) -> float:
+    """What this rank computes; a prompt once for each micro-batch that it is in.
+
+    Args:
+        phase: or "again", for what full checkpointing makes again.
+    """
+    role = "student" if phase in ("update", "again") else phase
+    forward = simulation.shapes[role].args.forward_flops
+
+    def of(samples: list[Sample]) -> float:
+        responses = sum(len(s.response_ids) for s in samples)
+        return packed_flops(samples, forward, 0 if phase == "again" else responses)
+
+    return sum(map(of, simulation.update_share)) * (3.0 if phase == "update" else 1.0)
 
 
 def _traffic(cluster: Cluster, simulation: Simulation, phase: Phase) -> Seconds:

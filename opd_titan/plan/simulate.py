@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from opd_titan.build import ModelShape, cpu_offload, inspect_shape, parallel_mod
 from opd_titan.checkpoint.hf_folder import resolve_model_folder
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.packing import Minibatch, plan_minibatches
+from opd_titan.distill.packing import Minibatch, cost, plan_minibatches
 from opd_titan.distill.scoring import gathered_heads, score
 from opd_titan.distill.update import UpdateRule, forward_backward
 from opd_titan.distributed.world import World, build_world
@@ -76,7 +77,7 @@ class Simulation:
         decode_forwards, preempted: see `RolloutStats`.
         prefilled: chunks of prefixes that went through prefills, as (start, end).
         samples: of all ranks, with the lengths that were planned for.
-        update_share: those that this rank scores and updates on.
+        update_share: those that this rank scores and updates on, by micro-batch.
     """
 
     shapes: dict[str, ModelShape]
@@ -97,7 +98,7 @@ class Simulation:
     preempted: int = 0
     prefilled: list[tuple[int, int]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    update_share: list[Sample] = field(default_factory=list)
+    update_share: list[list[Sample]] = field(default_factory=list)
 
     @property
     def rollout_share(self) -> list[Sample]:
@@ -344,9 +345,9 @@ class _Step:
         c, result = self.config, self.result
         budget = c.training.max_tokens_per_microbatch
         plan = plan_minibatches(result.samples, c.distill.minibatches, budget, self.world.dp)
-        result.update_share = [s for m in plan for samples in m.microbatches for s in samples]
+        result.update_share = [samples for m in plan for samples in m.microbatches]
         if c.rollout.on_policy_fraction > 0.0:
-            for s in result.update_share:
+            for s in chain.from_iterable(result.update_share):
                 s.student_logprobs = torch.zeros(len(s.response_ids))
         return plan
 
@@ -361,7 +362,7 @@ class _Step:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
         if whole:  # those of the other micro-batches wait for the update as well
             like = scored[0][1]
-            for s in self.result.update_share:
+            for s in chain.from_iterable(self.result.update_share):
                 if getattr(s, f"{role}_hidden") is None:
                     shape = (len(s.response_ids), like.shape[1])
                     setattr(s, f"{role}_hidden", like.new_empty(shape))
@@ -393,4 +394,4 @@ class _Step:
 def _first_microbatch(plan: list[Minibatch]) -> tuple[list[Sample], int]:
     """The fullest one stands for all of them, and how many there are."""
     microbatches = [m for minibatch in plan for m in minibatch.microbatches]
-    return max(microbatches, key=lambda m: sum(s.num_tokens for s in m)), len(microbatches)
+    return max(microbatches, key=cost), len(microbatches)

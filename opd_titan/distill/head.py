@@ -249,6 +249,7 @@ class _ChunkedLoss:
                 teacher_R=rows.scores.teacher if "teacher" in self.frozen else None,
                 reference_R=rows.scores.reference if "reference" in self.frozen else None,
             )
+            del rows, result, dlogits_Cv  # or they would live on beside the next chunk's
         loss = torch.cat(self.columns["loss_R"]).sum() * self.scale
         return loss, self.scale / self.dist.temperature, grad_hidden_RD, grad_weight_vD
 

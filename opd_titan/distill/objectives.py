@@ -86,17 +86,19 @@ def penalty(
     `log_ratio_clamp` bounds each difference; `reward_power` a > 0 puts S^a - T^a in [-1, 1] in
     their place (PowerOPD, arXiv 2606.17199).
     """
-    power, limit = settings.reward_power, settings.log_ratio_clamp
-
-    def difference(other: Tensor) -> Tensor:
+    power, limit = settings.reward_power, settings.log_ratio_clamp or math.inf
+    others = [(1.0, teacher)]
+    if settings.reference_coef != 0.0:
+        others.append((settings.reference_coef, reference))
+    # One tensor of this size at a time beside the sum: it may be over the vocabulary.
+    total = torch.zeros_like(student)
+    for weight, other in others:
         if power > 0.0:
-            return (power * student).exp() - (power * other).exp()
-        ratio = student - other
-        return ratio.clamp(-limit, limit) if limit > 0.0 else ratio
-
-    if settings.reference_coef == 0.0:
-        return difference(teacher)
-    return difference(teacher) + settings.reference_coef * difference(reference)
+            total.add_((power * student).exp_(), alpha=weight)
+            total.sub_((power * other).exp_(), alpha=weight)
+        else:
+            total.add_((student - other).clamp_(-limit, limit), alpha=weight)
+    return total
 
 
 def advantages(student_C: Tensor, rows: Rows, settings: ObjectiveSettings) -> Tensor:

@@ -166,10 +166,11 @@ def test_progress_is_silent_on_other_ranks_and_passes_items_through(monkeypatch,
 def test_scalar_table_is_the_designs():
     names = {
         "loss": "policy total",
-        "kl": "student_teacher student_reference p99",
-        "policy": "entropy clip_fraction ratio_mean logprob_gap_max",
+        "kl": "student_teacher student_reference p99 reverse forward",
+        "policy": "entropy clip_fraction ratio_mean logprob_gap_max teacher_entropy top_k_overlap "
+        "top_1_agreement",
         "rollout": "response_tokens_mean response_tokens_max truncated_fraction eos_fraction "
-        "idle_share preempted repetition",
+        "idle_share preempted repetition on_policy_fraction",
         "validation": "accuracy teacher_accuracy gap_recovered response_tokens_mean",
     }
     expected = {f"{group}/{name}" for group, row in names.items() for name in row.split()}

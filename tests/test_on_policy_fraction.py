@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_utils import run_distributed
 from tiny_world import (
     World,
     assert_same_run,
@@ -24,7 +25,10 @@ from tiny_world import (
     write_rows,
 )
 
+from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.world import build_world
+from opd_titan.observability.recorder import Recorder
 from opd_titan.rollout.rollout import divide, in_order
 
 SEED = 42  # the default of training.seed
@@ -173,7 +177,11 @@ def test_the_students_samples_are_those_of_a_purely_on_policy_step(
     assert "rollout/on_policy_fraction" not in read_scalars(world.folder / "pure")
     # Log-probs round by the batch that a token is sampled in.
     tokens = {(r["prompt_index"], r["sample_index"]): r["response_tokens"] for r in rows}
-    mixed = sampled(read_rollouts(one["mixed"])[1])
+    all_rows = read_rollouts(one["mixed"])[1]
+    # Both sources stand in the batch's order: minibatches are cut from it.
+    order, same = (list(dict.fromkeys(r["prompt_index"] for r in x)) for x in (all_rows, rows))
+    assert order == same
+    mixed = sampled(all_rows)
     assert 0 < len(mixed) < len(rows)
     for row in mixed:
         assert row["response_tokens"] == tokens[row["prompt_index"], row["sample_index"]]
@@ -295,3 +303,40 @@ def test_a_row_without_a_response_is_refused(
     assert not (world.folder / "refused").exists()
     options += ["--rollout.on_policy_fraction", 1.0, "--training.steps", 1]
     assert train(argv(world, "mixed", "accepted", *options)) == 0
+
+
+# ---------------------------------------------------------------- the recorder
+
+
+def recorded(folder: str) -> dict[str, float]:
+    """Scalars of a step: one sample without repetition, two of the data set with nothing else."""
+    config = JobConfig()
+    config.job.dump_folder = folder
+    config.distill.objective, config.rollout.on_policy_fraction = "jsd", 0.5
+    config.metrics.enable_tensorboard, config.metrics.sample_rollouts = False, 0
+    recorder = Recorder(
+        config,
+        world=build_world(torch.device("cpu")),
+        dtype=torch.float32,
+        decode=lambda ids: "".join(map(chr, ids)),
+        grade=lambda response, answer: None,
+        forward_flops={"student": lambda lengths, projected: float(sum(lengths))},
+        decode_bytes=lambda forwards, cached, size: float(forwards),
+        start_step=0,
+        total_steps=2,
+    )
+    ones = [Sample(p, 0, [ord("x")] * 200, "stop") for p in prompts(3)]
+    own = ones[1]
+    own.response_ids, own.student_logprobs = list(range(32, 127)), torch.zeros(95)
+    for s in ones:
+        s.advantages = s.teacher_logprobs = -torch.ones(len(s.response_ids))
+    with recorder.clock.phase("rollout"):
+        recorder.record(1, ones, {}, decode_forwards=95, preempted=0, seconds=1.0)
+    return recorder.metrics.last
+
+
+def test_what_the_data_set_says_does_not_count_as_the_students(tmp_path: Path) -> None:
+    (found,) = run_distributed(recorded, 1, str(tmp_path))
+    assert found["rollout/repetition"] == 0.0
+    assert found["rollout/on_policy_fraction"] == pytest.approx(1 / 3)
+    assert found["kl/student_teacher"] == 1.0

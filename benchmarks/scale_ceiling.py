@@ -15,7 +15,7 @@ from torch import Tensor
 
 import opd_titan.distill.head as head_module
 from opd_titan.distill.head import loss_head, score_head
-from opd_titan.distill.objectives import TokenScores
+from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution
 

@@ -16,10 +16,11 @@ from scale_setting import Setting, fed_in, relative_error
 from torch import Tensor
 
 from opd_titan.distill.head import loss_head
-from opd_titan.distill.objectives import ObjectiveSettings, TokenScores, sft
+from opd_titan.distill.objectives import ObjectiveSettings, sft
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
+from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution, project
 from opd_titan.preflight import TOLERANCE, probe

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_utils import lone_world
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from opd_titan.data.types import Prompt, Sample
 from opd_titan.observability.logging import init_logging, paint, use_color
 from opd_titan.observability.metrics import (
     SCALARS,
@@ -30,6 +32,7 @@ from opd_titan.observability.metrics import (
     memory_stats,
 )
 from opd_titan.observability.progress import progress
+from opd_titan.observability.step_scalars import kl_scalars
 
 
 @pytest.fixture
@@ -166,7 +169,8 @@ def test_progress_is_silent_on_other_ranks_and_passes_items_through(monkeypatch,
 def test_scalar_table_is_the_designs():
     names = {
         "loss": "policy total",
-        "kl": "student_teacher student_reference p99 reverse forward",
+        "kl": "student_teacher student_reference p1 p99 reverse forward",
+        "kl_by_position": "1-16 17-64 65-256 257-1024 1025-4096 4097-",
         "policy": "entropy clip_fraction ratio_mean logprob_gap_max teacher_entropy top_k_overlap "
         "top_1_agreement",
         "rollout": "response_tokens_mean response_tokens_max truncated_fraction eos_fraction "
@@ -379,3 +383,27 @@ def test_memory_on_cuda_is_the_peak_since_the_last_call():
     second = memory_stats("cuda")
     assert first["memory/max_active(GiB)"] >= 1.0 > second["memory/max_active(GiB)"]
     assert first["memory/max_reserved(GiB)"] >= first["memory/max_active(GiB)"]
+
+
+def test_distance_to_the_teacher_by_position_and_its_tails() -> None:
+    """1 nat in the first 16 tokens, 2 up to the 64th, 3 after that; -9 and 9 once."""
+    samples = []
+    for i in range(3):
+        ratio_R = torch.tensor([1.0] * 16 + [2.0] * 48 + [3.0] * 36)
+        ratio_R[70], ratio_R[71] = -9.0, 9.0
+        teacher_R = torch.full((100,), -4.0)
+        samples.append(
+            Sample(Prompt(i, "", (1,)), 0, [1] * 100, "length", teacher_R + ratio_R, teacher_R)
+        )
+    samples.append(Sample(Prompt(9, "", (1,)), 0, [1, 1], "length", None, torch.zeros(2)))
+    scalars = kl_scalars(samples, lone_world())
+    assert scalars.pop("kl/student_teacher") == pytest.approx((16 + 96 + 34 * 3) / 100)
+    assert scalars == pytest.approx(
+        {
+            "kl/p1": 1.0,
+            "kl/p99": 3.0,
+            "kl_by_position/1-16": 1.0,
+            "kl_by_position/17-64": 2.0,
+            "kl_by_position/65-256": 34 * 3 / 36,
+        }
+    )

@@ -37,8 +37,8 @@ ROW_KEYS = (
 ).split()
 STEP_SCALARS = set(
     """
-    loss/policy loss/total kl/student_teacher kl/p99 policy/entropy policy/clip_fraction
-    policy/ratio_mean policy/logprob_gap_max rollout/response_tokens_mean
+    loss/policy loss/total kl/student_teacher kl/p1 kl/p99 policy/entropy policy/clip_fraction
+    policy/ratio_mean policy/logprob_gap_max kl_by_position/1-16 rollout/response_tokens_mean
     rollout/response_tokens_max rollout/truncated_fraction rollout/eos_fraction rollout/repetition
     rollout/idle_share rollout/preempted
     grad_norm lr time/data(s) time/rollout(s) time/teacher(s) time/reference(s) time/update(s)

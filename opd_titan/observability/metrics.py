@@ -20,12 +20,21 @@ from opd_titan.observability.peaks import Peaks, percent_of_peak
 
 logger = logging.getLogger("opd_titan")
 
+# First and last token, from 1, of the parts of a response that `kl_by_position/*` are about.
+POSITIONS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 4096), (4097, None))
+
+
+def position_name(first: int, last: int | None) -> str:
+    return f"kl_by_position/{first}-{last or ''}"
+
+
 # Every scalar there is, in the order of the design. A new one is one row.
 SCALARS: dict[str, str] = {
     "loss/policy": "the objective, summed over response tokens / their global number",
     "loss/total": "what is differentiated; loss/policy and whatever is added to it",
     "kl/student_teacher": "nats per response token, from the student's samples",
     "kl/student_reference": "nats per response token, from the student's samples",
+    "kl/p1": "nats; 1st percentile over response tokens of the student-teacher term",
     "kl/p99": "nats; 99th percentile over response tokens of the student-teacher term",
     "kl/reverse": "nats per response token; exact KL(student || teacher) over the vocabulary",
     "kl/forward": "nats per response token; exact KL(teacher || student) over the vocabulary",
@@ -70,6 +79,7 @@ SCALARS: dict[str, str] = {
     "validation/teacher_accuracy": "the same for the teacher, measured once",
     "validation/gap_recovered": "(student - start) / (teacher - start)",
     "validation/response_tokens_mean": "tokens",
+    **{position_name(*p): "nats; kl/student_teacher of these tokens alone" for p in POSITIONS},
 }
 
 UNKNOWN = Peaks()

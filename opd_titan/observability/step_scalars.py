@@ -10,6 +10,7 @@ from torch import Tensor
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_vector, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
+from opd_titan.observability.metrics import POSITIONS, position_name
 from opd_titan.observability.rollout_writer import repetition
 
 ForwardFlops = Callable[[Sequence[int], int], float]
@@ -52,23 +53,43 @@ def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:
     """`kl/*`: sampled estimates, per response token, at the weights that sampled them."""
     scalars = {}
     for other in ("teacher", "reference"):
-        difference_R = _log_ratio(mine, f"{other}_logprobs").to(world.device)
-        difference_R = gather_vector(difference_R, world.dp).double()
+        ratios = _log_ratios(mine, f"{other}_logprobs")
+        difference_R = gather_vector(
+            torch.cat([torch.empty(0), *ratios]).to(world.device), world.dp
+        )
         if difference_R.numel() == 0:
             continue
-        scalars[f"kl/student_{other}"] = difference_R.mean().item()
+        scalars[f"kl/student_{other}"] = difference_R.double().mean().item()
         if other == "teacher":
-            rank = round(0.99 * (difference_R.numel() - 1))
-            scalars["kl/p99"] = difference_R.sort().values[rank].item()
+            sorted_R = difference_R.sort().values
+            for percent in (1, 99):
+                rank = round(percent / 100 * (sorted_R.numel() - 1))
+                scalars[f"kl/p{percent}"] = sorted_R[rank].item()
+            scalars |= _by_position(ratios, world)
     return scalars
 
 
-def _log_ratio(samples: Sequence[Sample], other: str) -> Tensor:
-    """log S - log other of every response token, where both are known."""
-    scored = [
-        s for s in samples if getattr(s, other) is not None and s.student_logprobs is not None
+def _log_ratios(samples: Sequence[Sample], other: str) -> list[Tensor]:
+    """log S - log other of the tokens of each response where both are known."""
+    return [
+        s.student_logprobs - getattr(s, other)
+        for s in samples
+        if getattr(s, other) is not None and s.student_logprobs is not None
     ]
-    return torch.cat([torch.empty(0)] + [s.student_logprobs - getattr(s, other) for s in scored])
+
+
+def _by_position(ratios: Sequence[Tensor], world: World) -> dict[str, float]:
+    """The student-teacher term by where in the response a token is, in `POSITIONS`."""
+    local = {}
+    for first, last in POSITIONS:
+        part_R = torch.cat([torch.empty(0), *(r[first - 1 : last] for r in ratios)]).double()
+        local[f"sum {first}"], local[f"count {first}"] = part_R.sum().item(), part_R.numel()
+    total = sum_scalars(local, world.device, world.dp)
+    return {
+        position_name(first, last): total[f"sum {first}"] / total[f"count {first}"]
+        for first, last in POSITIONS
+        if total[f"count {first}"]
+    }
 
 
 def work(

@@ -305,8 +305,15 @@ class _ChunkedLoss:
         student_Cv, teacher_Cv, probs_Cv = (
             x[some] for x in (rows.student_Cv, rows.teacher_Cv, rows.probs_Cv)
         )
-        log_s_C, log_t_C = rows.expect(probs_Cv, student_Cv, teacher_Cv)
-        teacher_log_t_C, teacher_log_s_C = rows.expect(teacher_Cv.exp(), teacher_Cv, student_Cv)
+        if not student_Cv.shape[0]:
+            return
+        teacher_probs_Cv = teacher_Cv.exp()
+        log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(
+            (probs_Cv, student_Cv),
+            (probs_Cv, teacher_Cv),
+            (teacher_probs_Cv, teacher_Cv),
+            (teacher_probs_Cv, student_Cv),
+        )
         student_CK, teacher_CK = (rows.top_k(x, PROBE_TOP_K) for x in (student_Cv, teacher_Cv))
         shared_CK = (student_CK[:, :, None] == teacher_CK[:, None, :]).any(dim=2)
         values = {

@@ -140,8 +140,6 @@ def policy_gradient(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     unclipped_C, clipped_C = ratio_C * advantage_C, clipped_ratio_C * advantage_C
     is_clipped_C = (clipped_C < unclipped_C).detach()
     return TokenLoss(
-        # Not torch.minimum: it halves the gradient of a tie, and a ratio of 1 with a clip of 0 is
-        # one.
         loss_C=-torch.where(is_clipped_C, clipped_C, unclipped_C),
         advantage_C=advantage_C,
         ratio_C=ratio_C.detach(),
@@ -193,8 +191,9 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     teacher_probs_Cv = rows.teacher_Cv.exp()
     teacher_x_Cv = rows.teacher_Cv.sub_(mixture_Cv)
     student_x_Cv = torch.sub(rows.student_Cv, mixture_Cv, out=mixture_Cv)
-    (from_teacher_C,) = rows.expect(teacher_probs_Cv, teacher_x_Cv)
-    (from_student_C,) = rows.expect(rows.probs_Cv, student_x_Cv)
+    from_teacher_C, from_student_C = rows.expect_each(
+        (teacher_probs_Cv, teacher_x_Cv), (rows.probs_Cv, student_x_Cv)
+    )
     loss_C = beta * from_teacher_C + (1.0 - beta) * from_student_C
     dlogits_Cv = _score_(rows, student_x_Cv, from_student_C).mul_(1.0 - beta)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
@@ -238,8 +237,8 @@ def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         x_CB += settings.reference_coef * _log_ratio(student_CB, reference_CB)
     probs_CB = student_CB.exp()
     loss_C = (probs_CB * x_CB).sum(dim=1)
-    slope_CB = x_CB - loss_C[:, None]
-    dlogits_Cv = rows.spread_((probs_CB * slope_CB)[:, :-1], slope_CB[:, -1], ids_CK)
+    dlogits_CB = probs_CB * (x_CB - loss_C[:, None])
+    dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
     return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
 
 
@@ -251,16 +250,13 @@ def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     probs_CB, teacher_probs_CB = student_CB.exp(), teacher_CB.exp()
     loss_C = (teacher_probs_CB * x_CB).sum(dim=1)
     dlogits_CB = probs_CB - teacher_probs_CB
-    # The rest's share of it falls on its tokens as the student does: p_i (1 - q / p).
-    rest_slope_C = 1.0 - x_CB[:, -1].clamp(max=80.0).exp()
     c = settings.reference_coef
     if c != 0.0:
         ratio_CB = _log_ratio(student_CB, reference_CB)
         kl_C = (probs_CB * ratio_CB).sum(dim=1)
         loss_C = loss_C + c * kl_C
         dlogits_CB += c * probs_CB * (ratio_CB - kl_C[:, None])
-        rest_slope_C += c * (ratio_CB[:, -1] - kl_C)
-    dlogits_Cv = rows.spread_(dlogits_CB[:, :-1], rest_slope_C, ids_CK)
+    dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
     return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
 
 
@@ -268,14 +264,9 @@ def _bucketed(
     rows: Rows, ids_CK: Tensor, settings: ObjectiveSettings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs [C, B] of student, teacher and, where it counts, reference."""
-    reference_CB = None
-    if settings.reference_coef != 0.0:
-        reference_CB = rows.buckets(rows.reference_Cv, ids_CK)
-    return (
-        rows.buckets(rows.student_Cv, ids_CK),
-        rows.buckets(rows.teacher_Cv, ids_CK),
-        reference_CB,
-    )
+    if settings.reference_coef == 0.0:
+        return *rows.buckets(ids_CK, rows.student_Cv, rows.teacher_Cv), None
+    return rows.buckets(ids_CK, rows.student_Cv, rows.teacher_Cv, rows.reference_Cv)
 
 
 def _log_ratio(a_CB: Tensor, b_CB: Tensor) -> Tensor:

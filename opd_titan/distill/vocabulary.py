@@ -63,8 +63,12 @@ class Rows:
 
     def expect(self, probs_Cv: Tensor, *values_Cv: Tensor) -> tuple[Tensor, ...]:
         """The mean [C] of each of the values under `probs_Cv`, over the whole vocabulary."""
+        return self.expect_each(*((probs_Cv, v_Cv) for v_Cv in values_Cv))
+
+    def expect_each(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """`expect` for pairs of probabilities and values, in one exchange between the ranks."""
         # A product of matrices adds up without another tensor of this size.
-        means = [torch.bmm(probs_Cv[:, None], v_Cv[:, :, None]).view(-1) for v_Cv in values_Cv]
+        means = [torch.bmm(p_Cv[:, None], v_Cv[:, :, None]).view(-1) for p_Cv, v_Cv in pairs]
         return sum_ranks(torch.stack(means), self.tp).unbind()
 
     def top_k(self, values_Cv: Tensor, k: int) -> Tensor:
@@ -74,33 +78,44 @@ class Rows:
         if self.tp.size == 1:
             return ids_CK
         ids_CK = ids_CK + self.tp.rank * width
-        values, ids = (self._stack(x).transpose(0, 1).flatten(1) for x in (values_CK, ids_CK))
-        return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices)
+        # fp64 holds both exactly: one exchange.
+        pairs_P2CK = self._stack(torch.stack((values_CK.double(), ids_CK.double())))
+        values, ids = pairs_P2CK.permute(1, 2, 0, 3).flatten(2)
+        return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices).long()
 
-    def buckets(self, values_Cv: Tensor, ids_CK: Tensor) -> Tensor:
-        """Log-probs [C, B] of these tokens and, last, of all others together.
+    def buckets(self, ids_CK: Tensor, *logprobs_Cv: Tensor) -> tuple[Tensor, ...]:
+        """Each model's log-probs [C, B] of these tokens and, last, of all others together.
 
         The others' is summed, not taken as one minus the rest, which rounding would make negative.
         It is -inf where there are no others.
         """
         row_CK, held_CK = self._locate(ids_CK)
+        parts = [self._local_buckets(values_Cv, row_CK, held_CK) for values_Cv in logprobs_Cv]
+        return self._stack(torch.stack(parts)).logsumexp(dim=0).unbind()
+
+    @staticmethod
+    def _local_buckets(values_Cv: Tensor, row_CK: Tensor, held_CK: Tensor) -> Tensor:
         inside_CK = values_Cv.gather(1, row_CK).masked_fill(~held_CK, -torch.inf)
         cut_CK = torch.zeros_like(inside_CK).masked_fill_(held_CK, -torch.inf)
         rest_C = values_Cv.scatter_add(1, row_CK, cut_CK).logsumexp(dim=1)
-        parts_PCB = self._stack(torch.cat((inside_CK, rest_C[:, None]), dim=1))
-        return parts_PCB.logsumexp(dim=0)
+        return torch.cat((inside_CK, rest_C[:, None]), dim=1)
 
-    def spread_(self, dlogits_CK: Tensor, rest_slope_C: Tensor, ids_CK: Tensor) -> Tensor:
+    def spread_(self, dlogits_CB: Tensor, rest_C: Tensor, ids_CK: Tensor) -> Tensor:
         """A derivative by the logits [C, v], in the place of `probs_Cv`.
 
         Args:
-            dlogits_CK: its values at these tokens.
-            rest_slope_C: its values at all others, each divided by the token's probability.
+            dlogits_CB: its values at these tokens and, last, its sum over all others, which falls
+                on them as the student's probabilities do.
+            rest_C: log S of all others together.
         """
         row_CK, held_CK = self._locate(ids_CK)
-        rest_CK = self.probs_Cv.gather(1, row_CK) * rest_slope_C[:, None]
-        correction_CK = (dlogits_CK - rest_CK) * held_CK
-        return self.probs_Cv.mul_(rest_slope_C[:, None]).scatter_add_(1, row_CK, correction_CK)
+        dlogits_CK, dlogits_rest_C1 = dlogits_CB[:, :-1], dlogits_CB[:, -1:]
+        # In logs: where the rest is next to nothing, a token's share of it is still a number.
+        rest_C1 = rest_C.clamp(min=torch.finfo(rest_C.dtype).min)[:, None]  # not inf - inf
+        dlogits_Cv = torch.sub(self.student_Cv, rest_C1, out=self.probs_Cv)
+        cut_CK = torch.zeros_like(dlogits_CK).masked_fill_(held_CK, -torch.inf)
+        dlogits_Cv.scatter_add_(1, row_CK, cut_CK).exp_().mul_(dlogits_rest_C1)
+        return dlogits_Cv.scatter_add_(1, row_CK, dlogits_CK * held_CK)
 
     def _locate(self, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.student_Cv.shape[1]

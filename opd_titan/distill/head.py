@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
+from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss, temporaries
 from opd_titan.distill.vocabulary import Rows, TokenScores
 from opd_titan.distributed.tensor_parallel import sum_ranks
 from opd_titan.models.logits import Distribution, VocabHead, local_logits
@@ -30,16 +30,18 @@ from opd_titan.models.logits import Distribution, VocabHead, local_logits
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
 # 64 MiB that traffic would be three times the products' own time).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
+_CACHED_COLUMNS = 8192
 # Diagnostics that need passes of their own over the vocabulary look at every so many tokens.
 PROBE_EVERY = 8
 PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
-    """So many rows at a time that `tensors` of a chunk's size take what two of CHUNK_BYTES do."""
+    """So many rows at a time that one tensor takes CHUNK_BYTES, and `tensors` at most three."""
     # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
-    rows = max(1, 2 * CHUNK_BYTES[head.weight_vD.device.type] // (4 * width * tensors))
+    chunk_bytes = CHUNK_BYTES[head.weight_vD.device.type] * 3 // max(3, tensors)
+    rows = max(1, chunk_bytes // (4 * width))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
@@ -90,6 +92,14 @@ def hidden_head(hidden_TD: Tensor, weight: Tensor, predict_R: Tensor) -> Tensor:
     return hidden_TD.index_select(0, predict_R)
 
 
+def _logsumexp(logits_Cv: Tensor) -> Tensor:
+    """[C]. On a CPU in parts that stay in its cache: by itself it would make another [C, v]."""
+    if logits_Cv.is_cuda:
+        return logits_Cv.logsumexp(dim=1)
+    parts = [part.logsumexp(dim=1) for part in logits_Cv.split(_CACHED_COLUMNS, dim=1)]
+    return torch.stack(parts).logsumexp(dim=0)
+
+
 def _target_logprobs(
     logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
 ) -> list[tuple[Tensor, Tensor]]:
@@ -101,7 +111,7 @@ def _target_logprobs(
     pairs = []
     for logits_Cv in logits:
         target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
-        pairs.append(torch.stack((logits_Cv.logsumexp(dim=1), target_C)))
+        pairs.append(torch.stack((_logsumexp(logits_Cv), target_C)))
     if head.tp.size == 1:
         return [(target_C - normaliser_C, normaliser_C) for normaliser_C, target_C in pairs]
     for pair in pairs:
@@ -222,9 +232,8 @@ class _ChunkedLoss:
         head = VocabHead(weight_vD, self.tp)
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
-        # Logits and probabilities; over the vocabulary at most two more of the objective's own, and
-        # the frozen models'.
-        tensors = 2 + (2 + len(self.frozen) if self.frozen else 0)
+        # Everybody's logits, the student's probabilities, and the objective's own.
+        tensors = 2 + len(self.frozen) + temporaries(self.objective, self.settings)
         chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
         project = {"student": _Projection(head, self.dist, chunks)}
         for role, frozen in self.frozen.items():

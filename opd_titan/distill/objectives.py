@@ -293,3 +293,9 @@ SAMPLED_TOKEN = (policy_gradient, sft)
 def needs_vocabulary(objective: Objective, settings: ObjectiveSettings) -> bool:
     """Whether the frozen models' whole distributions are needed, not only the sampled tokens'."""
     return objective not in SAMPLED_TOKEN or settings.baseline != "none"
+
+
+def temporaries(objective: Objective, settings: ObjectiveSettings) -> int:
+    """Tensors as large as the logits that it makes itself; the head cuts its chunks to fit them."""
+    own = {forward_kl: 1, jsd: 2, top_k_reverse_kl: 2, top_k_forward_kl: 2}
+    return own.get(objective, 0 if settings.baseline == "none" else 2)

@@ -13,21 +13,26 @@ import torch
 import torch.distributed as dist
 from distributed_utils import lone_world, run_distributed
 from test_head import DISTRIBUTIONS, SCALE, SETTINGS, D, Problem, R, full_loss
+from test_vocabulary_objectives import CASES, Case, Models, plain_loss, rows_per_chunk
+from test_vocabulary_objectives import SCALE as CASE_SCALE
+from test_vocabulary_objectives import V as CASE_VOCAB
 from tiny_rollout import CPU, EOS, FAMILY, prompts, requests, summary, tiny
 from tiny_student import naive_logprobs, one_process_group, random_samples
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opd_titan.checkpoint.hf_load import random_init_weights
 from opd_titan.data.types import Sample
 from opd_titan.distill import head as head_module
-from opd_titan.distill.head import loss_head, score_head
+from opd_titan.distill.head import PROBE_TOP_K, loss_head, score_head
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, forward_backward
 from opd_titan.distributed.collectives import broadcast_tokens
 from opd_titan.distributed.world import ALONE, Axis, World, build_world
-from opd_titan.models.logits import Distribution
+from opd_titan.models.logits import Distribution, VocabHead
 from opd_titan.models.qwen3 import parallelize
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.generator import Generator, SamplingParams
@@ -94,6 +99,45 @@ def head_results(world: World) -> dict[tuple[int, str], list[Tensor]]:
             values = [loss.detach(), stats.logprob_R, stats.entropy_R, scored_R]
             results[i, name] = [*values, p.hidden_TD.grad, weight.grad.full_tensor()]
     return results
+
+
+class Sent(TorchDispatchMode):
+    """Elements of the larger buffer of each collective inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
+            self.sizes.append(max(t.numel() for t in tensors))
+        return out
+
+
+def objective_results(world: World) -> list[dict[str, Any]]:
+    """Of every objective: the loss, its gradients, diagnostics, and what was sent for them."""
+    return [objective_result(world, case) for case in CASES]
+
+
+def objective_result(world: World, case: Case) -> dict[str, Any]:
+    m, found = Models(temperature=0.9), {}
+    weight = nn.Parameter(distribute_tensor(m.weight_VD.detach(), world.tp_mesh, [Shard(0)]))
+    for role, (hidden, whole_VE) in m.heads.items():
+        m.heads[role] = (hidden, VocabHead(whole_VE.chunk(world.tp.size)[world.tp.rank], world.tp))
+    m.frozen_logprobs = Models(temperature=0.9).frozen_logprobs
+    for name, rows in (("one chunk", 1000), ("chunks", 8), ("unprobed chunks", 1)):
+        with pytest.MonkeyPatch.context() as patch, Sent() as sent:
+            rows_per_chunk(patch, case, rows, CASE_VOCAB // world.tp.size)
+            loss, stats = m.loss(case, weight=weight)
+        found[name] = sent.sizes
+        if name == "chunks":
+            loss.backward(torch.tensor(-0.37))
+            dist.all_reduce(m.hidden_TD.grad, group=world.tp.group)
+            found["values"] = [loss.detach(), m.hidden_TD.grad, weight.grad.full_tensor()]
+            found["stats"] = stats
+    return found
 
 
 def wide_problem() -> Problem:
@@ -177,6 +221,7 @@ def on_four_ranks() -> dict[tuple[int, int, int], dict[str, Any]]:
         world = build_world(CPU, *layout)
         results[layout] = {
             "head": head_results(world),
+            "objectives": objective_results(world),
             "tie": broken_tie(world),
             "axes": [(axis.rank, axis.size) for axis in (world.dp, world.tp)],
             "members": [
@@ -252,6 +297,65 @@ def test_the_vocabulary_parallel_head_is_the_whole_one(
     for result in ranks:
         for mine, value in zip(result[layout]["head"][i, name], truth, strict=True):
             torch.testing.assert_close(mine, value, rtol=2e-5, atol=2e-6)
+
+
+@each_layout
+@pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: str(CASES[i]))
+def test_every_objective_over_a_split_vocabulary_is_the_whole_one(
+    ranks: list[Any], layout: tuple[int, int, int], i: int
+) -> None:
+    m, case = Models(temperature=0.9), CASES[i]
+    loss, stats = m.loss(case)
+    truth = [loss.detach(), *m.gradients(loss, -0.37)]
+    plain = CASE_SCALE * plain_loss(m, case, m.student_logprobs()).sum()
+    torch.testing.assert_close(loss, plain.float(), rtol=2e-5, atol=2e-6)
+    for result in ranks:
+        mine = result[layout]["objectives"][i]
+        for value, expected in zip(mine["values"], truth, strict=True):
+            torch.testing.assert_close(value, expected, rtol=2e-5, atol=2e-6)
+        for name, expected in vars(stats).items():
+            torch.testing.assert_close(
+                getattr(mine["stats"], name), expected, rtol=2e-5, atol=2e-6, msg=name
+            )
+
+
+def exchanges(case: Case) -> int:
+    """Per chunk, those of the probe aside: the targets' log-probs, and the objective's own."""
+    if not case.exact:
+        return 1
+    more = case.chosen.reference_coef != 0.0  # of a forward KL, and what holds one
+    if "top_k" in (case.name[:5], case.chosen.baseline):
+        return 3
+    with_reference = case.name == "forward_kl" or (case.name == "jsd" and case.chosen.beta < 1.0)
+    return 2 + (with_reference and more)
+
+
+@each_layout
+@pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: str(CASES[i]))
+def test_ranks_exchange_a_few_numbers_per_token(
+    ranks: list[Any], layout: tuple[int, int, int], i: int
+) -> None:
+    """At most three times per chunk, and three times more where a chunk has tokens to probe.
+
+    Never anything of the vocabulary's size: per token and rank, a few numbers for each model, and
+    twice the k of a support.
+    """
+    case, tokens, split = CASES[i], 21, layout[2]
+    models = 1 + case.exact * (1 + (case.chosen.reference_coef != 0.0))
+    per_chunk, probe, at_end = exchanges(case), 3 * case.exact, 1
+    assert per_chunk <= 3
+    per_token = 2 * models
+    if per_chunk == 3 and "top_k" in (case.name[:5], case.chosen.baseline):
+        k = case.chosen.top_k
+        per_token = max(2 * min(k, CASE_VOCAB // split), models * (min(k, CASE_VOCAB) + 1))
+    for result in ranks:
+        mine = result[layout]["objectives"][i]
+        assert len(mine["one chunk"]) == per_chunk + probe + at_end
+        assert len(mine["chunks"]) == 3 * (per_chunk + probe) + at_end
+        assert len(mine["unprobed chunks"]) == tokens * per_chunk + 3 * probe + at_end
+        for name, rows in (("one chunk", tokens), ("chunks", 8), ("unprobed chunks", 1)):
+            probed = -(-rows // 8) * 2 * PROBE_TOP_K * split * case.exact
+            assert max(mine[name]) <= max(rows * per_token * split, probed, tokens)
 
 
 @each_layout

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny_student import naive_kept
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 from opd_titan.distill import head as head_module
 from opd_titan.distill.head import FrozenHeads, HeadStats, hidden_head, loss_head, score_head
@@ -113,18 +114,27 @@ class Models:
         }
         self.rollout_R = randn(R) - 3.0
 
-    def loss(self, case: Case, **other: Any) -> tuple[Tensor, HeadStats]:
-        logprobs = {role: self.frozen_logprobs(role, case) for role in self.heads}
+    def loss(self, case: Case, weight: Tensor | None = None) -> tuple[Tensor, HeadStats]:
+        """
+        Args:
+            weight: in the place of `weight_VD`: split over ranks, as the frozen heads may be.
+        """
+        logprobs = {role: self.frozen_logprobs(role) for role in self.heads}
         scores, frozen = TokenScores(self.rollout_R), FrozenHeads()
         if case.exact:
             used = {"teacher"} | ({"reference"} if case.chosen.reference_coef else set())
             scores.teacher_hidden = self.heads["teacher"][0]
             scores.reference_hidden = self.heads["reference"][0] if "reference" in used else None
-            frozen = FrozenHeads(**{r: VocabHead(self.heads[r][1]) for r in used})
+            heads = {role: self.heads[role][1] for role in used}
+            frozen = FrozenHeads(
+                **{r: VocabHead(h) if isinstance(h, Tensor) else h for r, h in heads.items()}
+            )
         else:
             picked = {r: v.gather(1, self.targets_R[:, None])[:, 0] for r, v in logprobs.items()}
             scores = TokenScores(self.rollout_R, **{r: v.float() for r, v in picked.items()})
-        arguments = dict(
+        return loss_head(
+            self.hidden_TD,
+            self.weight_VD if weight is None else weight,
             predict_R=self.predict_R,
             targets_R=self.targets_R,
             scores=scores,
@@ -134,9 +144,8 @@ class Models:
             dist=self.dist,
             frozen=frozen,
         )
-        return loss_head(self.hidden_TD, self.weight_VD, **{**arguments, **other})
 
-    def frozen_logprobs(self, role: str, case: Case | None = None) -> Tensor:
+    def frozen_logprobs(self, role: str) -> Tensor:
         """fp64 log-probs [R, V] of all that the models have in common."""
         hidden_RE, weight_VE = self.heads[role]
         return self._logprobs(hidden_RE, weight_VE)
@@ -415,3 +424,57 @@ def test_only_what_all_models_know_takes_part(case: Case, sizes: tuple[int, int]
     assert (weight_grad_VD[13:] == 0).all() and (weight_grad_VD[:13] != 0).any(1).all()
     scored_R = score_head(m.hidden_TD, m.weight_VD, m.predict_R, m.targets_R, m.dist)
     assert_close(scored_R, token(m.student_logprobs(), m))
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_bytes(fn: Callable[[], Any]) -> int:
+    """The most that was allocated at a time, by the allocator itself: temporaries inside of
+    operations count too.
+    """
+    with profile(profile_memory=True) as record:
+        fn()
+    events = [e for e in record.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert peak > 0
+    return peak
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.chosen.top_k == TOP_K], ids=str)
+def test_all_that_lives_at_once_is_two_chunks(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    """And the head's gradient. The sampled token's losses take half a chunk each more: torch's
+    logsumexp makes a copy.
+    """
+    vocab, rows, width, tokens = 3000, 30, 4, 200
+    budget = rows * vocab * 4
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": budget})
+    hidden_RD = torch.randn(tokens, width, requires_grad=True)
+    weight_VD = torch.randn(vocab, width, requires_grad=True)
+    scores, frozen = TokenScores(*torch.randn(3, tokens).sub(8.0)), FrozenHeads()
+    if case.exact:
+        scores.teacher_hidden = scores.reference_hidden = torch.randn(tokens, width)
+        other = VocabHead(torch.randn(vocab, width))
+        frozen = FrozenHeads(other, other if case.chosen.reference_coef else None)
+
+    def step() -> None:
+        loss, _ = loss_head(
+            hidden_RD,
+            weight_VD,
+            predict_R=torch.arange(tokens),
+            targets_R=torch.arange(tokens),
+            scores=scores,
+            scale=1.0,
+            objective=case.objective,
+            settings=case.chosen,
+            dist=Distribution(),
+            frozen=frozen,
+        )
+        loss.backward()
+
+    peak = peak_bytes(step) - weight_VD.nbytes
+    small = 5e-2 * budget
+    assert budget < peak < (2 if case.exact else 3) * budget + small, peak / (2 * budget)

@@ -1,23 +1,17 @@
-"""The policy gradient against enumeration of every response, and the update that follows it."""
+"""The policy gradient against enumeration of every response."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from distributed_utils import lone_world
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from tiny_student import (
-    naive_logprobs,
     one_process_group,
-    random_samples,
-    tiny_qwen3,
-    with_rollout_logprobs,
 )
 from tiny_vocabulary import Table, kl, random_logits, rows_of
 from torch import Tensor
@@ -31,11 +25,7 @@ from opd_titan.distill.objectives import (
     reverse_kl,
     sft,
 )
-from opd_titan.distill.packing import Minibatch, plan_minibatches
-from opd_titan.distill.update import UpdateRule, update
 from opd_titan.distill.vocabulary import Rows, TokenScores
-from opd_titan.distributed.world import ALONE
-from opd_titan.models.logits import Distribution
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -378,124 +368,3 @@ def test_sft_is_cross_entropy() -> None:
     (grad,) = torch.autograd.grad(result.loss_C.sum(), student)
     assert result.loss_C.tolist() == pytest.approx([0.1, 3.0])
     assert grad.tolist() == [-1.0, -1.0]
-
-
-# ---------------------------------------------------------------- update
-
-
-LENGTHS = [(3, 5), (1, 2), (6, 9), (4, 1), (2, 7), (5, 4)]
-
-
-def rule(max_grad_norm: float = 0.0, **settings) -> UpdateRule:
-    return UpdateRule(policy_gradient, ObjectiveSettings(**settings), Distribution(), max_grad_norm)
-
-
-def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def run_update(model, plan: list[Minibatch], how: UpdateRule, lr: float = 1.0):
-    """Plain SGD: with a rate of 1 the weights move by minus the gradient."""
-    before = weights(model)
-    scalars = update(model, torch.optim.SGD(model.parameters(), lr=lr), plan, how, lone_world())
-    return scalars, weights(model) - before
-
-
-def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
-    model = tiny_qwen3()
-    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    plan = plan_minibatches(samples, 2, 1 << 20, ALONE)
-
-    first, _ = run_update(copy.deepcopy(model), plan[:1], rule(true_ratio=True))
-    assert first["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
-    assert first["policy/clip_fraction"] == 0.0
-    assert first["policy/logprob_gap_max"] < 1e-5
-
-    # Without true ratios the old value follows the current one: the clip can never act.
-    blind, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=False), lr=0.3)
-    assert (blind["policy/ratio_mean"], blind["policy/clip_fraction"]) == (1.0, 0.0)
-
-    moved = copy.deepcopy(model)
-    run_update(moved, plan[:1], rule(true_ratio=True), lr=0.3)
-    later = [s for microbatch in plan[1].microbatches for s in microbatch]
-    with torch.no_grad():
-        ratio = torch.cat([(naive_logprobs(moved, s) - s.student_logprobs).exp() for s in later])
-    advantage = torch.cat([s.teacher_logprobs - s.student_logprobs for s in later])
-    clipped = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
-    assert 0 < clipped.sum() < clipped.numel()
-    second, _ = run_update(copy.deepcopy(moved), plan[1:], rule(true_ratio=True))
-    assert second["policy/clip_fraction"] == pytest.approx(clipped.double().mean().item())
-    assert second["policy/ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
-    # One call that makes both updates reports the mean over all of the step's tokens.
-    both, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=True), lr=0.3)
-    tokens = sum(n for _, n in LENGTHS)
-    assert both["policy/clip_fraction"] == pytest.approx(clipped.sum().item() / tokens)
-    # The gap compares rollout and update on the same weights, so only on the first update.
-    assert both["policy/logprob_gap_max"] < 1e-5
-
-
-@pytest.mark.parametrize("c", [0.0, 1.0])
-@pytest.mark.parametrize("true_ratio", [False, True])
-def test_advantages_are_written_to_the_samples(c: float, true_ratio: bool) -> None:
-    model = tiny_qwen3()
-    samples = random_samples(LENGTHS)
-    with torch.no_grad():
-        now = [naive_logprobs(model, s) for s in samples]
-    plan = plan_minibatches(samples, 2 if true_ratio else 1, 12, ALONE)
-    run_update(model, plan, rule(true_ratio=true_ratio, reference_coef=c), lr=0.0)
-    for s, current in zip(samples, now, strict=True):
-        old = s.student_logprobs if true_ratio else current
-        truth = (s.teacher_logprobs - old) + c * (s.reference_logprobs - old)
-        torch.testing.assert_close(s.advantages, truth, rtol=1e-5, atol=1e-5)
-        assert s.advantages.dtype == torch.float32 and s.advantages.device.type == "cpu"
-
-
-def test_scalars_are_token_means() -> None:
-    model = tiny_qwen3()
-    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    with torch.no_grad():
-        kl = torch.cat([s.student_logprobs - s.teacher_logprobs for s in samples])
-    plan = plan_minibatches(samples, 1, 10, ALONE)
-    scalars, _ = run_update(model, plan, rule())
-    assert scalars["loss/policy"] == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert scalars["loss/total"] == scalars["loss/policy"]
-
-
-def test_grad_norm_is_the_one_before_clipping() -> None:
-    model = tiny_qwen3()
-    plan = plan_minibatches(with_rollout_logprobs(model, random_samples(LENGTHS)), 1, 99, ALONE)
-    free, free_move = run_update(copy.deepcopy(model), plan, rule(0.0))
-    norm = free["grad_norm"]
-    assert free_move.norm().item() == pytest.approx(norm, rel=1e-4) and norm > 0.1
-    tight, tight_move = run_update(copy.deepcopy(model), plan, rule(norm / 4))
-    assert tight["grad_norm"] == norm
-    assert tight_move.norm().item() == pytest.approx(norm / 4, rel=1e-4)
-    torch.testing.assert_close(tight_move * 4, free_move, rtol=1e-4, atol=1e-6)
-    loose, loose_move = run_update(copy.deepcopy(model), plan, rule(norm * 4))
-    assert loose["grad_norm"] == norm and torch.equal(loose_move, free_move)
-
-
-def test_grad_norm_is_the_mean_over_updates() -> None:
-    model = tiny_qwen3()
-    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    plan = plan_minibatches(samples, 3, 99, ALONE)
-    # At a rate of 0 the updates do not see one another.
-    norms = [run_update(model, [m], rule(), lr=0.0)[0]["grad_norm"] for m in plan]
-    both = run_update(model, plan, rule(), lr=0.0)[0]["grad_norm"]
-    assert both == pytest.approx(sum(norms) / 3, rel=1e-6)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_gradient_leaves_everything_untouched(bad: float) -> None:
-    model = tiny_qwen3()
-    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    plan = plan_minibatches(samples, 1, 12, ALONE)
-    update(model, optimizer, plan, rule(1.0), lone_world())
-    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
-    samples[3].teacher_logprobs[0] = bad
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf)"):
-        update(model, optimizer, plan, rule(1.0), lone_world())
-    assert torch.equal(weights(model), before)
-    for index, values in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(v, state[index][k]) for k, v in values.items())

@@ -4,9 +4,9 @@
         --trl-python /path/to/a/python/with/trl --trl-script ../shared/baselines/trl_opd.py
 
 The workload is the TRL script's: random Qwen3 (hidden 64, 2 layers, 152k vocabulary, tied), GSM8K
-prompts through the chat template, batch x new tokens, fp32 on the CPU. TRL's DistillationTrainer
-computes the full-vocabulary reverse KL; ours the sampled-token policy gradient, the objective that
-this project trains with by default. Rounds alternate, so that a machine that drifts slows both.
+prompts through the chat template, batch x new tokens, fp32 on the CPU. Both minimise the
+full-vocabulary reverse KL, unless --objective says otherwise for ours. Rounds alternate, so that a
+machine that drifts slows both.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="has gsm8k/ and qwen3_tokenizer/")
     parser.add_argument("--trl-python", help="an interpreter that imports trl; none: ours alone")
     parser.add_argument("--trl-script", type=Path)
+    parser.add_argument("--objective", default="reverse_kl")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
@@ -79,6 +80,7 @@ def run_ours(models: Path, a: argparse.Namespace) -> dict[str, float]:
         "rollout.group_size": 1,
         "rollout.max_new_tokens": a.new_tokens,
         "training.steps": a.steps,
+        "distill.objective": a.objective,
         "optimizer.lr": 1e-3,
         "validation.enable": "false",
         "checkpoint.enable": "false",

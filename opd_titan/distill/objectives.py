@@ -219,7 +219,7 @@ def _with_reference(
 def _over_vocabulary(
     rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
 ) -> TokenLoss:
-    """The advantage is what the policy gradient's would be at this sample; nothing uses it."""
+    """The advantage is what a policy gradient would use at the present weights: for people."""
     scores = rows.scores
     penalty_C = penalty(rows.logprob_C.detach(), scores.teacher, scores.reference, settings)
     return TokenLoss(loss_C, -penalty_C, dlogits_Cv=dlogits_Cv)

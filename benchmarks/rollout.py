@@ -42,7 +42,7 @@ from scale import Case, Report, describe, run_case  # noqa: E402
 ENGINES = {
     "small": "ours,vllm,vllm-all-cores,generate",
     "0.6B": "ours,vllm,vllm-all-cores,generate",
-    "ragged": "ours,waves",
+    "ragged": "ours,waves,batches",
     "sampler": "ours",
     "h200": "ours,vllm",
 }
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--setting", choices=tuple(ENGINES), default="small")
     parser.add_argument("--shape", choices=("small", "0.6B"), help="of ragged and sampler")
-    parser.add_argument("--engines", help="of ours, waves, vllm, vllm-all-cores, generate")
+    parser.add_argument("--engines", help="of ours, waves, batches, vllm, vllm-all-cores, generate")
     parser.add_argument("--data", type=Path, help="has gsm8k/ and qwen3_tokenizer/; none: random")
     parser.add_argument("--vllm-python", help="default: this one, if it imports vllm")
     parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 2, in miniature 1")

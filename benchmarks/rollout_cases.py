@@ -127,7 +127,8 @@ def measure_engines(s: RolloutSetting, size: str, engines: Sequence[str]) -> Non
                 elif engine == "generate":
                     found = Generate(folder, s.device)
                 else:
-                    found = Ours(random_model(shape, s.device), in_waves=engine == "waves")
+                    waits = {"in_waves": engine == "waves", "keeps_rows": engine == "batches"}
+                    found = Ours(random_model(shape, s.device), **waits)
             except Exception as error:
                 s.emit({"figure": "engine", "engine": engine, "error": str(error)})
                 continue

@@ -176,6 +176,8 @@ class Ours:
     """`Generator`; a wave at a time it shows what continuous batching is worth.
 
     Args:
+        in_waves: nobody starts before all of a wave have ended.
+        keeps_rows: besides, who has ended is computed along until then, as in a static batch.
         checks_stop: look for a stop token after each step, as a run does whose responses may end
             early; here none ever does.
     """
@@ -184,6 +186,7 @@ class Ours:
         self,
         model: nn.Module,
         in_waves: bool = False,
+        keeps_rows: bool = False,
         cuda_graphs: bool = True,
         max_prefill_tokens: int = 8192,
         checks_stop: bool = False,
@@ -191,7 +194,8 @@ class Ours:
         never = {model.args.vocab_size}
         self.generator = Generator(model, never, max_prefill_tokens=max_prefill_tokens)
         self.generator.use_cuda_graphs = cuda_graphs
-        self.in_waves, self.ignore_eos = in_waves, not checks_stop
+        self.in_waves, self.keeps_rows = in_waves or keeps_rows, keeps_rows
+        self.ignore_eos = not checks_stop
         self.intervals: list[tuple[str, int, float]] = []  # of the last call
 
     def __call__(self, work: Workload, concurrent: int) -> Answer:
@@ -203,6 +207,8 @@ class Ours:
         start = time.perf_counter()
         with clock.watch():
             for wave in work.waves(concurrent if self.in_waves else len(work.prompts)):
+                if self.keeps_rows:
+                    wave = Workload(wave.prompts, [max(wave.new_tokens)] * len(wave.prompts))
                 samples += generator.generate(self._requests(wave), params)
                 forwards += generator.stats.decode_forwards
         self.intervals = clock.intervals()  # waits for the device
@@ -211,7 +217,10 @@ class Ours:
         details: dict[str, Any] = {"forwards": forwards}
         for phase in ("prefill", "decode"):
             details[f"{phase}_s"] = sum(t for kind, _, t in self.intervals if kind == phase)
-        return Answer([len(s.response_ids) for s in samples], seconds, details)
+        tokens = [
+            min(len(s.response_ids), n) for s, n in zip(samples, work.new_tokens, strict=True)
+        ]
+        return Answer(tokens, seconds, details)
 
     @staticmethod
     def _requests(work: Workload) -> list[Request]:

@@ -2,11 +2,12 @@
 
     python benchmarks/objectives.py cost --shape small --data ../shared/data    # or --shape 0.6B
     python benchmarks/objectives.py memory
-    python benchmarks/objectives.py table --seeds 3 [--trl-python <python with trl>]
+    python benchmarks/objectives.py table --seeds 3
 
 cost: an update of each objective on the same batch beside the sampled-token policy gradient's, in
 turns. memory: the peak of an update over 8k tokens at growing vocabularies, beside full logits.
-table: the debug recipe under every objective, beside a control without a teacher and TRL's trainer.
+table: the debug recipe under every objective, beside a control without a teacher; TRL's trainer on
+the same task: objectives_trl.py.
 A whole step beside TRL's: compare_trl.py.
 """
 
@@ -117,7 +118,9 @@ def measure_cost(a: argparse.Namespace) -> None:
     base = found["policy_gradient"]
     for name in names:
         rows = found[name]
-        ratios = [(r["both"] / b["both"], r["peak"] / b["peak"]) for r, b in zip(rows, base)]  # noqa: B905
+        ratios = [
+            (r["both"] / b["both"], r["peak"] / b["peak"]) for r, b in zip(rows, base, strict=True)
+        ]
         print(
             f"{name}: teacher + update "
             + ", ".join(f"{r['teacher']:.2f} + {r['update']:.2f}" for r in rows)
@@ -180,7 +183,7 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     import torch
 
     from opd_titan.distill.head import FrozenHeads, loss_head
-    from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings, needs_vocabulary
+    from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
     from opd_titan.distill.vocabulary import TokenScores
     from opd_titan.models.logits import Distribution, VocabHead
 
@@ -192,7 +195,7 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     targets = torch.randint(vocab, (tokens,))
     zeros = torch.zeros(tokens)
     settings = ObjectiveSettings()
-    whole = needs_vocabulary(OBJECTIVES[objective], settings)
+    whole = OBJECTIVES[objective].needs_vocabulary(settings)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loss, _ = loss_head(
         hidden,
@@ -219,7 +222,7 @@ def measure_table(a: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             runs = [_learn(name, seed, Path(folder) / f"{seed}", a) for seed in range(a.seeds)]
-            variance = _variance(name, a) if name in CASES else float("nan")
+            variance = _variance(name, a) if name in CASES else None
             print(json.dumps({"case": name, **_summary(runs), "variance": variance}), flush=True)
 
 
@@ -238,7 +241,7 @@ def _learn(name: str, seed: int, out: Path, a: argparse.Namespace) -> dict[str, 
 
 def _summary(runs: list[dict[str, list]]) -> dict[str, object]:
     """Gap recovered at the end, the first step at 80 % of the gap, seconds of a step."""
-    gaps = [dict(r["validation/gap_recovered"]) for r in runs]
+    gaps = [_gap_recovered(r) for r in runs]
     reached = [min((s for s, gap in g.items() if gap >= 0.8), default=None) for g in gaps]
     seconds = [statistics.median(v for _, v in r["time/step(s)"]) for r in runs]
     kls = [r["kl/student_teacher"][-1][1] for r in runs if "kl/student_teacher" in r]
@@ -248,6 +251,14 @@ def _summary(runs: list[dict[str, list]]) -> dict[str, object]:
         "kl_at_end": [round(v, 4) for v in kls],
         "step_s": [round(v, 3) for v in seconds],
     }
+
+
+def _gap_recovered(scalars: dict[str, list]) -> dict[int, float]:
+    """By step. Without a teacher, as if there were the debug recipe's, which is always right."""
+    if "validation/gap_recovered" in scalars:
+        return dict(scalars["validation/gap_recovered"])
+    (_, start), *later = scalars["validation/accuracy"]
+    return {step: (value - start) / (1.0 - start) for step, value in later}
 
 
 def _variance(name: str, a: argparse.Namespace, batches: int = 8) -> float:
@@ -307,6 +318,7 @@ def control(argv: list[str]) -> int:
     from opd_titan.distill import objectives
     from opd_titan.train import main as train
 
+    @objectives.objective(whole=False)
     def without_teacher(rows, settings):  # noqa: ANN001, ANN202
         ratio_C = (rows.logprob_C - rows.logprob_C.detach()).exp()
         return objectives.TokenLoss(ratio_C, -torch.ones_like(rows.logprob_C.detach()))

@@ -138,7 +138,7 @@ def _check_can_score(other: ModelSource, student: ModelSource, tp: int) -> None:
     compare_tokenizers(student.tokenizer, other.tokenizer, other.role)
 
 
-def common_vocab_size(sources: Mapping[str, ModelSource]) -> int:
+def common_vocab_size(sources: Mapping[str, ModelShape]) -> int:
     """Token ids that every model knows; what comes after is padding to round sizes. 0: all do."""
     sizes = {source.args.vocab_size for source in sources.values()}
     return min(sizes) if len(sizes) > 1 else 0

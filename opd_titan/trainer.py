@@ -26,7 +26,6 @@ from opd_titan.distill.update import UpdateRule, update
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.world import set_timeout
 from opd_titan.model_card import model_card
-from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
@@ -118,8 +117,6 @@ class Trainer:
             max_tokens=r.max_tokens_per_step,
             vocab_size=vocab_size,
         )
-        # A teacher is scored whole, whatever the student's samples were cut to.
-        self.teacher_distribution = Distribution(r.temperature, vocab_size=vocab_size)
         self.rule = UpdateRule.of(c, self.sampling.distribution)
         scored = {"teacher": self.teacher, "reference": self.reference}
         self.scored = {role: model for role, model in scored.items() if model is not None}
@@ -220,7 +217,7 @@ class Trainer:
         whole = self.rule.needs_vocabulary
         with self._sequence_bar(role, plan) as bar:
             scored = score(
-                self.scored[role], plan, self.teacher_distribution, self.world, bar.update, whole
+                self.scored[role], plan, self.rule.dist.untruncated, self.world, bar.update, whole
             )
         for sample, values in scored:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)

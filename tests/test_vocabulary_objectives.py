@@ -24,8 +24,6 @@ from opd_titan.distill.head import FrozenHeads, HeadStats, hidden_head, loss_hea
 from opd_titan.distill.objectives import (
     OBJECTIVES,
     ObjectiveSettings,
-    needs_vocabulary,
-    temporaries,
 )
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.models.logits import Distribution, VocabHead
@@ -55,7 +53,7 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        return needs_vocabulary(self.objective, self.chosen)
+        return self.objective.needs_vocabulary(self.chosen)
 
 
 REF = {"reference_coef": 0.4}
@@ -252,7 +250,7 @@ def plain_loss(m: Models, case: Case, s_RV: Tensor) -> Tensor:
 def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, case: Case, rows: int, vocab: int = V) -> None:
     """Make the head work in chunks of so many rows."""
     frozen = case.exact * (1 + (case.chosen.reference_coef != 0.0))
-    tensors = 2 + frozen + temporaries(case.objective, case.chosen)
+    tensors = 2 + frozen + case.objective.temporaries(case.chosen)
     budget = -(-4 * rows * vocab * max(3, tensors) // 3)
     monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": budget})
 

@@ -132,7 +132,7 @@ class Distill:
     """Optimizer updates for each step's rollouts, each on its own share of them."""
     log_ratio_clamp: float = 0.0
     """policy_gradient clamps the per-token logT - logS, and logR - logS, to +- this many nats.
-    0: off."""
+    Of the other objectives it changes only the advantages that are written down. 0: off."""
 
 
 @dataclass

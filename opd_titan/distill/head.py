@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss, temporaries
+from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import Rows, TokenScores
 from opd_titan.distributed.tensor_parallel import sum_ranks
 from opd_titan.models.logits import Distribution, VocabHead, local_logits
@@ -37,7 +37,8 @@ PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
-    """So many rows at a time that one tensor takes CHUNK_BYTES, and `tensors` at most three."""
+    """Slices of so many tokens that a tensor [C, v] takes CHUNK_BYTES, and `tensors` three times
+    that at most."""
     # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
     chunk_bytes = CHUNK_BYTES[head.weight_vD.device.type] * 3 // max(3, tensors)
@@ -111,11 +112,8 @@ def _target_logprobs(
     pairs = []
     for logits_Cv in logits:
         target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
+        target_C = target_C.masked_fill(~held_C, -torch.inf)
         pairs.append(torch.stack((_logsumexp(logits_Cv), target_C)))
-    if head.tp.size == 1:
-        return [(target_C - normaliser_C, normaliser_C) for normaliser_C, target_C in pairs]
-    for pair in pairs:
-        pair[1].masked_fill_(~held_C, -torch.inf)
     parts_PM2C = head.stack(torch.stack(pairs))
     normaliser_MC, target_MC = parts_PM2C[:, :, 0].logsumexp(dim=0), parts_PM2C[:, :, 1].amax(dim=0)
     return list(zip(target_MC - normaliser_MC, normaliser_MC, strict=True))
@@ -216,8 +214,6 @@ class _ChunkedLoss:
     ) -> None:
         self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale
         self.objective, self.settings, self.dist = objective, settings, dist
-        # What a frozen model would be cut to is the student's affair alone.
-        self.whole = replace(dist, top_k=0, top_p=1.0)
         heads = {"teacher": frozen.teacher, "reference": frozen.reference}
         self.frozen = {
             role: head.first(dist.vocab_size) for role, head in heads.items() if head is not None
@@ -233,11 +229,11 @@ class _ChunkedLoss:
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
         # Everybody's logits, the student's probabilities, and the objective's own.
-        tensors = 2 + len(self.frozen) + temporaries(self.objective, self.settings)
+        tensors = 2 + len(self.frozen) + self.objective.temporaries(self.settings)
         chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
         project = {"student": _Projection(head, self.dist, chunks)}
         for role, frozen in self.frozen.items():
-            project[role] = _Projection(frozen, self.whole, chunks)
+            project[role] = _Projection(frozen, self.dist.untruncated, chunks)
         probs_buffer = buffer_like(head, chunks)
         for chunk in chunks:
             rows = self._rows(hidden_RD, chunk, project, head, probs_buffer)

@@ -1,8 +1,9 @@
 """What the student minimises, per response token. Pure tensor maths; the head calls it by chunks.
 
-An objective is a function of `Rows` and settings, and a row of the table at the end. Those that
-look at the sampled token alone return a loss that carries its gradient by `rows.logprob_C`; those
-over the vocabulary give the gradient by the logits themselves. `docs/objectives.md` derives each.
+An objective is a function of `Rows` and settings, marked as one, and a row of the table at the end.
+Those that look at the sampled token alone return a loss that carries its gradient by
+`rows.logprob_C`; those over the vocabulary give the gradient by the logits themselves.
+`docs/objectives.md` derives each.
 
 Shapes: C response tokens of a chunk, v a rank's part of the vocabulary, K tokens of a support, B =
 K + 1 buckets. Log-probs are fp32, natural, at the sampling temperature.
@@ -12,9 +13,11 @@ S (p) is the student, T (q) the teacher, R the reference, c its coefficient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +78,39 @@ class TokenLoss:
     dlogits_Cv: Tensor | None = None
 
 
+class Objective:
+    """A function of `Rows` and settings, and what the head must know of it.
+
+    Args:
+        whole: it compares whole distributions, not only log-probs of the sampled token.
+        temporaries: tensors as large as the logits that it makes itself.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Rows, ObjectiveSettings], TokenLoss],
+        whole: bool = True,
+        temporaries: int = 0,
+    ) -> None:
+        functools.update_wrapper(self, loss)
+        self.loss, self.whole, self._temporaries = loss, whole, temporaries
+
+    def __call__(self, rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+        return self.loss(rows, settings)
+
+    def needs_vocabulary(self, settings: ObjectiveSettings) -> bool:
+        """Whether the frozen models' whole distributions are needed."""
+        return self.whole or settings.baseline != "none"
+
+    def temporaries(self, settings: ObjectiveSettings) -> int:
+        return self._temporaries if settings.baseline == "none" else 2
+
+
+def objective(**needs: Any) -> Callable[[Callable[..., TokenLoss]], Objective]:
+    """Mark a function as an `Objective`; see there."""
+    return functools.partial(Objective, **needs)
+
+
 # ------------------------------------------------------------ the sampled token
 
 
@@ -123,7 +159,7 @@ def expected_penalty(rows: Rows, settings: ObjectiveSettings) -> Tensor:
     """
     if settings.baseline == "kl":
         values_Cv = penalty(rows.student_Cv, rows.teacher_Cv, rows.reference_Cv, settings)
-        return rows.expect(rows.probs_Cv, values_Cv)[0]
+        return rows.expect(rows.probs_Cv, values_Cv)
     ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
     student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
     values_CB = penalty(student_CB, teacher_CB, reference_CB, settings)
@@ -131,6 +167,7 @@ def expected_penalty(rows: Rows, settings: ObjectiveSettings) -> Tensor:
     return (student_CB.exp() * values_CB).sum(dim=1)
 
 
+@objective(whole=False)
 def policy_gradient(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A), r = S / S_old (PPO, arXiv 1707.06347)."""
     old_C = rows.scores.rollout if settings.true_ratio else rows.logprob_C.detach()
@@ -147,6 +184,7 @@ def policy_gradient(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     )
 
 
+@objective(whole=False)
 def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """-log S: cross-entropy on responses that somebody else wrote."""
     return TokenLoss(-rows.logprob_C, torch.ones_like(rows.logprob_C))
@@ -155,25 +193,24 @@ def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 # ------------------------------------------------------------ the whole vocabulary
 
 
+@objective()
 def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """KL(S||T) + c KL(S||R). With x the penalty: sum p x, and by a logit p (x - sum p x)."""
+    """KL(S||T) + c KL(S||R). With x = log p - log q: sum p x, and by a logit p (x - sum p x)."""
     x_Cv = torch.sub(rows.student_Cv, rows.teacher_Cv, out=rows.teacher_Cv)
-    if settings.reference_coef != 0.0:
-        ratio_Cv = torch.sub(rows.student_Cv, rows.reference_Cv, out=rows.reference_Cv)
-        x_Cv.add_(ratio_Cv, alpha=settings.reference_coef)
-    (loss_C,) = rows.expect(rows.probs_Cv, x_Cv)
-    return _over_vocabulary(rows, settings, loss_C, _score_(rows, x_Cv, loss_C))
+    loss_C = rows.expect(rows.probs_Cv, x_Cv)
+    return _with_reference(rows, settings, loss_C, _gradient_of_mean_(rows, x_Cv, loss_C))
 
 
+@objective(temporaries=1)
 def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """KL(T||S) + c KL(S||R). Sum q (log q - log p), and by a logit p - q."""
     teacher_probs_Cv = rows.teacher_Cv.exp()
-    x_Cv = torch.sub(rows.teacher_Cv, rows.student_Cv, out=rows.teacher_Cv)
-    (loss_C,) = rows.expect(teacher_probs_Cv, x_Cv)
+    loss_C = rows.expect(teacher_probs_Cv, rows.teacher_Cv.sub_(rows.student_Cv))
     dlogits_Cv = torch.sub(rows.probs_Cv, teacher_probs_Cv, out=teacher_probs_Cv)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
 
 
+@objective(temporaries=2)
 def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S, plus c KL(S||R).
 
@@ -195,11 +232,11 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         (teacher_probs_Cv, teacher_x_Cv), (rows.probs_Cv, student_x_Cv)
     )
     loss_C = beta * from_teacher_C + (1.0 - beta) * from_student_C
-    dlogits_Cv = _score_(rows, student_x_Cv, from_student_C).mul_(1.0 - beta)
+    dlogits_Cv = _gradient_of_mean_(rows, student_x_Cv, from_student_C).mul_(1.0 - beta)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
 
 
-def _score_(rows: Rows, x_Cv: Tensor, mean_C: Tensor) -> Tensor:
+def _gradient_of_mean_(rows: Rows, x_Cv: Tensor, mean_C: Tensor) -> Tensor:
     """p (x - mean), in place of x: what the logits get of a mean of x under the student."""
     return x_Cv.sub_(mean_C[:, None]).mul_(rows.probs_Cv)
 
@@ -210,13 +247,13 @@ def _with_reference(
     c = settings.reference_coef
     if c != 0.0:
         x_Cv = torch.sub(rows.student_Cv, rows.reference_Cv, out=rows.reference_Cv)
-        (kl_C,) = rows.expect(rows.probs_Cv, x_Cv)
+        kl_C = rows.expect(rows.probs_Cv, x_Cv)
         loss_C = loss_C + c * kl_C
-        dlogits_Cv.add_(_score_(rows, x_Cv, kl_C), alpha=c)
-    return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
+        dlogits_Cv.add_(_gradient_of_mean_(rows, x_Cv, kl_C), alpha=c)
+    return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
-def _over_vocabulary(
+def _with_advantage(
     rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
 ) -> TokenLoss:
     """The advantage is what a policy gradient would use at the present weights: for people."""
@@ -228,6 +265,7 @@ def _over_vocabulary(
 # ------------------------------------------------------------ k tokens and the rest
 
 
+@objective(temporaries=2)
 def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """`reverse_kl` between the student's k likeliest tokens, with all others as one bucket."""
     ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
@@ -239,9 +277,10 @@ def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     loss_C = (probs_CB * x_CB).sum(dim=1)
     dlogits_CB = probs_CB * (x_CB - loss_C[:, None])
     dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
-    return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
+    return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
+@objective(temporaries=2)
 def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """`forward_kl` between the teacher's k likeliest tokens, with all others as one bucket."""
     ids_CK = rows.top_k(rows.teacher_Cv, settings.top_k)
@@ -257,7 +296,7 @@ def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         loss_C = loss_C + c * kl_C
         dlogits_CB += c * probs_CB * (ratio_CB - kl_C[:, None])
     dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
-    return _over_vocabulary(rows, settings, loss_C, dlogits_Cv)
+    return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
 def _bucketed(
@@ -274,8 +313,6 @@ def _log_ratio(a_CB: Tensor, b_CB: Tensor) -> Tensor:
     return (a_CB - b_CB).masked_fill_(a_CB == -torch.inf, 0.0)
 
 
-Objective = Callable[[Rows, ObjectiveSettings], TokenLoss]
-
 OBJECTIVES: dict[str, Objective] = {
     "policy_gradient": policy_gradient,
     "reverse_kl": reverse_kl,
@@ -285,17 +322,3 @@ OBJECTIVES: dict[str, Objective] = {
     "top_k_forward_kl": top_k_forward_kl,
     "sft": sft,
 }
-
-
-SAMPLED_TOKEN = (policy_gradient, sft)
-
-
-def needs_vocabulary(objective: Objective, settings: ObjectiveSettings) -> bool:
-    """Whether the frozen models' whole distributions are needed, not only the sampled tokens'."""
-    return objective not in SAMPLED_TOKEN or settings.baseline != "none"
-
-
-def temporaries(objective: Objective, settings: ObjectiveSettings) -> int:
-    """Tensors as large as the logits that it makes itself; the head cuts its chunks to fit them."""
-    own = {forward_kl: 1, jsd: 2, top_k_reverse_kl: 2, top_k_forward_kl: 2}
-    return own.get(objective, 0 if settings.baseline == "none" else 2)

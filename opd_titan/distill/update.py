@@ -16,12 +16,7 @@ from torch.distributed.tensor import DTensor
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
-from opd_titan.distill.objectives import (
-    OBJECTIVES,
-    Objective,
-    ObjectiveSettings,
-    needs_vocabulary,
-)
+from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.distill.packing import (
     STAND_IN,
     Minibatch,
@@ -61,7 +56,7 @@ class UpdateRule:
 
     @property
     def needs_vocabulary(self) -> bool:
-        return needs_vocabulary(self.objective, self.settings)
+        return self.objective.needs_vocabulary(self.settings)
 
 
 class _Totals:
@@ -81,7 +76,9 @@ class _Totals:
         self.grad_norms: list[float] = []
 
     def add(self, stats: HeadStats, rollout_R: Tensor | None, weight: int) -> None:
-        """Add a micro-batch's diagnostics; one that stands in has weight 0, and every name.
+        """Add a micro-batch's diagnostics.
+
+        A stand-in has weight 0, but all names: ranks must sum the same ones.
 
         Args:
             rollout_R: log-probs at rollout time, where the weights have not moved since.

@@ -61,9 +61,9 @@ class Rows:
     reference_Cv: Tensor | None = None
     tp: Axis = ALONE
 
-    def expect(self, probs_Cv: Tensor, *values_Cv: Tensor) -> tuple[Tensor, ...]:
-        """The mean [C] of each of the values under `probs_Cv`, over the whole vocabulary."""
-        return self.expect_each(*((probs_Cv, v_Cv) for v_Cv in values_Cv))
+    def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:
+        """The mean [C] of the values under `probs_Cv`, over the whole vocabulary."""
+        return self.expect_each((probs_Cv, values_Cv))[0]
 
     def expect_each(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """`expect` for pairs of probabilities and values, in one exchange between the ranks."""

@@ -9,7 +9,7 @@ it without tensor parallelism).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Distribution:
     @property
     def truncates(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
+
+    @property
+    def untruncated(self) -> Distribution:
+        """What frozen models are scored under: what samples were cut to is the student's affair."""
+        return replace(self, top_k=0, top_p=1.0)
 
 
 @dataclass(frozen=True)

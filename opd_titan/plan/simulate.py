@@ -19,7 +19,14 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opd_titan.build import ModelShape, cpu_offload, inspect_shape, parallel_model, roles
+from opd_titan.build import (
+    ModelShape,
+    common_vocab_size,
+    cpu_offload,
+    inspect_shape,
+    parallel_model,
+    roles,
+)
 from opd_titan.checkpoint.hf_folder import resolve_model_folder
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
@@ -353,11 +360,10 @@ class _Step:
 
     def _score(self, role: str, plan: list[Minibatch]) -> None:
         first, count = _first_microbatch(plan)
-        model, whole = self.models[role], self._rule().needs_vocabulary
+        model, rule = self.models[role], self._rule()
+        whole, part = rule.needs_vocabulary, [Minibatch([first], 1)]
         with self._phase(role, count):
-            dist_ = Distribution(self.config.rollout.temperature)
-            minibatch = [Minibatch([first], 1)]
-            scored = score(model, minibatch, dist_, self.world, keep_hidden=whole)
+            scored = score(model, part, rule.dist.untruncated, self.world, keep_hidden=whole)
         for sample, values in scored:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
         if whole:  # those of the other micro-batches wait for the update as well
@@ -369,7 +375,9 @@ class _Step:
 
     def _rule(self) -> UpdateRule:
         r = self.config.rollout
-        return UpdateRule.of(self.config, Distribution(r.temperature, r.top_k, r.top_p))
+        vocab_size = common_vocab_size(self.result.shapes)
+        dist_ = Distribution(r.temperature, r.top_k, r.top_p, vocab_size)
+        return UpdateRule.of(self.config, dist_)
 
     def _update(self, plan: list[Minibatch]) -> None:
         rule = self._rule()

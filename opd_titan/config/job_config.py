@@ -115,8 +115,9 @@ class Distill:
     top_k_*: the same over top_k tokens (the student's, or the teacher's for forward_kl) and one
     bucket for all others. sft: cross-entropy on the data set's own responses, without a teacher."""
     baseline: Literal["none", "kl", "top_k"] = "none"
-    """What policy_gradient adds to the advantages to lower their variance, not their mean. kl: the
-    exact KL to the teacher at that prefix; top_k: the same over top_k tokens and the rest."""
+    """What policy_gradient adds to the advantages: it leaves the mean gradient as it is and changes
+    its variance, often but not always for the better. kl: the exact KL to the teacher at that
+    prefix; top_k: the same over top_k tokens and the rest."""
     beta: float = 0.5
     """Of jsd: the teacher's weight in the mixture. 0: the forward KL; 1: the reverse KL."""
     top_k: int = 16

@@ -65,17 +65,17 @@ def test_engines_side_by_side(repo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_continuous_batching_beside_waves(repo: Path, tmp_path: Path) -> None:
+def test_continuous_batching_beside_waves_and_static_batches(repo: Path, tmp_path: Path) -> None:
     options = ["--shortest", "2", "--longest", "12", "--vocab", "2048", "--rounds", "1"]
     report = run(repo, tmp_path, *RAGGED, *options)
     (floor,) = rows(report, "floor")
-    ours, waves = rows(report, "engine")
-    assert (ours["engine"], waves["engine"]) == ("ours@2", "waves@2")
-    for r in (ours, waves):
+    ours, waves, batches = rows(report, "engine")
+    assert [r["engine"] for r in (ours, waves, batches)] == ["ours@2", "waves@2", "batches@2"]
+    for r in (ours, waves, batches):
         check_engine(r, floor)
-    assert ours["forwards"] < waves["forwards"]
-    (ratio,) = rows(report, "ratio")
-    assert ratio["ratio"] == pytest.approx(ours["tokens_per_s"] / waves["tokens_per_s"])
+    assert ours["forwards"] < waves["forwards"] == batches["forwards"]
+    for ratio, other in zip(rows(report, "ratio"), (waves, batches), strict=True):
+        assert ratio["ratio"] == pytest.approx(ours["tokens_per_s"] / other["tokens_per_s"])
 
 
 def test_a_gpus_parts_in_miniature(repo: Path, tmp_path: Path) -> None:

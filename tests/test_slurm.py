@@ -247,8 +247,8 @@ def test_a_mistake_is_one_line_and_is_not_requeued(
 ) -> None:
     job = cluster.submit(tmp_path, *options, nodes=nodes, **environment)
     assert job.finish() == ("FAILED", "2", "0")
-    (line,) = (line for line in job.text().splitlines() if " start 1: " not in line)
-    assert told in line
+    lines = [line for line in job.text().splitlines() if " start 1: " not in line]
+    assert len(lines) == 1 and told in lines[0], job.text()
 
 
 # ---------------------------------------------------------------- no cluster

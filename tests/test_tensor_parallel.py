@@ -323,11 +323,10 @@ def exchanges(case: Case) -> int:
     """Per chunk, those of the probe aside: the targets' log-probs, and the objective's own."""
     if not case.exact:
         return 1
-    more = case.chosen.reference_coef != 0.0  # of a forward KL, and what holds one
     if "top_k" in (case.name[:5], case.chosen.baseline):
         return 3
-    with_reference = case.name == "forward_kl" or (case.name == "jsd" and case.chosen.beta < 1.0)
-    return 2 + (with_reference and more)
+    apart = case.name in ("reverse_kl", "forward_kl", "jsd")  # the reference's mean is its own
+    return 2 + (apart and case.chosen.reference_coef != 0.0)
 
 
 @each_layout

@@ -181,6 +181,8 @@ class Training:
     """Clip the total gradient norm to this. 0: no clipping."""
     max_tokens_per_microbatch: int = 8192
     """Token budget of a forward pass on each rank. Changes speed and memory, not results."""
+    max_skipped_updates: int = 3
+    """Updates in a row without a finite loss and gradient that are skipped; one more fails."""
     deterministic: bool = False
     """Only deterministic kernels; slower."""
 
@@ -221,7 +223,9 @@ class Checkpoint:
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: write in the background while training goes on."""
     load_step: int = -1
-    """The step to resume from. -1: the newest complete one, if any; 0: start afresh."""
+    """The step to resume from. -1: the newest intact one, if any; 0: start afresh."""
+    allow_changes: bool = False
+    """Resume although models, data or objective are not the checkpoint's; says what differs."""
 
 
 @dataclass
@@ -262,6 +266,8 @@ class Metrics:
     """Write TensorBoard scalars to the dump folder."""
     sample_rollouts: int = 8
     """Rollouts written to the dump folder each step. 0: none; -1: all."""
+    keep_rollouts: int = 1000
+    """Steps whose rollouts stay in the dump folder, the newest ones. 0: all."""
 
 
 @dataclass

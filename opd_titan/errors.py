@@ -1,14 +1,27 @@
 """Errors that a user can cause and mend.
 
-`train.main` prints one of these as a single line on stderr and exits with code 2. Anything else
-is a bug or a fault: it keeps its traceback and exits with code 1.
+`train.main` prints a `UserError` as a single line on stderr and exits with code 2. Anything else is
+a bug or a fault and exits with code 1; a bug keeps its traceback.
 """
 
 from __future__ import annotations
 
+import re
+
+# What a terminal can show of one mistake; a list of columns or a path may be as long as it likes.
+_LONGEST = 1000
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
+
 
 class UserError(Exception):
-    """The user's input is wrong. The message names the key or file and says what would be right."""
+    """The user's input is wrong. The message names the key or file and says what would be right.
+
+    Whatever names and values it quotes, the message is one printable line of bounded length, and
+    shows no user name and password of a URL.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(_one_line(without_credentials(str(message))))
 
 
 class ConfigError(UserError):
@@ -27,7 +40,24 @@ class CheckpointError(UserError):
     """A training checkpoint cannot be read, or does not belong to this run."""
 
 
+class Fault(Exception):
+    """The run cannot go on, for a reason that is known: one line on stderr and exit code 1."""
+
+
+def without_credentials(text: str) -> str:
+    """The text with `***` for what stands between `://` and `@` in it."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def _one_line(text: str) -> str:
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 4 :]}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, or its class when it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = without_credentials(str(error))
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from opd_titan.config.checks import OPTIONS, TABLES
 
 STRINGS = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12
-)
+).filter(lambda text: "://" not in text and not text.startswith("~"))
 
 
 def values(name: str) -> st.SearchStrategy:
@@ -68,6 +68,7 @@ def configs(draw) -> JobConfig:
     responses = c.rollout.prompts_per_step * c.rollout.group_size
     if c.rollout.on_policy_fraction == 0.0 or c.rollout.max_tokens_per_step < responses:
         c.rollout.max_tokens_per_step = 0
+    c.job.dump_folder = "a folder of its own" + c.job.dump_folder.replace("/", "_")
     c.checkpoint.enable |= c.checkpoint.load_step > 0
     return c
 

@@ -9,11 +9,12 @@ import difflib
 import json
 import math
 import operator
+import os
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 from opd_titan.config.job_config import JobConfig
-from opd_titan.errors import ConfigError
+from opd_titan.errors import ConfigError, without_credentials
 
 TABLES: dict[str, type] = get_type_hints(JobConfig)
 
@@ -53,8 +54,9 @@ RANGES: dict[str, tuple[str, ...]] = {
     "metrics.log_freq": (">= 1",),
     "metrics.sample_rollouts": (">= -1",),
     "profiling.interval": (">= 1",),
-    "comm.init_timeout_seconds": (">= 1",),
-    "comm.train_timeout_seconds": (">= 1",),
+    # A year: beyond some centuries a timeout overflows.
+    "comm.init_timeout_seconds": (">= 1", "<= 31536000"),
+    "comm.train_timeout_seconds": (">= 1", "<= 31536000"),
 }
 _COMPARE = {
     ">": operator.gt,
@@ -64,12 +66,19 @@ _COMPARE = {
     "!=": operator.ne,
 }
 NOT_EMPTY = ("job.dump_folder", "data.split", "validation.split")
+# What is read; the one that is written is not among them.
+SOURCES = (
+    "student.hf_path",
+    "teacher.hf_path",
+    "reference.hf_path",
+    "data.path",
+    "validation.path",
+)
+PATHS = ("job.dump_folder", *SOURCES)
 
 
 def error(where: str, what: str) -> ConfigError:
-    """A `ConfigError` of one printable line, whatever the user's names and values contain."""
-    message = f"{where}: {what}"
-    return ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+    return ConfigError(f"{where}: {what}")
 
 
 def literal(value: Any) -> str:
@@ -85,7 +94,7 @@ def show(value: Any) -> str:
         return "a number of over 60 digits"
     if isinstance(value, (list, dict)):
         return "an array" if isinstance(value, list) else "a table"
-    text = literal(value)
+    text = without_credentials(literal(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -124,10 +133,33 @@ def check_value(where: str, name: str, value: Any) -> Any:
             raise error(where, f"{show(value)} is out of range; wanted {wanted(name)}")
     if name in NOT_EMPTY and not value:
         raise error(where, "must not be empty")
-    # A lone surrogate is an undecodable byte of the command line; a path cannot hold NUL.
-    if kind is str and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
-        raise error(where, f"{show(value)} holds a NUL or bytes that are not UTF-8")
+    if problem := _text_problem(name, value) if kind is str else "":
+        raise error(where, problem)
     return value
+
+
+def _text_problem(name: str, value: str) -> str:
+    """What is wrong with the text of the option `name`; empty if nothing is."""
+    # A lone surrogate is an undecodable byte of the command line; a path cannot hold NUL.
+    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        return f"{show(value)} holds a NUL or bytes that are not UTF-8"
+    if without_credentials(value) != value:
+        return "holds a URL with a user name or password, which the run would write to its folder"
+    if name not in PATHS:
+        return ""
+    writes = name == "job.dump_folder"
+    if "://" in value:  # not quoted: what follows may be a signature
+        scheme = show(value.partition("://")[0] + "://...")
+        return f"{scheme} is a URL; wanted a local path" + ("" if writes else " or a hub id")
+    if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in value.split("/")):
+        return f"{show(value)} ({len(value)} characters) is too long for a path"
+    if value.startswith("~") and writes:
+        return f"{show(value)}: ~ is not expanded here; write the path out, or ./~... for that name"
+    if os.path.expanduser(value).startswith("~"):
+        return (
+            f"{show(value)}: no such user's home; wanted ~/..., or ./~... for a file of that name"
+        )
+    return ""
 
 
 def nearest(table: str, key: str) -> list[str]:
@@ -165,6 +197,15 @@ def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "data.path", need_path
     if c.data.template == "raw" and c.data.enable_thinking:
         yield "data.enable_thinking", 'true needs the chat template; set [data] template = "chat"'
+    for name in SOURCES:
+        table, _, key = name.partition(".")
+        path = getattr(getattr(c, table), key)
+        if path and os.path.realpath(path) == os.path.realpath(c.job.dump_folder):
+            yield (
+                "job.dump_folder",
+                f"{show(c.job.dump_folder)} is also [{table}] {key}, which the run would write "
+                "into; wanted a folder of its own",
+            )
     v = c.validation
     if v.enable and v.dataset == "prompts" and not (v.path or c.data.path):
         yield "validation.path", need_path

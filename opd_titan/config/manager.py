@@ -34,6 +34,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_LARGEST = 16 << 20
+
 
 def load_config(argv: Sequence[str]) -> JobConfig:
     """Resolve and check the config that `argv` (without the program's name) asks for.
@@ -94,13 +96,16 @@ def _read_files(file: str) -> dict[str, dict[str, Any]]:
 def _parse_file(path: Path, where: str) -> tuple[dict[str, Any], Path]:
     """The raw TOML document in `path`, and the path without links. `where` asked for it."""
     try:
-        resolved, data = path.resolve(), path.read_bytes()
+        with path.open("rb") as file:
+            resolved, data = path.resolve(), file.read(_LARGEST + 1)
     except FileNotFoundError:
         raise error(where, f"{path}: no such file") from None
     except IsADirectoryError:
         raise error(where, f"{path} is a folder; wanted a TOML file") from None
     except (OSError, RuntimeError, ValueError) as e:  # unreadable, a circle of links, a NUL
         raise error(where, f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if len(data) > _LARGEST:  # a device without end, or weights in place of the recipe
+        raise error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
     try:
         return tomllib.loads(data.decode("utf-8-sig")), resolved
     except UnicodeDecodeError as e:

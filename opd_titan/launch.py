@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
+
+from opd_titan.distributed.lifeline import FOLDER, place_of
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -33,24 +36,32 @@ def main(argv: list[str]) -> int:
     )
     for number in FORWARDED:
         signal.signal(number, _forward)
-    try:
-        run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
-    except ChildFailedError as error:
-        return _tell(*error.get_first_failure())
-    except SignalException as error:
-        print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
-        return 128 + error.sigval
+    with tempfile.TemporaryDirectory(prefix="opd_titan-") as places:
+        os.environ[FOLDER] = places
+        try:
+            run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
+        except ChildFailedError as error:
+            return _tell(*error.get_first_failure())
+        except SignalException as error:
+            print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
+            return 128 + error.sigval
     return 0
 
 
 def _tell(rank: int, failure: Any) -> int:
     """Say what happened, once for all workers; the exit code."""
-    code = failure.exitcode
+    code, said = failure.exitcode, failure.error_file_data.get("message")
     if code == 2:
         print(f"opd_titan: {failure.message}", file=sys.stderr)
     if code in (2, 75):
         return code
-    print(f"opd_titan: rank {rank} failed with exit code {code}", file=sys.stderr)
+    place = place_of(rank)
+    line = f"rank {rank} failed with exit code {code}"
+    if code < 0:
+        line = f"rank {rank} was ended by {signal.Signals(-code).name}"
+    line += f" in {place}" if place else ""
+    line += f": {said}" if isinstance(said, str) else ""
+    print(f"opd_titan: {line}", file=sys.stderr)
     return 1 if code > 0 else 128 - code
 
 

@@ -6,31 +6,35 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from opd_titan.config import load_config
-from opd_titan.errors import UserError
+from opd_titan.errors import Fault, UserError
 
 
 def main(argv: list[str]) -> int:
     """Run one job.
 
     Returns:
-        The exit code: 0 done; 2 the user's input is wrong, said in one line on stderr; 75 stopped
-        on a signal after a good checkpoint. A fault raises, which is exit code 1.
+        The exit code: 0 done; 1 a fault, said in one line; 2 the user's input is wrong, said in one
+        line; 75 stopped on a signal after a good checkpoint. A bug raises.
     """
     try:
         config = load_config(argv)
         # Only now: a mistyped option should not have to wait for torch.
-        from opd_titan.trainer import Trainer
+        from opd_titan.supervise import run
 
-        return Trainer(config).train()
+        return run(config)
     except UserError as error:
         _tell(error)
         return 2
+    except Fault as error:
+        _tell(error)
+        return 1
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: UserError | Fault) -> None:
     """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is None:
@@ -42,6 +46,11 @@ def _tell(error: UserError) -> None:
 
 def _leave(code: int) -> None:
     """Exit without waiting for ranks that may never come to a collective."""
+    if code == 1:
+        # Threads may wait for them too: of a save in the background, of NCCL.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if "torch" in sys.modules:
         import torch.distributed as dist
 
@@ -50,5 +59,14 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
+def _run_and_leave() -> None:
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
 if __name__ == "__main__":
-    _leave(main(sys.argv[1:]))
+    _run_and_leave()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
-from opd_titan.distill.update import UpdateRule, update
-from opd_titan.distributed.collectives import max_scalar
+from opd_titan.distill.update import UpdateResult, UpdateRule, update
+from opd_titan.distributed.agreement import Stopped, StopRequest
+from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
@@ -36,7 +39,7 @@ from opd_titan.prepare import prepare
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.validate import Baselines
+from opd_titan.skipped import SkippedUpdates
 
 logger = logging.getLogger("opd_titan")
 
@@ -44,10 +47,8 @@ logger = logging.getLogger("opd_titan")
 class Trainer:
     """One distillation job. The constructor checks everything before it loads any weight."""
 
-    def __init__(self, config: JobConfig) -> None:
-        self.config = config
-        self.stop_signal: int | None = None
-        self._listen_for_signals()  # loading may take longer than a scheduler's patience
+    def __init__(self, config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> None:
+        self.config, self.stop, self.lifeline = config, stop, lifeline
         self.job = prepare(config)
         self.world, self.device = self.job.world, self.job.world.device
         self.sources, self.validator = self.job.sources, self.job.validator
@@ -56,7 +57,9 @@ class Trainer:
         self._build_models()
         self._build_rules()
         self.step = self.graphs = 0
+        self.skipped = SkippedUpdates(config, self.job.decode)
         self.saved_at = self.job.resumed_at
+        self.pauses_due = False  # what comes after the last step has not been done
 
     # ------------------------------------------------------------------ build
 
@@ -80,6 +83,8 @@ class Trainer:
         source = self.sources.get(role)
         if source is None:
             return None
+        self.lifeline.enter(f"the loading of the {role}")
+        self.stop.check()
         start = time.perf_counter()
         model = load_model(source, self.world, self.config, self.job.dtype)
         logger.info(
@@ -127,6 +132,19 @@ class Trainer:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
         self._resume()
         self._set_aside_newer()
+        self._start_recording()
+        # Loading is over; from here on a rank may lag as long as a rollout takes.
+        set_timeout(self.config.comm.train_timeout_seconds, self.device)
+        self.lifeline.limit = self.config.comm.train_timeout_seconds
+        stopped = False
+        try:
+            self._before_first_step()
+            self._run_steps()
+        except Stopped:
+            stopped = True
+        return self._finish(stopped)
+
+    def _start_recording(self) -> None:
         self.recorder = Recorder(
             self.config,
             world=self.world,
@@ -140,9 +158,8 @@ class Trainer:
         )
         if self.job.saved_state is not None:
             self.recorder.metrics.load_state_dict(self.job.saved_state["recorder"])
-        # Loading is over; from here on a rank may lag as long as a rollout takes.
-        set_timeout(self.config.comm.train_timeout_seconds, self.device)
-        self._before_first_step()
+
+    def _run_steps(self) -> None:
         profiling = self.config.profiling
         with maybe_profiler(
             profiling.enable,
@@ -151,17 +168,33 @@ class Trainer:
             dist.get_rank(),
             start_step=self.step,
         ) as profiler:
-            while self.step < self.total_steps and not self._stopping():
+            while self.step < self.total_steps:
                 self.train_step()
+                self.after_step()
                 profiler.step()
-        return self._finish()
 
     def train_step(self) -> None:
-        """One step: prompts, rollout, scores, update; then what is due after it."""
+        """One step: prompts, rollout, scores, update.
+
+        Raises:
+            Stopped: on a signal, before the weights were touched: the step has not been begun.
+        """
+        place = self.job.loader.state_dict()
         self.step += 1
-        phase = self.recorder.clock.phase
+        try:
+            samples, result = self._sample_and_learn()
+        except Stopped:
+            self.step -= 1
+            self.job.loader.load_state_dict(place)
+            raise
+        self.recorder.record(self.step, samples, result.scalars, **asdict(self.generator.stats))
+        self.skipped.look_at(self.step, result)
+
+    def _sample_and_learn(self) -> tuple[list[Sample], UpdateResult]:
+        phase = self._phase
         with phase("step"):
             with phase("data"):
+                self.stop.check()
                 prompts = next(self.job.loader)
             with phase("sync"):
                 if self.on_policy:
@@ -176,10 +209,15 @@ class Trainer:
             with phase("reference"):
                 self.score("reference", plan)
             with phase("update"):
-                scalars = self.update(plan)
+                result = self.update(plan)
                 self.weights.outdate()
-        self.recorder.record(self.step, samples, scalars, **asdict(self.generator.stats))
-        self._after_step()
+        return samples, result
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.lifeline.enter(f"phase {name} of step {self.step}")
+        with self.recorder.clock.phase(name):
+            yield
 
     def rollout(self, prompts: list[Prompt]) -> list[Sample]:
         """The step's responses, of each prompt the student's own or the data set's."""
@@ -188,8 +226,9 @@ class Trainer:
         sampled, given = divide(prompts, r.on_policy_fraction, stream)
         most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
+            on_tokens = self._on_tokens(bar)
             samples = sample_responses(
-                self.generator, sampled, r.group_size, self.sampling, stream, dp, bar.update
+                self.generator, sampled, r.group_size, self.sampling, stream, dp, on_tokens
             )
         return in_order([*samples, *map(self._given_response, given)], prompts)
 
@@ -217,25 +256,55 @@ class Trainer:
         whole = self.rule.needs_vocabulary
         with self._sequence_bar(role, plan) as bar:
             scored = score(
-                self.scored[role], plan, self.rule.dist.untruncated, self.world, bar.update, whole
+                self.scored[role],
+                plan,
+                self.rule.dist.untruncated,
+                self.world,
+                self._on_sequences(bar),
+                whole,
             )
         for sample, values in scored:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
 
-    def update(self, plan: list[Minibatch]) -> dict[str, float]:
+    def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""
         rate = learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         frozen = self.scored if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
-            scalars = update(
-                self.student, self.optimizer, plan, self.rule, self.world, bar.update, frozen
+            # Once the weights have moved, the step has to be done to its end.
+            on_sequences = self._on_sequences(bar, stops=len(plan[0].microbatches))
+            result = update(
+                self.student, self.optimizer, plan, self.rule, self.world, on_sequences, frozen
             )
-        return {**scalars, "lr": rate}
+        result.scalars["lr"] = rate
+        return result
 
     def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:
-        count = sum(len(m) for minibatch in plan for m in minibatch.microbatches)
-        return progress(count, f"step {self.step} {phase}", "seq", rank=dist.get_rank())
+        sequences = sum(len(m) for minibatch in plan for m in minibatch.microbatches)
+        return progress(sequences, f"step {self.step} {phase}", "seq", rank=dist.get_rank())
+
+    # Inside long phases: the bar moves, the lifeline hears of it, and a signal is looked for.
+
+    def _on_tokens(self, bar: Bar) -> Callable[[int], None]:
+        def sampled(tokens: int) -> None:
+            bar.update(tokens)
+            self.lifeline.beat()
+            self.stop.listen(self.world.tp, self.device)
+
+        return sampled
+
+    def _on_sequences(self, bar: Bar, stops: int | None = None) -> Callable[[int], None]:
+        """`stops`: so many calls look for a signal; None: all."""
+        calls = count(1)
+
+        def done(sequences: int) -> None:
+            bar.update(sequences)
+            self.lifeline.beat()
+            if stops is None or next(calls) <= stops:
+                self.stop.check()
+
+        return done
 
     # ----------------------------------------------------- before, after, end
 
@@ -253,11 +322,13 @@ class Trainer:
             )
             report(result, self.job.dtype)
         if self.validator is not None and self.step == 0:
-            with self.recorder.clock.phase("validate"):
+            with self._phase("validate"):
                 if self.teacher is not None:
                     self._measure_teacher()
                 self._validate()
             self.recorder.record_pauses(0)
+        if self.job.saved_state is not None and self.job.saved_state["pauses_due"]:
+            self.after_step()
 
     def _measure_teacher(self) -> None:
         # Two copies at once would be the peak of the whole run.
@@ -265,13 +336,13 @@ class Trainer:
         self.generator.release()
         weights, generator = self._generator("teacher", self.teacher)
         weights.sync()
-        self.validator.measure_teacher(generator)
+        self.validator.measure_teacher(generator, self._on_tokens)
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> None:
         self.weights.sync()
-        scalars = self.validator.measure_student(self.generator, self.step)
+        scalars = self.validator.measure_student(self.generator, self.step, self._on_tokens)
         self.generator.release()  # its cache suits no other phase
         self.recorder.metrics.log(self.step, scalars)
 
@@ -283,7 +354,9 @@ class Trainer:
             logger.info("Compiled %s graphs by the end of step %s (%s new)", graphs, self.step, new)
         self.graphs = graphs
 
-    def _after_step(self) -> None:
+    def after_step(self) -> None:
+        """What is due: validation, export, checkpoint."""
+        self.pauses_due = True
         if self.config.compile.enable:
             self._report_compiling()
         c, last = self.config, self.step == self.total_steps
@@ -292,18 +365,19 @@ class Trainer:
             return last or (interval > 0 and self.step % interval == 0)
 
         if self.validator is not None and due(c.validation.interval):
-            with self.recorder.clock.phase("validate"):
+            with self._phase("validate"):
                 self._validate()
         self.checkpointer.poll()
         # First the export: a run that is killed in between makes it again on its way here.
         if due(c.export.interval):
             self._export()
+        self.pauses_due = False
         if c.checkpoint.enable and due(c.checkpoint.interval):
             self._save()
         self.recorder.record_pauses(self.step)
 
-    def _finish(self) -> int:
-        stopped, saves = self.step < self.total_steps, self.config.checkpoint.enable
+    def _finish(self, stopped: bool) -> int:
+        saves = self.config.checkpoint.enable
         if stopped and saves and self.step not in (0, self.saved_at):
             self._save()
         self.checkpointer.wait()
@@ -318,11 +392,11 @@ class Trainer:
         if not saves:
             outcome = "and nothing was saved, for checkpoint.enable is false"
         logger.warning(
-            "Stopped by signal %s after step %s %s", self.stop_signal, self.step, outcome
+            "Stopped by signal %s after step %s %s", self.stop.signal, self.step, outcome
         )
         return 75 if saves else 1
 
-    # ------------------------------------------------------ state and signals
+    # ------------------------------------------------------------------- state
 
     def _resume(self) -> None:
         """Go to where the run starts, and say why there."""
@@ -334,6 +408,7 @@ class Trainer:
             return
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
+        self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]
         why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
@@ -343,24 +418,7 @@ class Trainer:
             self.step + 1,
         )
         if self.validator is not None:
-            self._restore_baselines()
-
-    def _restore_baselines(self) -> None:
-        if self.job.saved_state["measured_by"] == self._measured_by():
-            self.validator.baselines = Baselines(**self.job.saved_state["baselines"])
-        else:
-            logger.warning(
-                "What is validated, or the teacher, changed since the checkpoint: its start and "
-                "teacher accuracies do not compare with today's; no gap_recovered from here on"
-            )
-
-    def _measured_by(self) -> dict[str, Any]:
-        """What the baselines depend on."""
-        teacher = self.config.teacher
-        return {
-            "validation": self.validator.identity() if self.validator else None,
-            "teacher": {"hf_path": teacher.hf_path, "random_init": teacher.random_init},
-        }
+            self.validator.load_state_dict(self.job.saved_state["validator"])
 
     def _set_aside_newer(self) -> None:
         """A run that goes back replaces what came after; nothing may resume from that."""
@@ -375,12 +433,13 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "step": self.step,
-            "measured_by": self._measured_by(),
-            "baselines": asdict(self.validator.baselines if self.validator else Baselines()),
+            "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),
             "loader": self.job.loader.state_dict(),
+            "pauses_due": self.pauses_due,
+            "skipped_in_a_row": self.skipped.in_a_row,
         }
-        with self.recorder.clock.phase("checkpoint"):
+        with self._phase("checkpoint"):
             self.checkpointer.save(self.step, state)
         self.saved_at = self.step
         verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
@@ -390,7 +449,7 @@ class Trainer:
         name = self.config.export.dtype
         out = self.job.folder / "hf" / f"step-{self.step}"
         source = self.sources["student"]
-        with self.recorder.clock.phase("checkpoint"):
+        with self._phase("checkpoint"):
             export_hf(
                 self.student,
                 out,
@@ -401,14 +460,3 @@ class Trainer:
             )
         self.student.reshard()
         logger.info("Export: %s", out)
-
-    def _listen_for_signals(self) -> None:
-        def remember(number: int, _frame: Any) -> None:
-            self.stop_signal = number
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, remember)
-
-    def _stopping(self) -> bool:
-        """Whether any rank was told to stop; all ranks must agree, or collectives would hang."""
-        return max_scalar(float(self.stop_signal or 0), self.device) > 0

@@ -17,11 +17,19 @@ from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt
 from opd_titan.distributed.world import Axis
 from opd_titan.errors import DataError
-from opd_titan.observability.progress import progress
+from opd_titan.observability.progress import Bar, progress
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 
 logger = logging.getLogger("opd_titan")
+
+# From a progress bar to what a rollout calls with the tokens just sampled.
+Watch = Callable[[Bar], Callable[[int], None]]
+
+
+def _only_the_bar(bar: Bar) -> Callable[[int], None]:
+    return bar.update
+
 
 # Keeps validation's random numbers apart from those of any training step.
 VALIDATION_STREAM = 1 << 62
@@ -41,6 +49,7 @@ class Validator:
     Args:
         prompts: each with an answer.
         seed: of the sampling, when it is not greedy.
+        teacher: what tells this job's teacher from another.
     """
 
     def __init__(
@@ -51,7 +60,9 @@ class Validator:
         seed: int,
         decode: Callable[[list[int]], str],
         dp: Axis,
+        teacher: Any = None,
     ) -> None:
+        self.teacher = teacher
         self.prompts, self.samples_per_prompt, self.params = prompts, samples_per_prompt, params
         self.seed, self.decode, self.dp = seed, decode, dp
         self.baselines = Baselines()
@@ -67,21 +78,37 @@ class Validator:
                 len(self.prompts),
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What accuracies depend on besides the model; plain JSON values."""
+    def state_dict(self) -> dict[str, Any]:
+        """The baselines and what they depend on; plain JSON values."""
+        return {"measured_by": self._measured_by(), "baselines": asdict(self.baselines)}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take the baselines over where they still compare. None: nothing was validated then."""
+        if state is not None and state["measured_by"] == self._measured_by():
+            self.baselines = Baselines(**state["baselines"])
+        else:
+            logger.warning(
+                "What is validated, or the teacher, changed since the checkpoint: its start and "
+                "teacher accuracies do not compare with today's; no gap_recovered from here on"
+            )
+
+    def _measured_by(self) -> dict[str, Any]:
         held_out = repr([(p.token_ids, p.answer) for p in self.prompts])
         return {
+            "teacher": self.teacher,
             "prompts": hashlib.sha256(held_out.encode()).hexdigest(),
             "samples_per_prompt": self.samples_per_prompt,
             **asdict(self.params),
         }
 
-    def measure_teacher(self, generator: Generator) -> None:
-        self.baselines.teacher, _ = self._measure(generator, "teacher")
+    def measure_teacher(self, generator: Generator, watch: Watch = _only_the_bar) -> None:
+        self.baselines.teacher, _ = self._measure(generator, "teacher", watch)
 
-    def measure_student(self, generator: Generator, step: int) -> dict[str, float]:
+    def measure_student(
+        self, generator: Generator, step: int, watch: Watch = _only_the_bar
+    ) -> dict[str, float]:
         """`validation/*` scalars of the student as it is now; step 0 sets the start."""
-        accuracy, tokens = self._measure(generator, "student")
+        accuracy, tokens = self._measure(generator, "student", watch)
         if step == 0:
             self.baselines.start = accuracy
         scalars = {"validation/accuracy": accuracy, "validation/response_tokens_mean": tokens}
@@ -96,7 +123,7 @@ class Validator:
         logger.info("%s", text)
         return scalars
 
-    def _measure(self, generator: Generator, name: str) -> tuple[float, float]:
+    def _measure(self, generator: Generator, name: str, watch: Watch) -> tuple[float, float]:
         """Accuracy over prompts and samples, and mean response tokens. The same on all ranks."""
         mine = len(self.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
         most = mine * self.params.max_new_tokens
@@ -108,7 +135,7 @@ class Validator:
                 self.params,
                 (self.seed, VALIDATION_STREAM),
                 self.dp,
-                bar.update,
+                watch(bar),
             )
         correct = sum(bool(grade(self.decode(s.response_ids), s.prompt.answer)) for s in samples)
         tokens = sum(len(s.response_ids) for s in samples)
@@ -154,8 +181,9 @@ def build_validator(
             f"validation.enable = false"
         )
     params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
+    teacher = {"hf_path": c.teacher.hf_path, "random_init": c.teacher.random_init}
     validator = Validator(
-        held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, dp
+        held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher
     )
     trained_on = {p.text for p in training_prompts}
     validator.trained_on = sum(p.text in trained_on for p in held_out.prompts)

@@ -85,7 +85,7 @@ def one_step(world: worlds.World, case: Case, max_tokens: int) -> dict[str, Any]
     rule = UpdateRule(case.objective, case.chosen, TEMPERATURE, max_grad_norm=5.0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
     frozen = models if case.exact else {}
-    metrics = update(student, optimizer, plan, rule, world, frozen=frozen)
+    metrics = update(student, optimizer, plan, rule, world, frozen=frozen).scalars
     held = [local(p).numel() for m in models.values() for p in m.parameters()]
     return {
         "weights": {n: whole(p.detach()).clone() for n, p in student.named_parameters()},

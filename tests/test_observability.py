@@ -178,7 +178,7 @@ def test_scalar_table_is_the_designs():
         "validation": "accuracy teacher_accuracy gap_recovered response_tokens_mean",
     }
     expected = {f"{group}/{name}" for group, row in names.items() for name in row.split()}
-    expected |= {"grad_norm", "lr"}
+    expected |= {"grad_norm", "skipped_updates", "lr"}
     phases = "data rollout teacher reference update sync checkpoint validate step".split()
     expected |= {f"time/{phase}(s)" for phase in phases}
     rates = ("rollout", "teacher", "update", "step")

@@ -201,7 +201,9 @@ def step(samples: list[Sample], budget: int, dp: Axis = ALONE) -> tuple[float, T
     before = weights(model)
     plan = plan_minibatches(samples, 1, budget, dp)
     own = sum(len(s.response_ids) for m in plan[0].microbatches for s in m)
-    scalars = update(model, torch.optim.SGD(model.parameters(), lr=1.0), plan, RULE, lone_world())
+    scalars = update(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), plan, RULE, lone_world()
+    ).scalars
     return scalars["loss/policy"] * own, before - weights(model)
 
 
@@ -274,7 +276,7 @@ def train_on_ranks(lengths: list[tuple[int, int]], budget: int, tied: bool) -> d
     how = UpdateRule(
         policy_gradient, ObjectiveSettings(true_ratio=True), Distribution(), max_grad_norm=1.0
     )
-    scalars = update(student, optimizer, plan, how, world)
+    scalars = update(student, optimizer, plan, how, world).scalars
     own = [s for s in samples if s.advantages is not None]
     return {
         "scalars": scalars,

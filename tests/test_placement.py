@@ -136,10 +136,12 @@ def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
 def check_resumed_trainer_gives_back(argv: list[str]) -> list[int]:
     """Bytes of the copy after each rollout of a run that has just been resumed."""
     from opd_titan.config import load_config
+    from opd_titan.distributed.agreement import StopRequest
+    from opd_titan.distributed.lifeline import Lifeline
     from opd_titan.trainer import Trainer
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv))
+    trainer = Trainer(load_config(argv), StopRequest(), Lifeline(0, 600))
     held, score = [], trainer.score
     trainer.score = lambda *args: (held.append(held_bytes(trainer.weights)), score(*args))
     assert trainer.train() == 0
@@ -162,10 +164,12 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
     import weakref
 
     from opd_titan.config import load_config
+    from opd_titan.distributed.agreement import StopRequest
+    from opd_titan.distributed.lifeline import Lifeline
     from opd_titan.trainer import Trainer
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv))
+    trainer = Trainer(load_config(argv), StopRequest(), Lifeline(0, 600))
     made: list[weakref.ref] = []
     beside: list[int] = []
     generator_of, measure = trainer._generator, trainer.validator.measure_teacher

@@ -41,8 +41,9 @@ STEP_SCALARS = set(
     policy/ratio_mean policy/logprob_gap_max kl_by_position/1-16 rollout/response_tokens_mean
     rollout/response_tokens_max rollout/truncated_fraction rollout/eos_fraction rollout/repetition
     rollout/idle_share rollout/preempted
-    grad_norm lr time/data(s) time/rollout(s) time/teacher(s) time/reference(s) time/update(s)
-    time/sync(s) time/step(s) throughput/rollout(tok/s/gpu) throughput/teacher(tok/s/gpu)
+    grad_norm skipped_updates lr
+    time/data(s) time/rollout(s) time/teacher(s) time/reference(s) time/update(s) time/sync(s)
+    time/step(s) throughput/rollout(tok/s/gpu) throughput/teacher(tok/s/gpu)
     throughput/update(tok/s/gpu) throughput/step(tok/s/gpu) memory/max_active(GiB)
     memory/max_reserved(GiB)
     """.split()

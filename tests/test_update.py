@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -17,12 +18,10 @@ from tiny_student import (
 )
 from torch import Tensor
 
-from opd_titan.distill.objectives import (
-    ObjectiveSettings,
-    policy_gradient,
-)
+from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient, sft
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.world import ALONE
 from opd_titan.models.logits import Distribution
 
@@ -50,7 +49,9 @@ def weights(model: torch.nn.Module) -> Tensor:
 def run_update(model, plan: list[Minibatch], how: UpdateRule, lr: float = 1.0):
     """Plain SGD: with a rate of 1 the weights move by minus the gradient."""
     before = weights(model)
-    scalars = update(model, torch.optim.SGD(model.parameters(), lr=lr), plan, how, lone_world())
+    scalars = update(
+        model, torch.optim.SGD(model.parameters(), lr=lr), plan, how, lone_world()
+    ).scalars
     return scalars, weights(model) - before
 
 
@@ -139,16 +140,55 @@ def test_grad_norm_is_the_mean_over_updates() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_gradient_leaves_everything_untouched(bad: float) -> None:
+@pytest.mark.parametrize("objective", [policy_gradient, sft])
+def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_made(bad, objective) -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    plan = plan_minibatches(samples, 1, 12, ALONE)
-    update(model, optimizer, plan, rule(1.0), lone_world())
+    how = UpdateRule(objective, ObjectiveSettings(), Distribution(), 1.0)
+    clean = plan_minibatches(samples, 1, 12, ALONE)
+    assert update(model, optimizer, clean, how, lone_world()).made == [True]
     before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
-    samples[3].teacher_logprobs[0] = bad
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf)"):
-        update(model, optimizer, plan, rule(1.0), lone_world())
+    plan = plan_minibatches(samples, 2, 12, ALONE)
+    hit = plan[0].microbatches[-1][0]
+    if objective is policy_gradient:
+        hit.teacher_logprobs[0] = bad
+        result = update(model, optimizer, plan[:1], how, lone_world())
+        assert result.suspects == [hit]
+    else:  # a gradient that overflows, behind a loss that does not
+        gradient = next(model.parameters()).register_hook(lambda grad: grad * bad)
+        result = update(model, optimizer, plan[:1], how, lone_world())
+        gradient.remove()
+        mine = [s for m in plan[0].microbatches for s in m]
+        assert sorted(map(id, result.suspects)) == sorted(map(id, mine))
+    assert result.made == [False] and result.scalars["skipped_updates"] == 1
+    assert not math.isfinite(result.scalars["grad_norm"])
     assert torch.equal(weights(model), before)
-    for index, values in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(v, state[index][k]) for k, v in values.items())
+    for mine, old in zip(optimizer.state_dict()["state"].values(), state.values(), strict=True):
+        assert all(torch.equal(mine[key], old[key]) for key in old)
+    # Nothing of it is left: the next update is that of a run that never met it.
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.1)
+    twin_optimizer.load_state_dict(optimizer.state_dict())
+    assert update(model, optimizer, plan[1:], how, lone_world()).made == [True]
+    update(twin, twin_optimizer, plan[1:], how, lone_world())
+    assert torch.equal(weights(model), weights(twin)) and not torch.equal(weights(model), before)
+
+
+def test_an_update_that_was_left_half_way_leaves_no_gradient_behind() -> None:
+    model = tiny_qwen3()
+    twin = copy.deepcopy(model)
+    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
+    plan = plan_minibatches(samples, 1, 12, ALONE)
+    assert len(plan[0].microbatches) > 1
+
+    def leave(sequences: int) -> None:
+        raise Stopped
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(Stopped):
+        update(model, optimizer, plan, rule(), lone_world(), leave)
+    assert torch.equal(weights(model), weights(twin))
+    update(model, optimizer, plan, rule(), lone_world())
+    update(twin, torch.optim.SGD(twin.parameters(), lr=1.0), plan, rule(), lone_world())
+    assert torch.equal(weights(model), weights(twin))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 
 import torch
@@ -59,6 +60,23 @@ class UpdateRule:
         return self.objective.needs_vocabulary(self.settings)
 
 
+@dataclass
+class UpdateResult:
+    """What a step's updates did.
+
+    Attributes:
+        scalars: by their TensorBoard names, the same on every rank.
+        made: of each update in turn, whether it was made; not where its loss or gradient was not
+            finite on some rank. The same on every rank.
+        suspects: this rank's samples behind what was not finite; where no token's loss shows it,
+            all of its samples in an update that was not made.
+    """
+
+    scalars: dict[str, float]
+    made: list[bool]
+    suspects: list[Sample]
+
+
 class _Totals:
     """Sums over this rank's response tokens of a step, kept on the device until the end."""
 
@@ -73,6 +91,7 @@ class _Totals:
         self.world, device = world, world.device
         self.sums: dict[str, Tensor] = {}
         self.gap_max = torch.zeros((), device=device)
+        self.loss = torch.zeros((), device=device)  # of all tokens so far, not finite for ever
         self.grad_norms: list[float] = []
 
     def add(self, stats: HeadStats, rollout_R: Tensor | None, weight: int) -> None:
@@ -83,6 +102,7 @@ class _Totals:
         Args:
             rollout_R: log-probs at rollout time, where the weights have not moved since.
         """
+        self.loss += stats.loss_R.sum() * weight
         values = {name: getattr(stats, column) for column, name in self.NAMES.items()}
         for name, value_R in (*values.items(), *stats.probe.items()):
             if value_R is not None:
@@ -117,39 +137,54 @@ def update(
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
     frozen: Mapping[str, nn.Module] = MappingProxyType({}),
-) -> dict[str, float]:
+) -> UpdateResult:
     """One optimizer step per mini-batch; fills in each sample's advantages.
 
+    An update whose loss or gradient is not finite is skipped, on all ranks.
+
     Args:
-        on_sequences: called with the number of sequences just done, for a progress bar.
+        on_sequences: called by all ranks with the number of sequences just done. Until the first
+            optimizer step it may raise, and nothing has changed.
         frozen: by role ("teacher", "reference"), the models that the samples hold hidden states of;
             these are used up, and their log-probs filled in.
-
-    Returns:
-        Scalars by their TensorBoard names, the same on every rank.
-
-    Raises:
-        FloatingPointError: the gradient norm is not finite; the weights were not touched by it.
     """
-    totals = _Totals(world)
-    done: list[tuple[Sequence[Sample], HeadStats]] = []
+    totals, made = _Totals(world), []
+    done: list[list[tuple[Sequence[Sample], HeadStats]]] = []
+    optimizer.zero_grad(set_to_none=True)  # of an update that was left half-way
     with gathered_heads(frozen) as heads:
         for i, minibatch in enumerate(plan):
+            done.append([])
             for samples in minibatch.microbatches:
                 stats, rollout_R = forward_backward(
                     model, samples, minibatch.response_tokens, rule, world, heads
                 )
                 totals.add(stats, rollout_R if i == 0 else None, weight=int(bool(samples)))
                 if samples:
-                    done.append((samples, stats))
+                    done[-1].append((samples, stats))
                 on_sequences(len(samples))
-            totals.grad_norms.append(_clip(model, rule.max_grad_norm))
-            optimizer.step()
+            norm = _clip(model, rule.max_grad_norm, totals.loss)
+            totals.grad_norms.append(norm)
+            made.append(math.isfinite(norm))
+            if made[-1]:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     # Only now: a copy to the host waits for the device, which should be busy meanwhile.
-    for samples, stats in done:
+    for samples, stats in chain.from_iterable(done):
         _fill_in(samples, stats)
-    return totals.metrics()
+    suspects = [_suspects(part) for part, ok in zip(done, made, strict=True) if not ok]
+    scalars = {**totals.metrics(), "skipped_updates": made.count(False)}
+    return UpdateResult(scalars, made, list(chain.from_iterable(suspects)))
+
+
+def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]]) -> list[Sample]:
+    """The samples with a token whose loss is not finite; all, where there is none."""
+    found = [
+        sample
+        for samples, stats in done
+        for sample, loss in zip(samples, unpack_values(stats.loss_R, samples), strict=True)
+        if not loss.isfinite().all()
+    ]
+    return found or [sample for samples, _ in done for sample in samples]
 
 
 def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
@@ -227,7 +262,7 @@ def _packed(
     return pack(samples, world), scores
 
 
-def _total_norm(grads: Sequence[Tensor]) -> Tensor:
+def _total_norm(grads: Sequence[Tensor], loss: Tensor) -> Tensor:
     """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis).
 
     A gradient that n ranks hold enters the world's sum n times, so its square is divided by n.
@@ -242,16 +277,19 @@ def _total_norm(grads: Sequence[Tensor]) -> Tensor:
             shares.setdefault(get_world_size(), []).append(grad)
     norms = {copies: torch.nn.utils.get_total_norm(parts) for copies, parts in shares.items()}
     square = sum(norm.square() / copies for copies, norm in norms.items())
+    square = square + 0.0 * loss  # NaN unless it is finite
     all_reduce(square)
     return square.sqrt()
 
 
-def _clip(model: nn.Module, max_norm: float) -> float:
-    """Scale gradients down to `max_norm` (0: leave them); the total norm before that."""
+def _clip(model: nn.Module, max_norm: float, loss: Tensor) -> float:
+    """Scale gradients down to `max_norm` (0: leave them); the total norm before that.
+
+    Args:
+        loss: this rank's; where it is not finite on some rank, neither is the norm, on all.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = _total_norm([p.grad for p in parameters])
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient norm is {norm.item()}; the update was not made")
-    if max_norm > 0:
+    norm = _total_norm([p.grad for p in parameters], loss)
+    if max_norm > 0 and torch.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()

@@ -54,6 +54,7 @@ SCALARS: dict[str, str] = {
     "rollout/repetition": "0..1, mean over responses of rollout_writer.repetition",
     "rollout/on_policy_fraction": "share of responses that the student sampled, not the data set",
     "grad_norm": "total norm before clipping, mean over the step's updates",
+    "skipped_updates": "updates of the step that were not made: loss or gradient was not finite",
     "lr": "learning rate",
     "time/data(s)": "seconds on rank 0: prompts",
     "time/rollout(s)": "seconds on rank 0: sampling",

@@ -97,7 +97,8 @@ class Generator:
 
         Args:
             requests: samples of one prompt that stand together share its keys and values.
-            on_tokens: called with the number of tokens just sampled, for a progress bar.
+            on_tokens: called with the number of tokens just sampled. What it raises ends the
+                rollout; not before this rank has read its share.
             share: which of the requests this rank answers. Without it, all of them.
 
         Returns:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
 from opd_titan.rollout.generator import Generator
@@ -63,9 +64,14 @@ def sample_responses(
         prompts: the same on every rank; there may be none.
         stream: what the random numbers depend on besides prompt and sample: seed and step.
         dp: the ranks that share the prompts among them. All of them call.
+        on_tokens: called with the number of tokens just sampled. It may raise Stopped, on all
+            tensor-parallel ranks at once.
 
     Returns:
         In the order of the prompts, then of the sample index, whatever the world size.
+
+    Raises:
+        Stopped: on every rank, when one has met it.
     """
     requests = [
         Request(p, i, sequence_key(*stream, p.index, i))
@@ -73,5 +79,12 @@ def sample_responses(
         for i in range(samples_per_prompt)
     ]
     share = Share(dp, generator.head.tp, generator.device)
-    samples = gather_lists(generator.generate(requests, params, on_tokens, share), dp)
+    own: list[Sample | None]
+    try:
+        own = generator.generate(requests, params, on_tokens, share)
+    except Stopped:
+        own = [None]  # the others wait for an answer
+    samples = gather_lists(own, dp)
+    if any(s is None for s in samples):
+        raise Stopped
     return in_order(cut(samples, params.max_tokens), prompts)

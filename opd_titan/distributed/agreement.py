@@ -1,0 +1,109 @@
+"""Ranks that make up their minds together: about a user's mistake, and about stopping."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from opd_titan.distributed.world import Axis
+from opd_titan.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_KEY = "opd_titan/stop"
+_SECONDS_BETWEEN_LOOKS = 0.5
+_ROUNDS_BETWEEN_VOTES = 16
+
+
+class Stopped(BaseException):
+    """All ranks leave what they are doing, for one of them got a signal.
+
+    Not an `Exception`: nothing that handles faults on the way may keep it.
+    """
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A mistake that one rank meets in the body is met by all: none waits for one that has left.
+
+    All ranks enter. The body must have no collectives.
+
+    Raises:
+        UserError: the first rank's that met one.
+    """
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    found: list[Any] = [None] * dist.get_world_size()
+    # Without its traceback, and whatever it was raised from.
+    dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args))
+    for error in found:
+        if error is not None:
+            raise error from mine
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1, which a scheduler may send to one rank or to all.
+
+    Attributes:
+        signal: the number of what came, here or to another rank that has said so; 0 for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._said = False
+        self._look_at = self._rounds = 0
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: Any) -> None:
+        self.signal = number
+
+    def heard(self) -> bool:
+        """Whether this rank knows of a signal. Cheap enough for a loop; ranks may differ."""
+        if dist.get_world_size() == 1 or self._said:
+            return self.signal > 0
+        store = _get_default_store()
+        if self.signal:
+            store.set(_KEY, str(self.signal))
+            self._said = True
+        elif time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            if store.check([_KEY]):
+                self.signal, self._said = int(store.get(_KEY)), True
+        return self.signal > 0
+
+    def listen(self, axis: Axis, device: torch.device) -> None:
+        """Raise Stopped when this rank has heard of a signal; the ranks of `axis`, all together.
+
+        For loops whose rounds the ranks of `axis` make together, and other ranks do not.
+        """
+        self._rounds += 1
+        if axis.size == 1:
+            told = self.heard()
+        elif self._rounds % _ROUNDS_BETWEEN_VOTES:
+            return
+        else:
+            told = self._vote(axis.group, device)
+        if told:
+            raise Stopped
+
+    def check(self) -> None:
+        """Raise Stopped on all ranks when one has heard of a signal. All ranks call."""
+        # On the host: a GPU would have to finish its work first.
+        if self._vote(None, torch.device("cpu")):
+            raise Stopped
+
+    def _vote(self, group: dist.ProcessGroup | None, device: torch.device) -> bool:
+        vote = torch.tensor(self.signal if self.heard() else 0, device=device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
+        self.signal = int(vote)
+        return self.signal > 0

@@ -1,0 +1,63 @@
+"""Updates that were not made, for their numbers are not finite: kept for people, and counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from opd_titan.config import JobConfig
+from opd_titan.data.grading import grade
+from opd_titan.distill.update import UpdateResult
+from opd_titan.errors import Fault
+from opd_titan.observability.rollout_writer import write_rollouts
+
+logger = logging.getLogger("opd_titan")
+
+_DUMPS = 20  # of one run; what more of them would show is the same
+
+
+class SkippedUpdates:
+    """Writes down the batch behind each, and gives up when too many come in a row.
+
+    Attributes:
+        in_a_row: up to now; for the checkpoint.
+    """
+
+    def __init__(self, config: JobConfig, decode: Callable[[list[int]], str]) -> None:
+        self.most, self.decode = config.training.max_skipped_updates, decode
+        self.folder = Path(config.job.dump_folder) / "nonfinite"
+        self.in_a_row = self._dumps = 0
+
+    def look_at(self, step: int, result: UpdateResult) -> None:
+        """Take in a step's updates. All ranks call.
+
+        Raises:
+            Fault: more than training.max_skipped_updates were skipped in a row.
+        """
+        for made in result.made:
+            self.in_a_row = 0 if made else self.in_a_row + 1
+        skipped = result.made.count(False)
+        if not skipped:
+            return
+        self._dumps += 1
+        if result.suspects and self._dumps <= _DUMPS:
+            folder = self.folder / f"rank-{dist.get_rank()}"
+            write_rollouts(folder, step, result.suspects, self.decode, grade)
+        logger.warning(
+            "Step %s: %s of %s updates skipped: the loss or the gradient is not finite; the batch "
+            "is in %s",
+            step,
+            skipped,
+            len(result.made),
+            self.folder,
+        )
+        if self.in_a_row > self.most:
+            dist.barrier()  # all have written
+            raise Fault(
+                f"step {step}: {self.in_a_row} updates in a row had a loss or a gradient that is "
+                f"not finite (training.max_skipped_updates = {self.most}); what caused it is in "
+                f"{self.folder}; the last checkpoint is good"
+            )

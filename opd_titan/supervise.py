@@ -1,0 +1,52 @@
+"""One job and what watches over it: signals, a rank that stands still, ranks that are gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch.distributed as dist
+
+from opd_titan.config import JobConfig
+from opd_titan.distributed.agreement import Stopped, StopRequest
+from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.errors import Fault, UserError, first_line
+from opd_titan.trainer import Trainer
+
+logger = logging.getLogger("opd_titan")
+
+
+def run(config: JobConfig) -> int:
+    """Train from start to end. Returns the exit code, see `train.main`.
+
+    Raises:
+        UserError: the job cannot be started.
+        Fault: it cannot go on.
+    """
+    comm = config.comm
+    patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
+    lifeline = Lifeline(int(os.environ.get("RANK", 0)), patience)
+    stop = StopRequest()  # at once: loading may take longer than a scheduler's patience
+    try:
+        return Trainer(config, stop, lifeline).train()
+    except Stopped:
+        logger.warning("Stopped by signal %s before the first step; start again", stop.signal)
+        return 75
+    except (UserError, Fault):
+        raise
+    except Exception as error:
+        logger.debug("Failed in %s", lifeline.place, exc_info=True)
+        if lost_others(error):
+            place, why = lifeline.place, first_line(error)
+            raise Fault(f"in {place} another rank did not answer ({why})") from error
+        raise
+    finally:
+        lifeline.close()
+
+
+def lost_others(error: Exception) -> bool:
+    """Whether a collective failed, for another rank has died or did not come in time."""
+    # gloo, unlike NCCL, has no class of its own; it names its source files.
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )

@@ -44,6 +44,10 @@ class Fault(Exception):
     """The run cannot go on, for a reason that is known: one line on stderr and exit code 1."""
 
 
+class StorageError(Fault):
+    """Something could not be written: no space, no right to, a broken disk."""
+
+
 def without_credentials(text: str) -> str:
     """The text with `***` for what stands between `://` and `@` in it."""
     return _CREDENTIALS.sub("***@", text)

@@ -1,16 +1,20 @@
 """Exact-resume checkpoints: weights and optimizer through DCP, the rest as JSON beside them.
 
 A step is written to `step-N.tmp` and renamed when every rank is done, so a folder called `step-N`
-is always whole. Nothing of the sampler has to be saved: its random numbers have no state.
+was whole; a manifest of checksums in it tells whether it still is. Nothing of the sampler has to be
+saved: its random numbers have no state.
+
+A fault of storage does not end the run: it is logged, the last good checkpoint stays, and the next
+save tries again. Whoever has to know that a step is safe asks `secured` or `require`.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import logging
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,85 +25,28 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from opd_titan.checkpoint.publish import fresh_tmp, publish
-from opd_titan.errors import CheckpointError
+from opd_titan.checkpoint.dcp_io import LoadPlanner, Reader, Writer, read_metadata
+from opd_titan.checkpoint.faults import met_by_all, naming
+from opd_titan.checkpoint.manifest import describe, write_manifest
+from opd_titan.checkpoint.publish import publish
+from opd_titan.checkpoint.steps import (
+    MANIFEST,
+    STATE,
+    agree_on_step,
+    complete_steps,
+    make_tmp,
+    open_folder,
+    prune,
+    set_aside,
+)
+from opd_titan.errors import CheckpointError, StorageError
 
-_STEP = re.compile(r"step-(\d+)")
-_STATE_FILE = "train_state.json"
+__all__ = ["Checkpointer", "agree_on_step", "complete_steps", "inspect_checkpoint", "open_folder"]
 
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    matches = (_STEP.fullmatch(p.name) for p in folder.iterdir())
-    found = (int(m.group(1)) for m in matches if m)
-    return sorted(n for n in found if (folder / f"step-{n}" / _STATE_FILE).is_file())
-
-
-def choose_step(folder: Path, load_step: int) -> int | None:
-    """The step to resume from: -1 is the newest complete one, 0 is none.
-
-    Raises:
-        CheckpointError: a particular step was asked for and is not there.
-    """
-    steps = complete_steps(folder)
-    if load_step == 0 or (load_step == -1 and not steps):
-        return None
-    if load_step == -1:
-        return steps[-1]
-    if load_step not in steps:
-        have = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(
-            f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
-            f"complete steps: {have}"
-        )
-    return load_step
-
-
-def agree_on_step(folder: Path, load_step: int) -> int | None:
-    """`choose_step`, the same on every rank. All ranks call.
-
-    Raises:
-        CheckpointError: also where the ranks do not see the same folder.
-    """
-    # One rank looks: a shared file system may show two ranks two lists.
-    chosen: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            chosen = [choose_step(folder, load_step)]
-        except CheckpointError as error:
-            chosen = [error]
-    dist.broadcast_object_list(chosen)
-    if isinstance(chosen[0], CheckpointError):
-        raise chosen[0]
-    if chosen[0] is not None:
-        _require_everywhere(folder / f"step-{chosen[0]}")
-    return chosen[0]
-
-
-def open_folder(folder: Path) -> None:
-    """Make the checkpoints' folder. All ranks call.
-
-    Raises:
-        CheckpointError: the ranks do not share it; the first save, hours later, would fail.
-    """
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    _require_everywhere(folder)
-
-
-def _require_everywhere(path: Path) -> None:
-    seen = torch.tensor(int(path.is_dir()))
-    dist.all_reduce(seen, op=dist.ReduceOp.MIN)
-    if not seen:
-        raise CheckpointError(
-            f"job.dump_folder: {path} is not there on every rank; the folder must be on a file "
-            f"system that all nodes share"
-        )
+logger = logging.getLogger("opd_titan")
 
 
 def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, Any]:
@@ -114,7 +61,7 @@ def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, A
     path = folder / f"step-{step}"
     with _naming_what_is_wrong(path):
         _check_same_model(path, {"model": model.state_dict()})
-        return json.loads((path / _STATE_FILE).read_text())
+        return json.loads((path / STATE).read_text())
 
 
 class Checkpointer:
@@ -138,51 +85,53 @@ class Checkpointer:
         self.keep_latest_k = keep_latest_k
         # Its own group: a background save must not mix its collectives with training's.
         self._group = dist.new_group(backend="gloo") if background else None
-        self._pending: tuple[Future, int, str] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: tuple[int, Future] | None = None
+        self._secured: int | None = None
+        self._fault: StorageError | None = None
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
         return complete_steps(self.folder)
 
-    def set_aside_after(self, step: int) -> list[int]:
-        """Rename the checkpoints of later steps to `step-N.old`. All ranks call.
+    def set_aside_after(self, step: int, suffix: str = "old") -> list[int]:
+        """Rename the checkpoints of later steps to `step-N.<suffix>`. All ranks call.
 
-        For a run that goes back to `step`: what comes after it will be another run's, and must
-        neither be resumed from nor push this run's checkpoints out.
+        "old" for a run that goes back to `step`: what comes after it will be another run's, and
+        must neither be resumed from nor push this run's checkpoints out. "damaged" for a run that
+        found `step` to be the newest intact one.
 
         Returns:
             The steps that were set aside.
         """
-        later = [n for n in self.steps() if n > step]
-        dist.barrier()  # nobody may look any later than this
-        if dist.get_rank() == 0:
-            for n in later:
-                old = self.folder / f"step-{n}.old"
-                shutil.rmtree(old, ignore_errors=True)
-                (self.folder / f"step-{n}").rename(old)
-        return later
+        return set_aside(self.folder, step, suffix)
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Write one checkpoint, or start writing it when in background mode. All ranks call."""
+        """Write one checkpoint, or start writing it when in background mode. All ranks call.
+
+        Storage that fails, on any rank, is logged as an error and leaves nothing of this step.
+        """
         self.wait()
-        tmp = self.folder / f"step-{step}.tmp"
-        if dist.get_rank() == 0:
-            fresh_tmp(self.folder / f"step-{step}")
-        dist.barrier()
-        _require_everywhere(tmp)
-        state, text = self._state_dict(), json.dumps(train_state)
-        if self._group is None:
-            dcp.save(state, checkpoint_id=tmp)
-            self._finalize(step, text)
-        else:
-            future = dcp.async_save(_snapshot(state), checkpoint_id=tmp, process_group=self._group)
-            self._pending = (future, step, text)
+        text = json.dumps(train_state)
+        with self._surviving_faults(step):
+            tmp = make_tmp(self.folder / f"step-{step}")
+            state, writer = self._state_dict(), Writer(tmp)
+            if self._thread is None:
+                self._write(writer, state, text)
+                self._publish(step)
+            else:
+                # As dcp.async_save does: on the host when this returns.
+                stager = DefaultStager(StagingOptions(False, False, False, False))
+                staged = stager.stage(_snapshot(state))
+                future = self._thread.submit(self._write, writer, staged, text)
+                future.add_done_callback(lambda _: stager.close())
+                self._pending = (step, future)
 
     def poll(self) -> None:
         """Complete a background save if all ranks have written their part. All ranks call."""
         if self._pending is None:
             return
-        done = torch.tensor(int(self._pending[0].done()))
+        done = torch.tensor(int(self._pending[1].done()))
         # Not in the save's own group, where its thread may be talking at this moment.
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         if done:
@@ -191,10 +140,25 @@ class Checkpointer:
     def wait(self) -> None:
         """Block until no save is under way. All ranks call."""
         if self._pending is not None:
-            future, step, text = self._pending
+            step, future = self._pending
             self._pending = None
-            future.result()
-            self._finalize(step, text)
+            with self._surviving_faults(step):
+                future.result()
+                self._publish(step)
+
+    def secured(self) -> int | None:
+        """The newest step that was loaded, or is on the disk. Waits. All ranks call."""
+        self.wait()
+        return self._secured
+
+    def require(self, step: int) -> None:
+        """Make sure that a step is on the disk. All ranks call.
+
+        Raises:
+            StorageError: it is not; with what its save met.
+        """
+        if self.secured() != step:
+            raise self._fault or StorageError(f"{self.folder}: step {step} was not saved")
 
     def load(self, step: int) -> dict[str, Any]:
         """Load weights and optimizer state in place; the JSON state is returned.
@@ -206,11 +170,12 @@ class Checkpointer:
         # The recipe's own settings (betas, weight decay, ...) win over the checkpoint's.
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
-        with _naming_what_is_wrong(path):
-            train_state = json.loads((path / _STATE_FILE).read_text())
-            state = self._state_dict()
+        state = self._state_dict()
+        with met_by_all(), _naming_what_is_wrong(path):
+            train_state = json.loads((path / STATE).read_text())
             _check_same_model(path, state)
-            dcp.load(state, checkpoint_id=path)
+        with _naming_what_is_wrong(path):
+            dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
         set_state_dict(
             self.model,
             self.optimizer,
@@ -219,25 +184,64 @@ class Checkpointer:
         )
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
+        self._secured = step
         return train_state
 
     def _state_dict(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
 
-    def _finalize(self, step: int, train_state: str) -> None:
-        """All ranks have written: add the JSON, rename, drop what is too old."""
-        dist.barrier()
-        if dist.get_rank() == 0:
-            tmp = self.folder / f"step-{step}.tmp"
-            (tmp / _STATE_FILE).write_text(train_state)
-            publish(tmp, self.folder / f"step-{step}")
-            if self.keep_latest_k > 0:
-                for old in self.steps()[: -self.keep_latest_k]:
-                    # First what makes it complete: killed half-way, it must not look whole.
-                    (self.folder / f"step-{old}" / _STATE_FILE).unlink()
-                    shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
-        dist.barrier()
+    def _write(self, writer: Writer, state: dict[str, Any], train_state: str) -> None:
+        """All of a step's files, on the disk when this returns. May be in a thread of its own.
+
+        Raises:
+            StorageError: on all ranks, when one of them could not write.
+        """
+        folder, rank, group = Path(writer.path), dist.get_rank(), self._group
+        dcp.save(state, storage_writer=writer, process_group=group)
+        mine: dict[str, Any] = {}
+        with met_by_all(group):
+            writer.raise_fault()
+            if rank == 0:
+                with naming(folder / STATE):
+                    (folder / STATE).write_text(train_state)
+            mine = describe(folder, _own_files(folder, rank))
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine, group)
+        with met_by_all(group):
+            if rank == 0:
+                write_manifest(folder / MANIFEST, {k: v for part in parts for k, v in part.items()})
+
+    def _publish(self, step: int) -> None:
+        """All ranks have written: rename, drop what is too old."""
+        final = self.folder / f"step-{step}"
+        with met_by_all():
+            if dist.get_rank() == 0:
+                publish(final.with_name(final.name + ".tmp"), final)
+                if self.keep_latest_k > 0:
+                    prune(self.folder, step, self.keep_latest_k)
+        self._secured, self._fault = step, None
+
+    @contextmanager
+    def _surviving_faults(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
+            last = "no step is" if self._secured is None else f"step {self._secured} is"
+            self._fault = StorageError(
+                f"checkpoint of step {step} not saved: {error}; {last} the newest that is safe"
+            )
+            self._fault.__cause__ = error
+            logger.error("Storage: %s", self._fault)
+
+
+def _own_files(folder: Path, rank: int) -> list[str]:
+    """What this rank has written itself, so that it is still in this node's memory."""
+    names = [path.name for path in folder.iterdir()]
+    shared = [name for name in names if not name.startswith("__")] if rank == 0 else []
+    return [*shared, *(name for name in names if name.startswith(f"__{rank}_"))]
 
 
 @contextmanager
@@ -265,7 +269,7 @@ def _check_same_model(path: Path, state: dict[str, Any]) -> None:
     compared = ("model.", "optimizer.state.") if "optimizer" in state else ("model.",)
     saved = {
         name: list(entry.size)
-        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        for name, entry in read_metadata(path).state_dict_metadata.items()
         if name.startswith(compared)
     }
     differ = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from opd_titan.checkpoint.faults import naming
+
 
 def fresh_tmp(final: Path) -> Path:
     """An empty `<final>.tmp`; what a killed run left there is deleted."""
@@ -32,6 +34,7 @@ def publish(tmp: Path, final: Path) -> None:
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,0 +1,77 @@
+"""What goes wrong with storage: named in one line, and met by all ranks together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from opd_titan.errors import CheckpointError, StorageError, first_line
+
+# How the libraries in Rust spell an OSError.
+_OS_ERROR = re.compile(r"os error (\d+)")
+
+
+@contextmanager
+def met_by_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A fault of storage that one rank meets in the body is met by all.
+
+    All ranks of the group enter; the body must have no collectives. Without a process group this
+    rank is alone.
+
+    Raises:
+        StorageError: something could not be written or read, on this rank or another.
+        CheckpointError: as the body raised it, on this rank or another.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except (StorageError, CheckpointError) as error:
+        mine = error
+    except OSError as error:
+        mine = StorageError(reason(error))
+    found: list[Any] = [mine]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size(group)
+        # Without its traceback, and whatever it was raised from.
+        dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args), group)
+    for error in found:
+        if error is not None:
+            raise error from mine
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """An OSError from the body, however a library wraps it, names this file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        found = _os_error(error)
+        if found is None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
+
+
+def reason(error: OSError) -> str:
+    """`file: why`, in the operating system's own words."""
+    why = error.strerror or first_line(error)
+    return f"{error.filename}: {why}" if error.filename else why
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """torch.save's writer complains about the file that it could not finish, not about why."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        number = _OS_ERROR.search(str(seen))
+        if number and isinstance(seen, SafetensorError):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,251 @@
+"""The folders of checkpoints, one a step: which are there, which are whole, which to go on from.
+
+step-N            a checkpoint; written as step-N.tmp and renamed when every rank is done
+step-N.damaged    was not whole when a run was to go on from it; kept for people, never read
+step-N.old        of a run that was sent back to an earlier step and replaced it
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_titan.checkpoint.dcp_io import METADATA, read_metadata
+from opd_titan.checkpoint.faults import met_by_all, reason
+from opd_titan.checkpoint.manifest import find_damage
+from opd_titan.checkpoint.publish import fresh_tmp
+from opd_titan.errors import CheckpointError, StorageError
+
+logger = logging.getLogger("opd_titan")
+
+STATE = "train_state.json"
+MANIFEST = "checksums.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in `folder` that were finished, oldest first; none is read."""
+    return [n for n in _steps(folder) if (folder / f"step-{n}" / STATE).is_file()]
+
+
+def _steps(folder: Path) -> list[int]:
+    """Every step that something in `folder` is called by, oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP.fullmatch(p.name) for p in folder.iterdir())
+    return sorted({int(m.group(1)) for m in matches if m and m.group(1) == str(int(m.group(1)))})
+
+
+def agree_on_step(folder: Path, load_step: int) -> int | None:
+    """The step to resume from, the same on every rank. All ranks call.
+
+    Args:
+        load_step: -1 is the newest that is intact, past any that are not (a warning names them);
+            0 is none.
+
+    Raises:
+        CheckpointError: the one that was asked for, or every one that is there, is damaged or
+            absent; or the ranks do not see the same folder.
+    """
+    damaged: list[str] = []
+    for step in _candidates(folder, load_step):
+        path = folder / f"step-{step}"
+        damage = _agree_on_damage(path)
+        if damage is None:
+            for text in damaged:
+                logger.warning("Damaged checkpoint: %s; going back to step %s", text, step)
+            return step
+        damaged.append(damage)
+    if not damaged:
+        return None
+    if load_step > 0:
+        raise CheckpointError(
+            f"checkpoint.load_step: step {load_step} is damaged: {damaged[0]}; choose another "
+            f"(-1 takes the newest that is intact)"
+        )
+    raise CheckpointError(
+        f"{damaged[0]}; no checkpoint in {folder} is intact: restore one, or start afresh with "
+        f"checkpoint.load_step = 0"
+    )
+
+
+def _candidates(folder: Path, load_step: int) -> list[int]:
+    """What to try, in this order. One rank looks: a file system may show two ranks two lists."""
+    found: list[Any] = [[], []]
+    with met_by_all():
+        if dist.get_rank() == 0:
+            try:
+                found = [_steps(folder), complete_steps(folder)]
+            except OSError as error:
+                raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
+            if load_step > 0 and load_step not in found[0]:
+                have = ", ".join(map(str, found[1])) or "none"
+                raise CheckpointError(
+                    f"checkpoint.load_step: {folder}/step-{load_step} is not a complete "
+                    f"checkpoint; complete steps: {have}"
+                )
+    dist.broadcast_object_list(found)
+    if load_step > 0:
+        return [load_step]
+    return found[0][::-1] if load_step < 0 else []
+
+
+def _agree_on_damage(path: Path) -> str | None:
+    """What the ranks, each reading its share, find wrong with a checkpoint. All ranks call."""
+    _require_everywhere(path)
+    start = time.perf_counter()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _damage(path, dist.get_rank(), dist.get_world_size()))
+    logger.debug("Read %s to check it, in %.1f s", path, time.perf_counter() - start)
+    return next((text for text in found if text is not None), None)
+
+
+def _damage(path: Path, rank: int, world: int) -> str | None:
+    if not path.is_dir():
+        return f"{path}: is not a folder"
+    try:
+        if (path / MANIFEST).exists():
+            damage = find_damage(path / MANIFEST, rank, world)
+        else:  # made before there were manifests, or copied in part
+            damage = _too_short(path)
+        if damage is None and not (path / STATE).is_file():
+            damage = f"{path / STATE}: is missing"
+        return damage
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or path}: cannot be read ({error.strerror})"
+
+
+def _too_short(path: Path) -> str | None:
+    """Without a manifest: whether every file reaches as far as DCP wrote into it."""
+    if not (path / METADATA).is_file():
+        return f"{path / METADATA}: is missing"
+    ends: dict[str, int] = {}
+    for place in read_metadata(path).storage_data.values():
+        ends[place.relative_path] = max(
+            ends.get(place.relative_path, 0), place.offset + place.length
+        )
+    for name, end in sorted(ends.items()):
+        file = path / name
+        if not file.is_file():
+            return f"{file}: is missing"
+        if file.stat().st_size < end:
+            return f"{file}: is truncated from at least {end} to {file.stat().st_size} bytes"
+    return None
+
+
+def open_folder(folder: Path) -> None:
+    """Make the checkpoints' folder, and clear what killed runs left half-written. All ranks call.
+
+    Raises:
+        CheckpointError: a rank cannot write there, or the ranks do not share it; the first save,
+            hours later, would fail.
+    """
+    rank = dist.get_rank()
+    with met_by_all(), _refusing(folder):
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("step-*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+    _require_everywhere(folder)
+    with met_by_all(), _refusing(folder):
+        probe = folder / f".writable-{rank}"
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """What cannot be written was the user's choice of a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"job.dump_folder: {folder} cannot be written ({error.strerror}); choose a folder that "
+            f"can"
+        ) from error
+
+
+def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
+    """Rename what is newer than step `after` to `step-N.<suffix>`. All ranks call.
+
+    Args:
+        suffix: "old" for what a run replaces that was sent back; the last such takes the place of
+            one before. "damaged" for what is not whole; there, a name that is taken gets a number.
+
+    Returns:
+        The steps that were set aside.
+    """
+    later: list[Any] = [[]]
+    with met_by_all():
+        if dist.get_rank() == 0:
+            later = [[n for n in _steps(folder) if n > after]]
+            for n in later[0]:
+                target = folder / f"step-{n}.{suffix}"
+                if suffix == "old":
+                    shutil.rmtree(target, ignore_errors=True)
+                (folder / f"step-{n}").rename(_free_name(target))
+    dist.broadcast_object_list(later)
+    return later[0]
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def prune(folder: Path, newest: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`, which is one. Rank 0 calls.
+
+    Newer ones, if any, are of nobody knows whom: they neither count nor go.
+    """
+    for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
+        gone = folder / f"step-{old}.tmp"
+        try:
+            shutil.rmtree(gone, ignore_errors=True)
+            # First another name: killed half-way, it must not look whole.
+            (folder / f"step-{old}").rename(gone)
+            shutil.rmtree(gone)
+        except OSError as error:  # the new one is safe: that is no reason to fail
+            logger.warning("Checkpoint: %s cannot be deleted: %s", gone, reason(error))
+
+
+def _require_everywhere(path: Path) -> None:
+    seen = torch.tensor(int(path.exists()))
+    dist.all_reduce(seen, op=dist.ReduceOp.MIN)
+    if not seen:
+        raise CheckpointError(
+            f"job.dump_folder: {path} is not there on every rank; the folder must be on a file "
+            f"system that all nodes share"
+        )
+
+
+def make_tmp(final: Path) -> Path:
+    """An empty `<final>.tmp` that every rank sees. All ranks call.
+
+    Raises:
+        StorageError: it cannot be made, or a rank does not see it.
+    """
+    with met_by_all():
+        if dist.get_rank() == 0:
+            fresh_tmp(final)
+    tmp = final.with_name(final.name + ".tmp")
+    with met_by_all():
+        if not tmp.is_dir():
+            raise StorageError(f"{tmp}: is not there on every rank")
+    return tmp

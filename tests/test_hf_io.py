@@ -42,7 +42,7 @@ from opd_titan.checkpoint.hf_load import (
     random_init_weights,
 )
 from opd_titan.distributed.world import build_world
-from opd_titan.errors import ModelError
+from opd_titan.errors import ModelError, StorageError
 from opd_titan.models import get_family
 from opd_titan.models.qwen3.model import Qwen3Model
 
@@ -284,8 +284,9 @@ def test_export_replaces_what_is_there_and_survives_a_crash(
 
     with monkeypatch.context() as patch:
         patch.setattr(hf_export, "save_file", full_disk)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StorageError, match="step-1.tmp/model.safetensors: No space left"):
             export_hf(model, out, **options)
+    assert [p.name for p in out.parent.iterdir()] == ["step-1"]
     assert [p.name for p in out.iterdir()] == ["stale.safetensors"]
     export_hf(model, out, **options)
     assert_same_tensors(stored(out), stored(source))

@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from opd_titan.checkpoint.faults import met_by_all, naming
 from opd_titan.checkpoint.hf_folder import (
+    CHECKSUMS,
     CONFIG,
     GENERATION_CONFIG,
     TOKENIZER_FILES,
     read_hf_config,
 )
 from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
+from opd_titan.checkpoint.manifest import describe, write_manifest
 from opd_titan.checkpoint.publish import fresh_tmp, publish
+from opd_titan.errors import ModelError, StorageError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, transformers 4
 
@@ -41,7 +47,8 @@ def export_hf(
     """Write weights, config, generation config, tokenizer and model card to `out`. Collective.
 
     Parameters are gathered one at a time and rank 0 keeps one file's worth of them. The folder
-    is complete or absent; an older `out` is replaced.
+    is complete or absent; an older `out` is replaced when the new one is complete. It carries the
+    checksums of its files.
 
     Args:
         source_folder: the folder the model came from; its JSON files are copied.
@@ -50,41 +57,102 @@ def export_hf(
             its config where it has no weights.
         card: text of README.md.
         max_shard_bytes: a file holds no more than this, or else a single tensor.
+
+    Raises:
+        StorageError: on all ranks; a file could not be written, or one of the source not read.
+            Nothing of this export is left.
     """
-    config = read_hf_config(source_folder)
     native = native_tensors(model)
     tensors = {hf: native[name] for hf, name in key_table.items()}
-    dtypes = dict.fromkeys(tensors, dtype) if dtype else _own_dtypes(tensors, source_folder, config)
+    try:
+        with met_by_all(), _source_is_storage():
+            config = read_hf_config(source_folder)
+            given = dict.fromkeys(tensors, dtype)
+            dtypes = given if dtype else _own_dtypes(tensors, source_folder, config)
+        with met_by_all():
+            if _writes():
+                fresh_tmp(out)
+        tmp = out.with_name(out.name + ".tmp")
+        plan = _write_weights(tmp, tensors, dtypes, max_shard_bytes)
+        with met_by_all():
+            if _writes():
+                _write_text(tmp / "README.md", card)
+                _write_json(tmp / CONFIG, _with_dtype(config, tensors, dtypes))
+                _copy_files(source_folder, tmp)
+                _complete(tmp, plan)
+                publish(tmp, out)
+    except StorageError as error:
+        if _writes():
+            shutil.rmtree(out.with_name(out.name + ".tmp"), ignore_errors=True)
+        raise StorageError(f"export {out} not written: {error}") from error
+
+
+def is_exported(out: Path) -> bool:
+    """Whether an export is there, as rank 0 sees it. All ranks call."""
+    found: list[Any] = [(out / CONFIG).is_file()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _writes() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def _source_is_storage() -> Iterator[None]:
+    """What was right when the run began, days ago, is not the user's mistake now."""
+    try:
+        yield
+    except ModelError as error:
+        raise StorageError(str(error)) from error
+
+
+def _write_weights(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+    max_shard_bytes: int,
+) -> StateDictSplit:
+    """Gather and write the tensors, one file after another. All ranks call."""
     plan = split_state_dict_into_shards_factory(
         {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()},
         get_storage_size=int,  # they are sizes already
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    tmp = fresh_tmp(out) if writes else out
     for file_name, names in plan.filename_to_tensors.items():
         content = {}
         for name in names:
             tensor = _gather(tensors[name], dtypes[name])
-            if writes:
+            if _writes():
                 content[name] = tensor
-        if writes:
-            save_file(content, tmp / file_name, metadata={"format": "pt"})
-    if writes:
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            _write_json(tmp / INDEX, index)
-        _write_json(tmp / CONFIG, _with_dtype(config, tensors, dtypes))
-        for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
-            if (source_folder / name).is_file():
-                shutil.copyfile(source_folder / name, tmp / name)  # hub caches hold links
-        (tmp / "README.md").write_text(card, encoding="utf-8")
-        for file_name in plan.filename_to_tensors:  # safetensors lets only their owner read them
-            shutil.copymode(tmp / CONFIG, tmp / file_name)
-        publish(tmp, out)
-    if dist.is_initialized():
-        dist.barrier()
+        # After each: the ranks need not gather what will not be written.
+        with met_by_all():
+            if _writes():
+                with naming(folder / file_name):
+                    save_file(content, folder / file_name, metadata={"format": "pt"})
+    return plan
+
+
+def _complete(folder: Path, plan: StateDictSplit) -> None:
+    """The index, the files' permissions, and the checksums of all."""
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / INDEX, index)
+    for file_name in plan.filename_to_tensors:  # safetensors lets only their owner read them
+        shutil.copymode(folder / CONFIG, folder / file_name)
+    # People write their own model cards.
+    names = (path.name for path in folder.iterdir() if path.name != "README.md")
+    write_manifest(folder / CHECKSUMS, describe(folder, names))
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
+        if (source / name).is_file():
+            content = (source / name).read_bytes()  # hub caches hold links
+            with naming(target / name):
+                (target / name).write_bytes(content)
 
 
 def _own_dtypes(
@@ -121,4 +189,9 @@ def _with_dtype(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with naming(path):
+        path.write_text(text, encoding="utf-8")

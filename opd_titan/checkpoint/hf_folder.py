@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.errors import ModelError, first_line
 from opd_titan.hub import looks_like_hub_id
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+CHECKSUMS = "opd_titan_checksums.json"  # of an export of ours; other folders have none
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -90,6 +94,25 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: is missing; a model folder needs its {CONFIG}")
     return read_json(path)
+
+
+def check_unchanged(folder: Path) -> None:
+    """Check the files of an export of ours against its checksums. No collective.
+
+    Each rank reads its share of them: what one finds, it has to tell the others.
+
+    Raises:
+        ModelError: a file is missing, truncated or holds other bytes than were written.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    damage = find_damage(folder / CHECKSUMS, *share)
+    if damage is not None:
+        raise ModelError(
+            f"{damage}; copy the folder again, or delete {CHECKSUMS} in it if the file was changed "
+            f"on purpose"
+        )
 
 
 def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> set[int]:

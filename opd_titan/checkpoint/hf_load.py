@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from opd_titan.checkpoint.hf_folder import read_json
+from opd_titan.checkpoint.hf_folder import check_unchanged, read_json
 from opd_titan.errors import ModelError, first_line
 
 SINGLE = "model.safetensors"
@@ -47,7 +47,8 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
 def check_hf_weights(
     folder: Path, expected: dict[str, tuple[int, ...]], tied: dict[str, str]
 ) -> dict[str, Path]:
-    """Check that the folder's safetensors hold exactly the model. Only headers are read.
+    """Check that the folder's safetensors hold exactly the model. Only headers are read, but of an
+    export of ours every byte.
 
     Args:
         expected: shape of each tensor by its Hugging Face name.
@@ -62,6 +63,7 @@ def check_hf_weights(
         ModelError: a tensor is missing, unknown, misshapen or of a dtype that needs scales; a
             file is missing, truncated or corrupt. The message names the tensor and the file.
     """
+    check_unchanged(folder)
     files, headers = _find_tensors(folder)
     source = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
     missing = [name for name in expected if name not in files]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from opd_titan.checkpoint.hf_folder import eos_token_ids, read_hf_config, resolve_model_folder
+from opd_titan.checkpoint.hf_folder import (
+    GENERATION_CONFIG,
+    eos_token_ids,
+    read_hf_config,
+    resolve_model_folder,
+)
 from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, random_init_weights
 from opd_titan.config import JobConfig
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.data.types import Prompt
 from opd_titan.distributed.world import Axis, World
-from opd_titan.errors import ModelError
+from opd_titan.errors import ModelError, first_line
+from opd_titan.hub import hub_in_reach, looks_like_hub_id
 from opd_titan.models import ModelFamily, get_family
 from opd_titan.models.transforms import apply_compile
+
+_MOST_LAYERS = 1000
+_LARGEST_SIZE = 2**24
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,49 @@ def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
     Raises:
         ModelError: in one line, what is wrong with it.
     """
-    folder = resolve_model_folder(hf_path, f"{role}.hf_path")
+    folder = _find_folder(hf_path, f"{role}.hf_path")
     where = str(folder / "config.json")
-    config = read_hf_config(folder)
-    family = get_family(config, where)
-    args = family.args_from_hf_config(config, where)
-    family.rank_args(args, tensor_parallel, where)
+    with _odd_values_named(where):
+        config = read_hf_config(folder)
+        family = get_family(config, where)
+        args = family.args_from_hf_config(config, where)
+        family.rank_args(args, tensor_parallel, where)
+        # Beyond any model; a table of billions of layers' names would fill the memory.
+        if args.n_layers > _MOST_LAYERS or max(args.vocab_size, args.dim) > _LARGEST_SIZE:
+            raise ModelError(
+                f"{where}: {args.n_layers} layers, {args.dim} wide, with {args.vocab_size} token "
+                f"ids; wanted at most {_MOST_LAYERS}, {_LARGEST_SIZE} and {_LARGEST_SIZE}"
+            )
+        with torch.device("meta"):
+            family.build(replace(args, n_layers=1))
     return ModelShape(role, folder, family, args)
+
+
+def _find_folder(hf_path: str, key: str) -> Path:
+    if os.path.isdir(os.path.expanduser(hf_path)) or not looks_like_hub_id(hf_path):
+        return resolve_model_folder(hf_path, key)
+    with hub_in_reach() as trouble:
+        try:
+            return resolve_model_folder(hf_path, key)
+        except ModelError as error:
+            if not trouble:
+                raise
+            raise ModelError(
+                f"{key} = {hf_path!r} is no local folder, nor downloaded before, and {trouble}; "
+                "download it and give its folder"
+            ) from error
+
+
+@contextmanager
+def _odd_values_named(where: str) -> Iterator[None]:
+    """The checks name what a person may get wrong; a file can hold anything at all."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ModelError(
+            f"{where}: holds a value that no model has ({type(e).__name__}: {first_line(e)}); "
+            "wanted the file that transformers saved"
+        ) from e
 
 
 def inspect_model(role: str, hf_path: str, random_init: bool, tensor_parallel: int) -> ModelSource:
@@ -97,7 +144,8 @@ def inspect_model(role: str, hf_path: str, random_init: bool, tensor_parallel: i
         expected = {hf: shapes[native] for hf, native in key_table.items()}
         tied = family.tied_hf_keys if args.tied else {}
         files = check_hf_weights(folder, expected, tied)
-    eos_ids = eos_token_ids(folder, read_hf_config(folder), args.vocab_size)
+    with _odd_values_named(str(folder / GENERATION_CONFIG)):
+        eos_ids = eos_token_ids(folder, read_hf_config(folder), args.vocab_size)
     return ModelSource(role, folder, family, args, tokenizer, eos_ids, key_table, files)
 
 

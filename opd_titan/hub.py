@@ -1,10 +1,51 @@
-"""What an id on the Hugging Face hub looks like."""
+"""The Hugging Face hub: what an id looks like, and what happens where it cannot be reached."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+
+from opd_titan.errors import first_line
+
+_PATIENCE = 10.0  # seconds
 
 
 def looks_like_hub_id(name: str) -> bool:
     """Tell whether `name` can be "org/name"; a path that starts with `.`, `/` or `~` cannot."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+
+
+@contextmanager
+def hub_in_reach() -> Iterator[str]:
+    """Where the hub does not answer, only what was downloaded before is looked for meanwhile.
+
+    Its own clients would first try again for half a minute, and log each time.
+
+    Yields:
+        Why it does not answer, for errors; empty where it does.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    trouble = "" if constants.HF_HUB_OFFLINE else _trouble(constants.ENDPOINT)
+    with ExitStack() as undo:
+        if trouble:
+            for settings in (constants, datasets.config):
+                undo.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
+                settings.HF_HUB_OFFLINE = True
+        yield trouble
+
+
+@cache
+def _trouble(endpoint: str) -> str:
+    from huggingface_hub.utils import get_session
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    try:
+        get_session().head(endpoint, timeout=_PATIENCE)
+    except Exception as error:  # of whichever HTTP client this version has
+        return f"the hub at {endpoint} does not answer ({first_line(error)})"
+    return ""

@@ -7,6 +7,9 @@ after a failure the files are read once more here, only to find the place.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,11 @@ from opd_titan.errors import DataError, first_line
 # Suffix -> the `datasets` builder that reads it.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BOM_AND_BLANK = b"\xef\xbb\xbf \t\r\n"
+# Arrow takes about as many levels; some ten thousand overflow its stack and kill the process.
+MAX_DEPTH = 64
+_BRACKETS = b'"[]{}'
+_NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_NUMBER_END = 2**64
 
 
 def check_file(file: Path) -> None:
@@ -25,18 +33,38 @@ def check_file(file: Path) -> None:
         if file.stat().st_size == 0:
             raise DataError(f"path: {file} is empty")
         if _is_json(file):
+            plain, deepest = True, 0
             with file.open("rb") as lines:
-                plain = all(line.lstrip(BOM_AND_BLANK)[:1] in (b"{", b"") for line in lines)
-            if not plain:  # an array, or broken
+                for line in lines:
+                    plain &= line.lstrip(BOM_AND_BLANK)[:1] in (b"{", b"")
+                    if len(line) > 2 * MAX_DEPTH:
+                        deepest = max(deepest, _depth(line))
+            # An array or an object over several lines, a broken file, or one too deep for Arrow.
+            if not plain or deepest > MAX_DEPTH:
                 _json_places(file)
     except OSError as error:
         raise DataError(f"path: {file} cannot be read: {first_line(error)}") from error
 
 
+def check_saved(folder: Path) -> None:
+    """Raise DataError where the `state.json` of a save_to_disk folder names files outside of it."""
+    state = folder / "state.json"
+    for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+        name = entry["filename"]
+        if not isinstance(name, str) or name in ("", ".", "..") or name != Path(name).name:
+            raise DataError(f"path: {state} names {name!r}; expected the name of a file beside it")
+
+
 def blame(files: list[Path]) -> None:
-    """Raise DataError at the first place in JSON files that is not an object, if there is one."""
+    """Raise DataError at the first place in JSON files that is not sound, if there is one."""
+    fields = 0
     for file in filter(_is_json, files):
-        _json_places(file)
+        for place, row in _json_rows(file):
+            fields += len(row)
+            if problem := _problem(row):
+                raise DataError(f"path: {file}, {place}: {problem}")
+    if not fields and all(map(_is_json, files)):
+        raise DataError(f"path: {', '.join(map(str, files))}: the rows are objects without fields")
 
 
 def locate(files: list[Path], number: int) -> str | None:
@@ -61,6 +89,11 @@ def _is_json(file: Path) -> bool:
 
 def _json_places(file: Path) -> list[str]:
     """Where each row lies. Raises DataError at the first that is not a JSON object."""
+    return [place for place, _ in _json_rows(file)]
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row lies, and the row. Raises DataError at the first that is not an object."""
     content = file.read_bytes()
     lines = enumerate(content.split(b"\n"), 1)
     filled = [(number, line) for number, line in lines if line.strip(BOM_AND_BLANK)]
@@ -69,28 +102,69 @@ def _json_places(file: Path) -> list[str]:
     start = filled[0][1].strip(BOM_AND_BLANK)
     # An array, or an object over several lines of a .json file; else JSON Lines.
     if start.startswith(b"[") or (start == b"{" and file.suffix == ".json"):
+        if _depth(content) > MAX_DEPTH + 1:
+            raise DataError(f"path: {file}: nested more than {MAX_DEPTH} levels deep")
         value = _parse(content, file, 1)
         rows = enumerate(value if isinstance(value, list) else [value], 1)
         found = ((f"row {number}", row) for number, row in rows)
     else:
         found = ((f"line {number}", _parse(line, file, number)) for number, line in filled)
-    places = []
     for place, row in found:
         if not isinstance(row, dict):
             raise DataError(f"path: {file}, {place}: not a JSON object; each row must be one")
-        places.append(place)
-    return places
+        yield place, row
 
 
 def _parse(text: bytes, file: Path, first: int) -> Any:
     """Parse JSON that starts at line `first` of the file; DataError names the line at fault."""
+    line = first
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
+        if text.count(b"\n") == 0 and _depth(text) > MAX_DEPTH:
+            raise RecursionError
+        return value
     except UnicodeDecodeError as error:
-        line = first + text.count(b"\n", 0, error.start)
-        raise DataError(f"path: {file}, line {line}: not UTF-8") from error
+        line += text.count(b"\n", 0, error.start)
+        cause, problem = error, "not UTF-8"
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"path: {file}, line {first + error.lineno - 1}: broken JSON: {error.msg} "
-            f"(column {error.colno})"
-        ) from error
+        line += error.lineno - 1
+        cause, problem = error, f"broken JSON: {error.msg} (column {error.colno})"
+    except RecursionError as error:
+        cause, problem = error, f"nested more than {MAX_DEPTH} levels deep"
+    except ValueError as error:  # a repeated field, a number of thousands of digits
+        cause, problem = error, first_line(error).partition(";")[0]
+        if b"\n" in text.strip():
+            raise DataError(f"path: {file}: {problem}") from cause
+    raise DataError(f"path: {file}, line {line}: {problem}") from cause
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} is given twice")
+    return row
+
+
+def _depth(text: bytes) -> int:
+    """Levels of arrays and objects in JSON text, counted without parsing it."""
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_BRACKETS)
+    bare = re.sub(rb'"[^"]*"?', b"", bare)
+    return max(accumulate(1 if c in b"[{" else -1 for c in bare), default=0)
+
+
+def _problem(value: Any) -> str:
+    """What in a parsed value Arrow cannot hold; empty if nothing is."""
+    if isinstance(value, dict):
+        problems = (_problem(part) for pair in value.items() for part in pair)
+    elif isinstance(value, list):
+        problems = map(_problem, value)
+    elif isinstance(value, str):
+        half = next((c for c in value if "\ud800" <= c <= "\udfff"), "")
+        return f"half of a surrogate pair ({half!r}) is no character" if half else ""
+    elif isinstance(value, (int, float)) and not abs(value) < _NUMBER_END and value == value:
+        return "a number too large for 64 bits"
+    else:
+        return ""
+    return next(filter(None, problems), "")

@@ -6,18 +6,19 @@ who knows the table puts it before.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from opd_titan.data.files import FORMATS, blame, check_file, locate
+from opd_titan.data.files import FORMATS, blame, check_file, check_saved, locate
 from opd_titan.data.sources import DATASETS, DatasetSpec, Record, RowError
 from opd_titan.errors import DataError, first_line
-from opd_titan.hub import looks_like_hub_id
+from opd_titan.hub import hub_in_reach, looks_like_hub_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,8 +83,8 @@ def load_rows(dataset: str, path: str, split: str) -> Rows:
         )
     name = match[1]
     _quiet()
-    local = Path(path).expanduser()
-    if path and local.exists():
+    local = Path(os.path.expanduser(path))
+    if path and os.path.exists(local):  # False also for what can be no path
         table, files = _read_local(spec, local, name)
         where = path
     else:
@@ -126,14 +127,15 @@ def _read_hub(spec: DatasetSpec, path: str, name: str) -> tuple[Dataset, str]:
             f'path = "{path}" does not exist; give a folder, a .jsonl, .json or .parquet file, or '
             'a hub id "org/name"'
         )
-    try:
-        table = datasets.load_dataset(hub_id, config or None, split=name)
-    except Exception as error:  # of an unknown split or config, the first line lists the known
-        raise DataError(
-            f'path: "{hub_id}" is no local path and its split "{name}" cannot be read from the hub '
-            f"({first_line(error)}); log in if it is private; without a network, give a downloaded "
-            "copy's folder"
-        ) from error
+    with hub_in_reach() as trouble:
+        try:
+            table = datasets.load_dataset(hub_id, config or None, split=name)
+        except Exception as error:  # of an unknown split or config, the first line lists the known
+            raise DataError(
+                f'path: "{hub_id}" is no local path and its split "{name}" cannot be read from the '
+                f"hub ({trouble or first_line(error)}); log in if it is private; without a "
+                "network, give a downloaded copy's folder"
+            ) from error
     return table, f"{hub_id}:{config}" if config else hub_id
 
 
@@ -141,17 +143,8 @@ def _read_local(spec: DatasetSpec, path: Path, name: str) -> tuple[Dataset, list
     """A whole split from a folder or a file that exists; and the files, if it has rows in files."""
     import datasets
 
-    is_dict = (path / "dataset_dict.json").is_file()
-    if is_dict or (path / "state.json").is_file():
-        try:
-            saved = datasets.load_from_disk(str(path))
-        except Exception as error:
-            raise DataError(
-                f"path: the save_to_disk folder {path} cannot be read ({first_line(error)})"
-            ) from error
-        if is_dict and name not in saved:
-            raise _no_split(path, name, list(saved))
-        return saved[name] if is_dict else saved, []
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _read_saved(path, name), []
 
     files = _split_files(spec, path, name) if path.is_dir() else [path]
     for file in files:
@@ -165,6 +158,32 @@ def _read_local(spec: DatasetSpec, path: Path, name: str) -> tuple[Dataset, list
         blame(files)
         names, cause = ", ".join(map(str, files)), first_line(error.__cause__ or error)
         raise DataError(f"path: {names} cannot be read: {cause}") from error
+
+
+def _read_saved(path: Path, name: str) -> Dataset:
+    """A whole split of a `save_to_disk` folder."""
+    import datasets
+
+    try:
+        listed = path / "dataset_dict.json"
+        if not listed.is_file():
+            check_saved(path)
+            saved = datasets.load_from_disk(str(path))
+        else:
+            splits = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+            if name not in splits:
+                raise _no_split(path, name, list(map(str, splits)))
+            check_saved(path / name)  # a split's name is `\w.`, so it stays in the folder
+            saved = datasets.load_from_disk(str(path / name))
+        # Arrow trusts the file's offsets and would follow wrong ones anywhere in memory.
+        saved.data.validate(full=True)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"path: the save_to_disk folder {path} cannot be read ({first_line(error)})"
+        ) from error
+    return saved
 
 
 def _split_files(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
@@ -212,4 +231,26 @@ def _used_columns(spec: DatasetSpec, table: Dataset, where: str) -> Dataset:
                 f"{', '.join(repr(name) for name in have) or 'none'}"
             )
     used = [name for wanted in spec.columns for name in wanted.split("|")]
-    return table.select_columns([n for n in (*used, *spec.optional_columns) if n in have])
+    names = [n for n in (*used, *spec.optional_columns) if n in have]
+    for name in names:
+        if kind := _decoded(table.features[name]):
+            raise DataError(
+                f"path: {where}: column '{name}' holds {kind}, which names files to open; wanted "
+                "text"
+            )
+    # A save_to_disk folder may ask for tensors instead of Python values.
+    return table.select_columns(names).with_format(None)
+
+
+def _decoded(feature: Any) -> str:
+    """The name of a type such as Image, whose values `datasets` makes of other files, if any."""
+    if isinstance(feature, Mapping):
+        parts = list(feature.values())
+    elif isinstance(feature, (list, tuple)):
+        parts = list(feature)
+    elif hasattr(feature, "decode_example") and type(feature).__name__ != "Json":
+        return type(feature).__name__
+    else:
+        inner = getattr(feature, "feature", None)  # of a list
+        parts = [] if inner is None else [inner]
+    return next(filter(None, map(_decoded, parts)), "")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_BATCH = 1024
+# A text of more characters is measured against the longest token before it is tokenized: what a
+# broken row holds, perhaps a whole file, would take gigabytes only to be dropped.
+LARGE_TEXT = 100_000
 NO_RESPONSE = (
     "no response, which rollout.on_policy_fraction < 1 and sft learn from; use a set that has them"
 )
@@ -79,11 +82,14 @@ def build_prompts(
                 raise rows.error(number, error) from error
 
         shortest = None
+        largest = max(LARGE_TEXT, max_prompt_tokens * max(map(len, tokenizer.get_vocab())))
         records = _unique(rows, result)
         while batch := list(islice(records, TOKENIZE_BATCH)):
-            texts = [text_of(number, record) for number, record in batch]
-            tokenized = _tokenize(tokenizer, texts)
-            for (number, record), text, ids in zip(batch, texts, tokenized, strict=True):
+            read = [(*entry, text_of(*entry)) for entry in batch]
+            kept = [entry for entry in read if len(entry[-1]) <= largest]
+            result.num_too_long += len(read) - len(kept)
+            tokenized = _tokenize(tokenizer, [text for *_, text in kept])
+            for (number, record, text), ids in zip(kept, tokenized, strict=True):
                 if not ids:
                     raise rows.error(number, "the prompt has no tokens")
                 shortest = min(shortest or len(ids), len(ids))
@@ -97,11 +103,17 @@ def build_prompts(
                 if len(result.prompts) == max_prompts:
                     return result
     if not result.prompts:
-        raise DataError(
-            f"data.max_prompt_tokens = {max_prompt_tokens} drops every prompt of {rows.source}; "
-            f"the shortest has {shortest} tokens"
-        )
+        raise _none_fits(rows, max_prompt_tokens, shortest, largest)
     return result
+
+
+def _none_fits(rows: Rows, limit: int, shortest: int | None, largest: int) -> DataError:
+    least = f"the shortest has {shortest} tokens"
+    if shortest is None:
+        least = f"every text has over {largest} letters"
+    return DataError(
+        f"data.max_prompt_tokens = {limit} drops every prompt of {rows.source}; {least}"
+    )
 
 
 def response_token_ids(
@@ -143,5 +155,7 @@ def _unique(rows: Rows, result: PromptSet) -> Iterator[tuple[int, Record]]:
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids with no special tokens added; verbose=False: long prompts are dropped, not news."""
+    if not texts:
+        return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return encoded["input_ids"]

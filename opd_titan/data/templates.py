@@ -6,10 +6,11 @@ token ids always agree and a BOS appears only where a chat template writes one.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_titan.data.sources import Record, RowError
-from opd_titan.errors import ModelError
+from opd_titan.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ def render(
 
     raw: `raw_format` around the one user turn. chat: the tokenizer's own template with a generation
     prompt; with `enable_thinking` off, Qwen3's ends in an empty, closed think block.
+
+    Raises ModelError, naming its file, for a chat template that fails.
     """
     if template == "raw":
         if len(record.messages) != 1:
@@ -47,6 +50,7 @@ def render(
 
     from jinja2 import TemplateError
 
+    # transformers compiles the template in a sandbox without attributes that begin with "_".
     try:
         return tokenizer.apply_chat_template(
             record.messages,
@@ -54,5 +58,17 @@ def render(
             add_generation_prompt=True,
             enable_thinking=enable_thinking,
         )
-    except TemplateError as error:
-        raise RowError(f"the chat template refuses this prompt: {error}") from error
+    except Exception as error:  # a template can raise any
+        if type(error) is TemplateError:  # its own raise_exception
+            raise RowError(f"the chat template refuses this prompt: {error}") from error
+        raise ModelError(
+            f"{_template_file(tokenizer)}: the chat template fails ({type(error).__name__}: "
+            f'{first_line(error)}); mend it, or set data.template = "raw"'
+        ) from error
+
+
+def _template_file(tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The file of the folder that transformers takes the chat template from."""
+    folder = Path(tokenizer.name_or_path)
+    alone = (folder / name for name in ("chat_template.jinja", "chat_template.json"))
+    return next((file for file in alone if file.is_file()), folder / "tokenizer_config.json")

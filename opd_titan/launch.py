@@ -55,14 +55,21 @@ def _tell(rank: int, failure: Any) -> int:
         print(f"opd_titan: {failure.message}", file=sys.stderr)
     if code in (2, 75):
         return code
-    place = place_of(rank)
-    line = f"rank {rank} failed with exit code {code}"
-    if code < 0:
-        line = f"rank {rank} was ended by {signal.Signals(-code).name}"
-    line += f" in {place}" if place else ""
-    line += f": {said}" if isinstance(said, str) else ""
-    print(f"opd_titan: {line}", file=sys.stderr)
+    if isinstance(said, str) and said != "<NONE>":  # a Fault, which says where
+        print(f"opd_titan: rank {rank}: {said}", file=sys.stderr)
+    else:
+        place = place_of(rank)
+        where = f" in {place}" if place else ""
+        how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
+        print(f"opd_titan: rank {rank} {how}{where}", file=sys.stderr)
     return 1 if code > 0 else 128 - code
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _forward(number: int, _frame: Any) -> None:

@@ -179,9 +179,9 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
         made.append(weakref.ref(found[0].model))
         return found
 
-    def measured(generator: Any) -> None:
+    def measured(*args: Any) -> None:
         beside.append(held_bytes(trainer.weights))
-        measure(generator)
+        measure(*args)
 
     trainer._generator, trainer.validator.measure_teacher = generator, measured
     trainer.weights.sync()
@@ -191,5 +191,5 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
 
 
 def test_the_teacher_answers_alone_and_is_let_go(world: World) -> None:
-    argv = world.argv("teacher", "--training.dtype", "bfloat16")
+    argv = world.argv("alone", "--training.dtype", "bfloat16")
     assert run_distributed(check_teacher_is_let_go, 1, argv) == [(0, 0)]

@@ -169,7 +169,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_made(bad, obje
     # Nothing of it is left: the next update is that of a run that never met it.
     twin = copy.deepcopy(model)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.1)
-    twin_optimizer.load_state_dict(optimizer.state_dict())
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it would share them
     assert update(model, optimizer, plan[1:], how, lone_world()).made == [True]
     update(twin, twin_optimizer, plan[1:], how, lone_world())
     assert torch.equal(weights(model), weights(twin)) and not torch.equal(weights(model), before)

@@ -68,8 +68,8 @@ class UpdateResult:
         scalars: by their TensorBoard names, the same on every rank.
         made: of each update in turn, whether it was made; not where its loss or gradient was not
             finite on some rank. The same on every rank.
-        suspects: this rank's samples behind what was not finite; where no token's loss shows it,
-            all of its samples in an update that was not made.
+        suspects: this rank's samples behind what was not finite; where no rank has a token whose
+            loss shows it, all of an update that was not made.
     """
 
     scalars: dict[str, float]
@@ -171,20 +171,25 @@ def update(
     # Only now: a copy to the host waits for the device, which should be busy meanwhile.
     for samples, stats in chain.from_iterable(done):
         _fill_in(samples, stats)
-    suspects = [_suspects(part) for part, ok in zip(done, made, strict=True) if not ok]
+    suspects: list[Sample] = []
+    for part, ok in zip(done, made, strict=True):
+        if not ok:
+            suspects += _suspects(part, world)
     scalars = {**totals.metrics(), "skipped_updates": made.count(False)}
-    return UpdateResult(scalars, made, list(chain.from_iterable(suspects)))
+    return UpdateResult(scalars, made, suspects)
 
 
-def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]]) -> list[Sample]:
-    """The samples with a token whose loss is not finite; all, where there is none."""
+def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]], world: World) -> list[Sample]:
+    """The samples with a token whose loss is not finite; all, where no rank has one."""
     found = [
         sample
         for samples, stats in done
         for sample, loss in zip(samples, unpack_values(stats.loss_R, samples), strict=True)
         if not loss.isfinite().all()
     ]
-    return found or [sample for samples, _ in done for sample in samples]
+    if max_scalar(float(bool(found)), world.device) > 0.0:
+        return found
+    return [sample for samples, _ in done for sample in samples]
 
 
 def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:

@@ -42,10 +42,10 @@ class Lifeline:
     def enter(self, place: str) -> None:
         """Say what begins: "the update of step 3"."""
         self.place = place
-        self.beat()
         folder = os.environ.get(FOLDER)
         if folder:
             Path(folder, str(self.rank)).write_text(place, encoding="utf-8")
+        self.beat()
 
     def beat(self) -> None:
         """Say that the work goes on."""

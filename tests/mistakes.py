@@ -138,14 +138,15 @@ TABLE |= {
     "Latin-1": (recipe(b"[job]\ndescription = '\xe4'"), ["own.toml: not UTF-8", "line 2"]),
     "UTF-16": (recipe("[job]\n".encode("utf-16")), ["own.toml: not UTF-8", "line 1"]),
     "weights for TOML": (
-        recipe(b"\0" * ((16 << 20) + 1)),
-        ["--job.config_file: ", "own.toml is larger than 16 MiB; wanted a TOML file"],
+        recipe(b"\0" * ((1 << 20) + 1)),
+        ["--job.config_file: ", "own.toml is larger than 1 MiB; wanted a TOML file"],
     ),
+    "endless key": (recipe("\n" + "a." * 9999), ["own.toml: line 2: a key of over 100 parts"]),
     "deep TOML": (recipe("x = " + DEEP), ["own.toml: not valid TOML"]),
     "folder for TOML": (given("--job.config_file", "{new}"), ["is a folder; wanted a TOML file"]),
     "a device without end": (
         given("--job.config_file", "/dev/zero"),
-        ["--job.config_file: /dev/zero is larger than 16 MiB"],
+        ["--job.config_file: /dev/zero is larger than 1 MiB"],
     ),
     "missing parent": (recipe('base = "no.toml"'), ["own.toml: base: ", "no.toml: no such file"]),
     "parent of itself": (recipe('base = "own.toml"'), ["own.toml: base: goes in a circle"]),

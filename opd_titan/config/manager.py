@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -34,7 +35,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_LARGEST = 16 << 20
+_LARGEST = 1 << 20
+# tomllib's time grows with the square of the parts of a dotted key; no key here has more than two.
+_PART = r"""(?:[^\s.="']+|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rf"^[ \t]*{_PART}(?:[ \t]*\.[ \t]*{_PART}){{100}}", re.MULTILINE)
 
 
 def load_config(argv: Sequence[str]) -> JobConfig:
@@ -107,7 +111,11 @@ def _parse_file(path: Path, where: str) -> tuple[dict[str, Any], Path]:
     if len(data) > _LARGEST:  # a device without end, or weights in place of the recipe
         raise error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
     try:
-        return tomllib.loads(data.decode("utf-8-sig")), resolved
+        text = data.decode("utf-8-sig")
+        if found := _LONG_KEY.search(text):
+            line = text.count("\n", 0, found.start()) + 1
+            raise error(str(path), f"line {line}: a key of over 100 parts; wanted table.key")
+        return tomllib.loads(text), resolved
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise error(str(path), f"not UTF-8 text (byte {e.start}, line {line})") from None

@@ -106,10 +106,13 @@ class Checkpointer:
         """
         return set_aside(self.folder, step, suffix)
 
-    def save(self, step: int, train_state: dict[str, Any]) -> None:
+    def save(self, step: int, train_state: dict[str, Any]) -> bool:
         """Write one checkpoint, or start writing it when in background mode. All ranks call.
 
         Storage that fails, on any rank, is logged as an error and leaves nothing of this step.
+
+        Returns:
+            Whether the checkpoint is written, or being written.
         """
         self.wait()
         text = json.dumps(train_state)
@@ -126,6 +129,7 @@ class Checkpointer:
                 future = self._thread.submit(self._write, writer, staged, text)
                 future.add_done_callback(lambda _: stager.close())
                 self._pending = (step, future)
+        return self._pending is not None or self._secured == step
 
     def poll(self) -> None:
         """Complete a background save if all ranks have written their part. All ranks call."""

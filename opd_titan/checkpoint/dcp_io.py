@@ -120,8 +120,14 @@ class LoadPlanner(DefaultLoadPlanner):
     """Takes numbers, strings and their containers for what is not a tensor, and no other class."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        path = self.mappings[read_item.dest_index.fqn]
-        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
+        name = read_item.dest_index.fqn
+        try:
+            content = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            # Its message advises to switch this off.
+            text = f"{name} holds more than numbers, strings and their containers"
+            raise pickle.UnpicklingError(text) from None
+        set_element(self.original_state_dict, self.mappings[name], content)
 
 
 class Writer(FileSystemWriter):

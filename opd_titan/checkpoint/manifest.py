@@ -32,8 +32,10 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
         OSError: one of them cannot be read.
     """
     sizes = {name: (folder / name).stat().st_size for name in names}
-    pieces = [(name, start) for name, size in sizes.items() for start in _starts(size)]
-    sums = _in_threads([(folder / name, start) for name, start in pieces])
+    pieces = [
+        (name, start) for name, size in sizes.items() for start in range(0, size, PIECE_BYTES)
+    ]
+    sums = _in_threads([(folder / name, at) for name, at in pieces], PIECE_BYTES)
     entries: dict[str, Entry] = {name: {"size": size, "crc32": []} for name, size in sizes.items()}
     for (name, _), value in zip(pieces, sums, strict=True):
         entries[name]["crc32"].append(value)
@@ -62,7 +64,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
         wanted = {
             (name, start): value
             for name, entry in entries.items()
-            for start, value in zip(_starts(entry["size"], step), entry["crc32"], strict=True)
+            for start, value in zip(range(0, entry["size"], step), entry["crc32"], strict=True)
         }
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
@@ -97,13 +99,9 @@ def _wrong_at_sight(folder: Path, name: str, size: int) -> str | None:
     return f"has {now} bytes; {size} were written" if now > size else None
 
 
-def _starts(size: int, step: int = PIECE_BYTES) -> range:
-    return range(0, size, step)
-
-
-def _in_threads(pieces: list[tuple[Path, int]], step: int = PIECE_BYTES) -> list[str]:
+def _in_threads(pieces: list[tuple[Path, int]], length: int) -> list[str]:
     def checksum(piece: tuple[Path, int]) -> str:
-        return _crc32(*piece, step)
+        return _crc32(*piece, length)
 
     with ThreadPoolExecutor(max(1, min(_THREADS, len(pieces)))) as pool:
         return list(pool.map(checksum, pieces))

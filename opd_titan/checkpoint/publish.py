@@ -8,6 +8,8 @@ from pathlib import Path
 
 from opd_titan.checkpoint.faults import naming
 
+_REPLACED = ".replaced"
+
 
 def fresh_tmp(final: Path) -> Path:
     """An empty `<final>.tmp`; what a killed run left there is deleted."""
@@ -18,17 +20,31 @@ def fresh_tmp(final: Path) -> Path:
 
 
 def publish(tmp: Path, final: Path) -> None:
-    """Put the finished `tmp` in the place of `final`, after its bytes are on the disk."""
+    """Put the finished `tmp` in the place of `final`, after its bytes are on the disk.
+
+    Raises:
+        OSError: what was there is there still.
+    """
     for path in [*tmp.iterdir(), tmp]:
         _fsync(path)
     # A folder cannot be renamed onto a full one. Not ".old": checkpoints set aside are called so.
-    replaced = final.with_name(final.name + ".replaced")
+    replaced = final.with_name(final.name + _REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
-    tmp.rename(final)
+    try:
+        tmp.rename(final)
+    finally:
+        restore_replaced(final)
     _fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(final: Path) -> None:
+    """Put back what had to make way for something that did not come: its run was killed."""
+    replaced = final.with_name(final.name + _REPLACED)
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
 
 
 def _fsync(path: Path) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from opd_titan.checkpoint.dcp_io import METADATA, read_metadata
 from opd_titan.checkpoint.faults import met_by_all, reason
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.checkpoint.publish import fresh_tmp
+from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced
 from opd_titan.errors import CheckpointError, StorageError
 
 logger = logging.getLogger("opd_titan")
@@ -84,6 +84,8 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
     with met_by_all():
         if dist.get_rank() == 0:
             try:
+                for replaced in folder.glob("step-*.replaced"):
+                    restore_replaced(replaced.with_suffix(""))
                 found = [_steps(folder), complete_steps(folder)]
             except OSError as error:
                 raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
@@ -155,8 +157,9 @@ def open_folder(folder: Path) -> None:
     with met_by_all(), _refusing(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("step-*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
+            for pattern in ("step-*.tmp", "step-*.replaced"):
+                for left in folder.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
     _require_everywhere(folder)
     with met_by_all(), _refusing(folder):
         probe = folder / f".writable-{rank}"

@@ -1,0 +1,475 @@
+"""Storage that fails or lies: full disks, damaged files, pickles that would run code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_utils import run_distributed
+from test_hf_io import load_plain, make_source
+from tiny_student import one_process_group
+from torch import nn
+
+from opd_titan.checkpoint import manifest
+from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
+from opd_titan.checkpoint.dcp_io import METADATA
+from opd_titan.checkpoint.hf_export import export_hf
+from opd_titan.checkpoint.hf_folder import CHECKSUMS
+from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights
+from opd_titan.checkpoint.steps import MANIFEST, STATE, agree_on_step, open_folder, set_aside
+from opd_titan.errors import CheckpointError, ModelError, StorageError
+
+DISTCP = "__0_0.distcp"
+
+
+def make_pair(size: int = 40) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(size)
+    model = nn.Linear(size, size)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, size)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def make_checkpointer(folder: Path, *, background: bool = False, keep: int = 0) -> Checkpointer:
+    return Checkpointer(folder, *make_pair(), keep_latest_k=keep, background=background)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    with one_process_group():
+        for step in (2, 4):
+            assert make_checkpointer(folder).save(step, {"step": step})
+    return folder
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the program logs from INFO on, as `LEVEL message`."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda r: lines.append(f"{r.levelname} {r.getMessage()}")  # type: ignore
+    logger = logging.getLogger("opd_titan")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ----------------------------------------------------- damage done to a step
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path, keep: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+def half_copied(step: Path) -> None:
+    """As a copy that was stopped leaves it: the first files, the last of them in part."""
+    for name in (STATE, MANIFEST, METADATA):
+        (step / name).unlink(missing_ok=True)
+    cut(step / DISTCP, 0.5)
+
+
+# what is done, the file that must be named, what must be said of it
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "weights_truncated": (lambda s: cut(s / DISTCP, 0.7), DISTCP, "is truncated from "),
+    "weights_longer": (
+        lambda s: (s / DISTCP).open("ab").write(b"x"),
+        DISTCP,
+        "bytes; ",
+    ),
+    "weights_flipped": (lambda s: flip(s / DISTCP), DISTCP, "CRC-32"),
+    "metadata_flipped": (lambda s: flip(s / METADATA), METADATA, "CRC-32"),
+    "metadata_empty": (lambda s: cut(s / METADATA, 0), METADATA, " to 0 bytes"),
+    "state_flipped": (lambda s: flip(s / STATE), STATE, "CRC-32"),
+    "state_empty": (lambda s: cut(s / STATE, 0), STATE, " to 0 bytes"),
+    "weights_gone": (lambda s: (s / DISTCP).unlink(), DISTCP, "is missing"),
+    "metadata_gone": (lambda s: (s / METADATA).unlink(), METADATA, "is missing"),
+    "state_gone": (lambda s: (s / STATE).unlink(), STATE, "is missing"),
+    "weights_a_folder": (lambda s: become_folder(s / DISTCP), DISTCP, "is not a file"),
+    "manifest_cut": (lambda s: cut(s / MANIFEST, 0.5), MANIFEST, "is damaged"),
+    "manifest_flipped": (lambda s: flip(s / MANIFEST, 0.02), MANIFEST, "is damaged"),
+    "manifest_a_list": (lambda s: (s / MANIFEST).write_text("[]"), MANIFEST, "is damaged"),
+    "manifest_a_folder": (lambda s: become_folder(s / MANIFEST), MANIFEST, "cannot be read"),
+    "half_copied": (half_copied, METADATA, "is missing"),
+    "nothing_in_it": (lambda s: [p.unlink() for p in s.iterdir()], METADATA, "is missing"),
+    "a_file": (become_file, "step-4", "is not a folder"),
+}
+# The same without a manifest, as older versions made them: what can be seen is.
+OLD = ("weights_truncated", "weights_gone", "weights_a_folder", "metadata_empty", "metadata_gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "manifests"), [*((name, True) for name in DAMAGE), *((name, False) for name in OLD)]
+)
+def test_a_damaged_step_is_named_and_passed_over(
+    saved: Path, tmp_path: Path, said: list[str], name: str, manifests: bool
+) -> None:
+    damage, file, what = DAMAGE[name]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    step = folder / "step-4"
+    if not manifests:
+        (step / MANIFEST).unlink()
+        what = {" to 0 bytes": "cannot be read", "is not a file": "is missing"}.get(what, what)
+    with one_process_group():
+        assert agree_on_step(folder, -1) == 4
+        damage(step)
+        before = {str(p) for p in folder.rglob("*")}
+        assert agree_on_step(folder, -1) == 2
+        (warning,) = said
+        assert warning.startswith("WARNING ") and "going back to step 2" in warning
+        assert file in warning and what in warning and "\n" not in warning
+        with pytest.raises(CheckpointError) as asked_for:
+            agree_on_step(folder, 4)
+        shutil.rmtree(folder / "step-2")
+        with pytest.raises(CheckpointError) as alone:
+            agree_on_step(folder, -1)
+        for error in (str(asked_for.value), str(alone.value)):
+            assert file in error and what in error and "checkpoint.load_step" in error
+        assert agree_on_step(folder, 0) is None
+    # Looking changes nothing.
+    assert {str(p) for p in folder.rglob("*")} == {p for p in before if "step-2" not in p}
+
+
+def test_what_is_damaged_is_kept_under_another_name(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    with one_process_group():
+        for kept in (["step-4.damaged"], ["step-4.damaged", "step-4.damaged-2"]):
+            flip(folder / "step-4" / DISTCP)
+            assert agree_on_step(folder, -1) == 2
+            assert set_aside(folder, 2, "damaged") == [4]
+            assert names(folder) == ["step-2", *kept]
+            # The step that is made again counts, the damaged ones do not.
+            assert make_checkpointer(folder, keep=2).save(4, {})
+            assert agree_on_step(folder, -1) == 4
+        assert make_checkpointer(folder, keep=1).save(6, {})
+        assert names(folder) == ["step-4.damaged", "step-4.damaged-2", "step-6"]
+
+
+def test_newer_damaged_steps_do_not_push_out_the_good_ones(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    (folder / "step-4").rename(folder / "step-90")
+    with one_process_group():
+        assert make_checkpointer(folder, keep=2).save(3, {})
+    assert names(folder) == ["step-2", "step-3", "step-90"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    shutil.copytree(folder / "step-4", folder / "step-4.tmp")
+    (folder / "step-4").rename(folder / "step-4.replaced")
+    with one_process_group():
+        assert agree_on_step(folder, -1) == 4
+        open_folder(folder)
+    assert names(folder) == ["step-2", "step-4"]
+
+
+# ------------------------------------------------------- storage that is full
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow past so many bytes: the same errors as a full disk, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("file", [DISTCP, STATE])
+def test_a_save_that_fails_leaves_the_last_good_one(
+    tmp_path: Path, said: list[str], background: bool, file: str
+) -> None:
+    state = {"text": "x" * 200_000} if file == STATE else {}
+    with one_process_group():
+        checkpointer = make_checkpointer(tmp_path, background=background, keep=1)
+        assert checkpointer.save(2, {}) and checkpointer.secured() == 2
+        with largest_file(100_000 if file == STATE else 1000):
+            assert checkpointer.save(4, state) == background
+            assert checkpointer.secured() == 2
+        assert names(tmp_path) == ["step-2"]
+        (error,) = said
+        assert error.startswith("ERROR Storage: checkpoint of step 4 not saved: ")
+        assert f"step-4.tmp/{file}: File too large; step 2 is the newest that is safe" in error
+        with pytest.raises(StorageError, match="step 4 not saved: .*File too large"):
+            checkpointer.require(4)
+        # The next one is tried, and clears what was wrong.
+        assert checkpointer.save(6, state)
+        checkpointer.require(6)
+        assert names(tmp_path) == ["step-6"]
+        assert checkpointer.load(6) == state
+
+
+def test_a_background_save_that_failed_does_not_keep_the_next_from_starting(
+    tmp_path: Path, said: list[str]
+) -> None:
+    with one_process_group():
+        checkpointer = make_checkpointer(tmp_path, background=True)
+        with largest_file(1000):
+            checkpointer.save(2, {})
+            checkpointer._pending[1].exception(60)
+        assert checkpointer.save(4, {})
+        checkpointer.require(4)
+    assert len(said) == 1 and names(tmp_path) == ["step-4"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    made = subprocess.run(mount, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"may not mount a small disk here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="has no mount command")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path, background: bool) -> None:
+    source = make_source(tmp_path / "source")
+    model, table = load_plain(source)
+    options = dict(source_folder=source, key_table=table, dtype=None, card="")
+    with one_process_group():
+        checkpointer = make_checkpointer(small_disk, background=background)
+        checkpointer.save(2, {})
+        checkpointer.require(2)
+        ballast = small_disk / "ballast"
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        ballast.write_bytes(bytes(free - 16 * 1024))
+        checkpointer.save(4, {})
+        with pytest.raises(StorageError, match=f"{DISTCP}: No space left on device; step 2 is"):
+            checkpointer.require(4)
+        with pytest.raises(StorageError, match="safetensors: No space left on device$"):
+            export_hf(model, small_disk / "hf", **options)
+        assert names(small_disk) == ["ballast", "step-2"]
+        ballast.unlink()
+        checkpointer.save(6, {})
+        checkpointer.require(6)
+        with pytest.raises(CheckpointError, match="complete steps: 2, 6"):
+            agree_on_step(small_disk, 4)
+
+
+def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
+    """What each rank gets when one of them cannot write; which one, its number says."""
+    rank, out = dist.get_rank(), {}
+    manifest.PIECE_BYTES = 1000  # so that the ranks share in every file
+    open_folder(folder)
+    model, table = load_plain(source)
+    options = dict(source_folder=source, key_table=table, dtype=None, card="")
+    for background in (False, True):
+        checkpointer = make_checkpointer(folder, background=background)
+        checkpointer.save(2, {})
+        checkpointer.require(2)
+        for poor in (0, 1):
+            with largest_file(1000 if rank == poor else 10**9):
+                checkpointer.save(4, {})
+                checkpointer.wait()
+            with pytest.raises(StorageError) as caught:
+                checkpointer.require(4)
+            out[f"save {background} {poor}"] = str(caught.value)
+            dist.barrier()  # the one that clears away is done
+            out[f"left {background} {poor}"] = names(folder)
+        assert checkpointer.save(6, {"back": background})
+        checkpointer.require(6)
+        assert checkpointer.load(6) == {"back": background}
+    with largest_file(1000 if rank == 0 else 10**9), pytest.raises(StorageError) as caught:
+        export_hf(model, folder / "hf", **options)
+    out["export"] = str(caught.value)
+    dist.barrier()
+    if rank == 0:
+        flip(folder / "step-6" / "__1_0.distcp", 0.9)
+    dist.barrier()
+    out["chosen"] = agree_on_step(folder, -1)
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the ranks are still in step
+    return {**out, "ranks": total.item()}
+
+
+def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    first, second = run_distributed(with_one_rank_out_of_room, 2, tmp_path / "out", source)
+    assert first == second
+    assert first["ranks"] == 2 and first["chosen"] == 2
+    assert f"hf.tmp/{SINGLE}: File too large" in first["export"]
+    for background in (False, True):
+        for poor in (0, 1):
+            assert f"__{poor}_0.distcp: File too large" in first[f"save {background} {poor}"]
+            assert "step-4" not in " ".join(first[f"left {background} {poor}"])
+    assert names(tmp_path / "out") == ["step-2", "step-6"]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    # The superuser may write everywhere, so a file stands in the way.
+    (tmp_path / "checkpoint").write_text("")
+    with one_process_group():
+        for folder in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "below"):
+            with pytest.raises(CheckpointError, match="^job.dump_folder: .*cannot be written"):
+                open_folder(folder)
+        with largest_file(100), pytest.raises(CheckpointError, match="File too large"):
+            open_folder(tmp_path / "small")
+        assert names(tmp_path / "small") == []
+
+
+# ------------------------------------------------------------------- pickles
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("manifests", [True, False])
+def test_metadata_that_would_run_code_is_refused(
+    saved: Path, tmp_path: Path, manifests: bool
+) -> None:
+    folder, target = tmp_path / "checkpoint", tmp_path / "ran"
+    shutil.copytree(saved, folder)
+    step = folder / "step-4"
+    (step / METADATA).write_bytes(pickle.dumps(Evil(target)))
+    (step / MANIFEST).unlink()
+    if manifests:  # whoever plants a pickle writes its checksum too
+        manifest.write_manifest(step / MANIFEST, manifest.describe(step, names(step)))
+    model, optimizer = make_pair()
+    with one_process_group():
+        assert agree_on_step(folder, -1) == (4 if manifests else 2)
+        checkpointer = Checkpointer(folder, model, optimizer, keep_latest_k=0, background=False)
+        for look in (lambda: inspect_checkpoint(folder, 4, model), lambda: checkpointer.load(4)):
+            with pytest.raises(CheckpointError) as caught:
+                look()
+            assert f"{step / METADATA}: cannot be read" in str(caught.value)
+            assert "posix.mkdir, which no checkpoint has" in str(caught.value)
+    assert not target.exists()
+    pickle.loads((step / METADATA).read_bytes())
+    assert target.exists(), "the pickle must be one that does run"
+
+
+def test_settings_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    """DCP unpickles whatever is not a tensor, as the optimizer's settings are."""
+    model, optimizer = make_pair()
+    optimizer.param_groups[0]["foreach"] = Evil(tmp_path / "ran")
+    with one_process_group():
+        checkpointer = Checkpointer(
+            tmp_path / "c", model, optimizer, keep_latest_k=0, background=False
+        )
+        (tmp_path / "c").mkdir()
+        assert checkpointer.save(1, {})
+        optimizer.param_groups[0]["foreach"] = None
+        with pytest.raises(CheckpointError, match="step-1: cannot be read .*foreach holds more"):
+            checkpointer.load(1)
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------- Hugging Face folders
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    model, table = load_plain(make_source(folder / "source", tied=True))
+    options = dict(source_folder=folder / "source", key_table=table, dtype=None, card="# x\n")
+    export_hf(model, folder / "hf", **options, max_shard_bytes=20_000)
+    return folder / "hf"
+
+
+def some_shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def escape(folder: Path) -> None:
+    """An index that points out of its folder, with a manifest that fits it."""
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {k: f"../hf/{v}" for k, v in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    left = [n for n in names(folder) if n not in ("README.md", CHECKSUMS)]
+    manifest.write_manifest(folder / CHECKSUMS, manifest.describe(folder, left))
+
+
+EXPORT_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "flipped": (lambda f: flip(some_shard(f), 0.9), ("model-00002-of", "CRC-32", CHECKSUMS)),
+    "truncated": (lambda f: cut(some_shard(f), 0.9), ("model-00002-of", "is truncated from")),
+    "gone": (lambda f: some_shard(f).unlink(), ("model-00002-of", "is missing")),
+    "config": (lambda f: flip(f / "config.json"), ("config.json", "CRC-32", "on purpose")),
+    "manifest": (lambda f: cut(f / CHECKSUMS, 0.3), (CHECKSUMS, "is damaged")),
+    "elsewhere": (
+        lambda f: (f / CHECKSUMS).write_text(
+            '{"piece_bytes": 9, "files": {"../x": {"size": 0, "crc32": []}}}'
+        ),
+        ("../x", "no name of a file"),
+    ),
+    "index_escapes": (escape, (INDEX, "../hf/", "the name of a file beside it")),
+}
+
+
+@pytest.mark.parametrize("name", EXPORT_DAMAGE)
+def test_a_damaged_export_is_refused_before_its_weights_are_read(
+    export: Path, tmp_path: Path, name: str
+) -> None:
+    damage, parts = EXPORT_DAMAGE[name]
+    folder = tmp_path / "hf"
+    shutil.copytree(export, folder)
+    load_plain(folder)
+    damage(folder)
+    with pytest.raises(ModelError) as caught:
+        check_hf_weights(folder, {}, {})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_an_export_may_be_changed_on_purpose(export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(export, folder)
+    (folder / "README.md").write_text("# my own words\n")
+    load_plain(folder)
+    with (folder / "config.json").open("a") as file:
+        file.write("\n")
+    (folder / CHECKSUMS).unlink()
+    load_plain(folder)

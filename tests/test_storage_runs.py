@@ -1,0 +1,150 @@
+"""Whole runs on storage that fails or was damaged: nothing is lost, and the exit code says it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_world import World, assert_same_run, make_world, read_log, read_weights, train
+
+from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.manifest import describe, write_manifest
+
+OPTIONS = ["--validation.interval", 0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Path:
+    """Four steps without a fault; checkpoints and exports 2 and 4."""
+    assert run(world, "whole") == 0
+    return world.folder / "whole"
+
+
+def run(world: World, name: str, *options: Any) -> int:
+    return train(world.argv(name, *OPTIONS, "--export.interval", 2, *options))
+
+
+def copy_run(whole: Path, name: str) -> Path:
+    target = whole.with_name(name)
+    shutil.copytree(whole, target)
+    return target
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
+    world: World, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_run(whole, "damaged")
+    flip(out / "checkpoint" / "step-4" / "__0_0.distcp")
+    assert run(world, "damaged") == 0
+    told = capfd.readouterr().out
+    assert "warning: Damaged checkpoint: " in told and "step-4/__0_0.distcp: its bytes" in told
+    assert "step-2 (the newest" in read_log(out)
+    assert_same_run(whole, out, 4)
+    found = sorted(path.name for path in (out / "checkpoint").iterdir())
+    assert found == ["step-2", "step-4", "step-4.damaged"]
+
+
+def test_without_an_intact_checkpoint_a_run_does_not_start_afresh_by_itself(
+    world: World, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, ran = copy_run(whole, "none"), world.folder / "ran"
+    shutil.rmtree(out / "checkpoint" / "step-2")
+    step = out / "checkpoint" / "step-4"
+    (step / ".metadata").write_bytes(pickle.dumps(Evil(ran)))
+    before = sorted(out.rglob("*"))
+    for fits in (False, True):  # whether the checksum is the planted file's
+        if fits:
+            (step / "checksums.json").unlink()
+            write_manifest(step / "checksums.json", describe(step, os.listdir(step)))
+        capfd.readouterr()
+        assert run(world, "none") == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{step}/.metadata: " in line and ("posix.mkdir" in line) == fits
+        assert fits or "checkpoint.load_step = 0" in line
+    assert sorted(out.rglob("*")) == before and not ran.exists()
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_what_storage_refuses_is_tried_again(
+    world: World, whole: Path, capfd: pytest.CaptureFixture[str], mode: str
+) -> None:
+    """A file in the way of a folder fails for the superuser too."""
+    options = ["--checkpoint.async_mode", mode]
+    out = world.folder / f"refused-{mode}"
+    blocks = [out / kind / f"step-{n}.tmp" for kind in ("checkpoint", "hf") for n in (2, 4)]
+    for block in blocks:
+        block.parent.mkdir(parents=True, exist_ok=True)
+        block.write_text("")
+    # The last save fails: there is nothing to go on from, which must not look like an end.
+    assert run(world, out.name, *options) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "checkpoint of step 4 not saved: " in line and "step-4.tmp: File exists" in line
+    log = read_log(out)
+    assert log.count("ERROR Storage: checkpoint of step 2 not saved") == 1
+    assert log.count("ERROR Storage: export ") == 2 and "Done" not in log
+    assert complete_steps(out / "checkpoint") == []
+    # Now the export alone fails: the checkpoint is there, the exit code says that it is not all.
+    for block in blocks[:2]:
+        block.unlink()
+    shutil.rmtree(out / "tb")
+    shutil.rmtree(out / "rollouts")
+    assert run(world, out.name, *options) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "hf/step-4 not written: " in line
+    assert complete_steps(out / "checkpoint") == [2, 4]
+    # And a restart makes what is missing, though there is no step left to do.
+    for block in blocks[2:]:
+        block.unlink()
+    assert run(world, out.name, *options) == 0
+    assert_same_run(whole, out, 4)
+
+
+def test_a_flipped_bit_in_a_students_weights_is_refused(
+    world: World, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = world.folder / "exported"
+    shutil.copytree(whole / "hf" / "step-4", folder)
+    weights = folder / "model.safetensors"
+    flip(weights)
+    for role in ("student", "teacher"):
+        assert run(world, "never", f"--{role}.hf_path", folder) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{weights}: its bytes are not those that were written" in line
+    assert not (world.folder / "never").exists()
+    flip(weights)
+    assert run(world, "again", "--student.hf_path", folder, "--training.steps", 1) == 0
+    assert read_weights(world.folder / "again", 1)
+
+
+def test_a_file_in_the_checkpoints_place_is_refused_at_the_start(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = world.folder / "in_the_way"
+    out.mkdir()
+    (out / "checkpoint").write_text("")
+    assert run(world, out.name) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"dump_folder: {out}/checkpoint cannot be written (File exists)" in line

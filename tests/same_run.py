@@ -1,0 +1,153 @@
+"""In what two dump folders of the same recipe differ, measured times and memory aside."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_world import MEASURED, rollout_bytes
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+
+def differences(truth: Path, other: Path) -> list[str]:
+    """One line for each: files, scalars, rollouts, exports, checkpoints."""
+    found = [f"left over: {path}" for path in leftovers(other)]
+    found += _names(truth, other, ".")
+    found += _scalars(truth, other)
+    a, b = rollout_bytes(truth), rollout_bytes(other)
+    found += [
+        f"rollouts/{name} differs" for name in a.keys() | b.keys() if a.get(name) != b.get(name)
+    ]
+    found += _exports(truth, other)
+    found += _checkpoints(truth, other)
+    name = "config.resolved.toml"
+    a_text, b_text = ((folder / name).read_text() for folder in (truth, other))
+    if a_text.replace(str(truth), str(other)) != b_text:
+        found.append(f"{name} differs")
+    return found
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Half-written, replaced or half-deleted things that nothing will clear away."""
+    paths = (path for path in folder.rglob("*") if path.suffix in (".tmp", ".replaced"))
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def _names(truth: Path, other: Path, inside: str) -> list[str]:
+    a, b = ({path.name for path in (folder / inside).iterdir()} for folder in (truth, other))
+    missing, more = sorted(a - b), sorted(b - a)
+    found = [f"{inside}: no {name}" for name in missing]
+    return found + [f"{inside}: {name} should not be there" for name in more]
+
+
+# --------------------------------------------------------------------- TensorBoard
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each scalar in the order that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0}).Reload()
+    return {n: [(e.step, e.value) for e in read.Scalars(n)] for n in read.Tags()["scalars"]}
+
+
+def written_again(folder: Path) -> int:
+    """Events on disk for a step that has had one: what TensorBoard purges."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    seen: Counter[tuple[str, int]] = Counter()
+    for path in sorted((folder / "tb").iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                seen[value.tag, event.step] += 1
+    return sum(count - 1 for count in seen.values())
+
+
+def _scalars(truth: Path, other: Path) -> list[str]:
+    a, b = events(truth), events(other)
+    found = []
+    for name in sorted(a.keys() | b.keys()):
+        steps_a, steps_b = ([step for step, _ in run.get(name, [])] for run in (a, b))
+        if len(set(steps_b)) < len(steps_b):
+            twice = sorted(n for n, count in Counter(steps_b).items() if count > 1)
+            found.append(f"scalar {name}: steps {twice} come twice")
+        if gap := sorted(set(steps_a) - set(steps_b)):
+            found.append(f"scalar {name}: no steps {gap}")
+        if more := sorted(set(steps_b) - set(steps_a)):
+            found.append(f"scalar {name}: steps {more} should not be there")
+        if steps_b != sorted(steps_b):
+            found.append(f"scalar {name}: steps are not in order")
+        values = dict(b.get(name, []))
+        # repr: NaN is the same as NaN here.
+        bad = [n for n, value in a.get(name, []) if n in values and repr(values[n]) != repr(value)]
+        if bad and not name.startswith(MEASURED):
+            found.append(f"scalar {name}: other values at steps {bad}")
+    return found
+
+
+# ----------------------------------------------------------- exports and checkpoints
+
+
+def _exports(truth: Path, other: Path) -> list[str]:
+    found = _names(truth, other, "hf")
+    for folder in sorted((truth / "hf").iterdir()):
+        inside = f"hf/{folder.name}"
+        if (other / inside).is_dir():
+            found += _names(truth, other, inside)
+            theirs = (other / inside / path.name for path in sorted(folder.iterdir()))
+            found += [
+                f"{inside}/{path.name} differs"
+                for path in theirs
+                if path.exists() and path.read_bytes() != (folder / path.name).read_bytes()
+            ]
+    return found
+
+
+def _checkpoints(truth: Path, other: Path) -> list[str]:
+    found = _names(truth, other, "checkpoint")
+    for folder in sorted((truth / "checkpoint").iterdir()):
+        inside = f"checkpoint/{folder.name}"
+        if not (other / inside).is_dir():
+            continue
+        found += _names(truth, other, inside)
+        a, b = (tensors(run / inside, run.with_name("tensors.pt")) for run in (truth, other))
+        if a.keys() != b.keys():
+            found.append(f"{inside}: other tensors: {sorted(a.keys() ^ b.keys())}")
+        for name in a.keys() & b.keys():
+            same = torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
+            if not same:
+                found.append(f"{inside}: {name} differs")
+        states = [_plain(run / inside / "train_state.json") for run in (truth, other)]
+        found += [f"{inside}: train_state.json differs"] * (states[0] != states[1])
+    return found
+
+
+def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Everything DCP saved, flattened."""
+    dcp_to_torch_save(checkpoint, scratch)
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, (dict, list)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in items:
+                walk(f"{prefix}/{key}", inner)
+        else:
+            flat[prefix] = value
+
+    walk("", torch.load(scratch, weights_only=False))
+    scratch.unlink()
+    return flat
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """The JSON state; of measured scalars only how many there are."""
+    state = json.loads(path.read_text())
+    window = {
+        name: len(values) if name.startswith(MEASURED) else values
+        for name, values in state["recorder"]["window"].items()
+    }
+    return {**state, "recorder": window}

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,26 @@ def fuzz(examples: int) -> Callable[[Callable], Callable]:
 
 
 _started: dict[str, float] = {}
+_examples: Counter[str] = Counter()
+_failed: set[str] = set()  # whose failure hypothesis is still making smaller
 
 
 def survives(name: str, act: Callable[[], Any]) -> Any:
     """What `act` returns; None for a UserError, which must be fit to print."""
     begin = time.monotonic()
-    if SECONDS and begin - _started.setdefault(name, begin) > SECONDS:
-        return None
+    over = SECONDS and begin - _started.setdefault(name, begin) > SECONDS
+    if over and name not in _failed:
+        pytest.skip(f"{SECONDS:.0f} seconds, {_examples[name]} examples, no finding")
+    _examples[name] += 1
     try:
         return act()
     except UserError as error:
         message = str(error)
         assert message.isprintable() and len(message) <= 1000, message
         return None
+    except Exception:
+        _failed.add(name)
+        raise
     finally:
         assert time.monotonic() - begin < SLOWEST
 

@@ -211,6 +211,14 @@ TABLE |= {
         given("--parallelism.tensor_parallel_degree", 3),
         ["tensor_parallel_degree"],
     ),
+    "a number too large for a tensor": (
+        given("--reference.coef", 1e39),
+        ["--reference.coef: 1e+39 does not fit in 32 bits; wanted a number > -1"],
+    ),
+    "more samples than any": (
+        given("--rollout.group_size", 2**40),
+        ["--rollout.group_size: 1099511627776 is out of range", "<= 1048576"],
+    ),
     "timeout without end": (
         given("--comm.init_timeout_seconds", 2**62),
         ["--comm.init_timeout_seconds: ", "out of range", "<= 31536000"],

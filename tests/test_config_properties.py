@@ -25,7 +25,7 @@ def values(name: str) -> st.SearchStrategy:
         return st.booleans()
     if kind is str:
         return STRINGS
-    edge = 2**63 - 1 if kind is int else 1e300
+    edge = 2**63 - 1 if kind is int else 1e38
     below, above = -edge, edge
     for bound in checks.bounds(name):
         compare, limit = bound.split()

@@ -30,7 +30,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "reference.coef": ("> -1",),
     "data.max_prompt_tokens": (">= 1",),
     "rollout.prompts_per_step": (">= 1",),
-    "rollout.group_size": (">= 1",),
+    "rollout.group_size": (">= 1", "<= 1048576"),
     "rollout.max_new_tokens": (">= 1",),
     "rollout.max_tokens_per_step": (">= 0",),
     "rollout.temperature": ("> 0",),
@@ -50,7 +50,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "parallelism.data_parallel_shard_degree": (">= -1", "!= 0"),
     "parallelism.tensor_parallel_degree": (">= 1",),
     "checkpoint.load_step": (">= -1",),
-    "validation.samples_per_prompt": (">= 1",),
+    "validation.samples_per_prompt": (">= 1", "<= 1048576"),
     "metrics.log_freq": (">= 1",),
     "metrics.sample_rollouts": (">= -1",),
     "profiling.interval": (">= 1",),
@@ -58,6 +58,8 @@ RANGES: dict[str, tuple[str, ...]] = {
     "comm.init_timeout_seconds": (">= 1", "<= 31536000"),
     "comm.train_timeout_seconds": (">= 1", "<= 31536000"),
 }
+# Tensors of bfloat16 and float32 end there.
+_LARGEST_FLOAT = 3e38
 _COMPARE = {
     ">": operator.gt,
     ">=": operator.ge,
@@ -127,6 +129,8 @@ def check_value(where: str, name: str, value: Any) -> Any:
         raise error(where, f"{show(value)} is not {wanted(name)}")
     if kind is float and not math.isfinite(value):
         raise error(where, f"{show(value)} is not finite; wanted {wanted(name)}")
+    if kind is float and abs(value) > _LARGEST_FLOAT:
+        raise error(where, f"{show(value)} does not fit in 32 bits; wanted {wanted(name)}")
     for bound in bounds(name):
         compare, limit = bound.split()
         if not _COMPARE[compare](value, int(limit)):

@@ -129,7 +129,7 @@ class Checkpointer:
                 future = self._thread.submit(self._write, writer, staged, text)
                 future.add_done_callback(lambda _: stager.close())
                 self._pending = (step, future)
-        return self._pending is not None or self._secured == step
+        return self._pending is not None or self._fault is None
 
     def poll(self) -> None:
         """Complete a background save if all ranks have written their part. All ranks call."""
@@ -233,10 +233,10 @@ class Checkpointer:
         except StorageError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
-            last = "no step is" if self._secured is None else f"step {self._secured} is"
-            self._fault = StorageError(
-                f"checkpoint of step {step} not saved: {error}; {last} the newest that is safe"
-            )
+            safe = "none is safe yet"
+            if self._secured is not None:
+                safe = f"step {self._secured} is the newest that is safe"
+            self._fault = StorageError(f"checkpoint of step {step} not saved: {error}; {safe}")
             self._fault.__cause__ = error
             logger.error("Storage: %s", self._fault)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from opd_titan.models import ModelFamily, get_family
 from opd_titan.models.transforms import apply_compile
 
 _MOST_LAYERS = 1000
-_LARGEST_SIZE = 2**24
+_LARGEST_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,7 @@ def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
         family = get_family(config, where)
         args = family.args_from_hf_config(config, where)
         family.rank_args(args, tensor_parallel, where)
-        # Beyond any model; a table of billions of layers' names would fill the memory.
-        if args.n_layers > _MOST_LAYERS or max(args.vocab_size, args.dim) > _LARGEST_SIZE:
-            raise ModelError(
-                f"{where}: {args.n_layers} layers, {args.dim} wide, with {args.vocab_size} token "
-                f"ids; wanted at most {_MOST_LAYERS}, {_LARGEST_SIZE} and {_LARGEST_SIZE}"
-            )
-        with torch.device("meta"):
-            family.build(replace(args, n_layers=1))
+        _check_plausible(args, where)
     return ModelShape(role, folder, family, args)
 
 
@@ -114,12 +108,27 @@ def _find_folder(hf_path: str, key: str) -> Path:
             ) from error
 
 
+def _check_plausible(args: Any, where: str) -> None:
+    """Refuse sizes beyond any model: names of billions of layers alone would fill the memory."""
+    for field in fields(args):
+        value, most = getattr(args, field.name), _LARGEST_SIZE
+        if field.name == "n_layers":
+            most = _MOST_LAYERS
+        elif field.name == "max_seq_len" or field.type in ("float", float):  # only numbers
+            most = sys.float_info.max
+        if not value <= most:
+            raise ModelError(f"{where}: {field.name} is {value}; wanted at most {most}")
+
+
 @contextmanager
 def _odd_values_named(where: str) -> Iterator[None]:
-    """The checks name what a person may get wrong; a file can hold anything at all."""
+    """The checks name what a person may get wrong; a JSON file can hold anything at all.
+
+    Only for what parses: whatever else fails inside would be blamed on the file.
+    """
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as e:
         raise ModelError(
             f"{where}: holds a value that no model has ({type(e).__name__}: {first_line(e)}); "
             "wanted the file that transformers saved"

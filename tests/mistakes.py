@@ -405,9 +405,10 @@ TABLE |= {
     ),
     "a size beyond any": (
         config(num_hidden_layers=10**12),
-        ["config.json: 1000000000000 layers", "wanted at most 1000"],
+        ["config.json: n_layers is 1000000000000; wanted at most 1000"],
     ),
-    "a width beyond any": (config(intermediate_size=2**62), ["config.json: ", "overflow"]),
+    "a width beyond any": (config(intermediate_size=2**62), ["ffn_dim is ", "at most 1048576"]),
+    "an endless epsilon": (config(rms_norm_eps=float("inf")), ["config.json: norm_eps is inf"]),
     "no weights": (model(without("model.safetensors")), ["model.safetensors", "has neither"]),
     "weights of a pickle": (
         model(lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")),

@@ -58,13 +58,13 @@ VARIANTS = {
 }
 
 STARTING = ("launch", "import", "prepare", "load", "resume", "probe")
-TIMED = ("data", "sync", "rollout", "teacher", "reference", "update", "record", "validate")
-TIMED += ("export", "save", "make:checkpoint")
+TIMED = ("load", "resume", "probe", "rollout", "teacher", "reference", "update", "record")
+TIMED += ("validate", "export", "save", "make:checkpoint")
 BEFORE = (
     "write:checkpoint", "rename:checkpoint", "remove:checkpoint", "rename:hf", "remove:hf",
-    "write:hf", "rename:rollouts", "write:rollouts",
+    "write:hf", "rename:rollouts", "write:rollouts", "begin:data", "begin:sync", "begin:end",
 )  # fmt: skip
-PHASES = ("start", *TIMED[:-1], "background", "publish", "delete")
+PHASES = ("start", "data", "sync", *TIMED[3:-1], "background", "publish", "delete")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Harness:
     problems: list[str] = field(default_factory=list)
     usual: dict[str, float] = field(default_factory=dict)
     options: tuple[Any, ...] = ()
-    aims: tuple[str, ...] = ("start", "start", *TIMED, *BEFORE)
+    aims: tuple[str, ...] = ("start", *TIMED, *BEFORE)
 
     def argv(self, out: str, variant: str) -> list[str]:
         # Which rank samples what depends on their speed otherwise, see rollout/share.py.
@@ -272,7 +272,7 @@ class Harness:
         argv, folder = self.argv(out, variant), self.world.folder / out
         killed = newest = 0
         while killed < kills:
-            aim = plan[killed] if killed < len(plan) else self._aim()
+            aim = plan[killed] if killed < len(plan) else self._aim(newest)
             freeze = f"{aim.name}:{aim.number}" if aim.freezes else ""
             log = _log_size(folder)
             job = Job(argv, self.processes, self.scratch, freeze)
@@ -295,15 +295,21 @@ class Harness:
         self._expect_zero(job, f"{out} at the end")
         return killed
 
-    def _aim(self) -> Aim:
-        """What was aimed at least, or one of those."""
-        fewest = min(self.aimed[name] / self.aims.count(name) for name in self.aims)
-        names = [n for n in self.aims if self.aimed[n] / self.aims.count(n) <= fewest]
-        name = self.random.choice(names)
+    def _aim(self, newest: int) -> Aim:
+        """What was aimed at least, or one of those.
+
+        Args:
+            newest: step of the newest checkpoint; without one nothing is resumed.
+        """
+        never = () if newest else ("resume",)
+        fewest = min(self.aimed[name] for name in self.aims if name not in never)
+        some = [n for n in self.aims if self.aimed[n] == fewest and n not in never]
+        name = self.random.choice(some)
         # Operations on files come several at a time; a phase that is rare, not twice a life.
         most = {"rename": 3, "remove": 12, "write": 8}.get(name.partition(":")[0], 3)
         rare = name in ("validate", "export", "save", "make:checkpoint")
-        number = self.random.randint(1, 2 if rare else most)
+        once = name in ("start", "resume", "probe", "begin:end")
+        number = self.random.randint(1, 1 if once else 2 if rare else most)
         return Aim(name, number, self.random.random())
 
     def _note(self, job: Job, folder: Path) -> None:

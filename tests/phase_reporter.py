@@ -24,7 +24,7 @@ from typing import Any
 
 EVENTS = "OPD_TEST_EVENTS"  # the file; lines of "pid rank seconds kind name"
 FOLDER = "OPD_TEST_FOLDER"  # the dump folder
-FREEZE = "OPD_TEST_FREEZE"  # "rename:checkpoint:3": stand still before the third of these
+FREEZE = "OPD_TEST_FREEZE"  # "rename:checkpoint:3": stand still before the third; "begin:sync:2"
 
 # What a phase is called, and the function that it lasts for.
 FUNCTIONS = {
@@ -67,6 +67,7 @@ class Reporter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.say("begin", name)
+        self._stand_still("begin", name, name)
         try:
             yield
         finally:
@@ -82,10 +83,13 @@ class Reporter:
         inside = path[len(self.folder) :]
         place = inside.split(os.sep, 1)[0]
         self.say("file", f"{verb}:{inside}")
+        self._stand_still(verb, place, inside)
+
+    def _stand_still(self, verb: str, place: str, name: str) -> None:
         if (verb, place) == self.freeze[:2]:
             self.seen += 1
             if self.seen == self.freeze[2]:
-                self.say("frozen", f"{verb}:{inside}")
+                self.say("frozen", f"{verb}:{name}")
                 os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -6,9 +6,14 @@ import logging
 import os
 import re
 import sys
+from contextlib import suppress
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from opd_titan.observability.progress import Bar
+
+# A rank's log file becomes `.log.1`, in the place of the one before, when it is this long.
+FILE_BYTES = 64 * 2**20
 
 _CODES = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36}
 _ANSI = re.compile(r"\x1b\[\d*m")
@@ -47,6 +52,25 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _FileHandler(RotatingFileHandler):
+    """Of a disk that is full it tells once, where Python would print a traceback for every line."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            text = f"opd_titan: {self.baseFilename}: lines are missing: {error.strerror}"
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of the lines that are missing
+            super().close()
+
+
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return _ANSI.sub("", super().format(record))
@@ -59,7 +83,8 @@ def init_logging(
 
     The console shows INFO and above as `[HH:MM:SS] message`, on rank 0 only. The file
     `<dump_folder>/logs/rank-N.log` gets DEBUG and above with full timestamps, is appended to on
-    resume, and never holds a colour code.
+    resume, and never holds a colour code. It and one older file, `rank-N.log.1`, take
+    `FILE_BYTES` each at most.
 
     Args:
         dump_folder: None writes no file.
@@ -81,7 +106,13 @@ def init_logging(
     if dump_folder is not None:
         path = Path(dump_folder) / "logs" / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = _FileHandler(
+            path,
+            maxBytes=FILE_BYTES,
+            backupCount=1,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
         file.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
     if not logger.handlers:

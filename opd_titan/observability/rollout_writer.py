@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,44 @@ from opd_titan.data.types import Sample
 
 # Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+_FILE = re.compile(r"step-(0|[1-9][0-9]*)\.jsonl")
+
+
+class OldRollouts:
+    """Deletes the rollouts of steps that are too old, and no other file.
+
+    Those of later steps stay: a run that goes back replaces them as it comes by.
+
+    Args:
+        keep: steps whose files stay, counted back from the one that has just been written; 0 all.
+    """
+
+    def __init__(self, dump_folder: Path, keep: int) -> None:
+        self.folder, self.keep = Path(dump_folder) / "rollouts", keep
+        self._swept = False
+
+    def delete(self, step: int) -> None:
+        """Call when a step's file is in place. A file that cannot be deleted is left."""
+        last = step - self.keep
+        if self.keep <= 0:
+            return
+        if self._swept:
+            _delete(self.folder / f"step-{last}.jsonl")
+            return
+        # Only once: other steps than the oldest are due after a start with another `keep`, or when
+        # the run before was killed.
+        self._swept = True
+        with suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                found = _FILE.fullmatch(entry.name)
+                if found and int(found[1]) <= last:
+                    _delete(Path(entry.path))
+
+
+def _delete(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_rollouts(

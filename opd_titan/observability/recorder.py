@@ -16,7 +16,7 @@ from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scal
 from opd_titan.distributed.world import World
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks
-from opd_titan.observability.rollout_writer import write_rollouts
+from opd_titan.observability.rollout_writer import OldRollouts, write_rollouts
 from opd_titan.observability.step_scalars import (
     ForwardFlops,
     balance_scalars,
@@ -55,6 +55,7 @@ class Recorder:
         self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
         self.total_steps = total_steps
         self.folder = Path(config.job.dump_folder)
+        self.old_rollouts = OldRollouts(self.folder, config.metrics.keep_rollouts)
         device, self.dtype = world.device, dtype
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy_fraction = config.rollout.on_policy_fraction
@@ -140,6 +141,7 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             write_rollouts(self.folder, step, scored, self.decode, self.grade)
+            self.old_rollouts.delete(step)
 
 
 def _sampled(samples: Sequence[Sample]) -> list[Sample]:

@@ -219,12 +219,11 @@ def analyse(
     start = steps[-1][0] / 4
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, taken in samples.items():
-        rows = [(step_at(s["time"], steps), s) for s in taken if s["time"] <= steps[-1][1]]
-        rows = [(step, s) for step, s in rows if step > start]
-        xs = [step for step, _ in rows]
+        rows = [s for s in taken if start < s["step"] < steps[-1][0]]
+        xs = [s["step"] for s in rows]
         for key in ("rss", "uss", "pss", "fds", "threads", "children"):
             scale = MIB if UNITS[key] else 1
-            found.setdefault(name, {})[key] = slope(xs, [s[key] / scale for _, s in rows])
+            found.setdefault(name, {})[key] = slope(xs, [s[key] / scale for s in rows])
     late = [(step, seconds) for step, _, seconds in steps if step > start]
     found["rank 0"]["step"] = slope(*zip(*late, strict=True))
     counts = [c for c in counts if c["step"] > start]
@@ -238,7 +237,7 @@ def analyse(
 
 
 def step_at(moment: float, steps: list[tuple[int, float, float]]) -> float:
-    """The step that was being done, with its fraction; 0 before the first."""
+    """The step that was done last, with the part of the next; 0 before the first was."""
     i = bisect_right(steps, moment, key=lambda row: row[1])
     if i in (0, len(steps)):
         return float(steps[i - 1][0]) if i else 0.0
@@ -321,6 +320,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     samples = run(args)
     steps = step_times(args.out / "run")
+    for taken in samples.values():
+        for row in taken:
+            row["step"] = step_at(row["time"], steps)
     probed = args.out / "probe.jsonl"
     counts = [json.loads(line) for line in probed.open()] if probed.exists() else []
     report = {

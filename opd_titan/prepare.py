@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.tokenizer import eos_warning
+from opd_titan.distributed.agreement import together
 from opd_titan.distributed.world import World, build_world, init_world
-from opd_titan.errors import ConfigError
+from opd_titan.errors import CheckpointError, ConfigError
+from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
 from opd_titan.validate import Validator, build_validator, prompt_options
@@ -35,6 +38,7 @@ class PreparedJob:
     Attributes:
         dtype: what models compute in.
         sources: the models by role.
+        identity: what makes it this job and no other.
         resumed_at: the step to go on from, 0 for a new run.
         saved_state: what its checkpoint says besides tensors; None for a new run.
     """
@@ -48,6 +52,7 @@ class PreparedJob:
     loader: PromptLoader
     validator: Validator | None
     total_steps: int
+    identity: Identity
     resumed_at: int
     saved_state: dict[str, Any] | None
 
@@ -67,6 +72,24 @@ def prepare(config: JobConfig) -> PreparedJob:
         UserError: in one line, what is wrong. Nothing has been written yet.
     """
     world = _join_world(config)
+    with together():
+        found = _inspect(config, world)
+    resumed_at, saved_state = _find_checkpoint(config, found)
+    job = PreparedJob(
+        config=config,
+        world=world,
+        dtype=compute_dtype(config, world.device),
+        resumed_at=resumed_at,
+        saved_state=saved_state,
+        **found,
+    )
+    _open_folder(job)
+    _say_what_was_found(job)
+    return job
+
+
+def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
+    """Models, tokenizers and data, all but the weights: the fields of the job that they make."""
     sources = inspect_models(config)
     tokenizer = sources["student"].tokenizer
     decode = partial(tokenizer.decode, skip_special_tokens=True)
@@ -91,23 +114,15 @@ def prepare(config: JobConfig) -> PreparedJob:
         validator = build_validator(config, options, prompts, decode, world.dp)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
-    resumed_at, saved_state = _find_checkpoint(config, sources["student"], loader)
-    job = PreparedJob(
-        config=config,
-        world=world,
-        dtype=compute_dtype(config, world.device),
-        sources=sources,
-        decode=decode,
-        prompt_set=prompt_set,
-        loader=loader,
-        validator=validator,
-        total_steps=config.training.epochs * loader.batches_per_epoch or config.training.steps,
-        resumed_at=resumed_at,
-        saved_state=saved_state,
-    )
-    _open_folder(job)
-    _say_what_was_found(job)
-    return job
+    return {
+        "sources": sources,
+        "decode": decode,
+        "prompt_set": prompt_set,
+        "loader": loader,
+        "validator": validator,
+        "total_steps": config.training.epochs * loader.batches_per_epoch or config.training.steps,
+        "identity": job_identity(config, sources, prompts),
+    }
 
 
 def _join_world(config: JobConfig) -> World:
@@ -134,38 +149,65 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
         )
 
 
-def _find_checkpoint(
-    config: JobConfig, student: ModelSource, loader: PromptLoader
-) -> tuple[int, dict[str, Any] | None]:
+def _find_checkpoint(config: JobConfig, found: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
     """Which step to go on from, and whether this recipe can; the loader is moved there."""
     c, folder = config.checkpoint, Path(config.job.dump_folder) / "checkpoint"
     step = agree_on_step(folder, c.load_step if c.enable else 0)
     if step is None:
         return 0, None
-    with torch.device("meta"):
-        shapes = student.build()
-    state = inspect_checkpoint(folder, step, shapes)
-    loader.load_state_dict(state["loader"])
+    with together():
+        with torch.device("meta"):
+            shapes = found["sources"]["student"].build()
+        state = inspect_checkpoint(folder, step, shapes)
+        _check_same_job(folder / f"step-{step}", state, found, c.allow_changes)
     return step, state
+
+
+def _check_same_job(
+    path: Path, state: dict[str, Any], found: dict[str, Any], allow_changes: bool
+) -> None:
+    """Refuse another job's checkpoint, or say what differs; move the loader."""
+    differ = differences(state["identity"], found["identity"])
+    if differ and not allow_changes:
+        raise CheckpointError(
+            f"{path}: is another job's: {'; '.join(differ)}; set that back, choose another "
+            f"job.dump_folder, or go on with --checkpoint.allow_changes"
+        )
+    if differ:
+        logger.warning("%s was another job's (checkpoint.allow_changes): %s", path, differ)
+    try:
+        if any(text.startswith("data.path") for text in differ):
+            raise CheckpointError("the data are others")
+        found["loader"].load_state_dict(state["loader"])
+    except CheckpointError as error:
+        if not allow_changes:
+            raise
+        logger.warning("The prompts' order starts afresh: %s", error)
 
 
 def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
-    try:
+    with together(), _refusing(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         init_logging(job.folder, dist.get_rank())
         if dist.get_rank() == 0:
             (job.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
-        if job.config.checkpoint.enable:
-            open_folder(job.folder / "checkpoint")
-    except OSError as error:
-        raise ConfigError(
-            f"[job] dump_folder: {job.folder} cannot be written ({error.strerror}); choose a "
-            f"folder that can"
-        ) from error
+    if job.config.checkpoint.enable:
+        open_folder(job.folder / "checkpoint")
     if job.config.job.print_config:
         logger.info("Resolved config:\n%s", resolved)
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a "
+            f"folder that can"
+        ) from error
 
 
 def _say_what_was_found(job: PreparedJob) -> None:

@@ -45,7 +45,10 @@ class SkippedUpdates:
         self._dumps += 1
         if result.suspects and self._dumps <= _DUMPS:
             folder = self.folder / f"rank-{dist.get_rank()}"
-            write_rollouts(folder, step, result.suspects, self.decode, grade)
+            try:
+                write_rollouts(folder, step, result.suspects, self.decode, grade)
+            except OSError as error:
+                logger.error("Storage: %s not written: %s", folder, error.strerror)
         logger.warning(
             "Step %s: %s of %s updates skipped: the loss or the gradient is not finite; the batch "
             "is in %s",
@@ -55,7 +58,6 @@ class SkippedUpdates:
             self.folder,
         )
         if self.in_a_row > self.most:
-            dist.barrier()  # all have written
             raise Fault(
                 f"step {step}: {self.in_a_row} updates in a row had a loss or a gradient that is "
                 f"not finite (training.max_skipped_updates = {self.most}); what caused it is in "

@@ -6,10 +6,11 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from opd_titan.build import common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
-from opd_titan.checkpoint.hf_export import export_hf
+from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.data.prompts import response_token_ids
@@ -28,6 +29,7 @@ from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
+from opd_titan.errors import StorageError
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
@@ -59,6 +61,7 @@ class Trainer:
         self.step = self.graphs = 0
         self.skipped = SkippedUpdates(config, self.job.decode)
         self.saved_at = self.job.resumed_at
+        self.export_fault: StorageError | None = None
         self.pauses_due = False  # what comes after the last step has not been done
 
     # ------------------------------------------------------------------ build
@@ -155,6 +158,7 @@ class Trainer:
             decode_bytes=self.sources["student"].args.decode_bytes,
             start_step=self.step,
             total_steps=self.total_steps,
+            whole=self.rule.needs_vocabulary,
         )
         if self.job.saved_state is not None:
             self.recorder.metrics.load_state_dict(self.job.saved_state["recorder"])
@@ -327,8 +331,11 @@ class Trainer:
                     self._measure_teacher()
                 self._validate()
             self.recorder.record_pauses(0)
-        if self.job.saved_state is not None and self.job.saved_state["pauses_due"]:
+        state = self.job.saved_state
+        if state is not None and state["pauses_due"]:
             self.after_step()
+        elif self.step == self.total_steps and not is_exported(self._export_folder()):
+            self._export()
 
     def _measure_teacher(self) -> None:
         # Two copies at once would be the peak of the whole run.
@@ -373,15 +380,19 @@ class Trainer:
             self._export()
         self.pauses_due = False
         if c.checkpoint.enable and due(c.checkpoint.interval):
-            self._save()
+            # Before it is published: a run that is killed after that would never say how long.
+            self._save(lambda: self.recorder.record_pauses(self.step))
         self.recorder.record_pauses(self.step)
 
     def _finish(self, stopped: bool) -> int:
         saves = self.config.checkpoint.enable
         if stopped and saves and self.step not in (0, self.saved_at):
             self._save()
-        self.checkpointer.wait()
         self.recorder.metrics.close()
+        if saves and self.saved_at:
+            self.checkpointer.require(self.saved_at)
+        if self.export_fault is not None:
+            raise self.export_fault
         dist.barrier()  # a rank that leaves early breaks the others' last collective
         if not stopped:
             logger.info("Done: %s steps; everything is in %s", self.step, self.job.folder)
@@ -421,42 +432,54 @@ class Trainer:
             self.validator.load_state_dict(self.job.saved_state["validator"])
 
     def _set_aside_newer(self) -> None:
-        """A run that goes back replaces what came after; nothing may resume from that."""
+        """What came after the step that a run goes on from is replaced; nothing may use that."""
         c = self.config.checkpoint
-        if not c.enable or c.load_step < 0:
+        if not c.enable:
             return
-        later = self.checkpointer.set_aside_after(self.job.resumed_at)
+        suffix = "damaged" if c.load_step < 0 else "old"
+        later = self.checkpointer.set_aside_after(self.job.resumed_at, suffix)
         if later:
             names = ", ".join(f"step-{n}" for n in later)
-            logger.info("Set aside as step-N.old, for this run replaces them: %s", names)
+            logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
 
-    def _save(self) -> None:
+    def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {
             "step": self.step,
+            "identity": self.job.identity,
             "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),
             "loader": self.job.loader.state_dict(),
             "pauses_due": self.pauses_due,
             "skipped_in_a_row": self.skipped.in_a_row,
         }
-        with self._phase("checkpoint"):
-            self.checkpointer.save(self.step, state)
+        with ExitStack() as phase:
+            phase.enter_context(self._phase("checkpoint"))
+            saved = self.checkpointer.save(self.step, state, lambda: (phase.close(), written()))
         self.saved_at = self.step
-        verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
-        logger.info("Checkpoint: %s %s/step-%s", verb, self.checkpointer.folder, self.step)
+        if saved:
+            verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
+            logger.info("Checkpoint: %s %s/step-%s", verb, self.checkpointer.folder, self.step)
+
+    def _export_folder(self) -> Path:
+        return self.job.folder / "hf" / f"step-{self.step}"
 
     def _export(self) -> None:
-        name = self.config.export.dtype
-        out = self.job.folder / "hf" / f"step-{self.step}"
-        source = self.sources["student"]
-        with self._phase("checkpoint"):
-            export_hf(
-                self.student,
-                out,
-                source_folder=source.folder,
-                key_table=source.key_table,
-                dtype=None if name == "auto" else getattr(torch, name),
-                card=model_card(self.config, self.step, self.recorder.metrics.last),
-            )
+        name, out, source = self.config.export.dtype, self._export_folder(), self.sources["student"]
+        self.export_fault = None
+        try:
+            with self._phase("checkpoint"):
+                export_hf(
+                    self.student,
+                    out,
+                    source_folder=source.folder,
+                    key_table=source.key_table,
+                    dtype=None if name == "auto" else getattr(torch, name),
+                    card=model_card(self.config, self.step, self.recorder.metrics.last),
+                )
+            logger.info("Export: %s", out)
+        except StorageError as error:
+            # The next one may fit, and the checkpoint holds the weights; the last one has to.
+            logger.error("Storage: %s", error)
+            if self.step == self.total_steps:
+                self.export_fault = error
         self.student.reshard()
-        logger.info("Export: %s", out)

@@ -24,6 +24,7 @@ from tiny_world import (
     make_sums,
     make_world,
     read_log,
+    read_rollouts,
     read_scalars,
     rollout_bytes,
     start,
@@ -198,7 +199,18 @@ def test_killed_or_stopped_in_the_middle(world: World, number: signal.Signals) -
         (["--training.seed", 7], ["training.seed is 7 but was 42"]),
         (["--rollout.prompts_per_step", 5], ["prompts_per_step is 5 but was 4"]),
         (["--data.shuffle", "False"], ["data.shuffle is False but was True"]),
-        (["--data.path", "{}/fewer.jsonl"], ["data.num_prompts is 20 but was 22"]),
+        (
+            ["--data.path", "{}/fewer.jsonl"],
+            ["data.path was", "(22 prompts) and is", "(20 prompts)"],
+        ),
+        (["--data.path", "{}/other.jsonl"], ["data.path was", "other.jsonl (22 prompts)"]),
+        (["--teacher.hf_path", "{}/other"], ["teacher.hf_path was", "/teacher and is", "/other;"]),
+        (["--teacher.random_init"], ["teacher.hf_path", "/teacher has another content"]),
+        (
+            ["--distill.objective", "jsd"],
+            ["objective was policy_gradient and is jsd with beta 0.5"],
+        ),
+        (["--reference.coef", 0], ["reference.coef was 0.5 and is 0.0", "allow_changes"]),
     ],
 )
 def test_what_cannot_be_resumed_is_one_line_and_exit_code_2(
@@ -211,7 +223,10 @@ def test_what_cannot_be_resumed_is_one_line_and_exit_code_2(
     for name, sizes in (("deep", {"num_hidden_layers": 3}), ("wide", {"hidden_size": 16})):
         if not (world.folder / name).exists():
             make_model(world.folder / name, seed=3, **sizes)
+    if not (world.folder / "other").exists():
+        make_model(world.folder / "other", seed=4)
     make_sums(world.folder / "fewer.jsonl", 20, seed=1)
+    make_sums(world.folder / "other.jsonl", 22, seed=5)
     shutil.rmtree(world.folder / "refused", ignore_errors=True)
     out = copy_run(whole, "refused", keep=(2, 4, 6))
     before = contents(out)
@@ -223,6 +238,22 @@ def test_what_cannot_be_resumed_is_one_line_and_exit_code_2(
     for part in parts:
         assert part in line
     assert contents(out) == before
+
+
+def test_another_jobs_checkpoint_goes_on_where_that_is_asked_for(world: World, whole: Path) -> None:
+    make_sums(world.folder / "changed.jsonl", 24, seed=5)
+    out = copy_run(whole, "changed", keep=(2,))
+    options = ["--data.path", world.folder / "changed.jsonl", "--distill.objective", "reverse_kl"]
+    options += [*OPTIONS, "--checkpoint.allow_changes"]
+    seen = len(read_log(out))
+    assert train(world.argv("changed", *options)) == 0
+    log = read_log(out)[seen:]
+    assert "was another job's (checkpoint.allow_changes)" in log
+    assert "distill.objective was policy_gradient and is reverse_kl" in log
+    assert "order starts afresh" in log and "next step 3" in log
+    known = {json.loads(x)["question"] for x in (world.folder / "changed.jsonl").open()}
+    rows = read_rollouts(out)
+    assert all(any(q in row["prompt"] for q in known) for row in rows[3])
 
 
 def test_only_complete_checkpoints_count(

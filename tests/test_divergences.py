@@ -21,9 +21,12 @@ from tiny_vocabulary import (
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from opd_titan.config import load_config
+from opd_titan.config.checks import EXTRAPOLATES
 from opd_titan.distill.head import FrozenHeads, loss_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import TokenScores
+from opd_titan.errors import ConfigError
 from opd_titan.models.logits import Distribution, VocabHead
 
 V = 9
@@ -337,3 +340,45 @@ def test_gradients_reach_the_hidden_states_at_the_sampling_temperature(
     truth = torch.autograd.grad(student, (hidden[0], weight[0]), 0.25 * dlogits_RV.float())
     ours = torch.autograd.grad(loss, (hidden[0], weight[0]))
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------- a negative reference.coef
+
+
+def optimised(name: str, c: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log S after optimisation from the reference, log T, and log S* of this c."""
+    g = torch.Generator().manual_seed(0)
+    reference = 4.0 * torch.randn(1, 500, generator=g, dtype=torch.float64)
+    teacher = reference + torch.randn(1, 500, generator=g, dtype=torch.float64)
+    how = ObjectiveSettings(reference_coef=c)
+    student = torch.nn.Parameter(reference.clone())
+    optimizer = torch.optim.Adam([student], lr=0.05)
+    log_t, log_r = teacher.log_softmax(1), reference.log_softmax(1)
+    for _ in range(1500):
+        student.grad = evaluate(name, how, student.detach(), teacher, reference).dlogits_Cv
+        optimizer.step()
+    log_star = ((log_t + c * log_r) / (1.0 + c)).log_softmax(1)
+    return student.detach().log_softmax(1), log_t, log_star
+
+
+def distance(log_p: Tensor, log_q: Tensor) -> float:
+    return (log_p.exp() * (log_p - log_q)).sum().item()
+
+
+def test_a_kl_from_the_student_extrapolates_to_its_optimum() -> None:
+    log_s, log_t, log_star = optimised("reverse_kl", -0.3)
+    assert distance(log_s, log_star) < 1e-3 < distance(log_star, log_t)
+
+
+def test_jsd_with_a_negative_coefficient_runs_away_so_the_config_refuses_it() -> None:
+    log_s, log_t, _ = optimised("jsd", -0.3)
+    token = log_s.argmax()
+    assert log_s.max().exp() > 0.99 and log_t[0, token] < -5.0
+    for name in OBJECTIVES:
+        argv = ["--student.hf_path", "s", "--teacher.hf_path", "t", "--reference.coef", "-0.3"]
+        argv += ["--distill.objective", name]
+        if name in EXTRAPOLATES:
+            assert load_config(argv).reference.coef == -0.3
+        elif name != "sft":
+            with pytest.raises(ConfigError, match="reference.*coef.*-0.3 contradicts"):
+                load_config(argv)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from faulty_rank import when
+from tiny_student import one_process_group
 from tiny_world import (
     REPO,
     TIMEOUT,
@@ -27,6 +29,7 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.distributed.agreement import SIGNALS, Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 
 # One is after an export, a validation, and before a checkpoint.
@@ -101,6 +104,30 @@ def test_no_signal_stops_between_the_updates_of_a_step(
     assert train(argv) == 0
     assert train(world.argv("minibatches-whole", *OPTIONS, "--distill.minibatches", 4)) == 0
     assert_same_run(world.folder / "minibatches-whole", Path(argv[3]), 4)
+
+
+def test_a_signal_that_comes_during_a_vote_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    all_reduce = dist.all_reduce
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        all_reduce(*args, **kwargs)
+
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        with one_process_group():
+            stop = StopRequest()
+            with monkeypatch.context() as patch:
+                patch.setattr(dist, "all_reduce", interrupted)
+                stop.check()  # the vote had begun
+            with pytest.raises(Stopped):
+                stop.check()
+            assert stop.signal == signal.SIGTERM
+    finally:
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------- two ranks

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from opd_titan.checkpoint.hf_load import random_init_weights
 from opd_titan.data.types import Sample
 from opd_titan.distill import head as head_module
-from opd_titan.distill.head import PROBE_TOP_K, loss_head, score_head
+from opd_titan.distill.head import PROBE_EVERY, PROBE_TOP_K, loss_head, probed, score_head
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, forward_backward
@@ -347,14 +347,18 @@ def test_ranks_exchange_a_few_numbers_per_token(
     if per_chunk == 3 and "top_k" in (case.name[:5], case.chosen.baseline):
         k = case.chosen.top_k
         per_token = max(2 * min(k, CASE_VOCAB // split), models * (min(k, CASE_VOCAB) + 1))
+
+    def looks(rows: int) -> int:
+        return sum(len(probed(n, min(n + rows, tokens))) > 0 for n in range(0, tokens, rows))
+
     for result in ranks:
         mine = result[layout]["objectives"][i]
         assert len(mine["one chunk"]) == per_chunk + probe + at_end
-        assert len(mine["chunks"]) == 3 * (per_chunk + probe) + at_end
-        assert len(mine["unprobed chunks"]) == tokens * per_chunk + 3 * probe + at_end
+        assert len(mine["chunks"]) == 3 * per_chunk + looks(8) * probe + at_end
+        assert len(mine["unprobed chunks"]) == tokens * per_chunk + looks(1) * probe + at_end
         for name, rows in (("one chunk", tokens), ("chunks", 8), ("unprobed chunks", 1)):
-            probed = -(-rows // 8) * 2 * PROBE_TOP_K * split * case.exact
-            assert max(mine[name]) <= max(rows * per_token * split, probed, tokens)
+            top = (-(-rows // PROBE_EVERY) + 1) * 2 * PROBE_TOP_K * split * case.exact
+            assert max(mine[name]) <= max(rows * per_token * split, top, tokens)
 
 
 @each_layout

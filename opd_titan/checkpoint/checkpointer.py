@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,10 +106,16 @@ class Checkpointer:
         """
         return set_aside(self.folder, step, suffix)
 
-    def save(self, step: int, train_state: dict[str, Any]) -> bool:
+    def save(
+        self, step: int, train_state: dict[str, Any], written: Callable[[], None] = lambda: None
+    ) -> bool:
         """Write one checkpoint, or start writing it when in background mode. All ranks call.
 
         Storage that fails, on any rank, is logged as an error and leaves nothing of this step.
+
+        Args:
+            written: is called when all is written, and nothing published yet; in background mode
+                when the write has begun; not after a failure.
 
         Returns:
             Whether the checkpoint is written, or being written.
@@ -121,6 +127,7 @@ class Checkpointer:
             state, writer = self._state_dict(), Writer(tmp)
             if self._thread is None:
                 self._write(writer, state, text)
+                written()
                 self._publish(step)
             else:
                 # As dcp.async_save does: on the host when this returns.
@@ -129,6 +136,7 @@ class Checkpointer:
                 future = self._thread.submit(self._write, writer, staged, text)
                 future.add_done_callback(lambda _: stager.close())
                 self._pending = (step, future)
+                written()
         return self._pending is not None or self._fault is None
 
     def poll(self) -> None:
@@ -188,6 +196,7 @@ class Checkpointer:
         )
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
+        self._prune(step)  # the run that published it may have been killed before it could
         self._secured = step
         return train_state
 
@@ -222,9 +231,13 @@ class Checkpointer:
         with met_by_all():
             if dist.get_rank() == 0:
                 publish(final.with_name(final.name + ".tmp"), final)
-                if self.keep_latest_k > 0:
-                    prune(self.folder, step, self.keep_latest_k)
+        self._prune(step)
         self._secured, self._fault = step, None
+
+    def _prune(self, newest: int) -> None:
+        with met_by_all():
+            if dist.get_rank() == 0 and self.keep_latest_k > 0:
+                prune(self.folder, newest, self.keep_latest_k)
 
     @contextmanager
     def _surviving_faults(self, step: int) -> Iterator[None]:

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from opd_titan.errors import CheckpointError, StorageError, first_line
+from opd_titan.distributed.agreement import together
+from opd_titan.errors import StorageError, first_line
 
 # How the libraries in Rust spell an OSError.
 _OS_ERROR = re.compile(r"os error (\d+)")
@@ -20,30 +20,17 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 
 @contextmanager
 def met_by_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """A fault of storage that one rank meets in the body is met by all.
-
-    All ranks of the group enter; the body must have no collectives. Without a process group this
-    rank is alone.
+    """`together`, where an OSError is a fault of storage.
 
     Raises:
         StorageError: something could not be written or read, on this rank or another.
         CheckpointError: as the body raised it, on this rank or another.
     """
-    mine: Exception | None = None
-    try:
-        yield
-    except (StorageError, CheckpointError) as error:
-        mine = error
-    except OSError as error:
-        mine = StorageError(reason(error))
-    found: list[Any] = [mine]
-    if dist.is_initialized():
-        found = [None] * dist.get_world_size(group)
-        # Without its traceback, and whatever it was raised from.
-        dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args), group)
-    for error in found:
-        if error is not None:
-            raise error from mine
+    with together(group):
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(reason(error)) from error
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # bad JSON, bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
         raise ModelError(f"{path}: is not valid JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds a JSON {type(content).__name__}; expected an object")

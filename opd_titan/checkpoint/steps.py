@@ -176,7 +176,7 @@ def _refusing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"job.dump_folder: {folder} cannot be written ({error.strerror}); choose a folder that "
+            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a folder that "
             f"can"
         ) from error
 

@@ -67,6 +67,9 @@ _COMPARE = {
     "<=": operator.le,
     "!=": operator.ne,
 }
+# Objectives that a negative reference.coef has an optimum with: what they charge for leaving the
+# teacher grows as fast as what the reference term pays.
+EXTRAPOLATES = ("policy_gradient", "reverse_kl", "top_k_reverse_kl")
 NOT_EMPTY = ("job.dump_folder", "data.split", "validation.split")
 # What is read; the one that is written is not among them.
 SOURCES = (
@@ -238,6 +241,13 @@ def _objective_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "distill.log_ratio_clamp",
             f"{d.log_ratio_clamp} contradicts reward_power = {d.reward_power}, which is bounded; "
             "wanted 0 for one of them",
+        )
+    if c.reference.coef < 0.0 and d.objective not in EXTRAPOLATES:
+        yield (
+            "reference.coef",
+            f"{c.reference.coef} contradicts {named}: moving away from the reference outweighs it, "
+            f"up to tokens that nobody would write; wanted >= 0, or one of "
+            f"{', '.join(EXTRAPOLATES)}",
         )
     cut = "top_p" if r.top_p < 1.0 else "top_k" if r.top_k else ""
     if cut and d.objective not in ("policy_gradient", "sft"):

@@ -48,7 +48,8 @@ class Reference:
     coef: float = 0.0
     """Weight c of the pull to the reference, > -1. 0: the reference is never loaded.
     The student's optimum is then proportional to (T * R^c)^(1/(1+c)), not to the teacher T:
-    with c = 1 (what the seed did) it stops half-way, at the geometric mean of T and R."""
+    with c = 1 (what the seed did) it stops half-way, at the geometric mean of T and R.
+    Negative ones go beyond the teacher; only where the objective is a KL from the student."""
     cpu_offload: bool = False
     """Keep the weights on the host and stream them to the GPU layer by layer."""
 

@@ -31,14 +31,15 @@ from opd_titan.models.logits import Distribution, VocabHead, local_logits
 # 64 MiB that traffic would be three times the products' own time).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
 _CACHED_COLUMNS = 8192
-# Diagnostics that need passes of their own over the vocabulary look at every so many tokens.
+# Diagnostics that need passes of their own over the vocabulary look at one of so many tokens.
 PROBE_EVERY = 8
+_GOLDEN = 2654435769  # 2**32 over the golden ratio
 PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
     """Slices of so many tokens that a tensor [C, v] takes CHUNK_BYTES, and `tensors` three times
-    that at most."""
+    that at most (the probe's copies of some rows, half of one, aside)."""
     # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
     chunk_bytes = CHUNK_BYTES[head.weight_vD.device.type] * 3 // max(3, tensors)
@@ -127,7 +128,7 @@ class HeadStats:
         logprob_R, entropy_R, loss_R, advantage_R: of every token.
         ratio_R, clipped_R: where the objective has them.
         teacher_R, reference_R: log-probs, where they were found only here.
-        probe: by name, values of every `PROBE_EVERY`-th token; where the teacher's whole
+        probe: by name, values of the tokens that `probed` chooses; where the teacher's whole
             distribution is there.
     """
 
@@ -153,6 +154,16 @@ class FrozenHeads:
 NONE_FROZEN = FrozenHeads()
 
 
+def probed(start: int, stop: int) -> Tensor:
+    """Which of the places from `start` to `stop` are looked at, counted from `start`.
+
+    One of `PROBE_EVERY`, and as many of every 2nd, 64th, ... place (Fibonacci hashing): a plain
+    stride would see one position of responses that all have the same length.
+    """
+    place_N = torch.arange(start, stop)
+    return ((place_N * _GOLDEN) % 2**32 < 2**32 // PROBE_EVERY).nonzero().view(-1)
+
+
 def loss_head(
     hidden_TD: Tensor,
     weight: Tensor,
@@ -165,14 +176,20 @@ def loss_head(
     settings: ObjectiveSettings,
     dist: Distribution,
     frozen: FrozenHeads = NONE_FROZEN,
+    probe_from: int = 0,
 ) -> tuple[Tensor, HeadStats]:
     """The objective summed over response tokens, times `scale`, with its diagnostics.
 
     `scale` is one over the *global* number of response tokens of the update, so that adding up
     micro-batches and ranks gives the mean over tokens and never a mean of means.
+
+    `probe_from` differs from one micro-batch to another, so that not the same positions of their
+    responses are probed.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
-    chunked = _ChunkedLoss(head.tp, targets_R, scores, scale, objective, settings, dist, frozen)
+    chunked = _ChunkedLoss(
+        head.tp, targets_R, scores, scale, objective, settings, dist, frozen, probe_from
+    )
     loss = _FusedLoss.apply(hidden_TD.index_select(0, predict_R), head.weight_vD, chunked)
     return loss, chunked.stats()
 
@@ -211,7 +228,9 @@ class _ChunkedLoss:
         settings: ObjectiveSettings,
         dist: Distribution,
         frozen: FrozenHeads,
+        probe_from: int,
     ) -> None:
+        self.probe_from = probe_from
         self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale
         self.objective, self.settings, self.dist = objective, settings, dist
         heads = {"teacher": frozen.teacher, "reference": frozen.reference}
@@ -306,11 +325,12 @@ class _ChunkedLoss:
         """How far apart distributions are, on some tokens; before the objective uses them up."""
         if rows.teacher_Cv is None:
             return
-        some = slice(-chunk.start % PROBE_EVERY, None, PROBE_EVERY)
+        first = self.probe_from
+        some = probed(first + chunk.start, first + chunk.stop).to(rows.student_Cv.device)
         student_Cv, teacher_Cv, probs_Cv = (
             x[some] for x in (rows.student_Cv, rows.teacher_Cv, rows.probs_Cv)
         )
-        if not student_Cv.shape[0]:
+        if not some.numel():
             return
         teacher_probs_Cv = teacher_Cv.exp()
         log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(

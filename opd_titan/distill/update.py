@@ -90,9 +90,12 @@ class _Totals:
     def __init__(self, world: World) -> None:
         self.world, device = world, world.device
         self.sums: dict[str, Tensor] = {}
-        self.gap_max = torch.zeros((), device=device)
-        self.loss = torch.zeros((), device=device)  # of all tokens so far, not finite for ever
+        self.gap_max = torch.full((), -1.0, device=device)  # below any gap: none is known
+        self.loss = torch.zeros((), device=device)  # of this rank's tokens in the present update
         self.grad_norms: list[float] = []
+
+    def begin_update(self) -> None:
+        self.loss = torch.zeros_like(self.loss)
 
     def add(self, stats: HeadStats, rollout_R: Tensor | None, weight: int) -> None:
         """Add a micro-batch's diagnostics.
@@ -109,9 +112,9 @@ class _Totals:
                 count = torch.ones_like(value_R, dtype=torch.float64)
                 total = torch.stack((value_R.double(), count)).sum(dim=1) * weight
                 self.sums[name] = self.sums.get(name, 0.0) + total
-        if rollout_R is not None:
-            gap_R = (stats.logprob_R - rollout_R).abs() * weight
-            gap_R = gap_R.masked_fill(rollout_R == UNKNOWN, 0.0)
+        if rollout_R is not None and weight:
+            gap_R = (stats.logprob_R - rollout_R).abs()
+            gap_R = gap_R.masked_fill(rollout_R == UNKNOWN, -1.0)
             self.gap_max = torch.maximum(self.gap_max, gap_R.max())
 
     def metrics(self) -> dict[str, float]:
@@ -121,10 +124,12 @@ class _Totals:
         total = sum_scalars(local, self.world.device, self.world.dp)
         counts = {name: total[f"number of {name}"] for name in self.sums}
         mean = {name: total[name] / count for name, count in counts.items() if count}
+        gap_max = max_scalar(self.gap_max.item(), self.world.device)
+        known = {"policy/logprob_gap_max": gap_max} if gap_max >= 0.0 else {}
         return {
             **mean,
+            **known,
             "loss/total": mean["loss/policy"],
-            "policy/logprob_gap_max": max_scalar(self.gap_max.item(), self.world.device),
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
 
@@ -154,6 +159,7 @@ def update(
     with gathered_heads(frozen) as heads:
         for i, minibatch in enumerate(plan):
             done.append([])
+            totals.begin_update()
             for samples in minibatch.microbatches:
                 stats, rollout_R = forward_backward(
                     model, samples, minibatch.response_tokens, rule, world, heads
@@ -234,6 +240,7 @@ def forward_backward(
         settings=rule.settings,
         dist=rule.dist,
         frozen=heads,
+        probe_from=samples[0].prompt.index + samples[0].sample_index if samples else 0,
     )
     loss, stats = model(batch.tokens_T, batch.attend, head)
     loss.backward()

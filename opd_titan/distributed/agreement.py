@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from opd_titan.distributed.world import Axis
-from opd_titan.errors import UserError
+from opd_titan.errors import Fault, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _KEY = "opd_titan/stop"
@@ -29,22 +29,25 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A mistake that one rank meets in the body is met by all: none waits for one that has left.
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A mistake or a fault that one rank meets in the body is met by all: nobody waits in vain.
 
-    All ranks enter. The body must have no collectives.
+    All ranks of the group enter. The body must have no collectives. Without a process group this
+    rank is alone.
 
     Raises:
-        UserError: the first rank's that met one.
+        UserError, Fault: the first rank's that met one.
     """
-    mine: UserError | None = None
+    mine: UserError | Fault | None = None
     try:
         yield
-    except UserError as error:
+    except (UserError, Fault) as error:
         mine = error
-    found: list[Any] = [None] * dist.get_world_size()
-    # Without its traceback, and whatever it was raised from.
-    dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args))
+    found: list[Any] = [mine]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size(group)
+        # Without its traceback, and whatever it was raised from.
+        dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args), group)
     for error in found:
         if error is not None:
             raise error from mine
@@ -105,5 +108,7 @@ class StopRequest:
     def _vote(self, group: dist.ProcessGroup | None, device: torch.device) -> bool:
         vote = torch.tensor(self.signal if self.heard() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
-        self.signal = int(vote)
-        return self.signal > 0
+        told = int(vote)
+        if told:  # or a signal that came during the vote would be forgotten
+            self.signal = told
+        return told > 0

@@ -64,7 +64,7 @@ def get_family(config: dict[str, Any], where: str) -> ModelFamily:
         ModelError: the model type has no native implementation.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
             f"{where}: model_type is {model_type!r}, which has no native implementation; "
             f"supported: {', '.join(sorted(FAMILIES))}"

@@ -76,6 +76,17 @@ class _PlainFormatter(logging.Formatter):
         return _ANSI.sub("", super().format(record))
 
 
+class _Keeper(logging.Handler):
+    """Keeps what is said before there is a folder to write it in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def init_logging(
     dump_folder: Path | None, rank: int, *, color: bool | None = None
 ) -> logging.Logger:
@@ -87,13 +98,15 @@ def init_logging(
     `FILE_BYTES` each at most.
 
     Args:
-        dump_folder: None writes no file.
+        dump_folder: None writes no file yet: the lines go to the next call's.
         color: None decides by the terminal and NO_COLOR.
     """
     # Tells each rank, at every export, that two axes are gathered one after the other.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     logger = logging.getLogger("opd_titan")
+    early: list[logging.LogRecord] = []
     for handler in list(logger.handlers):
+        early += handler.records if isinstance(handler, _Keeper) else []
         logger.removeHandler(handler)
         handler.close()
     logger.setLevel(logging.DEBUG)
@@ -114,8 +127,10 @@ def init_logging(
             errors="backslashreplace",
         )
         file.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in early:
+            file.handle(record)
         logger.addHandler(file)
-    if not logger.handlers:
-        # Without any handler Python would print warnings through its last resort.
-        logger.addHandler(logging.NullHandler())
+    else:
+        # Also because without any handler Python would print warnings through its last resort.
+        logger.addHandler(_Keeper())
     return logger

@@ -260,10 +260,12 @@ class MetricLogger:
 
     def state_dict(self) -> dict[str, Any]:
         """The half-filled window (plain numbers), so that a resumed run writes the same values."""
-        return {"window": {name: list(values) for name, values in self._window.items()}}
+        window = {name: list(values) for name, values in self._window.items()}
+        return {"window": window, "last": dict(self.last)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window = {name: list(values) for name, values in state["window"].items()}
+        self.last = dict(state.get("last", {}))  # an export's card shows them
 
     def close(self) -> None:
         if self._writer is not None:

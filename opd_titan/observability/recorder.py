@@ -36,6 +36,7 @@ class Recorder:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
         decode_bytes: of the student, (forwards, cached tokens, bytes of a number) -> bytes read.
         start_step: the last step that was done, 0 for a new run.
+        whole: updates project the frozen models' hidden states.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Recorder:
         decode_bytes: Callable[[int, int, int], float],
         start_step: int,
         total_steps: int,
+        whole: bool = False,
     ) -> None:
+        self.whole = whole
         self.config, self.world, self.decode, self.grade = config, world, decode, grade
         self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
         self.total_steps = total_steps
@@ -112,11 +115,11 @@ class Recorder:
     def _work_scalars(
         self, samples: Sequence[Sample], sampled: Sequence[Sample], decode_forwards: int
     ) -> dict[str, float]:
-        tokens, flops = work(samples, self.forward_flops)
+        tokens, flops = work(samples, self.forward_flops, self.whole)
         del tokens["rollout"], flops["rollout"]
         bytes_read = {}
         if sampled:
-            sampled_tokens, sampled_flops = work(sampled, self.forward_flops)
+            sampled_tokens, sampled_flops = work(sampled, self.forward_flops, self.whole)
             tokens["rollout"] = sampled_tokens["rollout"]
             flops["rollout"] = sampled_flops["rollout"]
             bytes_read["rollout"] = self._rollout_bytes(sampled, decode_forwards)
@@ -140,8 +143,12 @@ class Recorder:
         scored = gather_lists(scored, self.world.dp)
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
-            write_rollouts(self.folder, step, scored, self.decode, self.grade)
-            self.old_rollouts.delete(step)
+            try:
+                write_rollouts(self.folder, step, scored, self.decode, self.grade)
+                self.old_rollouts.delete(step)
+            except OSError as error:  # a sample for people: no reason to lose the run
+                why = error.strerror
+                logger.error("Storage: rollouts of step %s not written: %s", step, why)
 
 
 def _sampled(samples: Sequence[Sample]) -> list[Sample]:

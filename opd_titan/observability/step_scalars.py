@@ -93,7 +93,7 @@ def _by_position(ratios: Sequence[Tensor], world: World) -> dict[str, float]:
 
 
 def work(
-    samples: Sequence[Sample], forward_flops: Mapping[str, ForwardFlops]
+    samples: Sequence[Sample], forward_flops: Mapping[str, ForwardFlops], whole: bool = False
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Tokens and FLOPs by phase, over all ranks, of one step in which every phase ran once.
 
@@ -101,6 +101,7 @@ def work(
 
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
+        whole: the frozen models' heads are at work in the update, not when they score.
     """
     responses = sum(len(s.response_ids) for s in samples)
     lengths = [_fed_in(s) for s in samples]
@@ -115,7 +116,11 @@ def work(
     }
     if "teacher" in forward_flops:
         tokens["teacher"] = sum(lengths)
-        flops["teacher"] = packed_flops(samples, forward_flops["teacher"], responses)
+        projected = 0 if whole else responses
+        flops["teacher"] = packed_flops(samples, forward_flops["teacher"], projected)
+    if whole:
+        frozen = (forward for role, forward in forward_flops.items() if role != "student")
+        flops["update"] += sum(forward([], responses) for forward in frozen)
     return tokens, flops
 
 

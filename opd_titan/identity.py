@@ -1,0 +1,76 @@
+"""What makes a job this job and no other: its models, its data, its objective."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_titan.build import ModelSource
+from opd_titan.config import JobConfig
+from opd_titan.data.types import Prompt
+
+_EDGE_BYTES = 64 * 1024
+# By key: what tells one from another, and what people call it.
+Identity = dict[str, dict[str, str]]
+
+
+def job_identity(
+    config: JobConfig, sources: Mapping[str, ModelSource], prompts: Sequence[Prompt]
+) -> Identity:
+    """Plain JSON values. What only changes how fast or how long a job learns is not in it."""
+    found = {
+        f"{role}.hf_path": _entry(_model_digest(source, config), str(source.folder))
+        for role, source in sources.items()
+    }
+    count = f"{config.data.path} ({len(prompts):,} prompts)"
+    found["data.path"] = _entry(_prompts_digest(prompts), count)
+    d = config.distill
+    objective = d.objective + (f" with beta {d.beta}" if d.objective == "jsd" else "")
+    found["distill.objective"] = _entry(objective, objective)
+    found["reference.coef"] = _entry(str(config.reference.coef), str(config.reference.coef))
+    return found
+
+
+def differences(saved: Identity, now: Identity) -> list[str]:
+    """Each key that differs, with what it was and what it is."""
+    nothing = _entry("", "nothing")
+    found = []
+    for key in {**saved, **now}:
+        was, is_now = saved.get(key, nothing), now.get(key, nothing)
+        if was["id"] != is_now["id"]:
+            named = f"{key} was {was['name']} and is {is_now['name']}"
+            same_name = was["name"] == is_now["name"]
+            found.append(f"{key} {was['name']} has another content" if same_name else named)
+    return found
+
+
+def _entry(digest: str, name: str) -> dict[str, str]:
+    return {"id": digest, "name": name}
+
+
+def _model_digest(source: ModelSource, config: JobConfig) -> str:
+    """Of sizes and weights; of a file of these its two ends, which are quick to read."""
+    digest = hashlib.sha256(repr(source.args).encode())
+    if source.files is None:
+        digest.update(f"random {config.training.seed}".encode())
+    for path in sorted(set((source.files or {}).values())):
+        digest.update(_ends(path))
+    return digest.hexdigest()
+
+
+def _ends(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_EDGE_BYTES)
+        file.seek(max(0, size - _EDGE_BYTES))
+        return b"%d" % size + head + file.read()
+
+
+def _prompts_digest(prompts: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(array("q", (len(prompt.token_ids), *prompt.token_ids)).tobytes())
+    return digest.hexdigest()

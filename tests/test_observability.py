@@ -40,6 +40,7 @@ def logger_restored():
     """Leaves the program's logger as it was, so that other tests can catch its lines."""
     logger = logging.getLogger("opd_titan")
     before = (list(logger.handlers), logger.level, logger.propagate)
+    logger.handlers.clear()
     yield
     for handler in set(logger.handlers) - set(before[0]):
         handler.close()
@@ -407,3 +408,10 @@ def test_distance_to_the_teacher_by_position_and_its_tails() -> None:
             "kl_by_position/65-256": 34 * 3 / 36,
         }
     )
+
+
+def test_what_is_said_before_there_is_a_folder_gets_into_the_file(tmp_path, logger_restored):
+    init_logging(None, 1).warning("early")
+    init_logging(tmp_path, 1).info("late")
+    lines = (tmp_path / "logs" / "rank-1.log").read_text().splitlines()
+    assert [line.rsplit(" ", 2)[-2:] for line in lines] == [["WARNING", "early"], ["INFO", "late"]]

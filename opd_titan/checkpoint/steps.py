@@ -176,8 +176,8 @@ def _refusing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a folder that "
-            f"can"
+            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a folder "
+            f"that can"
         ) from error
 
 

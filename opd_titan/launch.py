@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
         try:
             run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
         except ChildFailedError as error:
-            return _tell(*error.get_first_failure())
+            killed = {r: f for r, f in error.failures.items() if f.exitcode < 0}
+            # The others' failures follow from that, whatever their clocks say.
+            return _tell(*(next(iter(killed.items()), None) or error.get_first_failure()))
         except SignalException as error:
             print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval

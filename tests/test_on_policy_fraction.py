@@ -237,7 +237,8 @@ def test_rollout_scalars_are_of_the_students_samples_alone(one: dict[str, Path],
             )
             mean = (student - teacher).mean().item()
             assert value["kl/student_teacher"] == pytest.approx(mean, abs=1e-5)
-            assert value["policy/logprob_gap_max"] < 1e-4
+            gap = value["policy/logprob_gap_max"]  # none where only later updates are on them
+            assert gap < 1e-4 if gap is not None else name == "limited"
         for phase, count in work.items():
             rate, seconds = value[f"throughput/{phase}(tok/s/gpu)"], value[f"time/{phase}(s)"]
             assert rate * seconds == pytest.approx(count, rel=1e-4), phase

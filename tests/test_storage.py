@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -21,10 +22,11 @@ from distributed_utils import run_distributed
 from test_hf_io import load_plain, make_source
 from tiny_student import one_process_group
 from torch import nn
+from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from opd_titan.checkpoint import manifest
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
-from opd_titan.checkpoint.dcp_io import METADATA
+from opd_titan.checkpoint.dcp_io import METADATA, _MetadataUnpickler
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
 from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights
@@ -349,7 +351,7 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) ->
     (tmp_path / "checkpoint").write_text("")
     with one_process_group():
         for folder in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "below"):
-            with pytest.raises(CheckpointError, match="^job.dump_folder: .*cannot be written"):
+            with pytest.raises(CheckpointError, match="^\[job\] dump_folder: .*cannot be written"):
                 open_folder(folder)
         with largest_file(100), pytest.raises(CheckpointError, match="File too large"):
             open_folder(tmp_path / "small")
@@ -365,6 +367,28 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.target),)
+
+
+class Looked:
+    """Pickles as Python 3.11.0 to 3.11.3 do a member of an enum."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.found = (owner, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, self.found
+
+
+def test_getattr_in_metadata_finds_members_of_one_enum_and_nothing_else() -> None:
+    kind = dcp_metadata._MEM_FORMAT_ENCODING
+
+    def load(owner: Any, name: str) -> Any:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(Looked(owner, name)))).load()
+
+    assert load(kind, "TORCH_CONTIGUOUS_FORMAT") is kind.TORCH_CONTIGUOUS_FORMAT
+    for owner, name in ((kind, "__class__"), (dcp_metadata.Metadata, "__init__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            load(owner, name)
 
 
 @pytest.mark.parametrize("manifests", [True, False])

@@ -42,7 +42,17 @@ _METADATA_CLASSES = (
     "TensorStorageMetadata",
     "_MEM_FORMAT_ENCODING",
 )
+
+
+def _enum_member(cls: Any, name: Any) -> Any:
+    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+    if cls is not metadata._MEM_FORMAT_ENCODING or not isinstance(name, str):
+        raise pickle.UnpicklingError(f"it looks up {name!r}, which no checkpoint does")
+    return cls[name]
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
+    ("builtins", "getattr"): _enum_member,
     **{(metadata.__name__, name): getattr(metadata, name) for name in _METADATA_CLASSES},
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,

@@ -41,8 +41,13 @@ def main(argv: list[str]) -> int:
         try:
             run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
         except ChildFailedError as error:
-            killed = {r: f for r, f in error.failures.items() if f.exitcode < 0}
-            # The others' failures follow from that, whatever their clocks say.
+            # The others' failures follow from that, whatever their clocks say. SIGTERM is what the
+            # agent itself sends to those that are left.
+            killed = {
+                rank: failure
+                for rank, failure in error.failures.items()
+                if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+            }
             return _tell(*(next(iter(killed.items()), None) or error.get_first_failure()))
         except SignalException as error:
             print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)

@@ -351,7 +351,7 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) ->
     (tmp_path / "checkpoint").write_text("")
     with one_process_group():
         for folder in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "below"):
-            with pytest.raises(CheckpointError, match="^\[job\] dump_folder: .*cannot be written"):
+            with pytest.raises(CheckpointError, match=r"^\[job\] dump_folder: .*cannot be written"):
                 open_folder(folder)
         with largest_file(100), pytest.raises(CheckpointError, match="File too large"):
             open_folder(tmp_path / "small")

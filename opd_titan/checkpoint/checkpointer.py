@@ -244,8 +244,9 @@ class Checkpointer:
         try:
             yield
         except StorageError as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
+            with met_by_all():  # for every rank it is gone after this
+                if dist.get_rank() == 0:
+                    shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
             safe = "none is safe yet"
             if self._secured is not None:
                 safe = f"step {self._secured} is the newest that is safe"

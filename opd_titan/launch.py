@@ -41,18 +41,18 @@ def main(argv: list[str]) -> int:
         try:
             run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
         except ChildFailedError as error:
-            # The others' failures follow from that, whatever their clocks say. SIGTERM is what the
-            # agent itself sends to those that are left.
-            killed = {
-                rank: failure
-                for rank, failure in error.failures.items()
-                if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-            }
-            return _tell(*(next(iter(killed.items()), None) or error.get_first_failure()))
+            return _tell(*min(error.failures.items(), key=_order))
         except SignalException as error:
             print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
     return 0
+
+
+def _order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+    """The smallest is what the others follow from, whatever their clocks say: who was killed, then
+    who failed, then who was ended by the agent's own SIGTERM."""
+    code = item[1].exitcode
+    return code == -signal.SIGTERM, code > 0, item[1].timestamp
 
 
 def _tell(rank: int, failure: Any) -> int:

@@ -6,7 +6,6 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from opd_titan.build import ModelSource
 from opd_titan.config import JobConfig
@@ -69,7 +68,7 @@ def _ends(path: Path) -> bytes:
         return b"%d" % size + head + file.read()
 
 
-def _prompts_digest(prompts: Sequence[Any]) -> str:
+def _prompts_digest(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(array("q", (len(prompt.token_ids), *prompt.token_ids)).tobytes())

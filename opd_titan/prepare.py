@@ -167,6 +167,11 @@ def _check_same_job(
     path: Path, state: dict[str, Any], found: dict[str, Any], allow_changes: bool
 ) -> None:
     """Refuse another job's checkpoint, or say what differs; move the loader."""
+    if "identity" not in state:
+        raise CheckpointError(
+            f"{path}: was made by an earlier version of this program; choose another "
+            f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
+        )
     differ = differences(state["identity"], found["identity"])
     if differ and not allow_changes:
         raise CheckpointError(

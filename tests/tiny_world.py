@@ -28,7 +28,7 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import decoders
 
 REPO = Path(__file__).resolve().parent.parent
-TIMEOUT = 240
+TIMEOUT = 600
 # The second one ends responses too, but is not the tokenizer's own: both must count.
 EOS_IDS = [1, 60]
 # On CUDA the allocator's peaks reset each step; all these are measured, not computed.

@@ -166,7 +166,7 @@ class _Step:
         for sample, logprobs in scored:
             sample.teacher_logprobs = logprobs
         moving = (self.student, self.optimizer, plan, rule(self.config), s.world)
-        self.scalars = phase("update", update, *moving)
+        self.scalars = phase("update", update, *moving).scalars
         self.weights.outdate()
         times["step"] = time.perf_counter() - start
         return times, samples

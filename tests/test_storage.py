@@ -130,27 +130,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "manifest_flipped": (lambda s: flip(s / MANIFEST, 0.02), MANIFEST, "is damaged"),
     "manifest_a_list": (lambda s: (s / MANIFEST).write_text("[]"), MANIFEST, "is damaged"),
     "manifest_a_folder": (lambda s: become_folder(s / MANIFEST), MANIFEST, "cannot be read"),
-    "half_copied": (half_copied, METADATA, "is missing"),
-    "nothing_in_it": (lambda s: [p.unlink() for p in s.iterdir()], METADATA, "is missing"),
+    "manifest_gone": (lambda s: (s / MANIFEST).unlink(), MANIFEST, "is missing"),
+    "half_copied": (half_copied, MANIFEST, "is missing"),
+    "nothing_in_it": (lambda s: [p.unlink() for p in s.iterdir()], MANIFEST, "is missing"),
     "a_file": (become_file, "step-4", "is not a folder"),
 }
-# The same without a manifest, as older versions made them: what can be seen is.
-OLD = ("weights_truncated", "weights_gone", "weights_a_folder", "metadata_empty", "metadata_gone")
 
 
-@pytest.mark.parametrize(
-    ("name", "manifests"), [*((name, True) for name in DAMAGE), *((name, False) for name in OLD)]
-)
+@pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_step_is_named_and_passed_over(
-    saved: Path, tmp_path: Path, said: list[str], name: str, manifests: bool
+    saved: Path, tmp_path: Path, said: list[str], name: str
 ) -> None:
     damage, file, what = DAMAGE[name]
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved, folder)
     step = folder / "step-4"
-    if not manifests:
-        (step / MANIFEST).unlink()
-        what = {" to 0 bytes": "cannot be read", "is not a file": "is missing"}.get(what, what)
     with one_process_group():
         assert agree_on_step(folder, -1) == 4
         damage(step)
@@ -391,20 +385,17 @@ def test_getattr_in_metadata_finds_members_of_one_enum_and_nothing_else() -> Non
             load(owner, name)
 
 
-@pytest.mark.parametrize("manifests", [True, False])
-def test_metadata_that_would_run_code_is_refused(
-    saved: Path, tmp_path: Path, manifests: bool
-) -> None:
+def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path) -> None:
     folder, target = tmp_path / "checkpoint", tmp_path / "ran"
     shutil.copytree(saved, folder)
     step = folder / "step-4"
     (step / METADATA).write_bytes(pickle.dumps(Evil(target)))
     (step / MANIFEST).unlink()
-    if manifests:  # whoever plants a pickle writes its checksum too
-        manifest.write_manifest(step / MANIFEST, manifest.describe(step, names(step)))
+    # Whoever plants a pickle writes its checksum too.
+    manifest.write_manifest(step / MANIFEST, manifest.describe(step, names(step)))
     model, optimizer = make_pair()
     with one_process_group():
-        assert agree_on_step(folder, -1) == (4 if manifests else 2)
+        assert agree_on_step(folder, -1) == 4
         checkpointer = Checkpointer(folder, model, optimizer, keep_latest_k=0, background=False)
         for look in (lambda: inspect_checkpoint(folder, 4, model), lambda: checkpointer.load(4)):
             with pytest.raises(CheckpointError) as caught:

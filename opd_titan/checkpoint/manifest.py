@@ -66,6 +66,8 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
             for name, entry in entries.items()
             for start, value in zip(range(0, entry["size"], step), entry["crc32"], strict=True)
         }
+    except FileNotFoundError:
+        return f"{path}: is missing"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.dcp_io import METADATA, read_metadata
 from opd_titan.checkpoint.faults import met_by_all, reason
 from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced
@@ -114,36 +113,7 @@ def _agree_on_damage(path: Path) -> str | None:
 def _damage(path: Path, rank: int, world: int) -> str | None:
     if not path.is_dir():
         return f"{path}: is not a folder"
-    try:
-        if (path / MANIFEST).exists():
-            damage = find_damage(path / MANIFEST, rank, world)
-        else:  # made before there were manifests, or copied in part
-            damage = _too_short(path)
-        if damage is None and not (path / STATE).is_file():
-            damage = f"{path / STATE}: is missing"
-        return damage
-    except CheckpointError as error:
-        return str(error)
-    except OSError as error:
-        return f"{error.filename or path}: cannot be read ({error.strerror})"
-
-
-def _too_short(path: Path) -> str | None:
-    """Without a manifest: whether every file reaches as far as DCP wrote into it."""
-    if not (path / METADATA).is_file():
-        return f"{path / METADATA}: is missing"
-    ends: dict[str, int] = {}
-    for place in read_metadata(path).storage_data.values():
-        ends[place.relative_path] = max(
-            ends.get(place.relative_path, 0), place.offset + place.length
-        )
-    for name, end in sorted(ends.items()):
-        file = path / name
-        if not file.is_file():
-            return f"{file}: is missing"
-        if file.stat().st_size < end:
-            return f"{file}: is truncated from at least {end} to {file.stat().st_size} bytes"
-    return None
+    return find_damage(path / MANIFEST, rank, world)
 
 
 def open_folder(folder: Path) -> None:

@@ -173,15 +173,16 @@ def _check_same_job(
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
     differ = differences(state["identity"], found["identity"])
+    told = "; ".join(differ.values())
     if differ and not allow_changes:
         raise CheckpointError(
-            f"{path}: is another job's: {'; '.join(differ)}; set that back, choose another "
-            f"job.dump_folder, or go on with --checkpoint.allow_changes"
+            f"{path}: is another job's: {told}; set that back, choose another job.dump_folder, or "
+            f"go on with --checkpoint.allow_changes"
         )
     if differ:
-        logger.warning("%s was another job's (checkpoint.allow_changes): %s", path, differ)
+        logger.warning("%s was another job's (checkpoint.allow_changes): %s", path, told)
     try:
-        if any(text.startswith("data.path") for text in differ):
+        if "data.path" in differ:
             raise CheckpointError("the data are others")
         found["loader"].load_state_dict(state["loader"])
     except CheckpointError as error:

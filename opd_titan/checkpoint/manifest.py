@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.faults import naming
+from opd_titan.paths import is_plain_name
 
 # Each piece of a file has its own checksum, so that any number of ranks and threads can share in
 # a large file; a rank of any world may have written it.
@@ -88,7 +89,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
 
 
 def _wrong_at_sight(folder: Path, name: str, size: int) -> str | None:
-    if name != Path(name).name or name in ("", ".", ".."):
+    if not is_plain_name(name):
         return "is no name of a file beside its manifest"
     path = folder / name
     if not path.exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.errors import DataError, first_line
+from opd_titan.paths import is_plain_name
 
 # Suffix -> the `datasets` builder that reads it.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -47,7 +48,7 @@ def check_saved(folder: Path) -> None:
     state = folder / "state.json"
     for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         name = entry["filename"]
-        if not isinstance(name, str) or name in ("", ".", "..") or name != Path(name).name:
+        if not is_plain_name(name):
             raise DataError(f"path: {state} names {name!r}; expected the name of a file beside it")
 
 

@@ -22,7 +22,7 @@ from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
 from opd_titan.distributed.world import World, build_world, init_world
-from opd_titan.errors import CheckpointError, ConfigError
+from opd_titan.errors import CheckpointError, ConfigError, reason
 from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
@@ -211,7 +211,7 @@ def _refusing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a "
+            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a "
             f"folder that can"
         ) from error
 

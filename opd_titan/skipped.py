@@ -11,7 +11,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.distill.update import UpdateResult
-from opd_titan.errors import Fault
+from opd_titan.errors import Fault, reason
 from opd_titan.observability.rollout_writer import write_rollouts
 
 logger = logging.getLogger("opd_titan")
@@ -48,7 +48,7 @@ class SkippedUpdates:
             try:
                 write_rollouts(folder, step, result.suspects, self.decode, grade)
             except OSError as error:
-                logger.error("Storage: %s not written: %s", folder, error.strerror)
+                logger.error("Storage: %s not written: %s", folder, reason(error))
         logger.warning(
             "Step %s: %s of %s updates skipped: the loss or the gradient is not finite; the batch "
             "is in %s",

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from opd_titan.checkpoint import manifest
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
 from opd_titan.checkpoint.dcp_io import METADATA, _MetadataUnpickler
+from opd_titan.checkpoint.faults import met_by_all, naming
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
 from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights
@@ -338,6 +339,12 @@ def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
             assert f"__{poor}_0.distcp: File too large" in first[f"save {background} {poor}"]
             assert "step-4" not in " ".join(first[f"left {background} {poor}"])
     assert names(tmp_path / "out") == ["step-2", "step-6"]
+
+
+def test_an_error_without_a_number_keeps_its_words() -> None:
+    with one_process_group(), pytest.raises(StorageError, match="^a/b: the disk is on fire$"):
+        with met_by_all(), naming("a/b"):
+            raise OSError("the disk is on fire")
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.errors import ModelError, first_line
+from opd_titan.errors import ModelError, first_line, reason
 from opd_titan.hub import hub_in_reach, looks_like_hub_id
 
 CONFIG = "config.json"
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ModelError(f"{path}: cannot be read ({reason(error)})") from error
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
         raise ModelError(f"{path}: is not valid JSON ({first_line(error)})") from error
     if not isinstance(content, dict):

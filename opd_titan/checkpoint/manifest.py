@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.faults import naming
+from opd_titan.errors import reason
 from opd_titan.paths import is_plain_name
 
 # Each piece of a file has its own checksum, so that any number of ranks and threads can share in
@@ -70,7 +71,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
     except FileNotFoundError:
         return f"{path}: is missing"
     except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
+        return f"{path}: cannot be read ({reason(error)})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path}: is damaged, it is not a list of checksums"
     mine = sorted(wanted)[rank::world]
@@ -81,7 +82,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
                 return f"{path.parent / name}: {wrong}"
         found = _in_threads([(path.parent / name, start) for name, start in mine], step)
     except OSError as error:
-        return f"{error.filename}: cannot be read ({error.strerror})"
+        return f"{error.filename}: cannot be read ({reason(error)})"
     for (name, start), value in zip(mine, found, strict=True):
         if value != wanted[name, start]:
             return f"{path.parent / name}: its bytes are not those that were written (CRC-32)"
@@ -122,5 +123,5 @@ def _crc32(path: Path, start: int, length: int) -> str:
                     break
                 value, left = zlib.crc32(buffer[:got], value), left - got
     except OSError as error:  # read() does not say of which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, reason(error), str(path)) from error
     return f"{value:08x}"

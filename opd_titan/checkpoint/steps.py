@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.faults import met_by_all, reason
+from opd_titan.checkpoint.faults import met_by_all
 from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced
-from opd_titan.errors import CheckpointError, StorageError
+from opd_titan.errors import CheckpointError, StorageError, reason
 
 logger = logging.getLogger("opd_titan")
 
@@ -87,7 +87,7 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
                     restore_replaced(replaced.with_suffix(""))
                 found = [_steps(folder), complete_steps(folder)]
             except OSError as error:
-                raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
+                raise CheckpointError(f"{folder}: cannot be read ({reason(error)})") from error
             if load_step > 0 and load_step not in found[0]:
                 have = ", ".join(map(str, found[1])) or "none"
                 raise CheckpointError(
@@ -146,7 +146,7 @@ def _refusing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a folder "
+            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a folder "
             f"that can"
         ) from error
 

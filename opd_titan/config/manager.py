@@ -29,6 +29,7 @@ from opd_titan.config.checks import (
     wanted,
 )
 from opd_titan.config.job_config import JobConfig
+from opd_titan.errors import reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,9 +108,7 @@ def _parse_file(path: Path, where: str) -> tuple[dict[str, Any], Path]:
     except IsADirectoryError:
         raise config_error(where, f"{path} is a folder; wanted a TOML file") from None
     except (OSError, RuntimeError, ValueError) as e:  # unreadable, a circle of links, a NUL
-        raise config_error(
-            where, f"{path} cannot be read: {getattr(e, 'strerror', None) or e}"
-        ) from None
+        raise config_error(where, f"{path} cannot be read: {reason(e)}") from None
     if len(data) > _LARGEST:  # a device without end, or weights in place of the recipe
         raise config_error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
     try:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from opd_titan.errors import DataError, first_line
+from opd_titan.errors import DataError, first_line, reason
 from opd_titan.paths import is_plain_name
 
 # Suffix -> the `datasets` builder that reads it.
@@ -40,7 +40,7 @@ def check_file(file: Path) -> None:
             if not plain:
                 _json_places(file)
     except OSError as error:
-        raise DataError(f"path: {file} cannot be read: {first_line(error)}") from error
+        raise DataError(f"path: {file} cannot be read: {reason(error)}") from error
 
 
 def check_saved(folder: Path) -> None:

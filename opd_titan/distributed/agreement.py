@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from opd_titan.distributed.world import Axis
-from opd_titan.errors import Fault, UserError
+from opd_titan.errors import OneLineError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _KEY = "opd_titan/stop"
@@ -36,12 +36,12 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     rank is alone.
 
     Raises:
-        UserError, Fault: the first rank's that met one.
+        OneLineError: the first rank's that met one.
     """
-    mine: UserError | Fault | None = None
+    mine: OneLineError | None = None
     try:
         yield
-    except (UserError, Fault) as error:
+    except OneLineError as error:
         mine = error
     found: list[Any] = [mine]
     if dist.is_initialized():

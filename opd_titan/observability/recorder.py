@@ -14,6 +14,7 @@ from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
+from opd_titan.errors import reason
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import OldRollouts, write_rollouts
@@ -147,8 +148,7 @@ class Recorder:
                 write_rollouts(self.folder, step, scored, self.decode, self.grade)
                 self.old_rollouts.delete(step)
             except OSError as error:  # a sample for people: no reason to lose the run
-                why = error.strerror
-                logger.error("Storage: rollouts of step %s not written: %s", step, why)
+                logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))
 
 
 def _sampled(samples: Sequence[Sample]) -> list[Sample]:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from opd_titan.checkpoint.dcp_io import LoadPlanner, Reader, Writer, read_metadata
 from opd_titan.checkpoint.faults import met_by_all, naming
 from opd_titan.checkpoint.manifest import describe, write_manifest
-from opd_titan.checkpoint.publish import publish
+from opd_titan.checkpoint.publish import publish, tmp_of
 from opd_titan.checkpoint.steps import (
     MANIFEST,
     STATE,
@@ -227,10 +227,9 @@ class Checkpointer:
 
     def _publish(self, step: int) -> None:
         """All ranks have written: rename, drop what is too old."""
-        final = self.folder / f"step-{step}"
         with met_by_all():
             if dist.get_rank() == 0:
-                publish(final.with_name(final.name + ".tmp"), final)
+                publish(self.folder / f"step-{step}")
         self._prune(step)
         self._secured, self._fault = step, None
 
@@ -246,7 +245,7 @@ class Checkpointer:
         except StorageError as error:
             with met_by_all():  # for every rank it is gone after this
                 if dist.get_rank() == 0:
-                    shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
+                    shutil.rmtree(tmp_of(self.folder / f"step-{step}"), ignore_errors=True)
             safe = "none is safe yet"
             if self._secured is not None:
                 safe = f"step {self._secured} is the newest that is safe"

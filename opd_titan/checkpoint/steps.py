@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from opd_titan.checkpoint.faults import met_by_all
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced
+from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced, tmp_of
 from opd_titan.errors import CheckpointError, StorageError, reason
 
 logger = logging.getLogger("opd_titan")
@@ -188,7 +188,7 @@ def prune(folder: Path, newest: int, keep: int) -> None:
     Newer ones, if any, are of nobody knows whom: they neither count nor go.
     """
     for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
-        gone = folder / f"step-{old}.tmp"
+        gone = tmp_of(folder / f"step-{old}")
         try:
             shutil.rmtree(gone, ignore_errors=True)
             # First another name: killed half-way, it must not look whole.
@@ -209,15 +209,15 @@ def _require_everywhere(path: Path) -> None:
 
 
 def make_tmp(final: Path) -> Path:
-    """An empty `<final>.tmp` that every rank sees. All ranks call.
+    """An empty `tmp_of(final)` that every rank sees. All ranks call.
 
     Raises:
         StorageError: it cannot be made, or a rank does not see it.
     """
+    tmp = tmp_of(final)
     with met_by_all():
         if dist.get_rank() == 0:
             fresh_tmp(final)
-    tmp = final.with_name(final.name + ".tmp")
     with met_by_all():
         if not tmp.is_dir():
             raise StorageError(f"{tmp}: is not there on every rank")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
 from opd_titan.checkpoint.checkpointer import agree_on_step, inspect_checkpoint, open_folder
+from opd_titan.checkpoint.faults import refusing
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
 from opd_titan.distributed.world import World, build_world, init_world
-from opd_titan.errors import CheckpointError, ConfigError, reason
+from opd_titan.errors import CheckpointError, ConfigError
 from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
@@ -194,7 +194,7 @@ def _check_same_job(
 def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
-    with together(), _refusing(job.folder):
+    with together(), refusing(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         init_logging(job.folder, dist.get_rank())
         if dist.get_rank() == 0:
@@ -203,17 +203,6 @@ def _open_folder(job: PreparedJob) -> None:
         open_folder(job.folder / "checkpoint")
     if job.config.job.print_config:
         logger.info("Resolved config:\n%s", resolved)
-
-
-@contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a "
-            f"folder that can"
-        ) from error
 
 
 def _say_what_was_found(job: PreparedJob) -> None:

@@ -32,7 +32,7 @@ from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
 from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights
 from opd_titan.checkpoint.steps import MANIFEST, STATE, agree_on_step, open_folder, set_aside
-from opd_titan.errors import CheckpointError, ModelError, StorageError
+from opd_titan.errors import CheckpointError, ConfigError, ModelError, StorageError
 
 DISTCP = "__0_0.distcp"
 
@@ -352,9 +352,9 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) ->
     (tmp_path / "checkpoint").write_text("")
     with one_process_group():
         for folder in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "below"):
-            with pytest.raises(CheckpointError, match=r"^\[job\] dump_folder: .*cannot be written"):
+            with pytest.raises(ConfigError, match=r"^\[job\] dump_folder: .*cannot be written"):
                 open_folder(folder)
-        with largest_file(100), pytest.raises(CheckpointError, match="File too large"):
+        with largest_file(100), pytest.raises(ConfigError, match="File too large"):
             open_folder(tmp_path / "small")
         assert names(tmp_path / "small") == []
 

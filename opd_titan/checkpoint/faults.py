@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from opd_titan.distributed.agreement import together
-from opd_titan.errors import StorageError, reason
+from opd_titan.errors import ConfigError, StorageError, reason
 
 # How the libraries in Rust spell an OSError.
 _OS_ERROR = re.compile(r"os error (\d+)")
@@ -32,6 +32,18 @@ def met_by_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         except OSError as error:
             file = f"{error.filename}: " if error.filename else ""
             raise StorageError(file + reason(error)) from error
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Before the run begins, what cannot be written was the user's choice of a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a folder "
+            f"that can"
+        ) from error
 
 
 @contextmanager

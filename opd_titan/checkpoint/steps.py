@@ -11,15 +11,13 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.faults import met_by_all
+from opd_titan.checkpoint.faults import met_by_all, refusing
 from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced, tmp_of
 from opd_titan.errors import CheckpointError, StorageError, reason
@@ -79,25 +77,30 @@ def agree_on_step(folder: Path, load_step: int) -> int | None:
 
 def _candidates(folder: Path, load_step: int) -> list[int]:
     """What to try, in this order. One rank looks: a file system may show two ranks two lists."""
-    found: list[Any] = [[], []]
+    found: list[Any] = [None]
     with met_by_all():
         if dist.get_rank() == 0:
-            try:
-                for replaced in folder.glob("step-*.replaced"):
-                    restore_replaced(replaced.with_suffix(""))
-                found = [_steps(folder), complete_steps(folder)]
-            except OSError as error:
-                raise CheckpointError(f"{folder}: cannot be read ({reason(error)})") from error
-            if load_step > 0 and load_step not in found[0]:
-                have = ", ".join(map(str, found[1])) or "none"
-                raise CheckpointError(
-                    f"checkpoint.load_step: {folder}/step-{load_step} is not a complete "
-                    f"checkpoint; complete steps: {have}"
-                )
+            found = [_look_for(folder, load_step)]
     dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _look_for(folder: Path, load_step: int) -> list[int]:
+    try:
+        for replaced in folder.glob("step-*.replaced"):
+            restore_replaced(replaced.with_suffix(""))
+        there, complete = _steps(folder), complete_steps(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({reason(error)})") from error
+    if load_step > 0 and load_step not in there:
+        have = ", ".join(map(str, complete)) or "none"
+        raise CheckpointError(
+            f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
+            f"complete steps: {have}"
+        )
     if load_step > 0:
         return [load_step]
-    return found[0][::-1] if load_step < 0 else []
+    return there[::-1] if load_step < 0 else []
 
 
 def _agree_on_damage(path: Path) -> str | None:
@@ -120,35 +123,23 @@ def open_folder(folder: Path) -> None:
     """Make the checkpoints' folder, and clear what killed runs left half-written. All ranks call.
 
     Raises:
-        CheckpointError: a rank cannot write there, or the ranks do not share it; the first save,
-            hours later, would fail.
+        ConfigError, CheckpointError: a rank cannot write there, or the ranks do not share it; the
+            first save, hours later, would fail.
     """
     rank = dist.get_rank()
-    with met_by_all(), _refusing(folder):
+    with met_by_all(), refusing(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for pattern in ("step-*.tmp", "step-*.replaced"):
                 for left in folder.glob(pattern):
                     shutil.rmtree(left, ignore_errors=True)
     _require_everywhere(folder)
-    with met_by_all(), _refusing(folder):
+    with met_by_all(), refusing(folder):
         probe = folder / f".writable-{rank}"
         try:
             probe.write_bytes(bytes(4096))
         finally:
             probe.unlink(missing_ok=True)
-
-
-@contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """What cannot be written was the user's choice of a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a folder "
-            f"that can"
-        ) from error
 
 
 def set_aside(folder: Path, after: int, suffix: str) -> list[int]:

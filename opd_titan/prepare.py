@@ -14,8 +14,9 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
-from opd_titan.checkpoint.checkpointer import agree_on_step, inspect_checkpoint, open_folder
+from opd_titan.checkpoint.checkpointer import inspect_checkpoint
 from opd_titan.checkpoint.faults import refusing
+from opd_titan.checkpoint.steps import agree_on_step, open_folder
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from opd_titan.build import common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
+from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.data.prompts import response_token_ids
@@ -437,14 +438,13 @@ class Trainer:
         if not c.enable:
             return
         suffix = "damaged" if c.load_step < 0 else "old"
-        later = self.checkpointer.set_aside_after(self.job.resumed_at, suffix)
+        later = set_aside(self.checkpointer.folder, self.job.resumed_at, suffix)
         if later:
             names = ", ".join(f"step-{n}" for n in later)
             logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
 
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {
-            "step": self.step,
             "identity": self.job.identity,
             "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),

@@ -34,7 +34,7 @@ from tiny_world import (
 )
 from transformers import AutoTokenizer
 
-from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.data.grading import extract_answer
 
 NO_VALIDATION = ["--validation.enable", "False"]

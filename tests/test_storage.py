@@ -238,7 +238,8 @@ def test_a_save_that_fails_leaves_the_last_good_one(
         assert checkpointer.save(6, state)
         checkpointer.require(6)
         assert names(tmp_path) == ["step-6"]
-        assert checkpointer.load(6) == state
+        checkpointer.load(6)
+        assert inspect_checkpoint(tmp_path, 6, checkpointer.model) == state
 
 
 def test_a_background_save_that_failed_does_not_keep_the_next_from_starting(
@@ -314,7 +315,8 @@ def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
             out[f"left {background} {poor}"] = names(folder)
         assert checkpointer.save(6, {"back": background})
         checkpointer.require(6)
-        assert checkpointer.load(6) == {"back": background}
+        checkpointer.load(6)
+        assert inspect_checkpoint(folder, 6, checkpointer.model) == {"back": background}
     with largest_file(1000 if rank == 0 else 10**9), pytest.raises(StorageError) as caught:
         export_hf(model, folder / "hf", **options)
     out["export"] = str(caught.value)

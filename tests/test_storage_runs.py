@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_world import World, assert_same_run, make_world, read_log, read_weights, train
 
-from opd_titan.checkpoint.checkpointer import complete_steps
 from opd_titan.checkpoint.manifest import describe, write_manifest
+from opd_titan.checkpoint.steps import complete_steps
 
 OPTIONS = ["--validation.interval", 0]
 

@@ -145,6 +145,9 @@ def open_folder(folder: Path) -> None:
 def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
     """Rename what is newer than step `after` to `step-N.<suffix>`. All ranks call.
 
+    What comes after `after` will be another run's: it must neither be resumed from nor push this
+    run's checkpoints out.
+
     Args:
         suffix: "old" for what a run replaces that was sent back; the last such takes the place of
             one before. "damaged" for what is not whole; there, a name that is taken gets a number.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class PreparedJob:
         sources: the models by role.
         identity: what makes it this job and no other.
         resumed_at: the step to go on from, 0 for a new run.
+        why: that step, in words.
         saved_state: what its checkpoint says besides tensors; None for a new run.
     """
 
@@ -54,8 +55,9 @@ class PreparedJob:
     validator: Validator | None
     total_steps: int
     identity: Identity
-    resumed_at: int
-    saved_state: dict[str, Any] | None
+    resumed_at: int = 0
+    why: str = ""
+    saved_state: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -70,27 +72,20 @@ def prepare(config: JobConfig) -> PreparedJob:
     """Join the world, check models, data and checkpoint, then open the dump folder.
 
     Raises:
-        UserError: in one line, what is wrong. Nothing has been written yet.
+        UserError: in one line, what is wrong. Nothing has been written yet, unless the dump folder
+            itself is at fault: then what could be written there has been.
     """
     world = _join_world(config)
     with together():
-        found = _inspect(config, world)
-    resumed_at, saved_state = _find_checkpoint(config, found)
-    job = PreparedJob(
-        config=config,
-        world=world,
-        dtype=compute_dtype(config, world.device),
-        resumed_at=resumed_at,
-        saved_state=saved_state,
-        **found,
-    )
+        job = _inspect(config, world)
+    job = _find_checkpoint(job)
     _open_folder(job)
     _say_what_was_found(job)
     return job
 
 
-def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
-    """Models, tokenizers and data, all but the weights: the fields of the job that they make."""
+def _inspect(config: JobConfig, world: World) -> PreparedJob:
+    """Models, tokenizers and data, all but the weights. The job as if it were new."""
     sources = inspect_models(config)
     tokenizer = sources["student"].tokenizer
     decode = partial(tokenizer.decode, skip_special_tokens=True)
@@ -115,15 +110,18 @@ def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
         validator = build_validator(config, options, prompts, decode, world.dp)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
-    return {
-        "sources": sources,
-        "decode": decode,
-        "prompt_set": prompt_set,
-        "loader": loader,
-        "validator": validator,
-        "total_steps": config.training.epochs * loader.batches_per_epoch or config.training.steps,
-        "identity": job_identity(config, sources, prompts),
-    }
+    return PreparedJob(
+        config=config,
+        world=world,
+        dtype=compute_dtype(config, world.device),
+        sources=sources,
+        decode=decode,
+        prompt_set=prompt_set,
+        loader=loader,
+        validator=validator,
+        total_steps=config.training.epochs * loader.batches_per_epoch or config.training.steps,
+        identity=job_identity(config, sources, prompts),
+    )
 
 
 def _join_world(config: JobConfig) -> World:
@@ -150,30 +148,31 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
         )
 
 
-def _find_checkpoint(config: JobConfig, found: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
+def _find_checkpoint(job: PreparedJob) -> PreparedJob:
     """Which step to go on from, and whether this recipe can; the loader is moved there."""
-    c, folder = config.checkpoint, Path(config.job.dump_folder) / "checkpoint"
+    c, folder = job.config.checkpoint, job.folder / "checkpoint"
     step = agree_on_step(folder, c.load_step if c.enable else 0)
     if step is None:
-        return 0, None
+        why = "no complete checkpoint" if c.enable else "checkpoint.enable is false"
+        return replace(job, why="checkpoint.load_step is 0" if c.load_step == 0 else why)
     with together():
         with torch.device("meta"):
-            shapes = found["sources"]["student"].build()
+            shapes = job.sources["student"].build()
         state = inspect_checkpoint(folder, step, shapes)
-        _check_same_job(folder / f"step-{step}", state, found, c.allow_changes)
-    return step, state
+        _check_same_job(folder / f"step-{step}", state, job)
+    why = "the newest complete checkpoint" if c.load_step < 0 else "checkpoint.load_step"
+    return replace(job, resumed_at=step, why=why, saved_state=state)
 
 
-def _check_same_job(
-    path: Path, state: dict[str, Any], found: dict[str, Any], allow_changes: bool
-) -> None:
+def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None:
     """Refuse another job's checkpoint, or say what differs; move the loader."""
+    allow_changes = job.config.checkpoint.allow_changes
     if "identity" not in state:
         raise CheckpointError(
             f"{path}: was made by an earlier version of this program; choose another "
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
-    differ = differences(state["identity"], found["identity"])
+    differ = differences(state["identity"], job.identity)
     told = "; ".join(differ.values())
     if differ and not allow_changes:
         raise CheckpointError(
@@ -185,7 +184,7 @@ def _check_same_job(
     try:
         if "data.path" in differ:
             raise CheckpointError("the data are others")
-        found["loader"].load_state_dict(state["loader"])
+        job.loader.load_state_dict(state["loader"])
     except CheckpointError as error:
         if not allow_changes:
             raise

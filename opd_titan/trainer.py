@@ -412,21 +412,17 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go to where the run starts, and say why there."""
-        c = self.config.checkpoint
         if self.job.saved_state is None:
-            reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
-            reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
-            logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
+            logger.info("Starting at step 1: %s in %s", self.job.why, self.checkpointer.folder)
             return
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
         self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]
-        why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
             self.checkpointer.folder,
             self.step,
-            why,
+            self.job.why,
             self.step + 1,
         )
         if self.validator is not None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.skipped import SkippedUpdates
+from opd_titan.watch import Watch
 
 logger = logging.getLogger("opd_titan")
 
@@ -51,9 +51,10 @@ class Trainer:
     """One distillation job. The constructor checks everything before it loads any weight."""
 
     def __init__(self, config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> None:
-        self.config, self.stop, self.lifeline = config, stop, lifeline
+        self.config, self.stop = config, stop
         self.job = prepare(config)
         self.world, self.device = self.job.world, self.job.world.device
+        self.watch = Watch(stop, lifeline, self.world)
         self.sources, self.validator = self.job.sources, self.job.validator
         self.total_steps = self.job.total_steps
         self.on_policy = config.rollout.on_policy_fraction > 0.0
@@ -87,7 +88,7 @@ class Trainer:
         source = self.sources.get(role)
         if source is None:
             return None
-        self.lifeline.enter(f"the loading of the {role}")
+        self.watch.enter(f"the loading of the {role}")
         self.stop.check()
         start = time.perf_counter()
         model = load_model(source, self.world, self.config, self.job.dtype)
@@ -139,7 +140,7 @@ class Trainer:
         self._start_recording()
         # Loading is over; from here on a rank may lag as long as a rollout takes.
         set_timeout(self.config.comm.train_timeout_seconds, self.device)
-        self.lifeline.limit = self.config.comm.train_timeout_seconds
+        self.watch.lifeline.limit = self.config.comm.train_timeout_seconds
         stopped = False
         try:
             self._before_first_step()
@@ -220,7 +221,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.lifeline.enter(f"phase {name} of step {self.step}")
+        self.watch.enter(f"phase {name} of step {self.step}")
         with self.recorder.clock.phase(name):
             yield
 
@@ -231,7 +232,7 @@ class Trainer:
         sampled, given = divide(prompts, r.on_policy_fraction, stream)
         most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
-            on_tokens = self._on_tokens(bar)
+            on_tokens = self.watch.on_tokens(bar)
             samples = sample_responses(
                 self.generator, sampled, r.group_size, self.sampling, stream, dp, on_tokens
             )
@@ -265,7 +266,7 @@ class Trainer:
                 plan,
                 self.rule.dist.untruncated,
                 self.world,
-                self._on_sequences(bar),
+                self.watch.on_sequences(bar),
                 whole,
             )
         for sample, values in scored:
@@ -278,7 +279,7 @@ class Trainer:
         frozen = self.scored if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
             # Once the weights have moved, the step has to be done to its end.
-            on_sequences = self._on_sequences(bar, stops=len(plan[0].microbatches))
+            on_sequences = self.watch.on_sequences(bar, stops=len(plan[0].microbatches))
             result = update(
                 self.student, self.optimizer, plan, self.rule, self.world, on_sequences, frozen
             )
@@ -288,28 +289,6 @@ class Trainer:
     def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:
         sequences = sum(len(m) for minibatch in plan for m in minibatch.microbatches)
         return progress(sequences, f"step {self.step} {phase}", "seq", rank=dist.get_rank())
-
-    # Inside long phases: the bar moves, the lifeline hears of it, and a signal is looked for.
-
-    def _on_tokens(self, bar: Bar) -> Callable[[int], None]:
-        def sampled(tokens: int) -> None:
-            bar.update(tokens)
-            self.lifeline.beat()
-            self.stop.listen(self.world.tp, self.device)
-
-        return sampled
-
-    def _on_sequences(self, bar: Bar, stops: int | None = None) -> Callable[[int], None]:
-        """`stops`: so many calls look for a signal; None: all."""
-        calls = count(1)
-
-        def done(sequences: int) -> None:
-            bar.update(sequences)
-            self.lifeline.beat()
-            if stops is None or next(calls) <= stops:
-                self.stop.check()
-
-        return done
 
     # ----------------------------------------------------- before, after, end
 
@@ -344,13 +323,13 @@ class Trainer:
         self.generator.release()
         weights, generator = self._generator("teacher", self.teacher)
         weights.sync()
-        self.validator.measure_teacher(generator, self._on_tokens)
+        self.validator.measure_teacher(generator, self.watch.on_tokens)
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> None:
         self.weights.sync()
-        scalars = self.validator.measure_student(self.generator, self.step, self._on_tokens)
+        scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
         self.recorder.metrics.log(self.step, scalars)
 

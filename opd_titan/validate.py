@@ -24,7 +24,7 @@ from opd_titan.rollout.rollout import sample_responses
 logger = logging.getLogger("opd_titan")
 
 # From a progress bar to what a rollout calls with the tokens just sampled.
-Watch = Callable[[Bar], Callable[[int], None]]
+OnTokens = Callable[[Bar], Callable[[int], None]]
 
 
 def _only_the_bar(bar: Bar) -> Callable[[int], None]:
@@ -101,14 +101,14 @@ class Validator:
             **asdict(self.params),
         }
 
-    def measure_teacher(self, generator: Generator, watch: Watch = _only_the_bar) -> None:
-        self.baselines.teacher, _ = self._measure(generator, "teacher", watch)
+    def measure_teacher(self, generator: Generator, on_tokens: OnTokens = _only_the_bar) -> None:
+        self.baselines.teacher, _ = self._measure(generator, "teacher", on_tokens)
 
     def measure_student(
-        self, generator: Generator, step: int, watch: Watch = _only_the_bar
+        self, generator: Generator, step: int, on_tokens: OnTokens = _only_the_bar
     ) -> dict[str, float]:
         """`validation/*` scalars of the student as it is now; step 0 sets the start."""
-        accuracy, tokens = self._measure(generator, "student", watch)
+        accuracy, tokens = self._measure(generator, "student", on_tokens)
         if step == 0:
             self.baselines.start = accuracy
         scalars = {"validation/accuracy": accuracy, "validation/response_tokens_mean": tokens}
@@ -123,7 +123,7 @@ class Validator:
         logger.info("%s", text)
         return scalars
 
-    def _measure(self, generator: Generator, name: str, watch: Watch) -> tuple[float, float]:
+    def _measure(self, generator: Generator, name: str, on_tokens: OnTokens) -> tuple[float, float]:
         """Accuracy over prompts and samples, and mean response tokens. The same on all ranks."""
         mine = len(self.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
         most = mine * self.params.max_new_tokens
@@ -135,7 +135,7 @@ class Validator:
                 self.params,
                 (self.seed, VALIDATION_STREAM),
                 self.dp,
-                watch(bar),
+                on_tokens(bar),
             )
         correct = sum(bool(grade(self.decode(s.response_ids), s.prompt.answer)) for s in samples)
         tokens = sum(len(s.response_ids) for s in samples)

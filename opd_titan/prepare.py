@@ -105,9 +105,10 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
         shuffle=config.data.shuffle,
     )
     check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
-    validator = None
+    identity, validator = job_identity(config, sources, prompts), None
     if config.validation.enable:
-        validator = build_validator(config, options, prompts, decode, world.dp)
+        teacher = identity["teacher.hf_path"]["id"] if "teacher" in sources else None
+        validator = build_validator(config, options, prompts, decode, world.dp, teacher)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
     return PreparedJob(
@@ -120,7 +121,7 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
         loader=loader,
         validator=validator,
         total_steps=config.training.epochs * loader.batches_per_epoch or config.training.steps,
-        identity=job_identity(config, sources, prompts),
+        identity=identity,
     )
 
 

@@ -49,7 +49,7 @@ class Validator:
     Args:
         prompts: each with an answer.
         seed: of the sampling, when it is not greedy.
-        teacher: what tells this job's teacher from another.
+        teacher: what tells this job's teacher from another; None: it has none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Validator:
         seed: int,
         decode: Callable[[list[int]], str],
         dp: Axis,
-        teacher: Any = None,
+        teacher: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.prompts, self.samples_per_prompt, self.params = prompts, samples_per_prompt, params
@@ -158,8 +158,12 @@ def build_validator(
     training_prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
     dp: Axis,
+    teacher: str | None,
 ) -> Validator:
     """The validator that `[validation]` asks for.
+
+    Args:
+        teacher: what tells this job's teacher from another; None: it has none.
 
     Raises:
         DataError: the set cannot be read, or has prompts without an answer.
@@ -181,7 +185,6 @@ def build_validator(
             f"validation.enable = false"
         )
     params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
-    teacher = {"hf_path": c.teacher.hf_path, "random_init": c.teacher.random_init}
     validator = Validator(
         held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher
     )

@@ -44,7 +44,7 @@ def read_rollouts(path: Path) -> list[dict]:
 def test_rollouts_have_exactly_the_designs_keys(tmp_path):
     scored = make_sample(7, 0, teacher_logprobs=[-0.25, -2.0], advantages=[0.25, -0.75])
     ungraded = make_sample(3, 1, answer=None)
-    path = write_rollouts(tmp_path, 12, [scored, ungraded], decode, grade, -1)
+    path = write_rollouts(tmp_path / "rollouts", 12, [scored, ungraded], decode, grade)
     assert path == tmp_path / "rollouts" / "step-12.jsonl"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     rows = read_rollouts(path)
@@ -69,17 +69,11 @@ def test_rollouts_have_exactly_the_designs_keys(tmp_path):
     assert "caf\u00e9" in path.read_text(encoding="utf-8")
 
 
-def test_rollout_limit_counts_by_prompt_then_sample(tmp_path):
+def test_rollouts_are_ordered_by_prompt_then_sample(tmp_path):
     samples = [make_sample(i, j) for j in (1, 0) for i in (9, 2)]
-
-    def written(limit: int) -> list[tuple[int, int]]:
-        rows = read_rollouts(write_rollouts(tmp_path, 1, samples, decode, grade, limit))
-        return [(row["prompt_index"], row["sample_index"]) for row in rows]
-
-    assert written(-1) == [(9, 0), (9, 1), (2, 0), (2, 1)]
-    assert written(3) == [(9, 0), (9, 1), (2, 0)]
-    assert write_rollouts(tmp_path / "none", 1, samples, decode, grade, 0) is None
-    assert not (tmp_path / "none").exists()
+    rows = read_rollouts(write_rollouts(tmp_path, 1, samples, decode, grade))
+    found = [(row["prompt_index"], row["sample_index"]) for row in rows]
+    assert found == [(9, 0), (9, 1), (2, 0), (2, 1)]
 
 
 def test_rollouts_are_valid_json_whatever_the_values(tmp_path):
@@ -87,7 +81,7 @@ def test_rollouts_are_valid_json_whatever_the_values(tmp_path):
     third = torch.tensor(-1 / 3).item()
     sample = make_sample(1, 0, student_logprobs=numbers, teacher_logprobs=[third, -0.0])
     strange = 'a\u2028b\x85c\u2029d\ud83de\r\n\x00"\\\U0001f600'
-    path = write_rollouts(tmp_path, 1, [sample], lambda ids: strange, grade, -1)
+    path = write_rollouts(tmp_path, 1, [sample], lambda ids: strange, grade)
     raw = path.read_bytes().decode("utf-8")
     assert len(raw.splitlines()) == 1
 

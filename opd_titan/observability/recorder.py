@@ -58,15 +58,16 @@ class Recorder:
         self.config, self.world, self.decode, self.grade = config, world, decode, grade
         self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
         self.total_steps = total_steps
-        self.folder = Path(config.job.dump_folder)
-        self.old_rollouts = OldRollouts(self.folder, config.metrics.keep_rollouts)
+        folder = Path(config.job.dump_folder)
+        self.rollouts = folder / "rollouts"
+        self.old_rollouts = OldRollouts(self.rollouts, config.metrics.keep_rollouts)
         device, self.dtype = world.device, dtype
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy_fraction = config.rollout.on_policy_fraction
         self.clock = PhaseClock(device)
         self.peaks = _peaks(device, dtype)
         self.metrics = MetricLogger(
-            self.folder,
+            folder,
             config.metrics.enable_tensorboard,
             config.metrics.log_freq,
             self.rank,
@@ -145,7 +146,7 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             try:
-                write_rollouts(self.folder, step, scored, self.decode, self.grade)
+                write_rollouts(self.rollouts, step, scored, self.decode, self.grade)
                 self.old_rollouts.delete(step)
             except OSError as error:  # a sample for people: no reason to lose the run
                 logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))

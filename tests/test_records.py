@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
 import string
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_student import one_process_group
 
+from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.update import UpdateResult
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.rollout_writer import repetition, write_rollouts
+from opd_titan.skipped import SkippedUpdates
 
 # ---- rollouts ----
 
@@ -104,6 +109,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_rollouts(tmp_path, 1, [make_sample(2, 0)], decode, broken)
     assert path.read_bytes() == before
+
+
+def test_what_is_said_of_a_skipped_update_is_true(tmp_path, monkeypatch, caplog):
+    config = JobConfig()
+    config.job.dump_folder, config.training.max_skipped_updates = str(tmp_path), 100
+    result = UpdateResult({}, [True, False], [make_sample(1, 0)])
+    logger = logging.getLogger("opd_titan")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    with one_process_group():
+        for start in (1, 8, 15):  # a run that is started again does a few steps once more
+            skipped = SkippedUpdates(config, decode)
+            for step in range(start, start + 8):
+                skipped.look_at(step, result)
+        (tmp_path / "nonfinite" / "rank-0").rename(tmp_path / "moved")
+        (tmp_path / "nonfinite" / "rank-0").write_text("")
+        skipped.look_at(23, result)
+    assert len(list((tmp_path / "moved").iterdir())) == 20
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert all("1 of 2 updates skipped" in w for w in warnings) and len(warnings) == 25
+    assert [w.endswith("batch was not written") for w in warnings] == [False] * 22 + [True] * 3
+    assert all(w.endswith(f"batch is in {tmp_path}/nonfinite") for w in warnings[:22])
 
 
 def test_repetition_orders_texts():

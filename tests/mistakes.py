@@ -408,7 +408,15 @@ TABLE |= {
         ["config.json: n_layers is 1000000000000; wanted at most 1000"],
     ),
     "a width beyond any": (config(intermediate_size=2**62), ["ffn_dim is ", "at most 1048576"]),
-    "an endless epsilon": (config(rms_norm_eps=float("inf")), ["config.json: norm_eps is inf"]),
+    "an endless epsilon": (
+        config(rms_norm_eps=float("inf")),
+        ["config.json: rms_norm_eps is inf; expected a positive, finite float"],
+    ),
+    "an epsilon of nothing": (config(rms_norm_eps=0.0), ["config.json: rms_norm_eps is 0.0; exp"]),
+    "a theta that is no number": (
+        config(rope_theta=float("nan"), rope_parameters=None),
+        ["config.json: rope_theta is nan; expected a positive, finite float"],
+    ),
     "no weights": (model(without("model.safetensors")), ["model.safetensors", "has neither"]),
     "weights of a pickle": (
         model(lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
 from opd_titan.checkpoint.faults import refusing
+from opd_titan.checkpoint.publish import clear_leftovers
 from opd_titan.checkpoint.steps import agree_on_step, open_folder
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
@@ -168,7 +169,7 @@ def _find_checkpoint(job: PreparedJob) -> PreparedJob:
 def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None:
     """Refuse another job's checkpoint, or say what differs; move the loader."""
     allow_changes = job.config.checkpoint.allow_changes
-    if "identity" not in state:
+    if "exported_at" not in state:  # the newest of its keys
         raise CheckpointError(
             f"{path}: was made by an earlier version of this program; choose another "
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
@@ -200,6 +201,7 @@ def _open_folder(job: PreparedJob) -> None:
         init_logging(job.folder, dist.get_rank())
         if dist.get_rank() == 0:
             (job.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+            clear_leftovers(job.folder / "hf")
     if job.config.checkpoint.enable:
         open_folder(job.folder / "checkpoint")
     if job.config.job.print_config:

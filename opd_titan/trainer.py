@@ -63,6 +63,7 @@ class Trainer:
         self.step = self.graphs = 0
         self.skipped = SkippedUpdates(config, self.job.decode)
         self.saved_at = self.job.resumed_at
+        self.exported_at = 0
         self.export_fault: StorageError | None = None
         self.pauses_due = False  # what comes after the last step has not been done
 
@@ -314,8 +315,10 @@ class Trainer:
         state = self.job.saved_state
         if state is not None and state["pauses_due"]:
             self.after_step()
-        elif self.step == self.total_steps and not is_exported(self._export_folder()):
-            self._export()
+        elif self.step == self.total_steps:
+            # What is there may be of another run, which this one was sent back from.
+            if self.exported_at != self.step or not is_exported(self._export_folder()):
+                self._export()
 
     def _measure_teacher(self) -> None:
         # Two copies at once would be the peak of the whole run.
@@ -397,6 +400,7 @@ class Trainer:
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
         self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]
+        self.exported_at = self.job.saved_state["exported_at"]
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
             self.checkpointer.folder,
@@ -425,6 +429,7 @@ class Trainer:
             "recorder": self.recorder.metrics.state_dict(),
             "loader": self.job.loader.state_dict(),
             "pauses_due": self.pauses_due,
+            "exported_at": self.exported_at,
             "skipped_in_a_row": self.skipped.in_a_row,
         }
         with ExitStack() as phase:
@@ -451,6 +456,7 @@ class Trainer:
                     dtype=None if name == "auto" else getattr(torch, name),
                     card=model_card(self.config, self.step, self.recorder.metrics.last),
                 )
+            self.exported_at = self.step
             logger.info("Export: %s", out)
         except StorageError as error:
             # The next one may fit, and the checkpoint holds the weights; the last one has to.

@@ -52,6 +52,15 @@ def restore_replaced(final: Path) -> None:
         replaced.rename(final)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Put right what a killed run left in a folder of steps: half-written, half-replaced ones."""
+    for replaced in folder.glob("step-*" + _REPLACED):
+        restore_replaced(replaced.with_suffix(""))
+        shutil.rmtree(replaced, ignore_errors=True)
+    for tmp in folder.glob("step-*.tmp"):
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

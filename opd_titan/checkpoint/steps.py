@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from opd_titan.checkpoint.faults import met_by_all, refusing
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced, tmp_of
+from opd_titan.checkpoint.publish import clear_leftovers, fresh_tmp, restore_replaced, tmp_of
 from opd_titan.errors import CheckpointError, StorageError, reason
 
 logger = logging.getLogger("opd_titan")
@@ -130,9 +130,7 @@ def open_folder(folder: Path) -> None:
     with met_by_all(), refusing(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("step-*.tmp", "step-*.replaced"):
-                for left in folder.glob(pattern):
-                    shutil.rmtree(left, ignore_errors=True)
+            clear_leftovers(folder)
     _require_everywhere(folder)
     with met_by_all(), refusing(folder):
         probe = folder / f".writable-{rank}"

@@ -17,7 +17,7 @@ from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_m
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
 from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.publish import clear_leftovers
-from opd_titan.checkpoint.steps import agree_on_step, open_folder
+from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
@@ -197,6 +197,8 @@ def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
     with together(), refusing(job.folder):
+        if dist.get_rank() == 0:
+            _warn_of_others_files(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         init_logging(job.folder, dist.get_rank())
         if dist.get_rank() == 0:
@@ -206,6 +208,20 @@ def _open_folder(job: PreparedJob) -> None:
         open_folder(job.folder / "checkpoint")
     if job.config.job.print_config:
         logger.info("Resolved config:\n%s", resolved)
+
+
+def _warn_of_others_files(folder: Path) -> None:
+    """Every run of ours writes config.resolved.toml before anything else into its folder."""
+    if (folder / "config.resolved.toml").exists() or complete_steps(folder / "checkpoint"):
+        return
+    found = [n for n in ("checkpoint", "rollouts", "hf") if any((folder / n).glob("*"))]
+    if found:
+        logger.warning(
+            "[job] dump_folder: %s has %s, but no run of this program wrote there before: files of "
+            "the same names will be replaced; another folder keeps them",
+            folder,
+            " and ".join(f"{name}/" for name in found),
+        )
 
 
 def _say_what_was_found(job: PreparedJob) -> None:

@@ -106,6 +106,7 @@ def test_what_storage_refuses_is_tried_again(
     log = read_log(out)
     assert log.count("ERROR Storage: checkpoint of step 2 not saved") == 1
     assert log.count("ERROR Storage: export ") == 2 and "Done" not in log
+    assert "has checkpoint/ and hf/, but no run of this program wrote there before" in log
     assert complete_steps(out / "checkpoint") == []
     # Now the export alone fails: the checkpoint is there, the exit code says that it is not all.
     for block in blocks[:2]:
@@ -121,6 +122,7 @@ def test_what_storage_refuses_is_tried_again(
         block.unlink()
     assert run(world, out.name, *options) == 0
     assert_same_run(whole, out, 4)
+    assert read_log(out).count("wrote there before") == 1
 
 
 def test_a_failed_export_is_made_again_where_an_older_run_left_one(

@@ -312,11 +312,11 @@ TABLE |= {
         data("a.jsonl", LINE + '{"question": 1e999, "answer": "#### 1"}\n'),
         ["a.jsonl, line 2: a number too large for 64 bits"],
     ),
-    "deep data": (data("a.jsonl", DEEP), ["a.jsonl", "nested more than 64 levels deep"]),
+    "deep data": (data("a.jsonl", DEEP), ["a.jsonl", "nested more than 63 levels deep"]),
     "deep row": (
         data("a.jsonl", LINE + '{"question": "a", "answer": "#### 1", "x": ' + "[" * 30_000
              + "]" * 30_000 + "}\n"),
-        ["a.jsonl, line 2: nested more than 64 levels deep"],
+        ["a.jsonl, line 2: nested more than 63 levels deep"],
     ),
     "no parquet": (data("a.parquet", "PAR1 not really"), ["a.parquet cannot be read: "]),
     "truncated parquet": (

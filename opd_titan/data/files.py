@@ -19,9 +19,8 @@ from opd_titan.paths import is_plain_name
 # Suffix -> the `datasets` builder that reads it.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BOM_AND_BLANK = b"\xef\xbb\xbf \t\r\n"
-# Of a row. Arrow takes about as many levels; some ten thousand overflow its stack and kill the
-# process.
-MAX_DEPTH = 64
+# Of a row. Arrow takes no more levels; some ten thousand overflow its stack and kill the process.
+MAX_DEPTH = 63
 _BRACKETS = b'"[]{}'
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 _NUMBER_END = 2**64

@@ -108,7 +108,11 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
     check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
     identity, validator = job_identity(config, sources, prompts), None
     if config.validation.enable:
-        teacher = identity["teacher.hf_path"]["id"] if "teacher" in sources else None
+        teacher = None
+        if "teacher" in sources:
+            # Where it stops is not in its weights, but shows in its accuracy.
+            stops_at = sorted(sources["teacher"].eos_ids)
+            teacher = f"{identity['teacher.hf_path']['id']} {stops_at}"
         validator = build_validator(config, options, prompts, decode, world.dp, teacher)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")

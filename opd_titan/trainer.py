@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.build import common_vocab_size, load_model
-from opd_titan.checkpoint.checkpointer import Checkpointer
+from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
@@ -29,12 +29,13 @@ from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
-from opd_titan.errors import StorageError
+from opd_titan.errors import Fault, StorageError
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
+from opd_titan.observability.watchdog import Watchdog
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
 from opd_titan.prepare import prepare
@@ -62,6 +63,7 @@ class Trainer:
         self._build_rules()
         self.step = self.graphs = 0
         self.skipped = SkippedUpdates(config, self.job.decode)
+        self.watchdog = Watchdog(config, self.job.dtype)
         self.saved_at = self.job.resumed_at
         self.exported_at = 0
         self.export_fault: StorageError | None = None
@@ -137,6 +139,8 @@ class Trainer:
     def train(self) -> int:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
         self._resume()
+        if self.job.saved_state is not None:
+            self.watchdog.load_state_dict(self.job.saved_state["watchdog"])
         self._set_aside_newer()
         self._start_recording()
         # Loading is over; from here on a rank may lag as long as a rollout takes.
@@ -176,12 +180,15 @@ class Trainer:
             start_step=self.step,
         ) as profiler:
             while self.step < self.total_steps:
-                self.train_step()
-                self.after_step()
+                good = self.train_step()
+                if good is None:
+                    self.after_step()
+                else:
+                    self._go_back(good)
                 profiler.step()
 
-    def train_step(self) -> None:
-        """One step: prompts, rollout, scores, update.
+    def train_step(self) -> int | None:
+        """One step: prompts, rollout, scores, update. Where the watchdog sends it back to, if so.
 
         Raises:
             Stopped: on a signal, before the weights were touched: the step has not been begun.
@@ -194,8 +201,11 @@ class Trainer:
             self.step -= 1
             self.job.loader.load_state_dict(place)
             raise
-        self.recorder.record(self.step, samples, result.scalars, **asdict(self.generator.stats))
+        scalars = self.recorder.record(
+            self.step, samples, result.scalars, **asdict(self.generator.stats)
+        )
         self.skipped.look_at(self.step, result)
+        return self.watchdog.look_at(self.step, scalars)
 
     def _sample_and_learn(self) -> tuple[list[Sample], UpdateResult]:
         phase = self._phase
@@ -275,7 +285,7 @@ class Trainer:
 
     def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""
-        rate = learning_rate(self.step, self.total_steps, self.config)
+        rate = self.watchdog.slowdown * learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         frozen = self.scored if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
@@ -422,6 +432,30 @@ class Trainer:
             names = ", ".join(f"step-{n}" for n in later)
             logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
 
+    def _go_back(self, good: int) -> None:
+        """To the newest checkpoint up to step `good`, as if resumed from there.
+
+        Raises:
+            Fault: there is none.
+        """
+        self.checkpointer.wait()
+        folder = self.checkpointer.folder
+        steps = [step for step in self.checkpointer.steps() if step <= good]
+        if not steps:
+            raise Fault(
+                f"watchdog: no checkpoint in {folder} is from before the sign (step {good} or "
+                f"earlier), so there is nothing to go back to; lower checkpoint.interval, or raise "
+                f"checkpoint.keep_latest_k"
+            )
+        state = inspect_checkpoint(folder, steps[-1], self.student)
+        self.job = replace(self.job, resumed_at=steps[-1], saved_state=state)
+        self.job.loader.load_state_dict(state["loader"])
+        self.recorder.metrics.close()
+        self._resume()
+        self.checkpointer.set_aside_after(self.step)
+        self._start_recording()
+        self.watchdog.send_back(state["watchdog"])
+
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {
             "identity": self.job.identity,
@@ -431,6 +465,7 @@ class Trainer:
             "pauses_due": self.pauses_due,
             "exported_at": self.exported_at,
             "skipped_in_a_row": self.skipped.in_a_row,
+            "watchdog": self.watchdog.state_dict(),
         }
         with ExitStack() as phase:
             phase.enter_context(self._phase("checkpoint"))

@@ -320,3 +320,5 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "checkpoint.load_step",
             f"{c.checkpoint.load_step} contradicts [checkpoint] enable = false; wanted true there",
         )
+    if c.watchdog.action == "rollback" and not c.checkpoint.enable:
+        yield "watchdog.action", "rollback needs checkpoints; wanted [checkpoint] enable = true"

@@ -84,8 +84,8 @@ class Recorder:
         decode_forwards: int,
         preempted: int,
         seconds: float,
-    ) -> None:
-        """Record a step that has just ended.
+    ) -> dict[str, float]:
+        """Record a step that has just ended; its scalars.
 
         Args:
             samples: of all ranks; those that this rank updated on have their advantages, those that
@@ -109,6 +109,7 @@ class Recorder:
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
         if self.on_policy_fraction > 0.0:
             self._write_rollouts(step, samples, mine)
+        return scalars
 
     def record_pauses(self, step: int) -> None:
         """Record the time of what came after a step, or at the start, while no step ran."""

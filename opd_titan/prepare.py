@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folde
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
+from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
 from opd_titan.distributed.world import World, build_world, init_world
-from opd_titan.errors import CheckpointError, ConfigError
+from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
 from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
@@ -79,10 +80,36 @@ def prepare(config: JobConfig) -> PreparedJob:
     world = _join_world(config)
     with together():
         job = _inspect(config, world)
+        if config.watchdog.action == "stop":
+            for text in _at_odds(job):
+                raise ModelError(f"watchdog.action is stop: {text}")
     job = _find_checkpoint(job)
     _open_folder(job)
     _say_what_was_found(job)
     return job
+
+
+def sent_back(job: PreparedJob, good: int) -> PreparedJob:
+    """The job as if it were resumed from its newest intact checkpoint up to step `good`.
+
+    Raises:
+        Fault: there is none.
+    """
+    folder = job.folder / "checkpoint"
+    try:
+        step = agree_on_step(folder, -1, at_most=good)
+    except CheckpointError as error:
+        raise Fault(f"watchdog: rollback: {error}") from error
+    if step is None:
+        raise Fault(
+            f"watchdog: rollback: no checkpoint in {folder} is from before the sign (step {good} "
+            f"or earlier); lower checkpoint.interval, or raise checkpoint.keep_latest_k"
+        )
+    with torch.device("meta"):
+        shapes = job.sources["student"].build()
+    state = inspect_checkpoint(folder, step, shapes)
+    job.loader.load_state_dict(state["loader"])
+    return replace(job, resumed_at=step, why="watchdog.action is rollback", saved_state=state)
 
 
 def _inspect(config: JobConfig, world: World) -> PreparedJob:
@@ -130,6 +157,18 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
     )
 
 
+def _at_odds(job: PreparedJob) -> Iterator[str]:
+    """Where student and teacher were trained on other forms of prompts and responses."""
+    if "teacher" not in job.sources or job.config.watchdog.action == "off":
+        return
+    student, teacher = job.sources["student"], job.sources["teacher"]
+    texts = [eos_warning(student.eos_ids, teacher.eos_ids, job.tokenizer)]
+    data = job.config.data
+    if data.template == "chat":
+        texts.append(template_warning(job.tokenizer, teacher.tokenizer, data.enable_thinking))
+    yield from filter(None, texts)
+
+
 def _join_world(config: JobConfig) -> World:
     device = init_world(config.comm.init_timeout_seconds)
     _check_device_options(config, device)
@@ -173,7 +212,7 @@ def _find_checkpoint(job: PreparedJob) -> PreparedJob:
 def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None:
     """Refuse another job's checkpoint, or say what differs; move the loader."""
     allow_changes = job.config.checkpoint.allow_changes
-    if "exported_at" not in state:  # the newest of its keys
+    if "watchdog" not in state:  # the newest of its keys
         raise CheckpointError(
             f"{path}: was made by an earlier version of this program; choose another "
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
@@ -247,8 +286,5 @@ def _say_what_was_found(job: PreparedJob) -> None:
     logger.info("World: %s processes on %s: %s", mesh.size(), job.world.device.type, axes)
     if job.validator is not None:
         job.validator.warn_if_not_held_out()
-    if "teacher" in job.sources:
-        eos_ids = (job.sources[role].eos_ids for role in ("student", "teacher"))
-        warning = eos_warning(*eos_ids, job.tokenizer)
-        if warning:
-            logger.warning("%s", warning)
+    for warning in _at_odds(job):
+        logger.warning("%s", warning)

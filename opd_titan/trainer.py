@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.build import common_vocab_size, load_model
-from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
+from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
@@ -29,7 +29,7 @@ from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
-from opd_titan.errors import Fault, StorageError
+from opd_titan.errors import StorageError
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
@@ -38,7 +38,7 @@ from opd_titan.observability.recorder import Recorder
 from opd_titan.observability.watchdog import Watchdog
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
-from opd_titan.prepare import prepare
+from opd_titan.prepare import prepare, sent_back
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
@@ -433,28 +433,14 @@ class Trainer:
             logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
 
     def _go_back(self, good: int) -> None:
-        """To the newest checkpoint up to step `good`, as if resumed from there.
-
-        Raises:
-            Fault: there is none.
-        """
+        """The watchdog's rollback: on from a checkpoint of step `good` or before, as if resumed."""
         self.checkpointer.wait()
-        folder = self.checkpointer.folder
-        steps = [step for step in self.checkpointer.steps() if step <= good]
-        if not steps:
-            raise Fault(
-                f"watchdog: no checkpoint in {folder} is from before the sign (step {good} or "
-                f"earlier), so there is nothing to go back to; lower checkpoint.interval, or raise "
-                f"checkpoint.keep_latest_k"
-            )
-        state = inspect_checkpoint(folder, steps[-1], self.student)
-        self.job = replace(self.job, resumed_at=steps[-1], saved_state=state)
-        self.job.loader.load_state_dict(state["loader"])
+        self.job = sent_back(self.job, good)
         self.recorder.metrics.close()
         self._resume()
-        self.checkpointer.set_aside_after(self.step)
+        set_aside(self.checkpointer.folder, self.step, "old")
         self._start_recording()
-        self.watchdog.send_back(state["watchdog"])
+        self.watchdog.send_back(self.job.saved_state["watchdog"])
 
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {

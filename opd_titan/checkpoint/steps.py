@@ -42,19 +42,21 @@ def _steps(folder: Path) -> list[int]:
     return sorted({int(m.group(1)) for m in matches if m and m.group(1) == str(int(m.group(1)))})
 
 
-def agree_on_step(folder: Path, load_step: int) -> int | None:
+def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> int | None:
     """The step to resume from, the same on every rank. All ranks call.
 
     Args:
         load_step: -1 is the newest that is intact, past any that are not (a warning names them);
             0 is none.
+        at_most: pass later steps over.
 
     Raises:
         CheckpointError: the one that was asked for, or every one that is there, is damaged or
             absent; or the ranks do not see the same folder.
     """
     damaged: list[str] = []
-    for step in _candidates(folder, load_step):
+    candidates = _candidates(folder, load_step)
+    for step in [n for n in candidates if at_most is None or n <= at_most]:
         path = folder / f"step-{step}"
         damage = _agree_on_damage(path)
         if damage is None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
 from opd_titan.checkpoint.checkpointer import agree_on_step, inspect_checkpoint, open_folder
 from opd_titan.config import JobConfig, to_toml
+from opd_titan.data.graders import load_grader
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.tokenizer import eos_warning
@@ -38,6 +39,7 @@ class PreparedJob:
     Attributes:
         dtype: what models compute in.
         sources: the models by role.
+        grade: (response, gold answer) to whether it is right, or a score from 0 to 1.
         identity: what makes it this job and no other.
         resumed_at: the step to go on from, 0 for a new run.
         saved_state: what its checkpoint says besides tensors; None for a new run.
@@ -48,6 +50,7 @@ class PreparedJob:
     dtype: torch.dtype
     sources: dict[str, ModelSource]
     decode: Callable[[list[int]], str]
+    grade: Callable[[str, str], bool | float]
     prompt_set: PromptSet
     loader: PromptLoader
     validator: Validator | None
@@ -71,7 +74,7 @@ def prepare(config: JobConfig) -> PreparedJob:
     Raises:
         UserError: in one line, what is wrong. Nothing has been written yet.
     """
-    world = _join_world(config)
+    world = join_world(config)
     with together():
         found = _inspect(config, world)
     resumed_at, saved_state = _find_checkpoint(config, found)
@@ -117,6 +120,7 @@ def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
     return {
         "sources": sources,
         "decode": decode,
+        "grade": load_grader(config.validation.grader, "validation.grader").score,
         "prompt_set": prompt_set,
         "loader": loader,
         "validator": validator,
@@ -125,7 +129,8 @@ def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
     }
 
 
-def _join_world(config: JobConfig) -> World:
+def join_world(config: JobConfig) -> World:
+    """Start the process group and lay out the mesh, where the recipe's options suit the device."""
     device = init_world(config.comm.init_timeout_seconds)
     _check_device_options(config, device)
     init_logging(None, dist.get_rank())

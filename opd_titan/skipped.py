@@ -9,7 +9,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
-from opd_titan.data.grading import grade
 from opd_titan.distill.update import UpdateResult
 from opd_titan.errors import Fault
 from opd_titan.observability.rollout_writer import write_rollouts
@@ -22,12 +21,21 @@ _DUMPS = 20  # of one run; what more of them would show is the same
 class SkippedUpdates:
     """Writes down the batch behind each, and gives up when too many come in a row.
 
+    Args:
+        grade: as `write_rollouts` has it.
+
     Attributes:
         in_a_row: up to now; for the checkpoint.
     """
 
-    def __init__(self, config: JobConfig, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        decode: Callable[[list[int]], str],
+        grade: Callable[[str, str], bool | float],
+    ) -> None:
         self.most, self.decode = config.training.max_skipped_updates, decode
+        self.grade = grade
         self.folder = Path(config.job.dump_folder) / "nonfinite"
         self.in_a_row = self._dumps = 0
 
@@ -46,7 +54,7 @@ class SkippedUpdates:
         if result.suspects and self._dumps <= _DUMPS:
             folder = self.folder / f"rank-{dist.get_rank()}"
             try:
-                write_rollouts(folder, step, result.suspects, self.decode, grade)
+                write_rollouts(folder, step, result.suspects, self.decode, self.grade)
             except OSError as error:
                 logger.error("Storage: %s not written: %s", folder, error.strerror)
         logger.warning(

@@ -12,6 +12,7 @@ import operator
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from opd_titan.config.job_config import JobConfig
@@ -263,7 +264,8 @@ def check_consistency(config: JobConfig) -> None:
 def check_evaluation(config: JobConfig) -> None:
     """The same for `opd_titan.evaluate`, to which nothing about training matters."""
     checks = (_evaluation_problems, _data_problems, _validation_problems)
-    _raise_first(p for check in checks for p in check(config))
+    enabled = replace(config, validation=replace(config.validation, enable=True))
+    _raise_first(p for check in checks for p in check(enabled))
 
 
 def _raise_first(problems: Iterator[tuple[str, str]]) -> None:

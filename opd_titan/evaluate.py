@@ -111,10 +111,22 @@ def find_subject(config: JobConfig) -> Subject:
             )
         source, checkpoint = template(), Path(model)
     else:
+        _refuse_dump_folder(Path(model))
         source = inspect_model("student", model, False, tp, key="evaluate.model")
     # Not trained here: frozen, and in the dtype that it computes in.
-    source = replace(source, role="evaluated")
+    source = replace(source, role="model")
     return Subject(short_name(model), source, source.tokenizer, checkpoint)
+
+
+def _refuse_dump_folder(folder: Path) -> None:
+    from opd_titan.errors import ConfigError
+
+    if (folder / RECIPE).is_file():
+        models = sorted(folder.glob("hf/step-*")) + sorted(folder.glob("checkpoint/step-*"))
+        named = ", ".join(str(path) for path in models) or "there is none yet"
+        raise ConfigError(
+            f"evaluate.model: {folder} is a run's dump folder; wanted one of its models: {named}"
+        )
 
 
 def short_name(model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -158,7 +159,7 @@ class Comparison:
         share = float(gap_recovered(self.accuracies))
         return share if np.isfinite(share) else None
 
-    @property
+    @cached_property
     def gap_interval(self) -> Interval | None:
         """None where the data do not bound it: the teacher may be no better than the start."""
         if self.gap is None:

@@ -139,22 +139,22 @@ def boxed_answer(response: str, gold: str) -> Grade:
     return Grade(*math_judge.compare_boxed(boxed, gold))
 
 
-# "(B)", "B.", "B) Paris", "\\text{B}"; not the article in "A dog" nor the "I" of "I think".
-_LETTER = r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?[(\[]?\s*([A-Z])(?![\w'])\s*[)\].:}]*"
-_ALONE = re.compile(rf"\s*{_LETTER}\s*")
+# "(B)", "B.", "B) Paris"; not the article in "A dog" nor the "I" of "I think".
+_LETTER = r"[(\[]?\s*([A-Z])(?![\w'])\s*[)\].:]*"
+_ALONE = re.compile(rf"\s*{_LETTER}\s*", re.IGNORECASE)
 _LABEL = re.compile(r"\s*[(\[]?([A-Z])(?:[)\].:]|\s*$)")
 _ANNOUNCED = re.compile(
     r"(?:answer|choice|option)\s*(?:(?:is|was|would be|:|=)[\s:]*)+"
     rf"(?:(?:the\s+)?(?:option|choice|letter)\s*)?{_LETTER}(?=\s*(?:$|[^\w\s]|\n|because|since|as\b))",
     re.IGNORECASE,
 )
+_STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\*\*|[$`]")
 
 
 def _choice_of(text: str) -> str | None:
     """The letter that a whole line or box is about: "B", "(b)", "B) Paris"."""
-    alone = _ALONE.fullmatch(text.upper()) if len(text) < 40 else None
-    found = alone or _LABEL.match(text)
-    return found[1] if found else None
+    found = _ALONE.fullmatch(text) or _LABEL.match(text)
+    return found[1].upper() if found else None
 
 
 def _is_choice(gold: str) -> bool:
@@ -164,7 +164,7 @@ def _is_choice(gold: str) -> bool:
 @grader("choice", can_grade=_is_choice, golds='a letter, as "B", "(B)" or "B) Paris"')
 def choice(response: str, gold: str) -> Grade:
     """A letter: in the last box, after the last "answer is", or on the last line by itself."""
-    plain = response.replace("**", "").replace("$", "").replace("`", "")
+    plain = _STYLED.sub(r"\1", response)
     boxed = grading.last_boxed(plain)
     found = _choice_of(boxed) if boxed is not None else None
     if found is None:

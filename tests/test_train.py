@@ -52,7 +52,6 @@ VALIDATION_SCALARS = {
     "validation/accuracy",
     "validation/accuracy_low",
     "validation/accuracy_high",
-    "validation/pass_at_2",
     "validation/teacher_accuracy",
     "validation/gap_recovered",
     "validation/response_tokens_mean",

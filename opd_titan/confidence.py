@@ -7,6 +7,7 @@ A score is a number from 0 to 1. `scores_PN` is [prompts, samples of each].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from math import comb, sqrt
 from statistics import NormalDist
 
@@ -139,7 +140,9 @@ def bootstrap_interval(
     """95 % percentile interval, prompts resampled with replacement within each set.
 
     The models' scores on a prompt stay together (the paired bootstrap: Efron and Tibshirani 1993,
-    chapter 13; Koehn, EMNLP 2004).
+    chapter 13; Koehn, EMNLP 2004). What no prompt has shown may still happen: two prompts' weight
+    is spread over all ways to be right and wrong, as Agresti and Min do for two models (Statistics
+    in Medicine 24, 2005), or equal scores on every prompt would leave no doubt at all.
 
     Args:
         sets: by set, the models' mean scores of each prompt [P, models].
@@ -151,11 +154,14 @@ def bootstrap_interval(
     random = np.random.default_rng(_SEED)
     means = np.zeros((RESAMPLES, sets[0].shape[1]))
     for scores_PM in sets:
-        number = len(scores_PM)
+        number, models = scores_PM.shape
+        corners = np.array(list(product((0.0, 1.0), repeat=models)))
+        weights = np.array([1.0] * number + [2.0 / len(corners)] * len(corners))
+        points, chances = np.concatenate([scores_PM, corners]), weights / weights.sum()
         for start in range(0, RESAMPLES, 100):
             rows = min(100, RESAMPLES - start)
-            counts = random.multinomial(number, np.full(number, 1 / number), rows)
-            means[start : start + rows] += counts @ scores_PM / (number * len(sets))
+            counts = random.multinomial(number, chances, rows)
+            means[start : start + rows] += counts @ points / (number * len(sets))
     values = np.sort(statistic(means))
     cut = (1.0 - CONFIDENCE) / 2
     low, high = values[int(cut * RESAMPLES)], values[int((1 - cut) * RESAMPLES) - 1]

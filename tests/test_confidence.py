@@ -201,6 +201,22 @@ def test_what_is_within_noise_is_said() -> None:
     assert worse.gap is None and "gap" not in worse.text()
 
 
+def test_the_gap_is_covered_as_promised() -> None:
+    """Answers that depend on each other through the prompt, from few prompts to the ceiling."""
+    random = np.random.default_rng(7)
+    for truth, prompts in [((0.6, 0.3, 0.8), 60), ((0.97, 0.3, 0.98), 100)]:
+        gap, covered, rounds = (truth[0] - truth[1]) / (truth[2] - truth[1]), 0, 60
+        for _ in range(rounds):
+            shared_P1, own_P3 = random.random((prompts, 1)), random.random((prompts, 3))
+            alike_P1 = random.random((prompts, 1)) < 0.6
+            scores_PM = (np.where(alike_P1, shared_P1, own_P3) < np.array(truth)).astype(float)
+            ends = bootstrap_interval([scores_PM], gap_recovered)
+            covered += ends is None or ends[0] <= gap <= ends[1]
+        assert covered / rounds >= 0.9, truth
+    equal = comparison(1.0, 0.3, 1.0, 500).gap_interval
+    assert equal is not None and equal[0] < 0.998 and equal[1] >= 1.0
+
+
 def test_a_ratio_without_bounds_has_no_interval() -> None:
     equal = [np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])]
     assert bootstrap_interval(equal, gap_recovered) is None

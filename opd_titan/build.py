@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
 from opd_titan.models import ModelFamily, get_family
 from opd_titan.models.transforms import apply_compile
+from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.weights import GeneratorWeights
 
 _MOST_LAYERS = 1000
 _LARGEST_SIZE = 2**20
@@ -74,13 +77,16 @@ class ModelSource(ModelShape):
     files: dict[str, Path] | None
 
 
-def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
+def inspect_shape(role: str, hf_path: str, tensor_parallel: int, key: str = "") -> ModelShape:
     """Read and check `config.json` alone.
+
+    Args:
+        key: the config key that gave the path, if it is not `<role>.hf_path`.
 
     Raises:
         ModelError: in one line, what is wrong with it.
     """
-    folder = resolve_model_folder(hf_path, f"{role}.hf_path")
+    folder = resolve_model_folder(hf_path, key or f"{role}.hf_path")
     where = str(folder / "config.json")
     with _odd_values_named(where):
         config = read_hf_config(folder)
@@ -118,16 +124,22 @@ def _odd_values_named(where: str) -> Iterator[None]:
         ) from e
 
 
-def inspect_model(role: str, hf_path: str, random_init: bool, tensor_parallel: int) -> ModelSource:
+def inspect_model(
+    role: str, hf_path: str, random_init: bool, tensor_parallel: int, key: str = ""
+) -> ModelSource:
     """Read and check everything about a model that does not need its weights.
+
+    Args:
+        key: the config key that gave the path, if it is not `<role>.hf_path`.
 
     Raises:
         ModelError: in one line, what is wrong with the folder.
     """
-    shape = inspect_shape(role, hf_path, tensor_parallel)
+    key = key or f"{role}.hf_path"
+    shape = inspect_shape(role, hf_path, tensor_parallel, key)
     folder, family, args = shape.folder, shape.family, shape.args
-    tokenizer = load_tokenizer(folder, f"{role}.hf_path")
-    check_tokenizer_fits(tokenizer, args.vocab_size, f"{role}.hf_path")
+    tokenizer = load_tokenizer(folder, key)
+    check_tokenizer_fits(tokenizer, args.vocab_size, key)
     key_table = family.hf_to_native(args.n_layers, args.tied)
     files = None
     if not random_init:
@@ -243,10 +255,27 @@ def parallel_model(
     return model if trained else model.requires_grad_(False).eval()
 
 
+def build_generator(
+    source: ModelSource, model: nn.Module, world: World, config: JobConfig, dtype: torch.dtype
+) -> tuple[GeneratorWeights, Generator]:
+    """What samples from a loaded model; its weights have to be synced before."""
+    build = partial(source.build_share, world.tp, config.compile.enable)
+    packs = not config.compile.enable
+    weights = GeneratorWeights(model, build, dtype, world.device, packs)
+    generator = Generator(
+        weights.model,
+        source.eos_ids,
+        config.rollout.max_concurrent,
+        config.training.max_tokens_per_microbatch,
+        world.tp,
+    )
+    return weights, generator
+
+
 def cpu_offload(role: str, config: JobConfig) -> bool:
     """Whether the recipe wants a model's sharded weights on the host."""
     tables = {"student": config.optimizer, "teacher": config.teacher, "reference": config.reference}
-    return tables[role].cpu_offload
+    return role in tables and tables[role].cpu_offload
 
 
 def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:

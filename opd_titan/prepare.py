@@ -19,6 +19,7 @@ from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.publish import clear_leftovers
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import JobConfig, to_toml
+from opd_titan.data.graders import load_grader
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.templates import template_warning
@@ -41,6 +42,7 @@ class PreparedJob:
     Attributes:
         dtype: what models compute in.
         sources: the models by role.
+        grade: (response, gold answer) to whether it is right, or a score from 0 to 1.
         identity: what makes it this job and no other.
         resumed_at: the step to go on from, 0 for a new run.
         why: that step, in words.
@@ -52,6 +54,7 @@ class PreparedJob:
     dtype: torch.dtype
     sources: dict[str, ModelSource]
     decode: Callable[[list[int]], str]
+    grade: Callable[[str, str], bool | float]
     prompt_set: PromptSet
     loader: PromptLoader
     validator: Validator | None
@@ -77,7 +80,7 @@ def prepare(config: JobConfig) -> PreparedJob:
         UserError: in one line, what is wrong. Nothing has been written yet, unless the dump folder
             itself is at fault: then what could be written there has been.
     """
-    world = _join_world(config)
+    world = join_world(config)
     with together():
         job = _inspect(config, world)
         if config.watchdog.action == "stop":
@@ -149,6 +152,7 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
         dtype=compute_dtype(config, world.device),
         sources=sources,
         decode=decode,
+        grade=load_grader(config.validation.grader, "validation.grader").score,
         prompt_set=prompt_set,
         loader=loader,
         validator=validator,
@@ -169,7 +173,8 @@ def _at_odds(job: PreparedJob) -> Iterator[str]:
     yield from filter(None, texts)
 
 
-def _join_world(config: JobConfig) -> World:
+def join_world(config: JobConfig) -> World:
+    """Start the process group and lay out the mesh, where the recipe's options suit the device."""
     device = init_world(config.comm.init_timeout_seconds)
     _check_device_options(config, device)
     init_logging(None, dist.get_rank())

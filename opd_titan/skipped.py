@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
-from opd_titan.data.grading import grade
 from opd_titan.data.types import Sample
 from opd_titan.distill.update import UpdateResult
 from opd_titan.errors import Fault, reason
@@ -24,12 +23,21 @@ _DUMPS = 20  # of one rank; what more of them would show is the same
 class SkippedUpdates:
     """Writes down the batch behind each, and gives up when too many come in a row.
 
+    Args:
+        grade: as `write_rollouts` has it.
+
     Attributes:
         in_a_row: up to now; for the checkpoint.
     """
 
-    def __init__(self, config: JobConfig, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        decode: Callable[[list[int]], str],
+        grade: Callable[[str, str], bool | float],
+    ) -> None:
         self.most, self.decode = config.training.max_skipped_updates, decode
+        self.grade = grade
         self.folder = Path(config.job.dump_folder) / "nonfinite"
         self.in_a_row = 0
 
@@ -70,7 +78,7 @@ class SkippedUpdates:
             # Counted where they lie: a run that is started again and again must end somewhere.
             others = {path.name for path in folder.glob("step-*.jsonl")} - {f"step-{step}.jsonl"}
             if len(others) < _DUMPS:
-                write_rollouts(folder, step, suspects, self.decode, grade)
+                write_rollouts(folder, step, suspects, self.decode, self.grade)
             return len(others) < _DUMPS
         except OSError as error:
             logger.error("Storage: %s not written: %s", folder, reason(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -16,8 +17,15 @@ from opd_titan.trainer import Trainer
 logger = logging.getLogger("opd_titan")
 
 
-def run(config: JobConfig) -> int:
-    """Train from start to end. Returns the exit code, see `train.main`.
+Work = Callable[[JobConfig, StopRequest, Lifeline], int]
+
+
+def _train(config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> int:
+    return Trainer(config, stop, lifeline).train()
+
+
+def run(config: JobConfig, work: Work = _train) -> int:
+    """Train from start to end, or do other work. Returns the exit code, see `train.main`.
 
     Raises:
         UserError: the job cannot be started.
@@ -28,9 +36,10 @@ def run(config: JobConfig) -> int:
     lifeline = Lifeline(int(os.environ.get("RANK", 0)), patience)
     stop = StopRequest()  # at once: loading may take longer than a scheduler's patience
     try:
-        return Trainer(config, stop, lifeline).train()
+        return work(config, stop, lifeline)
     except Stopped:
-        logger.warning("Stopped by signal %s before the first step; start again", stop.signal)
+        where = "before the first step" if work is _train else f"in {lifeline.place}"
+        logger.warning("Stopped by signal %s %s; start again", stop.signal, where)
         return 75
     except OneLineError:
         raise

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from opd_titan.config import load_config
@@ -20,12 +21,21 @@ def main(argv: list[str]) -> int:
         The exit code: 0 done; 1 a fault, said in one line; 2 the user's input is wrong, said in one
         line; 75 stopped on a signal after a good checkpoint. A bug raises.
     """
-    try:
+
+    def job() -> int:
         config = load_config(argv)
         # Only now: a mistyped option should not have to wait for torch.
         from opd_titan.supervise import run
 
         return run(config)
+
+    return exit_code(job)
+
+
+def exit_code(job: Callable[[], int]) -> int:
+    """Do a job; what is wrong or fails is said in one line."""
+    try:
+        return job()
     except UserError as error:
         _tell(error)
         return 2
@@ -59,7 +69,8 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
-def _run_and_leave() -> None:
+def run_and_leave(main: Callable[[list[str]], int]) -> None:
+    """Run a program's `main` on the command line, and exit with its code."""
     try:
         code = main(sys.argv[1:])
     except Exception:
@@ -69,4 +80,4 @@ def _run_and_leave() -> None:
 
 
 if __name__ == "__main__":
-    _run_and_leave()
+    run_and_leave(main)

@@ -8,19 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import common_vocab_size, load_model
+from opd_titan.build import build_generator, common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
-from opd_titan.data.grading import grade
 from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import Minibatch, plan_minibatches
@@ -62,7 +60,7 @@ class Trainer:
         self._build_models()
         self._build_rules()
         self.step = self.graphs = 0
-        self.skipped = SkippedUpdates(config, self.job.decode)
+        self.skipped = SkippedUpdates(config, self.job.decode, self.job.grade)
         self.watchdog = Watchdog(config, self.job.dtype)
         self.saved_at = self.job.resumed_at
         self.exported_at = 0
@@ -106,17 +104,7 @@ class Trainer:
         return model
 
     def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
-        c, source, tp = self.config, self.sources[role], self.world.tp
-        build = partial(source.build_share, tp, c.compile.enable)
-        packs = not c.compile.enable
-        weights = GeneratorWeights(model, build, self.job.dtype, self.device, packs)
-        return weights, Generator(
-            weights.model,
-            source.eos_ids,
-            c.rollout.max_concurrent,
-            c.training.max_tokens_per_microbatch,
-            tp,
-        )
+        return build_generator(self.sources[role], model, self.world, self.config, self.job.dtype)
 
     def _build_rules(self) -> None:
         c = self.config
@@ -160,7 +148,7 @@ class Trainer:
             world=self.world,
             dtype=self.job.dtype,
             decode=self.job.decode,
-            grade=grade,
+            grade=self.job.grade,
             forward_flops={role: s.args.forward_flops for role, s in self.sources.items()},
             decode_bytes=self.sources["student"].args.decode_bytes,
             start_step=self.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,11 +13,23 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.config import JobConfig
-from opd_titan.data.grading import grade
+from opd_titan.config.job_config import ValidationSet
+from opd_titan.config.validation_sets import validation_sets
+from opd_titan.data.graders import Grade, Grader, load_grader
 from opd_titan.data.prompts import build_prompts
-from opd_titan.data.types import Prompt
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.agreement import together
+from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
 from opd_titan.errors import DataError
+from opd_titan.measurement import (
+    ByPrompt,
+    Comparison,
+    HeldOut,
+    Measurement,
+    SetResult,
+    percent,
+)
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
@@ -37,24 +50,25 @@ VALIDATION_STREAM = 1 << 62
 
 @dataclass
 class Baselines:
-    """What the student is measured against. None: not measured."""
+    """What the student is measured against, by set the mean score of each prompt. None: not
+    measured."""
 
-    start: float | None = None
-    teacher: float | None = None
+    start: list[ByPrompt] | None = None
+    teacher: list[ByPrompt] | None = None
 
 
 class Validator:
     """Grades a model's responses to the same prompts, with the same random numbers, each time.
 
     Args:
-        prompts: each with an answer.
+        sets: of prompts with answers. Each counts the same.
         seed: of the sampling, when it is not greedy.
         teacher: what tells this job's teacher from another; None: it has none.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        sets: Sequence[HeldOut],
         samples_per_prompt: int,
         params: SamplingParams,
         seed: int,
@@ -63,20 +77,26 @@ class Validator:
         teacher: str | None = None,
     ) -> None:
         self.teacher = teacher
-        self.prompts, self.samples_per_prompt, self.params = prompts, samples_per_prompt, params
+        self.sets, self.samples_per_prompt, self.params = sets, samples_per_prompt, params
         self.seed, self.decode, self.dp = seed, decode, dp
         self.baselines = Baselines()
-        self.trained_on = 0  # how many of the prompts are training prompts too
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Of all sets."""
+        return [prompt for held_out in self.sets for prompt in held_out.prompts]
 
     def warn_if_not_held_out(self) -> None:
-        # A few questions stand in both splits of many sets; more is a mistake in the recipe.
-        if self.trained_on > 0.01 * len(self.prompts):
-            logger.warning(
-                "Validation: %s of %s prompts are training prompts too, so its accuracy is not "
-                "that of held-out prompts; see validation.path and validation.split",
-                self.trained_on,
-                len(self.prompts),
-            )
+        for held_out in self.sets:
+            # A few questions stand in both splits of many sets; more is a mistake in the recipe.
+            if held_out.trained_on > 0.01 * len(held_out.prompts):
+                logger.warning(
+                    "Validation%s: %s of %s prompts are training prompts too, so its accuracy is "
+                    "not that of held-out prompts; see validation.path and validation.split",
+                    f" on {held_out.name}" if held_out.name else "",
+                    held_out.trained_on,
+                    len(held_out.prompts),
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """The baselines and what they depend on; plain JSON values."""
@@ -93,53 +113,86 @@ class Validator:
             )
 
     def _measured_by(self) -> dict[str, Any]:
-        held_out = repr([(p.token_ids, p.answer) for p in self.prompts])
+        sets = []
+        for s in self.sets:
+            held_out = repr([(p.token_ids, p.answer) for p in s.prompts])
+            sets.append([s.name, s.grader.name, hashlib.sha256(held_out.encode()).hexdigest()])
         return {
             "teacher": self.teacher,
-            "prompts": hashlib.sha256(held_out.encode()).hexdigest(),
+            "sets": sets,
             "samples_per_prompt": self.samples_per_prompt,
             **asdict(self.params),
         }
 
     def measure_teacher(self, generator: Generator, on_tokens: OnTokens = _only_the_bar) -> None:
-        self.baselines.teacher, _ = self._measure(generator, "teacher", on_tokens)
+        self.baselines.teacher = self.measure(generator, "teacher", on_tokens).by_prompt
 
     def measure_student(
         self, generator: Generator, step: int, on_tokens: OnTokens = _only_the_bar
     ) -> dict[str, float]:
         """`validation/*` scalars of the student as it is now; step 0 sets the start."""
-        accuracy, tokens = self._measure(generator, "student", on_tokens)
+        measured = self.measure(generator, "student", on_tokens)
+        student = measured.by_prompt
         if step == 0:
-            self.baselines.start = accuracy
-        scalars = {"validation/accuracy": accuracy, "validation/response_tokens_mean": tokens}
-        text = f"Validation at step {step}: student {accuracy:.1%}"
+            self.baselines.start = student
+        scalars = measured.scalars()
+        text = f"Validation at step {step}: student {measured.accuracy:.1%}"
+        text += f" ({percent(measured.interval)})"
         start, teacher = self.baselines.start, self.baselines.teacher
         if start is not None and teacher is not None:
-            scalars["validation/teacher_accuracy"] = teacher
-            text += f", start {start:.1%}, teacher {teacher:.1%}"
-            if teacher > start:
-                scalars["validation/gap_recovered"] = (accuracy - start) / (teacher - start)
-                text += f", gap recovered {scalars['validation/gap_recovered']:.1%}"
+            compared = Comparison(student, start, teacher)
+            scalars |= compared.scalars()
+            text += compared.text()
+            if len(self.sets) > 1:
+                for i, s in enumerate(self.sets):
+                    scalars |= compared.of_set(i).scalars(f"validation/{s.name}/")
         logger.info("%s", text)
+        if len(self.sets) > 1:
+            by_set = (f"{s.held_out.name} {s.accuracy:.1%}" for s in measured.sets)
+            logger.info("Validation at step %s by set: %s", step, ", ".join(by_set))
         return scalars
 
-    def _measure(self, generator: Generator, name: str, on_tokens: OnTokens) -> tuple[float, float]:
-        """Accuracy over prompts and samples, and mean response tokens. The same on all ranks."""
-        mine = len(self.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
+    def measure(
+        self, generator: Generator, name: str, on_tokens: OnTokens = _only_the_bar
+    ) -> Measurement:
+        """Sample and grade; the same on all ranks, and all call.
+
+        Raises:
+            ConfigError: of a user's own grader.
+        """
+        results = []
+        for held_out in self.sets:
+            samples = self._sample(held_out, generator, name, on_tokens)
+            results.append(SetResult(held_out, samples, self._grade(held_out, samples)))
+        return Measurement(results)
+
+    def _sample(
+        self, held_out: HeldOut, generator: Generator, name: str, on_tokens: OnTokens
+    ) -> list[Sample]:
+        mine = len(held_out.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
         most = mine * self.params.max_new_tokens
-        with progress(most, f"validate {name}", "tok", rank=dist.get_rank()) as bar:
-            samples = sample_responses(
+        label = f"validate {name} {held_out.name}".strip()
+        # By name, so that a set's numbers do not depend on which others there are. Without: 0.
+        stream = VALIDATION_STREAM + zlib.crc32(held_out.name.encode())
+        with progress(most, label, "tok", rank=dist.get_rank()) as bar:
+            return sample_responses(
                 generator,
-                self.prompts,
+                held_out.prompts,
                 self.samples_per_prompt,
                 self.params,
-                (self.seed, VALIDATION_STREAM),
+                (self.seed, stream),
                 self.dp,
                 on_tokens(bar),
             )
-        correct = sum(bool(grade(self.decode(s.response_ids), s.prompt.answer)) for s in samples)
-        tokens = sum(len(s.response_ids) for s in samples)
-        return correct / len(samples), tokens / len(samples)
+
+    def _grade(self, held_out: HeldOut, samples: list[Sample]) -> list[Grade]:
+        """Each rank its share: a grader may be slow, and where it gives up, so must all ranks."""
+        mine: list[tuple[int, Grade]] = []
+        with together():
+            for i in range(self.dp.rank, len(samples), self.dp.size):
+                response, answer = self.decode(samples[i].response_ids), samples[i].prompt.answer
+                mine.append((i, held_out.grader(response, answer)))
+        return [grade for _, grade in sorted(gather_lists(mine, self.dp))]
 
 
 def prompt_options(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -166,28 +219,46 @@ def build_validator(
         teacher: what tells this job's teacher from another; None: it has none.
 
     Raises:
-        DataError: the set cannot be read, or has prompts without an answer.
+        ConfigError: a grader that is not there.
+        DataError: a set cannot be read, or has prompts without an answer, or with one that its
+            grader cannot grade.
     """
     c, v = config, config.validation
-    held_out = build_prompts(
-        dataset=v.dataset or c.data.dataset,
-        path=v.path or c.data.path,
-        split=v.split,
-        max_prompts=v.max_prompts,
+    trained_on = {p.text for p in training_prompts}
+    sets = [
+        _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, trained_on)
+        for i, row in enumerate(validation_sets(config))
+    ]
+    params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
+    return Validator(sets, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher)
+
+
+def _read_set(
+    row: ValidationSet, section: str, options: dict[str, Any], trained_on: set[str]
+) -> HeldOut:
+    grader = load_grader(row.grader, f"{section}.grader")
+    found = build_prompts(
+        dataset=row.dataset,
+        path=row.path,
+        split=row.split,
+        max_prompts=row.max_prompts,
         keep_responses=False,
-        section="validation",
+        answer_problem=lambda answer: _answer_problem(grader, answer),
+        section=section,
         **options,
     )
-    if any(p.answer is None for p in held_out.prompts):
+    prompts = found.prompts
+    if any(p.answer is None for p in prompts):
         raise DataError(
-            f"validation: {held_out.source} has prompts without an answer to grade; give "
-            f"validation.dataset and validation.path a set with answers, or set "
+            f"{section}: {found.source} has prompts without an answer to grade; give "
+            f"{section}.dataset and {section}.path a set with answers, or set "
             f"validation.enable = false"
         )
-    params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
-    validator = Validator(
-        held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher
-    )
-    trained_on = {p.text for p in training_prompts}
-    validator.trained_on = sum(p.text in trained_on for p in held_out.prompts)
-    return validator
+    known = sum(p.text in trained_on for p in prompts)
+    return HeldOut(row.name, prompts, grader, found.source, known)
+
+
+def _answer_problem(grader: Grader, answer: str) -> str:
+    if grader.can_grade(answer):
+        return ""
+    return f"the answer {answer[:60]!r} is none that grader {grader.name} knows: {grader.golds}"

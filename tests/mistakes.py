@@ -366,6 +366,30 @@ TABLE |= {
         given("--validation.path", "{new}/no.jsonl"),
         ["validation.path = ", "no.jsonl", "does not exist"],
     ),
+    "a grader that cannot be imported": (
+        given("--validation.grader", "no_such_module:grade"),
+        ["validation.grader: 'no_such_module:grade' cannot be imported (ModuleNotFoundError"],
+    ),
+    "a grader that is not there": (
+        given("--validation.grader", "math:grade"),
+        ["validation.grader: 'math:grade' cannot be imported (AttributeError", "grade"],
+    ),
+    "a grader that is no function": (
+        given("--validation.grader", "math:pi"),
+        ["validation.grader: 'math:pi' is a float, not a function"],
+    ),
+    "a grader of one argument": (
+        given("--validation.grader", "json:dumps"),
+        ["validation.grader: 'json:dumps' cannot be called as function(response, answer)"],
+    ),
+    "answers that are no letters": (
+        given("--validation.grader", "choice"),
+        ["validation.path: ", "test.jsonl, line 1: the answer '", "grader choice", 'as "B"'],
+    ),
+    "the second set is missing": (
+        given("--validation.sets", "[{{name='a'}}, {{name='b', path='{new}/no.jsonl'}}]"),
+        ["validation.sets[1].path = ", "no.jsonl", "does not exist"],
+    ),
     "responses outgrow the model": (
         given("--rollout.max_new_tokens", 300),
         ["rollout.max_new_tokens: ", "31 tokens", "256 positions of the student"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import get_args
 
 from hypothesis import HealthCheck, example, given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from test_config import MODELS
 
 from opd_titan.config import ConfigError, JobConfig, checks, load_config, to_toml
-from opd_titan.config.checks import OPTIONS, TABLES
+from opd_titan.config.checks import LISTS, OPTIONS, TABLES, VALUES
 
 STRINGS = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12
@@ -17,8 +18,12 @@ STRINGS = st.text(
 
 
 def values(name: str) -> st.SearchStrategy:
-    """Right values of an option, by itself."""
-    kind = OPTIONS[name]
+    """Right values of an option, or of a list's key, by itself."""
+    kind = VALUES[name]
+    if name.endswith(".grader"):
+        return st.sampled_from([*checks.GRADERS, "my.module:grade"])
+    if name == "validation.sets.name":
+        return st.text("abc-_.12", min_size=1, max_size=9).map("s{}".format)
     if get_args(kind):
         return st.sampled_from(get_args(kind))
     if kind is bool:
@@ -48,6 +53,14 @@ def configs(draw) -> JobConfig:
         table, _, key = name.partition(".")
         if name != "job.config_file":
             tables[table][key] = draw(values(name))
+    for name, row in LISTS.items():
+        table, _, key = name.partition(".")
+        keys = [n.removeprefix(f"{name}.") for n in VALUES if n.startswith(f"{name}.")]
+        rows = st.fixed_dictionaries({k: values(f"{name}.{k}") for k in keys}).map(
+            lambda found, row=row: row(**found)
+        )
+        unique = st.lists(rows, max_size=3, unique_by=lambda r: r.name)
+        tables[table][key] = draw(unique)
     c = JobConfig(**{table: cls(**tables[table]) for table, cls in TABLES.items()})
     sft = c.distill.objective == "sft"
     c.data.enable_thinking &= c.data.template == "chat"
@@ -85,6 +98,15 @@ def changed(got: JobConfig, default: JobConfig) -> list[str]:
     ]
 
 
+def inline(config: JobConfig) -> str:
+    """The validation sets as one TOML array."""
+    tables = [
+        ", ".join(f"{key} = {checks.literal(value)}" for key, value in asdict(row).items())
+        for row in config.validation.sets
+    ]
+    return "[" + ", ".join(f"{{{table}}}" for table in tables) + "]"
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(config=configs())
 def test_round_trip(tmp_path_factory, config: JobConfig) -> None:
@@ -93,7 +115,10 @@ def test_round_trip(tmp_path_factory, config: JobConfig) -> None:
     file.write_text(to_toml(config), encoding="utf-8", newline="")
     again = load_config(["--job.config_file", str(file)])
     assert again == config and to_toml(again) == to_toml(config)
-    assert load_config(changed(config, JobConfig())) == config
+    assert (
+        load_config([*changed(config, JobConfig()), f"--validation.sets={inline(config)}"])
+        == config
+    )
 
 
 def test_to_toml_writes_each_key_once() -> None:

@@ -176,9 +176,12 @@ def test_scalar_table_is_the_designs():
         "top_1_agreement",
         "rollout": "response_tokens_mean response_tokens_max truncated_fraction eos_fraction "
         "idle_share preempted repetition on_policy_fraction",
-        "validation": "accuracy teacher_accuracy gap_recovered response_tokens_mean",
     }
     expected = {f"{group}/{name}" for group, row in names.items() for name in row.split()}
+    validated = "accuracy accuracy_low accuracy_high pass_at_<k> teacher_accuracy gap_recovered "
+    validated += "gap_recovered_low gap_recovered_high response_tokens_mean"
+    for group in ("validation", "validation/<set>"):
+        expected |= {f"{group}/{name}" for name in validated.split()}
     expected |= {"grad_norm", "skipped_updates", "lr"}
     phases = "data rollout teacher reference update sync checkpoint validate step".split()
     expected |= {f"time/{phase}(s)" for phase in phases}

@@ -120,7 +120,7 @@ def test_what_is_said_of_a_skipped_update_is_true(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(logger, "propagate", False)
     with one_process_group():
         for start in (1, 8, 15):  # a run that is started again does a few steps once more
-            skipped = SkippedUpdates(config, decode)
+            skipped = SkippedUpdates(config, decode, grade)
             for step in range(start, start + 8):
                 skipped.look_at(step, result)
         (tmp_path / "nonfinite" / "rank-0").rename(tmp_path / "moved")

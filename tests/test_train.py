@@ -50,6 +50,8 @@ STEP_SCALARS = set(
 )
 VALIDATION_SCALARS = {
     "validation/accuracy",
+    "validation/accuracy_low",
+    "validation/accuracy_high",
     "validation/teacher_accuracy",
     "validation/gap_recovered",
     "validation/response_tokens_mean",

@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from tiny_rollout import CPU, EOS, Script, follow, prompts, requests, sharded, tiny
 
+from opd_titan.confidence import wilson
+from opd_titan.data.graders import GRADERS
 from opd_titan.data.types import Prompt
 from opd_titan.distributed.world import ALONE, World, build_world, init_world
+from opd_titan.measurement import HeldOut
 from opd_titan.preflight import TOLERANCE, probe, report
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.validate import VALIDATION_STREAM, Validator
@@ -41,15 +44,19 @@ def one_that_fails_on(*ends: int) -> Generator:
 def new_validator() -> Validator:
     held_out = [Prompt(i, "", (n,), answer=str(n - 1)) for i, n in enumerate(ENDS)]
     params = SamplingParams(16, temperature=0.0)
-    return Validator(held_out, 1, params, 42, lambda ids: f"The answer is {ids[0]}.", ALONE)
+    sets = [HeldOut("", held_out, GRADERS["auto"])]
+    return Validator(sets, 1, params, 42, lambda ids: f"The answer is {ids[0]}.", ALONE)
 
 
 def test_accuracy_and_gap(world: World) -> None:
     validator = new_validator()
     validator.measure_teacher(one_that_fails_on(70))
     start = validator.measure_student(one_that_fails_on(10, 30, 50), step=0)
+    low, high = wilson(0.25, 4)
     assert start == {
         "validation/accuracy": 0.25,
+        "validation/accuracy_low": low,
+        "validation/accuracy_high": high,
         "validation/response_tokens_mean": (1 + 1 + 1 + 16) / 4,
         "validation/teacher_accuracy": 0.75,
         "validation/gap_recovered": 0.0,
@@ -65,7 +72,12 @@ def test_accuracy_and_gap(world: World) -> None:
 def test_no_gap_where_there_is_none(world: World) -> None:
     validator = new_validator()
     scalars = validator.measure_student(one_that_fails_on(10), step=0)
-    assert set(scalars) == {"validation/accuracy", "validation/response_tokens_mean"}
+    assert set(scalars) == {
+        "validation/accuracy",
+        "validation/accuracy_low",
+        "validation/accuracy_high",
+        "validation/response_tokens_mean",
+    }
     for failures in [(10,), (10, 30)]:  # a teacher as good as the start, and a worse one
         validator.measure_teacher(one_that_fails_on(*failures))
         scalars = validator.measure_student(one_that_fails_on(), step=3)
@@ -81,7 +93,8 @@ def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(world: World) -> No
     right = sum(str(s.response_ids[0]) == first[s.prompt.index] for s in drawn)
     assert 12 < right < 60
     held_out = [replace(p, answer=first[p.index]) for p in prompts()]
-    validator = Validator(held_out, 5, params, 42, lambda ids: f"#### {ids[0]}", ALONE)
+    sets = [HeldOut("", held_out, GRADERS["auto"])]
+    validator = Validator(sets, 5, params, 42, lambda ids: f"#### {ids[0]}", ALONE)
     for step in (0, 5):  # the same random numbers each time
         scalars = validator.measure_student(Generator(model, EOS, 7), step)
         assert scalars["validation/accuracy"] == right / 60

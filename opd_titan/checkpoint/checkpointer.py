@@ -26,13 +26,18 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from opd_titan.checkpoint.dcp_io import LoadPlanner, Reader, Writer, read_metadata
 from opd_titan.checkpoint.faults import met_by_all, naming
 from opd_titan.checkpoint.manifest import describe, write_manifest
 from opd_titan.checkpoint.publish import publish, tmp_of
-from opd_titan.checkpoint.steps import MANIFEST, STATE, make_tmp, prune
+from opd_titan.checkpoint.steps import MANIFEST, STATE, make_tmp, prune, require_intact
 from opd_titan.errors import CheckpointError, StorageError, first_line
 
 logger = logging.getLogger("opd_titan")
@@ -51,6 +56,21 @@ def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, A
     with _naming_what_is_wrong(path):
         _check_same_model(path, {"model": model.state_dict()})
         return json.loads((path / STATE).read_text())
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read a checkpoint's weights, and nothing else of it, into the model in its dtype. All call.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+    """
+    require_intact(path)
+    state = {"model": get_model_state_dict(model)}
+    with met_by_all(), _naming_what_is_wrong(path):
+        _check_same_model(path, state)
+    with _naming_what_is_wrong(path):
+        dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
+    set_model_state_dict(model, state["model"])
 
 
 class Checkpointer:

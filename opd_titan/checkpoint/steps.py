@@ -77,6 +77,18 @@ def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> i
     )
 
 
+def require_intact(path: Path) -> None:
+    """Raise CheckpointError on all ranks unless `step-N` at this path is whole. All ranks call."""
+    damage = _agree_on_damage(path)
+    if damage is not None:
+        raise CheckpointError(f"{damage}; choose another checkpoint")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like a `step-N` that was finished."""
+    return (path / STATE).is_file()
+
+
 def _candidates(folder: Path, load_step: int) -> list[int]:
     """What to try, in this order. One rank looks: a file system may show two ranks two lists."""
     found: list[Any] = [None]

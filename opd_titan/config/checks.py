@@ -10,19 +10,41 @@ import json
 import math
 import operator
 import os
+import re
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from dataclasses import replace
+from typing import Any, get_args, get_origin, get_type_hints
 
 from opd_titan.config.job_config import JobConfig
+from opd_titan.config.validation_sets import validation_sets
 from opd_titan.errors import ConfigError, without_credentials
 
-TABLES: dict[str, type] = get_type_hints(JobConfig)
+
+def _of(cls: type, prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}{key}": kind for key, kind in get_type_hints(cls).items()}
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is list
+
+
+TABLES: dict[str, type] = {
+    name: kind for name, kind in _of(JobConfig).items() if not _is_list(kind)
+}
+_FIELDS = {n: kind for table, cls in TABLES.items() for n, kind in _of(cls, f"{table}.").items()}
 
 # "table.key" -> bool, int, float, str or a Literal of strings.
-OPTIONS: dict[str, Any] = {
-    f"{table}.{key}": kind
-    for table, cls in TABLES.items()
-    for key, kind in get_type_hints(cls).items()
+OPTIONS: dict[str, Any] = {name: kind for name, kind in _FIELDS.items() if not _is_list(kind)}
+# A `list[Row]` of dataclasses, in a table or beside the tables: its name -> Row.
+LISTS: dict[str, type] = {
+    name: get_args(kind)[0]
+    for name, kind in {**_of(JobConfig), **_FIELDS}.items()
+    if _is_list(kind)
+}
+# Whatever has a value of its own: options, and the keys of a list's rows as "table.list.key".
+VALUES: dict[str, Any] = {
+    **OPTIONS,
+    **{n: kind for name, row in LISTS.items() for n, kind in _of(row, f"{name}.").items()},
 }
 
 # Bounds of the numbers, all of which must hold. A number without a row must be >= 0.
@@ -79,7 +101,11 @@ SOURCES = (
     "data.path",
     "validation.path",
 )
-PATHS = ("job.dump_folder", *SOURCES)
+WRITTEN = ("job.dump_folder", "evaluate.folder")
+PATHS = (*WRITTEN, *SOURCES, "validation.sets.path", "evaluate.model")
+GRADERS = ("auto", "gsm8k", "math", "boxed", "choice", "exact")
+OWN_GRADER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def config_error(where: str, what: str) -> ConfigError:
@@ -105,12 +131,12 @@ def show(value: Any) -> str:
 
 def bounds(name: str) -> tuple[str, ...]:
     """The bounds that a number's option has; none for the other types."""
-    return RANGES.get(name, (">= 0",)) if OPTIONS[name] in (int, float) else ()
+    return RANGES.get(name, (">= 0",)) if VALUES[name] in (int, float) else ()
 
 
 def wanted(name: str) -> str:
-    """In words, what the option `name` (`table.key`) may be."""
-    kind = OPTIONS[name]
+    """In words, what the value `name` (`table.key`) may be."""
+    kind = VALUES[name]
     if choices := get_args(kind):
         return "one of " + ", ".join(choice or '""' for choice in choices)
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -118,11 +144,11 @@ def wanted(name: str) -> str:
 
 
 def check_value(where: str, name: str, value: Any) -> Any:
-    """Return `value` as the type of the option `name`; `where` starts the message if it is wrong.
+    """Return `value` as the type of `VALUES[name]`; `where` starts the message if it is wrong.
 
     An integer will do for a float, but no float for an integer and no bool for either.
     """
-    kind = OPTIONS[name]
+    kind = VALUES[name]
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise config_error(where, f"{show(value)} does not fit in 64 bits; wanted {wanted(name)}")
     if kind is float and type(value) is int:
@@ -145,16 +171,43 @@ def check_value(where: str, name: str, value: Any) -> Any:
     return value
 
 
+def check_rows(where: str, name: str, value: Any) -> list[Any]:
+    """Return `value` as the rows of the list `name`; `where` starts the message if it is wrong."""
+    if not isinstance(value, list):
+        raise config_error(where, f"{show(value)} is not a list of tables; write [[{name}]]")
+    rows = []
+    for i, row in enumerate(value):
+        place = f"{where}[{i}]"
+        if not isinstance(row, dict):
+            raise config_error(place, f"{show(row)} is not a table; write [[{name}]]")
+        for key in row:
+            if f"{name}.{key}" not in VALUES:
+                known = list(_of(LISTS[name]))
+                guesses = difflib.get_close_matches(key, known, n=1)
+                raise config_error(f"{place}.{key}", "unknown key; " + did_you_mean(guesses, known))
+        values = {k: check_value(f"{place}.{k}", f"{name}.{k}", v) for k, v in row.items()}
+        rows.append(LISTS[name](**values))
+    return rows
+
+
+def did_you_mean(guesses: list[str], known: list[str]) -> str:
+    if guesses:
+        return f"did you mean {' or '.join(guesses)}?"
+    return f"known: {', '.join(known)}"
+
+
 def _text_problem(name: str, value: str) -> str:
-    """What is wrong with the text of the option `name`; empty if nothing is."""
+    """What is wrong with the text of `VALUES[name]`; empty if nothing is."""
     # A lone surrogate is an undecodable byte of the command line; a path cannot hold NUL.
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         return f"{show(value)} holds a NUL or bytes that are not UTF-8"
     if without_credentials(value) != value:
         return "holds a URL with a user name or password, which the run would write to its folder"
+    if name.endswith(".grader"):
+        return _grader_problem(value, may_be_empty=name != "validation.grader")
     if name not in PATHS:
         return ""
-    writes = name == "job.dump_folder"
+    writes = name in WRITTEN
     if "://" in value:  # not quoted: what follows may be a signature
         scheme = show(value.partition("://")[0] + "://...")
         return f"{scheme} is a URL; wanted a local path" + ("" if writes else " or a hub id")
@@ -169,10 +222,26 @@ def _text_problem(name: str, value: str) -> str:
     return ""
 
 
+def _grader_problem(value: str, may_be_empty: bool) -> str:
+    if value in GRADERS or OWN_GRADER.fullmatch(value) or (may_be_empty and not value):
+        return ""
+    return (
+        f"{show(value)} is not a grader; wanted one of {', '.join(GRADERS)}, or your own as "
+        "package.module:function"
+    )
+
+
+def keys_of(table: str) -> list[str]:
+    """What may stand in a table, lists included."""
+    names = (*OPTIONS, *LISTS)
+    return [name.partition(".")[2] for name in names if name.startswith(f"{table}.")]
+
+
 def nearest(table: str, key: str) -> list[str]:
     """The options (`table.key`) that an unknown name most likely means, best first; maybe none."""
-    same = [name.partition(".")[2] for name in OPTIONS if name.startswith(f"{table}.")]
-    close = difflib.get_close_matches(key, same, n=1)
+    if table in LISTS:
+        return [table]
+    close = difflib.get_close_matches(key, keys_of(table), n=1)
     if close:
         return [f"{table}.{close[0]}"]
     elsewhere = [name for name in OPTIONS if name.partition(".")[2] == key]
@@ -181,47 +250,92 @@ def nearest(table: str, key: str) -> list[str]:
     return difflib.get_close_matches(f"{table}.{key}", OPTIONS, n=1)
 
 
+_NEED_MODEL = "give a local Hugging Face folder or a hub id"
+_NEED_PATH = 'required with dataset = "prompts"; give a file, a folder or a hub id'
+
+
 def check_consistency(config: JobConfig) -> None:
     """Raise `ConfigError` for the first key that is missing, not built yet or contradicted."""
-    problems = (_model_problems, _objective_problems, _rollout_problems, _training_problems)
-    for name, problem in (p for check in problems for p in check(config)):
+    checks = (_model_problems, _data_problems, _validation_problems)
+    checks += (_objective_problems, _rollout_problems, _training_problems)
+    _raise_first(p for check in checks for p in check(config))
+
+
+def check_evaluation(config: JobConfig) -> None:
+    """The same for `opd_titan.evaluate`, to which nothing about training matters."""
+    checks = (_evaluation_problems, _data_problems, _validation_problems)
+    enabled = replace(config, validation=replace(config.validation, enable=True))
+    _raise_first(p for check in checks for p in check(enabled))
+
+
+def _raise_first(problems: Iterator[tuple[str, str]]) -> None:
+    for name, problem in problems:
         table, _, key = name.partition(".")
-        raise config_error(f"[{table}] {key}", problem)
+        raise config_error(name if "[" in name else f"[{table}] {key}", problem)
 
 
 def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
-    """Pairs of `table.key` and what is wrong: models, data, hardware."""
-    need_model = "give a local Hugging Face folder or a hub id"
-    need_path = 'required with dataset = "prompts"; give a file, a folder or a hub id'
+    """Pairs of `table.key` and what is wrong: models, data to train on."""
     objective = c.distill.objective
     if not c.student.hf_path:
-        yield "student.hf_path", f"required; {need_model}"
+        yield "student.hf_path", f"required; {_NEED_MODEL}"
     if not c.teacher.hf_path and objective != "sft":
-        yield "teacher.hf_path", f'required with [distill] objective = "{objective}"; {need_model}'
+        yield "teacher.hf_path", f'required with [distill] objective = "{objective}"; {_NEED_MODEL}'
     if not c.teacher.hf_path and c.teacher.random_init:
-        yield "teacher.random_init", f"true takes the sizes of [teacher] hf_path; {need_model}"
+        yield "teacher.random_init", f"true takes the sizes of [teacher] hf_path; {_NEED_MODEL}"
     if c.data.dataset == "prompts" and not c.data.path:
-        yield "data.path", need_path
+        yield "data.path", _NEED_PATH
+
+
+def _evaluation_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
+    model = c.evaluate.model
+    if model in ("", "student") and not c.student.hf_path:
+        yield "evaluate.model", f"required without [student] hf_path; {_NEED_MODEL}"
+    if model == "teacher" and not c.teacher.hf_path:
+        yield "teacher.hf_path", f'required with [evaluate] model = "teacher"; {_NEED_MODEL}'
+
+
+def _data_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
     if c.data.template == "raw" and c.data.enable_thinking:
         yield "data.enable_thinking", 'true needs the chat template; set [data] template = "chat"'
     for name in SOURCES:
         table, _, key = name.partition(".")
         path = getattr(getattr(c, table), key)
-        if path and os.path.realpath(path) == os.path.realpath(c.job.dump_folder):
+        if path and _same_place(path, c.job.dump_folder):
             yield (
                 "job.dump_folder",
                 f"{show(c.job.dump_folder)} is also [{table}] {key}, which the run would write "
                 "into; wanted a folder of its own",
             )
+
+
+def _validation_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
     v = c.validation
-    if v.enable and v.dataset == "prompts" and not (v.path or c.data.path):
-        yield "validation.path", need_path
+    names: list[str] = []
+    for i, row in enumerate(validation_sets(c)):
+        here = f"validation.sets[{i}]" if v.sets else "validation"
+        if v.sets and not _SET_NAME.fullmatch(row.name):
+            yield (
+                f"{here}.name",
+                f"{show(row.name)} is not the name of a set; wanted letters, digits, _, - and dots",
+            )
+        if row.name in names:
+            yield f"{here}.name", f"{show(row.name)} is the name of another set too"
+        names.append(row.name)
+        if v.enable and row.dataset == "prompts" and not row.path:
+            yield f"{here}.path", _NEED_PATH
+        if v.sets and row.path and _same_place(row.path, c.job.dump_folder):
+            yield f"{here}.path", f"{show(row.path)} is also [job] dump_folder; wanted another"
     if v.samples_per_prompt > 1 and v.temperature == 0:
         yield (
             "validation.samples_per_prompt",
             f"{v.samples_per_prompt} greedy samples ([validation] temperature = 0) would all be "
             "the same; set the temperature > 0 or the samples to 1",
         )
+
+
+def _same_place(a: str, b: str) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _objective_problems(c: JobConfig) -> Iterator[tuple[str, str]]:

@@ -238,6 +238,25 @@ class Export:
 
 
 @dataclass
+class ValidationSet:
+    """One [[validation.sets]]. What it leaves out is as in [validation]."""
+
+    name: str = ""
+    """What its figures are called: letters, digits, `_`, `-` and dots. Required."""
+    dataset: Literal["", "gsm8k", "openthoughts3", "prompts"] = ""
+    """What the rows look like. Empty: validation.dataset, else data.dataset."""
+    path: str = ""
+    """A local file, a save_to_disk folder or a hub id. Empty: the hub id of this row's own dataset,
+    without one validation.path, else data.path."""
+    split: str = ""
+    """The split to take. Empty: validation.split."""
+    max_prompts: int = 0
+    """Use the first so many prompts. 0: validation.max_prompts."""
+    grader: str = ""
+    """What tells right from wrong. Empty: validation.grader."""
+
+
+@dataclass
 class Validation:
     enable: bool = True
     """Measure accuracy on held-out prompts, of the student at step 0 and of the teacher once."""
@@ -251,12 +270,30 @@ class Validation:
     """The split to validate on."""
     max_prompts: int = 0
     """Use the first so many prompts. 0: all."""
+    grader: str = "auto"
+    """What tells right from wrong, here and in written rollouts: auto, gsm8k, math, boxed, choice,
+    exact, or your own `package.module:function` of response and answer. docs/evaluation.md."""
     samples_per_prompt: int = 1
     """Responses per prompt; accuracy is the mean over them. More than 1 needs a temperature."""
     temperature: float = 0.0
     """Sampling temperature. 0: greedy."""
     max_new_tokens: int = 0
     """Longest response. 0: rollout.max_new_tokens."""
+    sets: list[ValidationSet] = field(default_factory=list)
+    """Several sets at once, as [[validation.sets]] tables; accuracy is then their mean. A list
+    replaces the parent recipe's as a whole. Empty: the one that this table names."""
+
+
+@dataclass
+class Evaluate:
+    """For `python -m opd_titan.evaluate` alone; what it measures on is in [validation]."""
+
+    model: str = ""
+    """The model to grade: student, teacher, a local Hugging Face folder, a hub id, or a training
+    checkpoint (`<dump_folder>/checkpoint/step-N`). Empty: student."""
+    folder: str = ""
+    """Where the results go. Empty: `<dump_folder>/evaluation/<model>`, with a number behind it
+    where an earlier result is there."""
 
 
 @dataclass
@@ -300,6 +337,8 @@ class JobConfig:
     """Distil a teacher into a student on the student's own samples.
 
     Options come from the command line, else from the TOML file, else from the defaults below.
+    Lists of tables, such as [[validation.sets]], are given as a whole: in the TOML file, or as one
+    TOML array, --validation.sets '[{name = "a", path = "a.jsonl"}]'.
     """
 
     job: Job = field(default_factory=Job)
@@ -318,6 +357,7 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     export: Export = field(default_factory=Export)
     validation: Validation = field(default_factory=Validation)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     metrics: Metrics = field(default_factory=Metrics)
     watchdog: Watchdog = field(default_factory=Watchdog)
     profiling: Profiling = field(default_factory=Profiling)

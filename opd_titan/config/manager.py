@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import io
 import re
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from opd_titan.config.checks import (
+    LISTS,
     OPTIONS,
     TABLES,
     check_consistency,
+    check_rows,
     check_value,
     config_error,
+    did_you_mean,
+    keys_of,
     literal,
     nearest,
     show,
@@ -42,46 +45,77 @@ _PART = r"""(?:[^\s.="']+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"^[ \t]*{_PART}(?:[ \t]*\.[ \t]*{_PART}){{100}}", re.MULTILINE)
 
 
-def load_config(argv: Sequence[str]) -> JobConfig:
+def load_config(
+    argv: Sequence[str],
+    check: Callable[[JobConfig], None] = check_consistency,
+    prog: str = "opd_titan.train",
+) -> JobConfig:
     """Resolve and check the config that `argv` (without the program's name) asks for.
 
     `--job.config_file PATH` names the TOML file, if any; every other argument is
     `--table.key value` and overrides it. When an option is given twice, the last one counts.
+
+    Args:
+        check: the rules between keys.
+        prog: the module that `--help` is about.
 
     Raises:
         ConfigError: something in the files or in `argv` is wrong; the message is one line.
         SystemExit: only for `--help`.
     """
     if "--help" in argv or "-h" in argv:
-        _tyro(["--help"], JobConfig())
-    given = _read_arguments(argv)
-    tables = _read_files(given.get("job.config_file", ""))
-    base = JobConfig(**{table: cls(**tables.get(table, {})) for table, cls in TABLES.items()})
-    config = _tyro([f"--{name}={text}" for name, text in given.items()], base)
-    check_consistency(config)
+        _show_help(prog)
+    given = read_arguments(argv)
+    config = _build({**_read_files(given.get("job.config_file", "")), **given})
+    check(config)
     return config
 
 
 def to_toml(config: JobConfig) -> str:
     """The whole config as TOML; read back it gives an equal config. `job.config_file` is left out,
     since it is not part of what the run does."""
-    lines = []
+    lines: list[str] = []
     for table, values in asdict(config).items():
+        if table in LISTS:
+            lines += _rows_as_toml(table, values)
+            continue
         lines.append(f"[{table}]")
         lines += [
             f"{key} = {literal(value)}"
             for key, value in values.items()
-            if f"{table}.{key}" != "job.config_file"
+            if f"{table}.{key}" in OPTIONS and f"{table}.{key}" != "job.config_file"
         ]
         lines.append("")
+        # After the table's own keys: what follows a [[header]] belongs to that row.
+        for key in values:
+            if f"{table}.{key}" in LISTS:
+                lines += _rows_as_toml(f"{table}.{key}", values[key])
     return "\n".join(lines)
 
 
-def _read_files(file: str) -> dict[str, dict[str, Any]]:
-    """The merged tables of the TOML `file` and its chain of `base` parents; the child wins."""
+def _rows_as_toml(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines += [f"[[{name}]]", *(f"{key} = {literal(value)}" for key, value in row.items()), ""]
+    return lines
+
+
+def _build(values: dict[str, Any]) -> JobConfig:
+    """The config of these values, each under its `table.key` or the name of its list."""
+    tables: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    lists = {name: value for name, value in values.items() if "." not in name}
+    for name in values.keys() - lists.keys():
+        table, _, key = name.partition(".")
+        tables[table][key] = values[name]
+    return JobConfig(**{table: cls(**tables[table]) for table, cls in TABLES.items()}, **lists)
+
+
+def _read_files(file: str) -> dict[str, Any]:
+    """The values of the TOML `file` and its chain of `base` parents, by `table.key`; the child's
+    win, a list as a whole."""
     path, where = Path(file) if file else None, "--job.config_file"
     chain: dict[Path, Path] = {}  # resolved -> as written
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, Any] = {}
     while path is not None:
         document, resolved = _parse_file(path, where)
         if resolved in chain:
@@ -90,8 +124,7 @@ def _read_files(file: str) -> dict[str, dict[str, Any]]:
         chain[resolved] = path
         where = f"{path}: base"
         base = document.pop("base", None)
-        for table, values in _check_document(str(path), document).items():
-            merged[table] = {**values, **merged.get(table, {})}
+        merged = {**_check_document(str(path), document), **merged}
         if base is not None and (not isinstance(base, str) or not base):
             raise config_error(where, f"{show(base)} is not the path of a TOML file")
         path = path.parent / base if base else None
@@ -124,10 +157,13 @@ def _parse_file(path: Path, where: str) -> tuple[dict[str, Any], Path]:
         raise config_error(str(path), f"not valid TOML: {e}") from None
 
 
-def _check_document(file: str, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tables of one file, each value checked by itself and turned into its field's type."""
-    tables: dict[str, dict[str, Any]] = {}
+def _check_document(file: str, document: dict[str, Any]) -> dict[str, Any]:
+    """The values of one file by `table.key`, each checked by itself and of its field's type."""
+    found: dict[str, Any] = {}
     for table, values in document.items():
+        if table in LISTS:
+            found[table] = check_rows(f"{file}: {table}", table, values)
+            continue
         if table not in TABLES:
             raise _unknown_at_top(file, table, values)
         if not isinstance(values, dict):
@@ -140,12 +176,14 @@ def _check_document(file: str, document: dict[str, Any]) -> dict[str, dict[str, 
                 raise config_error(
                     where, 'only for the command line; a parent is base = "other.toml"'
                 )
-            if name not in OPTIONS:
+            if name in LISTS:
+                found[name] = check_rows(f"{file}: {name}", name, value)
+            elif name in OPTIONS:
+                found[name] = check_value(where, name, value)
+            else:
                 guesses = [g.removeprefix(f"{table}.") for g in nearest(table, key)]
-                known = [n.partition(".")[2] for n in OPTIONS if n.startswith(f"{table}.")]
-                raise config_error(where, "unknown key; " + _did_you_mean(guesses, known))
-            tables.setdefault(table, {})[key] = check_value(where, name, value)
-    return tables
+                raise config_error(where, "unknown key; " + did_you_mean(guesses, keys_of(table)))
+    return found
 
 
 def _unknown_at_top(file: str, name: str, value: Any) -> Exception:
@@ -153,26 +191,20 @@ def _unknown_at_top(file: str, name: str, value: Any) -> Exception:
     if isinstance(value, dict):
         guesses = difflib.get_close_matches(name, TABLES, n=1)
         return config_error(
-            f"{file}: [{name}]", "unknown table; " + _did_you_mean(guesses, list(TABLES))
+            f"{file}: [{name}]", "unknown table; " + did_you_mean(guesses, list(TABLES))
         )
     guesses = difflib.get_close_matches(name, ["base"], n=1) or nearest("", name)
-    hint = _did_you_mean(guesses, ["base"])
+    hint = did_you_mean(guesses, ["base"])
     return config_error(f"{file}: {name}", f"unknown key outside of any table; {hint}")
 
 
-def _did_you_mean(guesses: list[str], known: list[str]) -> str:
-    if guesses:
-        return f"did you mean {' or '.join(guesses)}?"
-    return f"known: {', '.join(known)}"
-
-
-def _read_arguments(argv: Sequence[str]) -> dict[str, str]:
-    """Check `--table.key value` arguments one by one: `{"table.key": text}` that tyro will accept.
+def read_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    """Check `--table.key value` arguments one by one: the values by `table.key`.
 
     tyro reports in boxes of many lines, and has either `--flag/--no-flag` or `--flag True`; here
     are both, and messages of one line. A value that starts with `--` is written `--table.key=--x`.
     """
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     rest = deque(argv)
     while rest:
         token = rest.popleft()
@@ -182,22 +214,35 @@ def _read_arguments(argv: Sequence[str]) -> dict[str, str]:
         name = name.replace("-", "_")
         negated = name.replace(".no_", ".", 1)
         if name not in OPTIONS and OPTIONS.get(negated) is bool and not equals:
-            given[negated] = "False"
+            given[negated] = False
             continue
-        if name not in OPTIONS:
+        if name not in OPTIONS and name not in LISTS:
             guesses = [f"--{guess}" for guess in nearest(*name.rpartition(".")[::2])]
             hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help lists them all"
             raise config_error(f"--{name}", f"unknown option; {hint}")
         if not equals:
             if rest and not rest[0].startswith("--"):
                 text = rest.popleft()
-            elif OPTIONS[name] is bool:
+            elif OPTIONS.get(name) is bool:
                 text = "True"
             else:
-                raise config_error(f"--{name}", f"has no value; wanted {wanted(name)}")
-        value = check_value(f"--{name}", name, _from_text(name, text))
-        given[name] = str(value)
+                kind = wanted(name) if name in OPTIONS else "a TOML array of tables"
+                raise config_error(f"--{name}", f"has no value; wanted {kind}")
+        if name in LISTS:
+            given[name] = check_rows(f"--{name}", name, _array_from_text(name, text))
+        else:
+            given[name] = check_value(f"--{name}", name, _from_text(name, text))
     return given
+
+
+def _array_from_text(name: str, text: str) -> Any:
+    """A whole list on the command line, as TOML has it: '[{name = "a"}, {name = "b"}]'."""
+    with contextlib.suppress(ValueError, RecursionError):
+        document = tomllib.loads(f"list = {text}")
+        if len(document) == 1:
+            return document["list"]
+    wish = "wanted '[{key = value, ...}, ...]'"
+    raise config_error(f"--{name}", f"{show(text)} is not a TOML array of tables; {wish}")
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -211,21 +256,14 @@ def _from_text(name: str, text: str) -> Any:
         return text
 
 
-def _tyro(arguments: list[str], default: JobConfig) -> JobConfig:
-    import tyro  # costs more than the rest of this package, so only who parses pays for it
+def _show_help(prog: str) -> None:
+    import tyro  # costs more than the rest of this package, so only who asks pays for it
 
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(
-                JobConfig,
-                prog="python -m opd_titan.train",
-                args=arguments,
-                default=default,
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise config_error("command line", " ".join(messages.getvalue().split())) from None
+    tyro.cli(
+        JobConfig,
+        prog=f"python -m {prog}",
+        args=["--help"],
+        default=JobConfig(),
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )

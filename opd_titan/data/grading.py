@@ -92,6 +92,11 @@ def grade(response: str, gold: str | None) -> bool | None:
     return _bare(answer) == _bare(gold)
 
 
+def last_boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{}` whose braces balance; None where there is none."""
+    return _last_boxed(text)[0]
+
+
 def _answer_in(line: str, numeric: bool) -> str | None:
     """The answer in the line or phrase that announces it: after an "=", else the first number."""
     plain = _plain(line)

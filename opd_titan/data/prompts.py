@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -53,6 +53,7 @@ def build_prompts(
     tokenizer: PreTrainedTokenizerBase,
     keep_responses: bool,
     max_prompts: int = 0,
+    answer_problem: Callable[[str], str] = lambda answer: "",
     section: str = "data",
 ) -> PromptSet:
     """Load, render, tokenize and filter. `Prompt.index` is the row's number in the source.
@@ -60,6 +61,7 @@ def build_prompts(
     keep_responses: keep the data set's own responses, which every prompt then must have; else
         drop them (OpenThoughts3's are gigabytes).
     max_prompts: stop after this many prompts (0: take all).
+    answer_problem: what is wrong with a gold answer, if anything; the row is then refused.
     section: the config table that errors name, "data" or "validation".
 
     Raises DataError for data that cannot be used, ModelError for a missing chat template.
@@ -98,6 +100,8 @@ def build_prompts(
                     continue
                 if keep_responses and record.response is None:
                     raise rows.error(number, NO_RESPONSE)
+                if record.answer is not None and (problem := answer_problem(record.answer)):
+                    raise rows.error(number, problem)
                 response = record.response if keep_responses else None
                 result.prompts.append(Prompt(number, text, tuple(ids), response, record.answer))
                 if len(result.prompts) == max_prompts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import resource
 import sys
 import time
@@ -28,7 +29,8 @@ def position_name(first: int, last: int | None) -> str:
     return f"kl_by_position/{first}-{last or ''}"
 
 
-# Every scalar there is, in the order of the design. A new one is one row.
+# Every scalar there is, in the order of the design. A new one is one row. What is between < and >
+# stands for a part of the name that has no slash.
 SCALARS: dict[str, str] = {
     "loss/policy": "the objective, summed over response tokens / their global number",
     "loss/total": "what is differentiated; loss/policy and whatever is added to it",
@@ -76,12 +78,40 @@ SCALARS: dict[str, str] = {
     "mbu/rollout(%)": "bytes that decoding must read, of the memory bandwidth over the phase",
     "memory/max_active(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
     "memory/max_reserved(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
-    "validation/accuracy": "share of held-out prompts that the student gets right",
-    "validation/teacher_accuracy": "the same for the teacher, measured once",
+    # Of several sets: the plain mean of the sets' own figures. docs/evaluation.md has the formulas.
+    "validation/accuracy": "share of held-out responses that are right, or their mean score",
+    "validation/accuracy_low": "lower end of its 95 % interval",
+    "validation/accuracy_high": "upper end of its 95 % interval",
+    "validation/pass_at_<k>": "probability that one of k samples of a prompt is right",
+    "validation/teacher_accuracy": "accuracy of the teacher, measured once",
     "validation/gap_recovered": "(student - start) / (teacher - start)",
+    "validation/gap_recovered_low": "lower end of its 95 % interval",
+    "validation/gap_recovered_high": "upper end of its 95 % interval",
     "validation/response_tokens_mean": "tokens",
+    # The same by set, where there are several.
+    "validation/<set>/accuracy": "as validation/accuracy",
+    "validation/<set>/accuracy_low": "as validation/accuracy_low",
+    "validation/<set>/accuracy_high": "as validation/accuracy_high",
+    "validation/<set>/pass_at_<k>": "as validation/pass_at_<k>",
+    "validation/<set>/teacher_accuracy": "as validation/teacher_accuracy",
+    "validation/<set>/gap_recovered": "as validation/gap_recovered",
+    "validation/<set>/gap_recovered_low": "as validation/gap_recovered_low",
+    "validation/<set>/gap_recovered_high": "as validation/gap_recovered_high",
+    "validation/<set>/response_tokens_mean": "tokens",
     **{position_name(*p): "nats; kl/student_teacher of these tokens alone" for p in POSITIONS},
 }
+
+_PATTERNS = [
+    re.compile("[^/]+".join(map(re.escape, re.split(r"<\w+>", name))))
+    for name in SCALARS
+    if "<" in name
+]
+
+
+def is_scalar(name: str) -> bool:
+    """Whether `SCALARS` has a row for this name."""
+    return name in SCALARS or any(pattern.fullmatch(name) for pattern in _PATTERNS)
+
 
 UNKNOWN = Peaks()
 
@@ -231,7 +261,7 @@ class MetricLogger:
             ValueError: a name that `SCALARS` lacks.
         """
         for name in scalars:
-            if name not in SCALARS:
+            if not is_scalar(name):
                 raise ValueError(f"unknown scalar {name!r}; give it a row in metrics.SCALARS")
         values = {name: float(value) for name, value in scalars.items()}
         self.last.update(values)

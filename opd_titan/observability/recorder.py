@@ -47,7 +47,7 @@ class Recorder:
         world: World,
         dtype: torch.dtype,
         decode: Callable[[list[int]], str],
-        grade: Callable[[str, str], bool | None],
+        grade: Callable[[str, str], bool | float],
         forward_flops: Mapping[str, ForwardFlops],
         decode_bytes: Callable[[int, int, int], float],
         start_step: int,

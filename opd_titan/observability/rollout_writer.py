@@ -63,7 +63,7 @@ def write_rollouts(
     step: int,
     samples: Sequence[Sample],
     decode: Callable[[list[int]], str],
-    grade: Callable[[str, str], bool],
+    grade: Callable[[str, str], bool | float],
 ) -> Path:
     """Write `<folder>/step-N.jsonl`, and return its path; the file appears whole or not at all.
 
@@ -75,7 +75,8 @@ def write_rollouts(
         samples: in the order of the step's prompts; prompts count in the order they first appear,
             and the samples of each by their index.
         decode: response token ids to text.
-        grade: (response text, gold answer) to whether it is right; called only with an answer.
+        grade: (response text, gold answer) to whether it is right, or a score from 0 to 1; called
+            only with an answer.
     """
     position: dict[int, int] = {}
     for sample in samples:
@@ -84,21 +85,25 @@ def write_rollouts(
     path = folder / f"step-{step}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    # backslashreplace: a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
     with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for sample in ordered:
-            row = _row(step, sample, decode, grade)
-            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            file.write(line.translate(_LINE_BREAKS) + "\n")
+            file.write(json_line(_row(step, sample, decode, grade)))
     os.replace(part, path)
     return path
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """One line of a JSONL file, whatever text it holds. To be written as UTF-8, with errors
+    "backslashreplace": a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return line.translate(_LINE_BREAKS) + "\n"
 
 
 def _row(
     step: int,
     sample: Sample,
     decode: Callable[[list[int]], str],
-    grade: Callable[[str, str], bool],
+    grade: Callable[[str, str], bool | float],
 ) -> dict[str, Any]:
     prompt, response = sample.prompt, decode(sample.response_ids)
     return {
@@ -115,7 +120,7 @@ def _row(
         "advantages": _short(sample.advantages),
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
-        "correct": None if prompt.answer is None else bool(grade(response, prompt.answer)),
+        "correct": None if prompt.answer is None else grade(response, prompt.answer),
     }
 
 

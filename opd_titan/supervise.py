@@ -11,7 +11,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
-from opd_titan.errors import Fault, UserError, first_line
+from opd_titan.errors import Fault, OneLineError, first_line
 from opd_titan.trainer import Trainer
 
 logger = logging.getLogger("opd_titan")
@@ -41,7 +41,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
         where = "before the first step" if work is _train else f"in {lifeline.place}"
         logger.warning("Stopped by signal %s %s; start again", stop.signal, where)
         return 75
-    except (UserError, Fault):
+    except OneLineError:
         raise
     except Exception as error:
         logger.debug("Failed in %s", lifeline.place, exc_info=True)

@@ -37,7 +37,7 @@ from opd_titan.rollout.rollout import sample_responses
 logger = logging.getLogger("opd_titan")
 
 # From a progress bar to what a rollout calls with the tokens just sampled.
-Watch = Callable[[Bar], Callable[[int], None]]
+OnTokens = Callable[[Bar], Callable[[int], None]]
 
 
 def _only_the_bar(bar: Bar) -> Callable[[int], None]:
@@ -63,7 +63,7 @@ class Validator:
     Args:
         sets: of prompts with answers. Each counts the same.
         seed: of the sampling, when it is not greedy.
-        teacher: what tells this job's teacher from another.
+        teacher: what tells this job's teacher from another; None: it has none.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Validator:
         seed: int,
         decode: Callable[[list[int]], str],
         dp: Axis,
-        teacher: Any = None,
+        teacher: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.sets, self.samples_per_prompt, self.params = sets, samples_per_prompt, params
@@ -124,14 +124,14 @@ class Validator:
             **asdict(self.params),
         }
 
-    def measure_teacher(self, generator: Generator, watch: Watch = _only_the_bar) -> None:
-        self.baselines.teacher = self.measure(generator, "teacher", watch).by_prompt
+    def measure_teacher(self, generator: Generator, on_tokens: OnTokens = _only_the_bar) -> None:
+        self.baselines.teacher = self.measure(generator, "teacher", on_tokens).by_prompt
 
     def measure_student(
-        self, generator: Generator, step: int, watch: Watch = _only_the_bar
+        self, generator: Generator, step: int, on_tokens: OnTokens = _only_the_bar
     ) -> dict[str, float]:
         """`validation/*` scalars of the student as it is now; step 0 sets the start."""
-        measured = self.measure(generator, "student", watch)
+        measured = self.measure(generator, "student", on_tokens)
         student = measured.by_prompt
         if step == 0:
             self.baselines.start = student
@@ -152,7 +152,9 @@ class Validator:
             logger.info("Validation at step %s by set: %s", step, ", ".join(by_set))
         return scalars
 
-    def measure(self, generator: Generator, name: str, watch: Watch = _only_the_bar) -> Measurement:
+    def measure(
+        self, generator: Generator, name: str, on_tokens: OnTokens = _only_the_bar
+    ) -> Measurement:
         """Sample and grade; the same on all ranks, and all call.
 
         Raises:
@@ -160,12 +162,12 @@ class Validator:
         """
         results = []
         for held_out in self.sets:
-            samples = self._sample(held_out, generator, name, watch)
+            samples = self._sample(held_out, generator, name, on_tokens)
             results.append(SetResult(held_out, samples, self._grade(held_out, samples)))
         return Measurement(results)
 
     def _sample(
-        self, held_out: HeldOut, generator: Generator, name: str, watch: Watch
+        self, held_out: HeldOut, generator: Generator, name: str, on_tokens: OnTokens
     ) -> list[Sample]:
         mine = len(held_out.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
         most = mine * self.params.max_new_tokens
@@ -180,7 +182,7 @@ class Validator:
                 self.params,
                 (self.seed, stream),
                 self.dp,
-                watch(bar),
+                on_tokens(bar),
             )
 
     def _grade(self, held_out: HeldOut, samples: list[Sample]) -> list[Grade]:
@@ -209,8 +211,12 @@ def build_validator(
     training_prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
     dp: Axis,
+    teacher: str | None,
 ) -> Validator:
     """The validator that `[validation]` asks for.
+
+    Args:
+        teacher: what tells this job's teacher from another; None: it has none.
 
     Raises:
         ConfigError: a grader that is not there.
@@ -224,7 +230,6 @@ def build_validator(
         for i, row in enumerate(validation_sets(config))
     ]
     params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
-    teacher = {"hf_path": c.teacher.hf_path, "random_init": c.teacher.random_init}
     return Validator(sets, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher)
 
 

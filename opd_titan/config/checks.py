@@ -108,7 +108,7 @@ OWN_GRADER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
-def error(where: str, what: str) -> ConfigError:
+def config_error(where: str, what: str) -> ConfigError:
     return ConfigError(f"{where}: {what}")
 
 
@@ -150,41 +150,41 @@ def check_value(where: str, name: str, value: Any) -> Any:
     """
     kind = VALUES[name]
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise error(where, f"{show(value)} does not fit in 64 bits; wanted {wanted(name)}")
+        raise config_error(where, f"{show(value)} does not fit in 64 bits; wanted {wanted(name)}")
     if kind is float and type(value) is int:
         value = float(value)
     choices = get_args(kind)
     if value not in choices if choices else type(value) is not kind:
-        raise error(where, f"{show(value)} is not {wanted(name)}")
+        raise config_error(where, f"{show(value)} is not {wanted(name)}")
     if kind is float and not math.isfinite(value):
-        raise error(where, f"{show(value)} is not finite; wanted {wanted(name)}")
+        raise config_error(where, f"{show(value)} is not finite; wanted {wanted(name)}")
     if kind is float and abs(value) > _LARGEST_FLOAT:
-        raise error(where, f"{show(value)} does not fit in 32 bits; wanted {wanted(name)}")
+        raise config_error(where, f"{show(value)} does not fit in 32 bits; wanted {wanted(name)}")
     for bound in bounds(name):
         compare, limit = bound.split()
         if not _COMPARE[compare](value, int(limit)):
-            raise error(where, f"{show(value)} is out of range; wanted {wanted(name)}")
+            raise config_error(where, f"{show(value)} is out of range; wanted {wanted(name)}")
     if name in NOT_EMPTY and not value:
-        raise error(where, "must not be empty")
+        raise config_error(where, "must not be empty")
     if problem := _text_problem(name, value) if kind is str else "":
-        raise error(where, problem)
+        raise config_error(where, problem)
     return value
 
 
 def check_rows(where: str, name: str, value: Any) -> list[Any]:
     """Return `value` as the rows of the list `name`; `where` starts the message if it is wrong."""
     if not isinstance(value, list):
-        raise error(where, f"{show(value)} is not a list of tables; write [[{name}]]")
+        raise config_error(where, f"{show(value)} is not a list of tables; write [[{name}]]")
     rows = []
     for i, row in enumerate(value):
         place = f"{where}[{i}]"
         if not isinstance(row, dict):
-            raise error(place, f"{show(row)} is not a table; write [[{name}]]")
+            raise config_error(place, f"{show(row)} is not a table; write [[{name}]]")
         for key in row:
             if f"{name}.{key}" not in VALUES:
                 known = list(_of(LISTS[name]))
                 guesses = difflib.get_close_matches(key, known, n=1)
-                raise error(f"{place}.{key}", "unknown key; " + did_you_mean(guesses, known))
+                raise config_error(f"{place}.{key}", "unknown key; " + did_you_mean(guesses, known))
         values = {k: check_value(f"{place}.{k}", f"{name}.{k}", v) for k, v in row.items()}
         rows.append(LISTS[name](**values))
     return rows
@@ -271,7 +271,7 @@ def check_evaluation(config: JobConfig) -> None:
 def _raise_first(problems: Iterator[tuple[str, str]]) -> None:
     for name, problem in problems:
         table, _, key = name.partition(".")
-        raise error(name if "[" in name else f"[{table}] {key}", problem)
+        raise config_error(name if "[" in name else f"[{table}] {key}", problem)
 
 
 def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
@@ -434,3 +434,5 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "checkpoint.load_step",
             f"{c.checkpoint.load_step} contradicts [checkpoint] enable = false; wanted true there",
         )
+    if c.watchdog.action == "rollback" and not c.checkpoint.enable:
+        yield "watchdog.action", "rollback needs checkpoints; wanted [checkpoint] enable = true"

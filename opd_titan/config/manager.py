@@ -23,8 +23,8 @@ from opd_titan.config.checks import (
     check_consistency,
     check_rows,
     check_value,
+    config_error,
     did_you_mean,
-    error,
     keys_of,
     literal,
     nearest,
@@ -32,6 +32,7 @@ from opd_titan.config.checks import (
     wanted,
 )
 from opd_titan.config.job_config import JobConfig
+from opd_titan.errors import reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,13 +120,13 @@ def _read_files(file: str) -> dict[str, Any]:
         document, resolved = _parse_file(path, where)
         if resolved in chain:
             circle = " -> ".join(str(p) for p in [*chain.values(), path])
-            raise error(where, f"goes in a circle: {circle}")
+            raise config_error(where, f"goes in a circle: {circle}")
         chain[resolved] = path
         where = f"{path}: base"
         base = document.pop("base", None)
         merged = {**_check_document(str(path), document), **merged}
         if base is not None and (not isinstance(base, str) or not base):
-            raise error(where, f"{show(base)} is not the path of a TOML file")
+            raise config_error(where, f"{show(base)} is not the path of a TOML file")
         path = path.parent / base if base else None
     return merged
 
@@ -136,24 +137,24 @@ def _parse_file(path: Path, where: str) -> tuple[dict[str, Any], Path]:
         with path.open("rb") as file:
             resolved, data = path.resolve(), file.read(_LARGEST + 1)
     except FileNotFoundError:
-        raise error(where, f"{path}: no such file") from None
+        raise config_error(where, f"{path}: no such file") from None
     except IsADirectoryError:
-        raise error(where, f"{path} is a folder; wanted a TOML file") from None
+        raise config_error(where, f"{path} is a folder; wanted a TOML file") from None
     except (OSError, RuntimeError, ValueError) as e:  # unreadable, a circle of links, a NUL
-        raise error(where, f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        raise config_error(where, f"{path} cannot be read: {reason(e)}") from None
     if len(data) > _LARGEST:  # a device without end, or weights in place of the recipe
-        raise error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
+        raise config_error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
     try:
         text = data.decode("utf-8-sig")
         if found := _LONG_KEY.search(text):
             line = text.count("\n", 0, found.start()) + 1
-            raise error(str(path), f"line {line}: a key of over 100 parts; wanted table.key")
+            raise config_error(str(path), f"line {line}: a key of over 100 parts; wanted table.key")
         return tomllib.loads(text), resolved
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise error(str(path), f"not UTF-8 text (byte {e.start}, line {line})") from None
+        raise config_error(str(path), f"not UTF-8 text (byte {e.start}, line {line})") from None
     except (ValueError, RecursionError) as e:
-        raise error(str(path), f"not valid TOML: {e}") from None
+        raise config_error(str(path), f"not valid TOML: {e}") from None
 
 
 def _check_document(file: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -166,18 +167,22 @@ def _check_document(file: str, document: dict[str, Any]) -> dict[str, Any]:
         if table not in TABLES:
             raise _unknown_at_top(file, table, values)
         if not isinstance(values, dict):
-            raise error(f"{file}: {table}", f"{show(values)} is not a table; write [{table}]")
+            raise config_error(
+                f"{file}: {table}", f"{show(values)} is not a table; write [{table}]"
+            )
         for key, value in values.items():
             where, name = f"{file}: [{table}] {key}", f"{table}.{key}"
             if name == "job.config_file":
-                raise error(where, 'only for the command line; a parent is base = "other.toml"')
+                raise config_error(
+                    where, 'only for the command line; a parent is base = "other.toml"'
+                )
             if name in LISTS:
                 found[name] = check_rows(f"{file}: {name}", name, value)
             elif name in OPTIONS:
                 found[name] = check_value(where, name, value)
             else:
                 guesses = [g.removeprefix(f"{table}.") for g in nearest(table, key)]
-                raise error(where, "unknown key; " + did_you_mean(guesses, keys_of(table)))
+                raise config_error(where, "unknown key; " + did_you_mean(guesses, keys_of(table)))
     return found
 
 
@@ -185,10 +190,12 @@ def _unknown_at_top(file: str, name: str, value: Any) -> Exception:
     """The error for a table that does not exist, or for a key outside of any table."""
     if isinstance(value, dict):
         guesses = difflib.get_close_matches(name, TABLES, n=1)
-        return error(f"{file}: [{name}]", "unknown table; " + did_you_mean(guesses, list(TABLES)))
+        return config_error(
+            f"{file}: [{name}]", "unknown table; " + did_you_mean(guesses, list(TABLES))
+        )
     guesses = difflib.get_close_matches(name, ["base"], n=1) or nearest("", name)
     hint = did_you_mean(guesses, ["base"])
-    return error(f"{file}: {name}", f"unknown key outside of any table; {hint}")
+    return config_error(f"{file}: {name}", f"unknown key outside of any table; {hint}")
 
 
 def read_arguments(argv: Sequence[str]) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def read_arguments(argv: Sequence[str]) -> dict[str, Any]:
     while rest:
         token = rest.popleft()
         if not token.startswith("--"):
-            raise error(show(token), "not an option; options are written --table.key value")
+            raise config_error(show(token), "not an option; options are written --table.key value")
         name, equals, text = token[2:].partition("=")
         name = name.replace("-", "_")
         negated = name.replace(".no_", ".", 1)
@@ -212,7 +219,7 @@ def read_arguments(argv: Sequence[str]) -> dict[str, Any]:
         if name not in OPTIONS and name not in LISTS:
             guesses = [f"--{guess}" for guess in nearest(*name.rpartition(".")[::2])]
             hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help lists them all"
-            raise error(f"--{name}", f"unknown option; {hint}")
+            raise config_error(f"--{name}", f"unknown option; {hint}")
         if not equals:
             if rest and not rest[0].startswith("--"):
                 text = rest.popleft()
@@ -220,7 +227,7 @@ def read_arguments(argv: Sequence[str]) -> dict[str, Any]:
                 text = "True"
             else:
                 kind = wanted(name) if name in OPTIONS else "a TOML array of tables"
-                raise error(f"--{name}", f"has no value; wanted {kind}")
+                raise config_error(f"--{name}", f"has no value; wanted {kind}")
         if name in LISTS:
             given[name] = check_rows(f"--{name}", name, _array_from_text(name, text))
         else:
@@ -235,7 +242,7 @@ def _array_from_text(name: str, text: str) -> Any:
         if len(document) == 1:
             return document["list"]
     wish = "wanted '[{key = value, ...}, ...]'"
-    raise error(f"--{name}", f"{show(text)} is not a TOML array of tables; {wish}")
+    raise config_error(f"--{name}", f"{show(text)} is not a TOML array of tables; {wish}")
 
 
 def _from_text(name: str, text: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from opd_titan.distributed.agreement import StopRequest
     from opd_titan.distributed.lifeline import Lifeline
     from opd_titan.distributed.world import World
-    from opd_titan.observability.progress import Bar
 
 RECIPE = "config.resolved.toml"
 
@@ -148,27 +146,28 @@ def evaluate(config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> int:
     from opd_titan.evaluation_results import claim_folder, table, write_results
     from opd_titan.prepare import join_world
     from opd_titan.validate import build_validator, prompt_options
+    from opd_titan.watch import Watch
 
     world = join_world(config)
     with together():
         subject = find_subject(config)
         decode = partial(subject.tokenizer.decode, skip_special_tokens=True)
         options = prompt_options(config, subject.tokenizer)
-        validator = build_validator(config, options, [], decode, world.dp)
+        validator = build_validator(config, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
         check_lengths([subject.source], validator.prompts, new_tokens, "validation")
-    folder = claim_folder(config, subject.name)
+    folder, watch = claim_folder(config, subject.name), Watch(stop, lifeline, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
-    lifeline.enter(f"the loading of {subject.name}")
+    watch.enter(f"the loading of {subject.name}")
     stop.check()
     dtype = compute_dtype(config, world.device)
     model = _load(subject, world, config, dtype)
     weights, generator = build_generator(subject.source, model, world, config, dtype)
     set_timeout(config.comm.train_timeout_seconds, world.device)
     lifeline.limit = config.comm.train_timeout_seconds
-    lifeline.enter(f"the evaluation of {subject.name}")
+    watch.enter(f"the evaluation of {subject.name}")
     weights.sync()
-    measured = validator.measure(generator, subject.name, _watch(stop, lifeline, world))
+    measured = validator.measure(generator, subject.name, watch.on_tokens)
     with met_by_all():
         if dist.get_rank() == 0:
             write_results(folder, config, subject, dtype, measured, decode)
@@ -189,22 +188,6 @@ def _load(subject: Subject, world: World, config: JobConfig, dtype: Any) -> Any:
     load_weights(subject.checkpoint, model)
     model.assert_tied()
     return model
-
-
-def _watch(
-    stop: StopRequest, lifeline: Lifeline, world: World
-) -> Callable[[Bar], Callable[[int], None]]:
-    """While tokens are sampled: the bar moves, the lifeline hears of it, a signal is looked for."""
-
-    def watch(bar: Bar) -> Callable[[int], None]:
-        def sampled(tokens: int) -> None:
-            bar.update(tokens)
-            lifeline.beat()
-            stop.listen(world.tp, world.device)
-
-        return sampled
-
-    return watch
 
 
 if __name__ == "__main__":

@@ -436,8 +436,8 @@ def field_docs() -> dict[str, str]:
 
 def test_few_options_each_with_a_docstring() -> None:
     # About 80: objectives needed four more (baseline, beta, top_k, reward_power), faults three
-    # (allow_changes, max_skipped_updates, keep_rollouts), evaluation three (grader, model, folder),
-    # the six of a [[validation.sets]], and watchdog.action.
+    # (allow_changes, max_skipped_updates, keep_rollouts), evaluation three (grader, model, folder)
+    # and the six of a [[validation.sets]].
     assert len(VALUES) <= 100
     docs = field_docs()
     assert set(docs) == {*VALUES, *LISTS}

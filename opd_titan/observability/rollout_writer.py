@@ -86,8 +86,7 @@ def write_rollouts(
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for sample in ordered:
-            file.write(json_line(_row(step, sample, decode, grade)))
+        file.writelines(json_line(_row(step, sample, decode, grade)) for sample in ordered)
     os.replace(part, path)
     return path
 

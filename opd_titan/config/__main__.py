@@ -1,21 +1,25 @@
 """`python -m opd_titan.config --job.config_file X [--table.key value ...]`: print the resolved
-config as TOML."""
+config as TOML. With `--markdown` alone: docs/configuration.md."""
 
 from __future__ import annotations
 
 import sys
 
 from opd_titan.config import ConfigError, load_config, to_toml
+from opd_titan.config.reference import markdown
 
 
 def main() -> int:
-    try:
-        config = load_config(sys.argv[1:])
-    except ConfigError as e:
-        print(e, file=sys.stderr)
-        return 2
+    if sys.argv[1:] == ["--markdown"]:
+        text = markdown()
+    else:
+        try:
+            text = to_toml(load_config(sys.argv[1:]))
+        except ConfigError as e:
+            print(e, file=sys.stderr)
+            return 2
     sys.stdout.reconfigure(encoding="utf-8")  # TOML is UTF-8 whatever the locale
-    print(to_toml(config), end="")
+    print(text, end="")
     return 0
 
 

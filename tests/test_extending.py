@@ -1,0 +1,135 @@
+"""The examples of docs/extending.md, run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_vocabulary import random_logits, rows_of
+
+from opd_titan.data import sources
+from opd_titan.data.grading import grade
+from opd_titan.data.prompts import build_prompts
+from opd_titan.distill import objectives
+from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
+from opd_titan.errors import DataError
+from opd_titan.models import ModelFamily
+
+
+@pytest.fixture(scope="module")
+def page(repo: Path) -> str:
+    return (repo / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def example(page: str, heading: str, module: Any) -> dict[str, Any]:
+    """What the section's Python blocks define, as lines of `module` would."""
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert blocks
+    names = dict(vars(module))
+    for block in blocks:
+        exec(compile("from __future__ import annotations\n" + block, heading, "exec"), names)
+    return names
+
+
+# ---------------------------------------------------------------- a data set
+
+
+@pytest.fixture
+def arc(page: str) -> Iterator[None]:
+    known = dict(sources.DATASETS)
+    example(page, "A new data set", sources)
+    yield
+    sources.DATASETS.clear()
+    sources.DATASETS.update(known)
+
+
+def prompts(path: Path, tokenizer: Any, *rows: dict[str, Any]) -> list[Any]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_prompts(
+        dataset="arc",
+        path=str(path),
+        split="train",
+        template="raw",
+        enable_thinking=False,
+        max_prompt_tokens=1000,
+        tokenizer=tokenizer,
+        keep_responses=False,
+    ).prompts
+
+
+ROW = {
+    "question": "Which is a metal?",
+    "choices": {"label": ["A", "B"], "text": ["wood", "iron"]},
+    "answerKey": "B",
+}
+
+
+def test_the_data_set_gives_prompts_that_can_be_graded(arc, tiny, tmp_path) -> None:
+    (prompt,) = prompts(tmp_path / "train.jsonl", tiny, ROW)
+    assert prompt.text.splitlines()[:3] == ["Which is a metal?", "A. wood", "B. iron"]
+    assert prompt.text.endswith("\\boxed{}.") and prompt.response is None
+    assert grade("Iron is one. \\boxed{B}", prompt.answer)
+    assert not grade("Wood: \\boxed{A}", prompt.answer)
+
+
+@pytest.mark.parametrize(
+    "change", [{"choices": {"label": ["A"], "text": ["wood", "iron"]}}, {"answerKey": " "}]
+)
+def test_its_mistakes_name_file_and_line(arc, tiny, tmp_path, change) -> None:
+    with pytest.raises(DataError) as caught:
+        prompts(tmp_path / "train.jsonl", tiny, ROW, ROW | change)
+    (field,) = change
+    assert "train.jsonl, line 2" in str(caught.value) and field in str(caught.value)
+
+
+# ---------------------------------------------------------------- an objective
+
+
+@pytest.fixture
+def total_variation(page: str) -> Iterator[Objective]:
+    example(page, "A new objective", objectives)
+    yield OBJECTIVES.pop("total_variation")
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.4])
+def test_the_objective_and_its_derivative_are_those_of_the_plain_formula(
+    total_variation: Objective, coef: float
+) -> None:
+    student_CV, teacher_CV, reference_CV = (random_logits(50, 17, seed) for seed in range(3))
+    student_CV.requires_grad_()
+    s_CV, t_CV, r_CV = (x.log_softmax(1) for x in (student_CV, teacher_CV, reference_CV))
+    plain_C = 0.5 * (s_CV.exp() - t_CV.exp()).abs().sum(1)
+    plain_C = plain_C + coef * (s_CV.exp() * (s_CV - r_CV)).sum(1)
+    (truth_CV,) = torch.autograd.grad(plain_C.sum(), student_CV)
+    settings = ObjectiveSettings(reference_coef=coef)
+    assert total_variation.needs_vocabulary(settings)
+    found = total_variation(rows_of(student_CV, teacher_CV, reference_CV), settings)
+    torch.testing.assert_close(found.loss_C, plain_C.detach())
+    torch.testing.assert_close(found.dlogits_Cv, truth_CV)
+
+
+def test_it_is_bounded_and_nothing_moves_a_student_that_is_the_teacher(
+    total_variation: Objective,
+) -> None:
+    same_CV, other_CV = random_logits(50, 17, 0, scale=20.0), random_logits(50, 17, 1, scale=20.0)
+    far = total_variation(rows_of(same_CV, other_CV), ObjectiveSettings())
+    assert 0.5 < far.loss_C.max() <= 1.0
+    near = total_variation(rows_of(same_CV, same_CV.clone()), ObjectiveSettings())
+    assert near.loss_C.abs().max() == 0.0 and near.dlogits_Cv.abs().max() == 0.0
+
+
+# ---------------------------------------------------------------- a model family
+
+
+def test_the_table_has_every_field_of_a_family(page: str) -> None:
+    section = page.split("\n## A new model family\n")[1]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
+        f.name for f in fields(ModelFamily)
+    ]

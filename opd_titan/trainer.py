@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
-from opd_titan.errors import StorageError
+from opd_titan.errors import Fault, StorageError
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
@@ -140,6 +141,9 @@ class Trainer:
             self._run_steps()
         except Stopped:
             stopped = True
+        except Fault:  # of all ranks: what is being written is good, and may be the only one
+            self.checkpointer.wait()
+            raise
         return self._finish(stopped)
 
     def _start_recording(self) -> None:
@@ -308,8 +312,8 @@ class Trainer:
             with self._phase("validate"):
                 if self.teacher is not None:
                     self._measure_teacher()
-                self._validate()
-            self.recorder.record_pauses(0)
+                found = self._validate()
+            self.recorder.record_pauses(0, found)
         state = self.job.saved_state
         if state is not None and state["pauses_due"]:
             self.after_step()
@@ -328,11 +332,11 @@ class Trainer:
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
         self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
-        self.recorder.metrics.log(self.step, scalars)
+        return scalars
 
     def _report_compiling(self) -> None:
         """Graphs are made in the first steps; whoever sees more of them later knows why it lags."""
@@ -352,22 +356,32 @@ class Trainer:
         def due(interval: int) -> bool:
             return last or (interval > 0 and self.step % interval == 0)
 
+        found: dict[str, float] = {}
         if self.validator is not None and due(c.validation.interval):
             with self._phase("validate"):
-                self._validate()
+                found = self._validate()
         self.checkpointer.poll()
         # First the export: a run that is killed in between makes it again on its way here.
         if due(c.export.interval):
-            self._export()
+            self._export(found)
         self.pauses_due = False
-        if c.checkpoint.enable and due(c.checkpoint.interval):
+
+        def record() -> None:
+            self.recorder.record_pauses(self.step, found)
+            found.clear()
+
+        # The checkpoint that a run went on from says what was due then: it is replaced by one that
+        # does not, or whoever resumes from it again would do and record it twice.
+        replaced = self.saved_at == self.step
+        if c.checkpoint.enable and (due(c.checkpoint.interval) or replaced):
             # Before it is published: a run that is killed after that would never say how long.
-            self._save(lambda: self.recorder.record_pauses(self.step))
-        self.recorder.record_pauses(self.step)
+            self._save(record)
+        record()
 
     def _finish(self, stopped: bool) -> int:
         saves = self.config.checkpoint.enable
-        if stopped and saves and self.step not in (0, self.saved_at):
+        # Not what `_save` tried: the storage may have failed then, and be well now.
+        if stopped and saves and self.step > 0 and self.checkpointer.secured() != self.step:
             self._save()
         self.recorder.metrics.close()
         if saves and self.saved_at:
@@ -452,7 +466,8 @@ class Trainer:
     def _export_folder(self) -> Path:
         return self.job.folder / "hf" / f"step-{self.step}"
 
-    def _export(self) -> None:
+    def _export(self, found: Mapping[str, float] = MappingProxyType({})) -> None:
+        """`found`: scalars of this step that are not recorded yet."""
         name, out, source = self.config.export.dtype, self._export_folder(), self.sources["student"]
         self.export_fault = None
         try:
@@ -463,7 +478,9 @@ class Trainer:
                     source_folder=source.folder,
                     key_table=source.key_table,
                     dtype=None if name == "auto" else getattr(torch, name),
-                    card=model_card(self.config, self.step, self.recorder.metrics.last),
+                    card=model_card(
+                        self.config, self.step, {**self.recorder.metrics.last, **found}
+                    ),
                 )
             self.exported_at = self.step
             logger.info("Export: %s", out)

@@ -26,6 +26,8 @@ if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [ "$NNODES" -gt 1 ] && command -v ip >/de
     choose_interface
 fi
 set_worker_environment
+# A job that was requeued goes on from its newest checkpoint, wherever it was first sent back to.
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --checkpoint.load_step -1
 # The static rendezvous: who hosts it follows from SLURM's node number. c10d compares its address
 # with those of the host and waits in vain where none is its own; it also orders ranks by name.
 exec "$PYTHON" -m opd_titan.launch --nnodes "$NNODES" --nproc-per-node "$NGPU" \

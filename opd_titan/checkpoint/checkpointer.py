@@ -192,7 +192,11 @@ class Checkpointer:
         self._secured = step
 
     def _state_dict(self) -> dict[str, Any]:
+        untouched = not self.optimizer.state
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        if untouched:  # DCP has made its state with an update of nothing, which counts as one
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _write(self, writer: Writer, state: dict[str, Any], train_state: str) -> None:

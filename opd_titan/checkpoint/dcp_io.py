@@ -64,7 +64,24 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+_BUILT = {
+    *(getattr(metadata, name) for name in _METADATA_CLASSES if not name.startswith("_")),
+    filesystem._StorageInfo,
+}
+
+
+# In Python, for its `load_build`: the C one calls no method for it.
+class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:
+        """Set an object's attributes: an instance's, or a pickle could change the class itself."""
+        if type(self.stack[-2]) not in _BUILT:
+            raise pickle.UnpicklingError("it changes what it has not made")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]

@@ -110,7 +110,7 @@ def _look_for(folder: Path, load_step: int) -> list[int]:
         have = ", ".join(map(str, complete)) or "none"
         raise CheckpointError(
             f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
-            f"complete steps: {have}"
+            f"complete steps: {have}; to go on with a run, -1 takes the newest intact one"
         )
     if load_step > 0:
         return [load_step]
@@ -161,8 +161,8 @@ def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
     run's checkpoints out.
 
     Args:
-        suffix: "old" for what a run replaces that was sent back; the last such takes the place of
-            one before. "damaged" for what is not whole; there, a name that is taken gets a number.
+        suffix: "old" for what a run replaces that was sent back, "damaged" for what is not whole.
+            A name that is taken gets a number: nobody but people delete what was set aside.
 
     Returns:
         The steps that were set aside.
@@ -172,10 +172,7 @@ def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
         if dist.get_rank() == 0:
             later = [[n for n in _steps(folder) if n > after]]
             for n in later[0]:
-                target = folder / f"step-{n}.{suffix}"
-                if suffix == "old":
-                    shutil.rmtree(target, ignore_errors=True)
-                (folder / f"step-{n}").rename(_free_name(target))
+                (folder / f"step-{n}").rename(_free_name(folder / f"step-{n}.{suffix}"))
     dist.broadcast_object_list(later)
     return later[0]
 

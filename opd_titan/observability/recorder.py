@@ -111,9 +111,13 @@ class Recorder:
             self._write_rollouts(step, samples, mine)
         return scalars
 
-    def record_pauses(self, step: int) -> None:
-        """Record the time of what came after a step, or at the start, while no step ran."""
-        self.metrics.log(step, phase_scalars(self.clock.pop(), {}, {}, {}))
+    def record_pauses(self, step: int, found: Mapping[str, float]) -> None:
+        """Record what came after a step, or at the start, while no step ran.
+
+        Args:
+            found: scalars besides its times.
+        """
+        self.metrics.log(step, {**found, **phase_scalars(self.clock.pop(), {}, {}, {})})
 
     def _work_scalars(
         self, samples: Sequence[Sample], sampled: Sequence[Sample], decode_forwards: int

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from opd_titan.build import common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
+from opd_titan.checkpoint.publish import link_latest
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.data.prompts import response_token_ids
@@ -474,8 +475,11 @@ class Trainer:
                     source_folder=source.folder,
                     key_table=source.key_table,
                     dtype=None if name == "auto" else getattr(torch, name),
+                    edits=source.edits,
                     card=model_card(self.config, self.step, self.recorder.metrics.last),
                 )
+            if dist.get_rank() == 0:
+                link_latest(out)
             logger.info("Export: %s", out)
         except StorageError as error:
             # The next one may fit, and the checkpoint holds the weights; the last one has to.

@@ -25,6 +25,10 @@ _MEMORY = {
     "A100-SXM4-80GB": 79.2,
     "A100-SXM4-40GB": 39.4,
     "B200": 178.4,
+    "L40S": 44.4,
+    "GeForce RTX 5090": 31.4,
+    "GeForce RTX 4090": 23.6,
+    "L4": 22.0,
 }
 # GiB that a run on a CPU holds before its first step beyond the libraries themselves: tokenizer,
 # rows, kernels made at run time. Debug recipe, torch 2.13: 0.45 in all, of them 0.38 libraries.

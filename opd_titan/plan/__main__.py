@@ -41,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
-def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def make_parser() -> argparse.ArgumentParser:
+    """The cluster's options; what is not among them is the recipe's."""
     parser = _Parser(prog="plan", description=DESCRIPTION, allow_abbrev=False)
     number = _positive
     parser.add_argument(
@@ -63,7 +64,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--prompt-tokens", type=_count, help="default: data.max_prompt_tokens")
     parser.add_argument("--response-tokens", type=_count, help="default: rollout.max_new_tokens")
-    return parser.parse_known_args(argv)
+    return parser
 
 
 def _count(text: str) -> int:
@@ -89,7 +90,7 @@ def _counts(text: str) -> list[int]:
 def main(argv: list[str]) -> int:
     """Print the plan. Returns 0 if the recipe fits on every cluster, 1 if not, 2 on bad input."""
     try:
-        options, rest = _arguments(argv)
+        options, rest = make_parser().parse_known_args(argv)
         config = load_config(rest)
         return _plan(config, options)
     except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, l
 from opd_titan.data.types import Prompt
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
-from opd_titan.hub import hub_in_reach, looks_like_hub_id
 from opd_titan.models import ModelFamily, get_family
 from opd_titan.models.transforms import apply_compile
 
@@ -85,7 +83,7 @@ def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
     Raises:
         ModelError: in one line, what is wrong with it.
     """
-    folder = _find_folder(hf_path, f"{role}.hf_path")
+    folder = resolve_model_folder(hf_path, f"{role}.hf_path")
     where = str(folder / "config.json")
     with _odd_values_named(where):
         config = read_hf_config(folder)
@@ -94,21 +92,6 @@ def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
         family.rank_args(args, tensor_parallel, where)
         _check_plausible(args, where)
     return ModelShape(role, folder, family, args)
-
-
-def _find_folder(hf_path: str, key: str) -> Path:
-    if os.path.isdir(os.path.expanduser(hf_path)) or not looks_like_hub_id(hf_path):
-        return resolve_model_folder(hf_path, key)
-    with hub_in_reach() as trouble:
-        try:
-            return resolve_model_folder(hf_path, key)
-        except ModelError as error:
-            if not trouble:
-                raise
-            raise ModelError(
-                f"{key} = {hf_path!r} is no local folder, nor downloaded before, and {trouble}; "
-                "download it and give its folder"
-            ) from error
 
 
 def _check_plausible(args: Any, where: str) -> None:

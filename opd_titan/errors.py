@@ -1,7 +1,7 @@
-"""Errors that a user can cause and mend.
+"""Errors that are told in one line: what a user can mend, and faults of the machine.
 
-`train.main` prints a `UserError` as a single line on stderr and exits with code 2. Anything else is
-a bug or a fault and exits with code 1; a bug keeps its traceback.
+`train.main` prints them on stderr and exits with code 2 for a `UserError`, 1 for a `Fault`.
+Anything else is a bug, keeps its traceback and exits with code 1.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _LONGEST = 1000
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
 
 
-class UserError(Exception):
-    """The user's input is wrong. The message names the key or file and says what would be right.
+class OneLineError(Exception):
+    """What is said to the user in one line, without a traceback.
 
     Whatever names and values it quotes, the message is one printable line of bounded length, and
     shows no user name and password of a URL.
@@ -22,6 +22,10 @@ class UserError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(_one_line(without_credentials(str(message))))
+
+
+class UserError(OneLineError):
+    """The user's input is wrong. The message names the key or file and says what would be right."""
 
 
 class ConfigError(UserError):
@@ -40,8 +44,8 @@ class CheckpointError(UserError):
     """A training checkpoint cannot be read, or does not belong to this run."""
 
 
-class Fault(Exception):
-    """The run cannot go on, for a reason that is known: one line on stderr and exit code 1."""
+class Fault(OneLineError):
+    """The run cannot go on, for a reason that is known: exit code 1."""
 
 
 class StorageError(Fault):
@@ -65,3 +69,8 @@ def first_line(error: BaseException) -> str:
     message = without_credentials(str(error))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Why, in the operating system's words where it has some; without the file's name."""
+    return getattr(error, "strerror", None) or first_line(error)

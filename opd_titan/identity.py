@@ -33,16 +33,16 @@ def job_identity(
     return found
 
 
-def differences(saved: Identity, now: Identity) -> list[str]:
-    """Each key that differs, with what it was and what it is."""
+def differences(saved: Identity, now: Identity) -> dict[str, str]:
+    """By key that differs: what it was and what it is, in words."""
     nothing = _entry("", "nothing")
-    found = []
+    found = {}
     for key in {**saved, **now}:
         was, is_now = saved.get(key, nothing), now.get(key, nothing)
         if was["id"] != is_now["id"]:
             named = f"{key} was {was['name']} and is {is_now['name']}"
             same_name = was["name"] == is_now["name"]
-            found.append(f"{key} {was['name']} has another content" if same_name else named)
+            found[key] = f"{key} {was['name']} has another content" if same_name else named
     return found
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,18 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
-from opd_titan.checkpoint.checkpointer import agree_on_step, inspect_checkpoint, open_folder
+from opd_titan.checkpoint.checkpointer import inspect_checkpoint
+from opd_titan.checkpoint.faults import refusing
+from opd_titan.checkpoint.publish import clear_leftovers
+from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
+from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
 from opd_titan.distributed.world import World, build_world, init_world
-from opd_titan.errors import CheckpointError, ConfigError
+from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
 from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
@@ -40,6 +43,7 @@ class PreparedJob:
         sources: the models by role.
         identity: what makes it this job and no other.
         resumed_at: the step to go on from, 0 for a new run.
+        why: that step, in words.
         saved_state: what its checkpoint says besides tensors; None for a new run.
     """
 
@@ -53,8 +57,9 @@ class PreparedJob:
     validator: Validator | None
     total_steps: int
     identity: Identity
-    resumed_at: int
-    saved_state: dict[str, Any] | None
+    resumed_at: int = 0
+    why: str = ""
+    saved_state: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -69,27 +74,46 @@ def prepare(config: JobConfig) -> PreparedJob:
     """Join the world, check models, data and checkpoint, then open the dump folder.
 
     Raises:
-        UserError: in one line, what is wrong. Nothing has been written yet.
+        UserError: in one line, what is wrong. Nothing has been written yet, unless the dump folder
+            itself is at fault: then what could be written there has been.
     """
     world = _join_world(config)
     with together():
-        found = _inspect(config, world)
-    resumed_at, saved_state = _find_checkpoint(config, found)
-    job = PreparedJob(
-        config=config,
-        world=world,
-        dtype=compute_dtype(config, world.device),
-        resumed_at=resumed_at,
-        saved_state=saved_state,
-        **found,
-    )
+        job = _inspect(config, world)
+        if config.watchdog.action == "stop":
+            for text in _at_odds(job):
+                raise ModelError(f"watchdog.action is stop: {text}")
+    job = _find_checkpoint(job)
     _open_folder(job)
     _say_what_was_found(job)
     return job
 
 
-def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
-    """Models, tokenizers and data, all but the weights: the fields of the job that they make."""
+def sent_back(job: PreparedJob, good: int) -> PreparedJob:
+    """The job as if it were resumed from its newest intact checkpoint up to step `good`.
+
+    Raises:
+        Fault: there is none.
+    """
+    folder = job.folder / "checkpoint"
+    try:
+        step = agree_on_step(folder, -1, at_most=good)
+    except CheckpointError as error:
+        raise Fault(f"watchdog: rollback: {error}") from error
+    if step is None:
+        raise Fault(
+            f"watchdog: rollback: no checkpoint in {folder} is from before the sign (step {good} "
+            f"or earlier); lower checkpoint.interval, or raise checkpoint.keep_latest_k"
+        )
+    with torch.device("meta"):
+        shapes = job.sources["student"].build()
+    state = inspect_checkpoint(folder, step, shapes)
+    job.loader.load_state_dict(state["loader"])
+    return replace(job, resumed_at=step, why="watchdog.action is rollback", saved_state=state)
+
+
+def _inspect(config: JobConfig, world: World) -> PreparedJob:
+    """Models, tokenizers and data, all but the weights. The job as if it were new."""
     sources = inspect_models(config)
     tokenizer = sources["student"].tokenizer
     decode = partial(tokenizer.decode, skip_special_tokens=True)
@@ -109,20 +133,40 @@ def _inspect(config: JobConfig, world: World) -> dict[str, Any]:
         shuffle=config.data.shuffle,
     )
     check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
-    validator = None
+    identity, validator = job_identity(config, sources, prompts), None
     if config.validation.enable:
-        validator = build_validator(config, options, prompts, decode, world.dp)
+        teacher = None
+        if "teacher" in sources:
+            # Where it stops is not in its weights, but shows in its accuracy.
+            stops_at = sorted(sources["teacher"].eos_ids)
+            teacher = f"{identity['teacher.hf_path']['id']} {stops_at}"
+        validator = build_validator(config, options, prompts, decode, world.dp, teacher)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
-    return {
-        "sources": sources,
-        "decode": decode,
-        "prompt_set": prompt_set,
-        "loader": loader,
-        "validator": validator,
-        "total_steps": config.training.epochs * loader.batches_per_epoch or config.training.steps,
-        "identity": job_identity(config, sources, prompts),
-    }
+    return PreparedJob(
+        config=config,
+        world=world,
+        dtype=compute_dtype(config, world.device),
+        sources=sources,
+        decode=decode,
+        prompt_set=prompt_set,
+        loader=loader,
+        validator=validator,
+        total_steps=config.training.epochs * loader.batches_per_epoch or config.training.steps,
+        identity=identity,
+    )
+
+
+def _at_odds(job: PreparedJob) -> Iterator[str]:
+    """Where student and teacher were trained on other forms of prompts and responses."""
+    if "teacher" not in job.sources or job.config.watchdog.action == "off":
+        return
+    student, teacher = job.sources["student"], job.sources["teacher"]
+    texts = [eos_warning(student.eos_ids, teacher.eos_ids, job.tokenizer)]
+    data = job.config.data
+    if data.template == "chat":
+        texts.append(template_warning(job.tokenizer, teacher.tokenizer, data.enable_thinking))
+    yield from filter(None, texts)
 
 
 def _join_world(config: JobConfig) -> World:
@@ -149,41 +193,43 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
         )
 
 
-def _find_checkpoint(config: JobConfig, found: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
+def _find_checkpoint(job: PreparedJob) -> PreparedJob:
     """Which step to go on from, and whether this recipe can; the loader is moved there."""
-    c, folder = config.checkpoint, Path(config.job.dump_folder) / "checkpoint"
+    c, folder = job.config.checkpoint, job.folder / "checkpoint"
     step = agree_on_step(folder, c.load_step if c.enable else 0)
     if step is None:
-        return 0, None
+        why = "no complete checkpoint" if c.enable else "checkpoint.enable is false"
+        return replace(job, why="checkpoint.load_step is 0" if c.load_step == 0 else why)
     with together():
         with torch.device("meta"):
-            shapes = found["sources"]["student"].build()
+            shapes = job.sources["student"].build()
         state = inspect_checkpoint(folder, step, shapes)
-        _check_same_job(folder / f"step-{step}", state, found, c.allow_changes)
-    return step, state
+        _check_same_job(folder / f"step-{step}", state, job)
+    why = "the newest complete checkpoint" if c.load_step < 0 else "checkpoint.load_step"
+    return replace(job, resumed_at=step, why=why, saved_state=state)
 
 
-def _check_same_job(
-    path: Path, state: dict[str, Any], found: dict[str, Any], allow_changes: bool
-) -> None:
+def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None:
     """Refuse another job's checkpoint, or say what differs; move the loader."""
-    if "identity" not in state:
+    allow_changes = job.config.checkpoint.allow_changes
+    if "watchdog" not in state:  # the newest of its keys
         raise CheckpointError(
             f"{path}: was made by an earlier version of this program; choose another "
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
-    differ = differences(state["identity"], found["identity"])
+    differ = differences(state["identity"], job.identity)
+    told = "; ".join(differ.values())
     if differ and not allow_changes:
         raise CheckpointError(
-            f"{path}: is another job's: {'; '.join(differ)}; set that back, choose another "
-            f"job.dump_folder, or go on with --checkpoint.allow_changes"
+            f"{path}: is another job's: {told}; set that back, choose another job.dump_folder, or "
+            f"go on with --checkpoint.allow_changes"
         )
     if differ:
-        logger.warning("%s was another job's (checkpoint.allow_changes): %s", path, differ)
+        logger.warning("%s was another job's (checkpoint.allow_changes): %s", path, told)
     try:
-        if any(text.startswith("data.path") for text in differ):
+        if "data.path" in differ:
             raise CheckpointError("the data are others")
-        found["loader"].load_state_dict(state["loader"])
+        job.loader.load_state_dict(state["loader"])
     except CheckpointError as error:
         if not allow_changes:
             raise
@@ -193,26 +239,32 @@ def _check_same_job(
 def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
-    with together(), _refusing(job.folder):
+    with together(), refusing(job.folder):
+        if dist.get_rank() == 0:
+            _warn_of_others_files(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         init_logging(job.folder, dist.get_rank())
         if dist.get_rank() == 0:
             (job.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+            clear_leftovers(job.folder / "hf")
     if job.config.checkpoint.enable:
         open_folder(job.folder / "checkpoint")
     if job.config.job.print_config:
         logger.info("Resolved config:\n%s", resolved)
 
 
-@contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a "
-            f"folder that can"
-        ) from error
+def _warn_of_others_files(folder: Path) -> None:
+    """Every run of ours writes config.resolved.toml before anything else into its folder."""
+    if (folder / "config.resolved.toml").exists() or complete_steps(folder / "checkpoint"):
+        return
+    found = [n for n in ("checkpoint", "rollouts", "hf") if any((folder / n).glob("*"))]
+    if found:
+        logger.warning(
+            "[job] dump_folder: %s has %s, but no run of this program wrote there before: files of "
+            "the same names will be replaced; another folder keeps them",
+            folder,
+            " and ".join(f"{name}/" for name in found),
+        )
 
 
 def _say_what_was_found(job: PreparedJob) -> None:
@@ -234,8 +286,5 @@ def _say_what_was_found(job: PreparedJob) -> None:
     logger.info("World: %s processes on %s: %s", mesh.size(), job.world.device.type, axes)
     if job.validator is not None:
         job.validator.warn_if_not_held_out()
-    if "teacher" in job.sources:
-        eos_ids = (job.sources[role].eos_ids for role in ("student", "teacher"))
-        warning = eos_warning(*eos_ids, job.tokenizer)
-        if warning:
-            logger.warning("%s", warning)
+    for warning in _at_odds(job):
+        logger.warning("%s", warning)

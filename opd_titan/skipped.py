@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
+from opd_titan.data.types import Sample
 from opd_titan.distill.update import UpdateResult
-from opd_titan.errors import Fault
+from opd_titan.errors import Fault, reason
 from opd_titan.observability.rollout_writer import write_rollouts
 
 logger = logging.getLogger("opd_titan")
 
-_DUMPS = 20  # of one run; what more of them would show is the same
+_DUMPS = 20  # of one rank; what more of them would show is the same
 
 
 class SkippedUpdates:
@@ -29,7 +31,7 @@ class SkippedUpdates:
     def __init__(self, config: JobConfig, decode: Callable[[list[int]], str]) -> None:
         self.most, self.decode = config.training.max_skipped_updates, decode
         self.folder = Path(config.job.dump_folder) / "nonfinite"
-        self.in_a_row = self._dumps = 0
+        self.in_a_row = 0
 
     def look_at(self, step: int, result: UpdateResult) -> None:
         """Take in a step's updates. All ranks call.
@@ -42,24 +44,34 @@ class SkippedUpdates:
         skipped = result.made.count(False)
         if not skipped:
             return
-        self._dumps += 1
-        if result.suspects and self._dumps <= _DUMPS:
-            folder = self.folder / f"rank-{dist.get_rank()}"
-            try:
-                write_rollouts(folder, step, result.suspects, self.decode, grade)
-            except OSError as error:
-                logger.error("Storage: %s not written: %s", folder, error.strerror)
+        written = torch.tensor(int(self._dump(step, result.suspects)))
+        dist.all_reduce(written)
         logger.warning(
             "Step %s: %s of %s updates skipped: the loss or the gradient is not finite; the batch "
-            "is in %s",
+            "%s",
             step,
             skipped,
             len(result.made),
-            self.folder,
+            f"is in {self.folder}" if written else "was not written",
         )
         if self.in_a_row > self.most:
             raise Fault(
                 f"step {step}: {self.in_a_row} updates in a row had a loss or a gradient that is "
-                f"not finite (training.max_skipped_updates = {self.most}); what caused it is in "
-                f"{self.folder}; the last checkpoint is good"
+                f"not finite (training.max_skipped_updates = {self.most}); what was written "
+                f"of them is in {self.folder}; the last checkpoint is good"
             )
+
+    def _dump(self, step: int, suspects: Sequence[Sample]) -> bool:
+        """Whether this rank has written its samples: not without any, and not beyond the limit."""
+        if not suspects:
+            return False
+        folder = self.folder / f"rank-{dist.get_rank()}"
+        try:
+            # Counted where they lie: a run that is started again and again must end somewhere.
+            others = {path.name for path in folder.glob("step-*.jsonl")} - {f"step-{step}.jsonl"}
+            if len(others) < _DUMPS:
+                write_rollouts(folder, step, suspects, self.decode, grade)
+            return len(others) < _DUMPS
+        except OSError as error:
+            logger.error("Storage: %s not written: %s", folder, reason(error))
+            return False

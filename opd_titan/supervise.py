@@ -10,7 +10,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
-from opd_titan.errors import Fault, UserError, first_line
+from opd_titan.errors import Fault, OneLineError, first_line
 from opd_titan.trainer import Trainer
 
 logger = logging.getLogger("opd_titan")
@@ -32,7 +32,7 @@ def run(config: JobConfig) -> int:
     except Stopped:
         logger.warning("Stopped by signal %s before the first step; start again", stop.signal)
         return 75
-    except (UserError, Fault):
+    except OneLineError:
         raise
     except Exception as error:
         logger.debug("Failed in %s", lifeline.place, exc_info=True)

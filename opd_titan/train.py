@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from opd_titan.config import load_config
-from opd_titan.errors import Fault, UserError
+from opd_titan.errors import Fault, OneLineError, UserError
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _tell(error: UserError | Fault) -> None:
+def _tell(error: OneLineError) -> None:
     """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is None:

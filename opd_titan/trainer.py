@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from opd_titan.build import common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.publish import link_latest
+from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
 from opd_titan.data.prompts import response_token_ids
@@ -36,13 +36,15 @@ from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
+from opd_titan.observability.watchdog import Watchdog
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
-from opd_titan.prepare import prepare
+from opd_titan.prepare import prepare, sent_back
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.skipped import SkippedUpdates
+from opd_titan.watch import Watch
 
 logger = logging.getLogger("opd_titan")
 
@@ -51,9 +53,10 @@ class Trainer:
     """One distillation job. The constructor checks everything before it loads any weight."""
 
     def __init__(self, config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> None:
-        self.config, self.stop, self.lifeline = config, stop, lifeline
+        self.config, self.stop = config, stop
         self.job = prepare(config)
         self.world, self.device = self.job.world, self.job.world.device
+        self.watch = Watch(stop, lifeline, self.world)
         self.sources, self.validator = self.job.sources, self.job.validator
         self.total_steps = self.job.total_steps
         self.on_policy = config.rollout.on_policy_fraction > 0.0
@@ -61,7 +64,9 @@ class Trainer:
         self._build_rules()
         self.step = self.graphs = 0
         self.skipped = SkippedUpdates(config, self.job.decode)
+        self.watchdog = Watchdog(config, self.job.dtype)
         self.saved_at = self.job.resumed_at
+        self.exported_at = 0
         self.export_fault: StorageError | None = None
         self.pauses_due = False  # what comes after the last step has not been done
 
@@ -87,7 +92,7 @@ class Trainer:
         source = self.sources.get(role)
         if source is None:
             return None
-        self.lifeline.enter(f"the loading of the {role}")
+        self.watch.enter(f"the loading of the {role}")
         self.stop.check()
         start = time.perf_counter()
         model = load_model(source, self.world, self.config, self.job.dtype)
@@ -135,11 +140,13 @@ class Trainer:
     def train(self) -> int:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
         self._resume()
+        if self.job.saved_state is not None:
+            self.watchdog.load_state_dict(self.job.saved_state["watchdog"])
         self._set_aside_newer()
         self._start_recording()
         # Loading is over; from here on a rank may lag as long as a rollout takes.
         set_timeout(self.config.comm.train_timeout_seconds, self.device)
-        self.lifeline.limit = self.config.comm.train_timeout_seconds
+        self.watch.lifeline.limit = self.config.comm.train_timeout_seconds
         stopped = False
         try:
             self._before_first_step()
@@ -174,12 +181,15 @@ class Trainer:
             start_step=self.step,
         ) as profiler:
             while self.step < self.total_steps:
-                self.train_step()
-                self.after_step()
+                good = self.train_step()
+                if good is None:
+                    self.after_step()
+                else:
+                    self._go_back(good)
                 profiler.step()
 
-    def train_step(self) -> None:
-        """One step: prompts, rollout, scores, update.
+    def train_step(self) -> int | None:
+        """One step: prompts, rollout, scores, update. Where the watchdog sends it back to, if so.
 
         Raises:
             Stopped: on a signal, before the weights were touched: the step has not been begun.
@@ -192,8 +202,11 @@ class Trainer:
             self.step -= 1
             self.job.loader.load_state_dict(place)
             raise
-        self.recorder.record(self.step, samples, result.scalars, **asdict(self.generator.stats))
+        scalars = self.recorder.record(
+            self.step, samples, result.scalars, **asdict(self.generator.stats)
+        )
         self.skipped.look_at(self.step, result)
+        return self.watchdog.look_at(self.step, scalars)
 
     def _sample_and_learn(self) -> tuple[list[Sample], UpdateResult]:
         phase = self._phase
@@ -220,7 +233,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.lifeline.enter(f"phase {name} of step {self.step}")
+        self.watch.enter(f"phase {name} of step {self.step}")
         with self.recorder.clock.phase(name):
             yield
 
@@ -231,7 +244,7 @@ class Trainer:
         sampled, given = divide(prompts, r.on_policy_fraction, stream)
         most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
-            on_tokens = self._on_tokens(bar)
+            on_tokens = self.watch.on_tokens(bar)
             samples = sample_responses(
                 self.generator, sampled, r.group_size, self.sampling, stream, dp, on_tokens
             )
@@ -265,7 +278,7 @@ class Trainer:
                 plan,
                 self.rule.dist.untruncated,
                 self.world,
-                self._on_sequences(bar),
+                self.watch.on_sequences(bar),
                 whole,
             )
         for sample, values in scored:
@@ -273,12 +286,12 @@ class Trainer:
 
     def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""
-        rate = learning_rate(self.step, self.total_steps, self.config)
+        rate = self.watchdog.slowdown * learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         frozen = self.scored if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
             # Once the weights have moved, the step has to be done to its end.
-            on_sequences = self._on_sequences(bar, stops=len(plan[0].microbatches))
+            on_sequences = self.watch.on_sequences(bar, stops=len(plan[0].microbatches))
             result = update(
                 self.student, self.optimizer, plan, self.rule, self.world, on_sequences, frozen
             )
@@ -288,28 +301,6 @@ class Trainer:
     def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:
         sequences = sum(len(m) for minibatch in plan for m in minibatch.microbatches)
         return progress(sequences, f"step {self.step} {phase}", "seq", rank=dist.get_rank())
-
-    # Inside long phases: the bar moves, the lifeline hears of it, and a signal is looked for.
-
-    def _on_tokens(self, bar: Bar) -> Callable[[int], None]:
-        def sampled(tokens: int) -> None:
-            bar.update(tokens)
-            self.lifeline.beat()
-            self.stop.listen(self.world.tp, self.device)
-
-        return sampled
-
-    def _on_sequences(self, bar: Bar, stops: int | None = None) -> Callable[[int], None]:
-        """`stops`: so many calls look for a signal; None: all."""
-        calls = count(1)
-
-        def done(sequences: int) -> None:
-            bar.update(sequences)
-            self.lifeline.beat()
-            if stops is None or next(calls) <= stops:
-                self.stop.check()
-
-        return done
 
     # ----------------------------------------------------- before, after, end
 
@@ -335,8 +326,10 @@ class Trainer:
         state = self.job.saved_state
         if state is not None and state["pauses_due"]:
             self.after_step()
-        elif self.step == self.total_steps and not is_exported(self._export_folder()):
-            self._export()
+        elif self.step == self.total_steps:
+            # What is there may be of another run, which this one was sent back from.
+            if self.exported_at != self.step or not is_exported(self._export_folder()):
+                self._export()
 
     def _measure_teacher(self) -> None:
         # Two copies at once would be the peak of the whole run.
@@ -344,13 +337,13 @@ class Trainer:
         self.generator.release()
         weights, generator = self._generator("teacher", self.teacher)
         weights.sync()
-        self.validator.measure_teacher(generator, self._on_tokens)
+        self.validator.measure_teacher(generator, self.watch.on_tokens)
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> None:
         self.weights.sync()
-        scalars = self.validator.measure_student(self.generator, self.step, self._on_tokens)
+        scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
         self.recorder.metrics.log(self.step, scalars)
 
@@ -412,21 +405,18 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go to where the run starts, and say why there."""
-        c = self.config.checkpoint
         if self.job.saved_state is None:
-            reason = "checkpoint.enable is false" if not c.enable else "no complete checkpoint"
-            reason = "checkpoint.load_step is 0" if c.load_step == 0 else reason
-            logger.info("Starting at step 1: %s in %s", reason, self.checkpointer.folder)
+            logger.info("Starting at step 1: %s in %s", self.job.why, self.checkpointer.folder)
             return
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
         self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]
-        why = "the newest complete checkpoint" if c.load_step == -1 else "checkpoint.load_step"
+        self.exported_at = self.job.saved_state["exported_at"]
         logger.info(
             "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
             self.checkpointer.folder,
             self.step,
-            why,
+            self.job.why,
             self.step + 1,
         )
         if self.validator is not None:
@@ -438,20 +428,31 @@ class Trainer:
         if not c.enable:
             return
         suffix = "damaged" if c.load_step < 0 else "old"
-        later = self.checkpointer.set_aside_after(self.job.resumed_at, suffix)
+        later = set_aside(self.checkpointer.folder, self.job.resumed_at, suffix)
         if later:
             names = ", ".join(f"step-{n}" for n in later)
             logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
 
+    def _go_back(self, good: int) -> None:
+        """The watchdog's rollback: on from a checkpoint of step `good` or before, as if resumed."""
+        self.checkpointer.wait()
+        self.job = sent_back(self.job, good)
+        self.recorder.metrics.close()
+        self._resume()
+        set_aside(self.checkpointer.folder, self.step, "old")
+        self._start_recording()
+        self.watchdog.send_back(self.job.saved_state["watchdog"])
+
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {
-            "step": self.step,
             "identity": self.job.identity,
             "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),
             "loader": self.job.loader.state_dict(),
             "pauses_due": self.pauses_due,
+            "exported_at": self.exported_at,
             "skipped_in_a_row": self.skipped.in_a_row,
+            "watchdog": self.watchdog.state_dict(),
         }
         with ExitStack() as phase:
             phase.enter_context(self._phase("checkpoint"))
@@ -480,6 +481,7 @@ class Trainer:
                 )
             if dist.get_rank() == 0:
                 link_latest(out)
+            self.exported_at = self.step
             logger.info("Export: %s", out)
         except StorageError as error:
             # The next one may fit, and the checkpoint holds the weights; the last one has to.

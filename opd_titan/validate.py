@@ -24,7 +24,7 @@ from opd_titan.rollout.rollout import sample_responses
 logger = logging.getLogger("opd_titan")
 
 # From a progress bar to what a rollout calls with the tokens just sampled.
-Watch = Callable[[Bar], Callable[[int], None]]
+OnTokens = Callable[[Bar], Callable[[int], None]]
 
 
 def _only_the_bar(bar: Bar) -> Callable[[int], None]:
@@ -49,7 +49,7 @@ class Validator:
     Args:
         prompts: each with an answer.
         seed: of the sampling, when it is not greedy.
-        teacher: what tells this job's teacher from another.
+        teacher: what tells this job's teacher from another; None: it has none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Validator:
         seed: int,
         decode: Callable[[list[int]], str],
         dp: Axis,
-        teacher: Any = None,
+        teacher: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.prompts, self.samples_per_prompt, self.params = prompts, samples_per_prompt, params
@@ -101,14 +101,14 @@ class Validator:
             **asdict(self.params),
         }
 
-    def measure_teacher(self, generator: Generator, watch: Watch = _only_the_bar) -> None:
-        self.baselines.teacher, _ = self._measure(generator, "teacher", watch)
+    def measure_teacher(self, generator: Generator, on_tokens: OnTokens = _only_the_bar) -> None:
+        self.baselines.teacher, _ = self._measure(generator, "teacher", on_tokens)
 
     def measure_student(
-        self, generator: Generator, step: int, watch: Watch = _only_the_bar
+        self, generator: Generator, step: int, on_tokens: OnTokens = _only_the_bar
     ) -> dict[str, float]:
         """`validation/*` scalars of the student as it is now; step 0 sets the start."""
-        accuracy, tokens = self._measure(generator, "student", watch)
+        accuracy, tokens = self._measure(generator, "student", on_tokens)
         if step == 0:
             self.baselines.start = accuracy
         scalars = {"validation/accuracy": accuracy, "validation/response_tokens_mean": tokens}
@@ -123,7 +123,7 @@ class Validator:
         logger.info("%s", text)
         return scalars
 
-    def _measure(self, generator: Generator, name: str, watch: Watch) -> tuple[float, float]:
+    def _measure(self, generator: Generator, name: str, on_tokens: OnTokens) -> tuple[float, float]:
         """Accuracy over prompts and samples, and mean response tokens. The same on all ranks."""
         mine = len(self.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
         most = mine * self.params.max_new_tokens
@@ -135,7 +135,7 @@ class Validator:
                 self.params,
                 (self.seed, VALIDATION_STREAM),
                 self.dp,
-                watch(bar),
+                on_tokens(bar),
             )
         correct = sum(bool(grade(self.decode(s.response_ids), s.prompt.answer)) for s in samples)
         tokens = sum(len(s.response_ids) for s in samples)
@@ -158,8 +158,12 @@ def build_validator(
     training_prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
     dp: Axis,
+    teacher: str | None,
 ) -> Validator:
     """The validator that `[validation]` asks for.
+
+    Args:
+        teacher: what tells this job's teacher from another; None: it has none.
 
     Raises:
         DataError: the set cannot be read, or has prompts without an answer.
@@ -181,7 +185,6 @@ def build_validator(
             f"validation.enable = false"
         )
     params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
-    teacher = {"hf_path": c.teacher.hf_path, "random_init": c.teacher.random_init}
     validator = Validator(
         held_out.prompts, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher
     )

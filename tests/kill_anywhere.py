@@ -38,7 +38,7 @@ import phase_reporter  # noqa: E402
 from same_run import differences  # noqa: E402
 from tiny_world import World, make_world  # noqa: E402
 
-from opd_titan.checkpoint.checkpointer import complete_steps  # noqa: E402
+from opd_titan.checkpoint.steps import complete_steps  # noqa: E402
 
 PATIENCE = 300.0  # seconds for one start
 TAG = "OPD_TEST_JOB"

@@ -312,11 +312,11 @@ TABLE |= {
         data("a.jsonl", LINE + '{"question": 1e999, "answer": "#### 1"}\n'),
         ["a.jsonl, line 2: a number too large for 64 bits"],
     ),
-    "deep data": (data("a.jsonl", DEEP), ["a.jsonl", "nested more than 64 levels deep"]),
+    "deep data": (data("a.jsonl", DEEP), ["a.jsonl", "nested more than 63 levels deep"]),
     "deep row": (
         data("a.jsonl", LINE + '{"question": "a", "answer": "#### 1", "x": ' + "[" * 30_000
              + "]" * 30_000 + "}\n"),
-        ["a.jsonl, line 2: nested more than 64 levels deep"],
+        ["a.jsonl, line 2: nested more than 63 levels deep"],
     ),
     "no parquet": (data("a.parquet", "PAR1 not really"), ["a.parquet cannot be read: "]),
     "truncated parquet": (
@@ -412,7 +412,15 @@ TABLE |= {
         ["config.json: n_layers is 1000000000000; wanted at most 1000"],
     ),
     "a width beyond any": (config(intermediate_size=2**62), ["ffn_dim is ", "at most 1048576"]),
-    "an endless epsilon": (config(rms_norm_eps=float("inf")), ["config.json: norm_eps is inf"]),
+    "an endless epsilon": (
+        config(rms_norm_eps=float("inf")),
+        ["config.json: rms_norm_eps is inf; expected a positive, finite float"],
+    ),
+    "an epsilon of nothing": (config(rms_norm_eps=0.0), ["config.json: rms_norm_eps is 0.0; exp"]),
+    "a theta that is no number": (
+        config(rope_theta=float("nan"), rope_parameters=None),
+        ["config.json: rope_theta is nan; expected a positive, finite float"],
+    ),
     "no weights": (model(without("model.safetensors")), ["model.safetensors", "has neither"]),
     "weights of a pickle": (
         model(lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")),

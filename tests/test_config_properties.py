@@ -60,6 +60,8 @@ def configs(draw) -> JobConfig:
         c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
     c.reference.coef *= not sft
     d = c.distill
+    if d.objective not in checks.EXTRAPOLATES:
+        c.reference.coef = abs(c.reference.coef)
     if d.objective != "policy_gradient":
         d.baseline, d.reward_power = "none", 0.0
         c.rollout.top_p, c.rollout.top_k = 1.0, 0

@@ -14,6 +14,7 @@ import pytest
 from tiny_tokenizer import one_line, tiny_tokenizer
 
 from opd_titan.config.checks import OPTIONS
+from opd_titan.data.files import MAX_DEPTH
 from opd_titan.data.loading import load_rows
 from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
 from opd_titan.data.sources import DATASETS, Record, dataset
@@ -388,6 +389,20 @@ def test_bad_files_name_the_place(tiny, tmp_path, capfd, name, content, dataset,
         build(tiny, dataset, tmp_path / name)
     one_line(error, r"^data\.path: ", re.escape(name), says)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("form", ["{}", "{}\n", "[{}]", "[{}]\n", "[\n{}\n]\n", "[{}, {}]"])
+def test_a_row_may_be_so_deep_and_no_deeper_in_every_form_of_file(tiny, tmp_path, form) -> None:
+    def read(levels: int) -> int:
+        inner = levels - 1
+        row = json.dumps({**GOOD, "x": 0}).replace("0}", "[" * inner + "]" * inner + "}")
+        (tmp_path / "a.json").write_text(form.replace("{}", row))
+        return len(build(tiny, "gsm8k", tmp_path / "a.json").prompts)
+
+    assert read(MAX_DEPTH) == form.count("{}")
+    with pytest.raises(DataError) as error:
+        read(MAX_DEPTH + 1)
+    one_line(error, "a.json", "nested more than 63 levels deep")
 
 
 def test_bad_rows_of_parquet_and_saved_sets_name_the_row(tiny, tmp_path) -> None:

@@ -90,7 +90,7 @@ def test_old_rollouts_go_and_nothing_else(tmp_path: Path) -> None:
     put(tmp_path, *others, *files(1, 2, 3, 7))
     (tmp_path / "rollouts" / "step-0.jsonl").mkdir()
     others.add("step-0.jsonl")
-    old = OldRollouts(tmp_path, 2)
+    old = OldRollouts(tmp_path / "rollouts", 2)
     put(tmp_path, *files(5))
     old.delete(5)  # the first one of a run clears all that is too old; a later step's file stays
     assert names(tmp_path) == others | files(5, 7)
@@ -104,9 +104,9 @@ def test_old_rollouts_go_and_nothing_else(tmp_path: Path) -> None:
 
 def test_keeping_none_back_and_all(tmp_path: Path) -> None:
     put(tmp_path, *files(1, 2, 3))
-    OldRollouts(tmp_path, 0).delete(3)
+    OldRollouts(tmp_path / "rollouts", 0).delete(3)
     assert names(tmp_path) == files(1, 2, 3)
-    OldRollouts(tmp_path, 1).delete(3)
+    OldRollouts(tmp_path / "rollouts", 1).delete(3)
     assert names(tmp_path) == files(3)
     OldRollouts(tmp_path / "none", 1).delete(3)  # a folder that somebody took away
     assert names(tmp_path) == files(3)
@@ -120,7 +120,7 @@ def test_only_a_runs_first_step_reads_the_folder(
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", lambda *args: scans.append(args) or scan(*args))
     put(tmp_path, *files(*range(1, 9)))
-    old = OldRollouts(tmp_path, 3)
+    old = OldRollouts(tmp_path / "rollouts", 3)
     for step in range(1, 9):
         old.delete(step)
     assert len(scans) == 1 and names(tmp_path) == files(6, 7, 8)

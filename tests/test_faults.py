@@ -21,14 +21,14 @@ from tiny_world import (
     assert_same_run,
     make_world,
     read_log,
-    read_rollouts,
+    read_rows,
     read_scalars,
     read_weights,
     train,
     train_on,
 )
 
-from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.distributed.agreement import SIGNALS, Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 
@@ -191,7 +191,7 @@ def test_one_ranks_nan_skips_the_update_on_both(world: World) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(second[name], third[name]) for name in first)
     assert [p.name for p in (out / "nonfinite").iterdir()] == ["rank-1"]
-    ((step, (row,)),) = read_rollouts(out / "nonfinite" / "rank-1").items()
+    ((step, (row,)),) = read_rows(out / "nonfinite" / "rank-1").items()
     assert step == 2 and row["teacher_logprobs"][0] is None
     for rank in (0, 1):
         assert "1 of 1 updates skipped" in read_log(out, rank)

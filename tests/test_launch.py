@@ -25,7 +25,7 @@ from tiny_world import (
     write_rows,
 )
 
-from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.steps import complete_steps
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 # From the ground up. A module imports from lower floors and from its own, never from above.
 FLOORS = (
     "errors",
+    "paths",
     "hub",
     "config",
     "distributed",

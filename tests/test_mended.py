@@ -34,7 +34,7 @@ from tiny_world import (
 )
 from transformers import AutoTokenizer
 
-from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.data.grading import extract_answer
 
 NO_VALIDATION = ["--validation.enable", "False"]
@@ -166,9 +166,13 @@ def test_no_gap_later_either(world: World, validated: tuple[Path, list[Any]]) ->
         assert list(read_scalars(world.folder / "later")[gap]) == [0, 1, 2], gap
 
 
-def test_how_often_is_validated_may_change(world: World, validated: tuple[Path, list[Any]]) -> None:
+def test_where_things_lie_and_how_often_is_validated_may_change(
+    world: World, validated: tuple[Path, list[Any]]
+) -> None:
     shutil.copy(world.folder / "own-end.jsonl", world.folder / "moved.jsonl")
+    shutil.copytree(world.folder / "own-end", world.folder / "moved")
     options = ["--validation.interval", 3, "--validation.path", world.folder / "moved.jsonl"]
+    options += ["--teacher.hf_path", world.folder / "moved"]
     assert "changed since" not in go_on(world, validated, "interval", *options)
     for gap in GAPS:
         assert list(read_scalars(world.folder / "interval")[gap]) == [0, 1, 2, 3], gap

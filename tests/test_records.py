@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
 import string
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_student import one_process_group
 
+from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.update import UpdateResult
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.rollout_writer import repetition, write_rollouts
+from opd_titan.skipped import SkippedUpdates
 
 # ---- rollouts ----
 
@@ -44,7 +49,7 @@ def read_rollouts(path: Path) -> list[dict]:
 def test_rollouts_have_exactly_the_designs_keys(tmp_path):
     scored = make_sample(7, 0, teacher_logprobs=[-0.25, -2.0], advantages=[0.25, -0.75])
     ungraded = make_sample(3, 1, answer=None)
-    path = write_rollouts(tmp_path, 12, [scored, ungraded], decode, grade, -1)
+    path = write_rollouts(tmp_path / "rollouts", 12, [scored, ungraded], decode, grade)
     assert path == tmp_path / "rollouts" / "step-12.jsonl"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     rows = read_rollouts(path)
@@ -69,17 +74,11 @@ def test_rollouts_have_exactly_the_designs_keys(tmp_path):
     assert "caf\u00e9" in path.read_text(encoding="utf-8")
 
 
-def test_rollout_limit_counts_by_prompt_then_sample(tmp_path):
+def test_rollouts_are_ordered_by_prompt_then_sample(tmp_path):
     samples = [make_sample(i, j) for j in (1, 0) for i in (9, 2)]
-
-    def written(limit: int) -> list[tuple[int, int]]:
-        rows = read_rollouts(write_rollouts(tmp_path, 1, samples, decode, grade, limit))
-        return [(row["prompt_index"], row["sample_index"]) for row in rows]
-
-    assert written(-1) == [(9, 0), (9, 1), (2, 0), (2, 1)]
-    assert written(3) == [(9, 0), (9, 1), (2, 0)]
-    assert write_rollouts(tmp_path / "none", 1, samples, decode, grade, 0) is None
-    assert not (tmp_path / "none").exists()
+    rows = read_rollouts(write_rollouts(tmp_path, 1, samples, decode, grade))
+    found = [(row["prompt_index"], row["sample_index"]) for row in rows]
+    assert found == [(9, 0), (9, 1), (2, 0), (2, 1)]
 
 
 def test_rollouts_are_valid_json_whatever_the_values(tmp_path):
@@ -87,7 +86,7 @@ def test_rollouts_are_valid_json_whatever_the_values(tmp_path):
     third = torch.tensor(-1 / 3).item()
     sample = make_sample(1, 0, student_logprobs=numbers, teacher_logprobs=[third, -0.0])
     strange = 'a\u2028b\x85c\u2029d\ud83de\r\n\x00"\\\U0001f600'
-    path = write_rollouts(tmp_path, 1, [sample], lambda ids: strange, grade, -1)
+    path = write_rollouts(tmp_path, 1, [sample], lambda ids: strange, grade)
     raw = path.read_bytes().decode("utf-8")
     assert len(raw.splitlines()) == 1
 
@@ -110,6 +109,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_rollouts(tmp_path, 1, [make_sample(2, 0)], decode, broken)
     assert path.read_bytes() == before
+
+
+def test_what_is_said_of_a_skipped_update_is_true(tmp_path, monkeypatch, caplog):
+    config = JobConfig()
+    config.job.dump_folder, config.training.max_skipped_updates = str(tmp_path), 100
+    result = UpdateResult({}, [True, False], [make_sample(1, 0)])
+    logger = logging.getLogger("opd_titan")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    with one_process_group():
+        for start in (1, 8, 15):  # a run that is started again does a few steps once more
+            skipped = SkippedUpdates(config, decode)
+            for step in range(start, start + 8):
+                skipped.look_at(step, result)
+        (tmp_path / "nonfinite" / "rank-0").rename(tmp_path / "moved")
+        (tmp_path / "nonfinite" / "rank-0").write_text("")
+        skipped.look_at(23, result)
+    assert len(list((tmp_path / "moved").iterdir())) == 20
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert all("1 of 2 updates skipped" in w for w in warnings) and len(warnings) == 25
+    assert [w.endswith("batch was not written") for w in warnings] == [False] * 22 + [True] * 3
+    assert all(w.endswith(f"batch is in {tmp_path}/nonfinite") for w in warnings[:22])
 
 
 def test_repetition_orders_texts():

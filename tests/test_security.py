@@ -30,6 +30,7 @@ from test_data import own_datasets_cache  # noqa: F401  leaves the user's own ca
 from tiny_world import REPO, World, make_sums, make_world, train
 
 import opd_titan.trainer
+from opd_titan.errors import Fault, OneLineError, StorageError, UserError
 
 SECRET = "MARKER-7f3a"
 load_model = opd_titan.trainer.load_model  # before `no_weights` takes its place
@@ -367,6 +368,13 @@ def test_a_password_in_a_url_is_not_repeated(
     ):
         line = refused(argv, capfd, world.folder)
         assert_no_secret(line)
+
+
+@pytest.mark.parametrize("kind", [UserError, Fault, StorageError])
+def test_what_is_told_is_one_line_that_fits(kind: type[OneLineError]) -> None:
+    text = str(kind(f"https://me:{SECRET}@host/x\n\x1b[31m cannot be read: {'y' * 5000}"))
+    assert_no_secret(text)
+    assert text.isprintable() and len(text) <= 1000 and "https://***@host/x" in text
 
 
 def test_no_secret_in_what_a_run_writes(

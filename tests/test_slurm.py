@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from tiny_world import REPO, TIMEOUT, read_log, read_rollouts, read_scalars, script
 
-from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.steps import complete_steps
 
 MULTINODE = REPO / "scripts" / "multinode.slurm"
 STEPS = 12

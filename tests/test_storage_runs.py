@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_world import World, assert_same_run, make_world, read_log, read_weights, train
 
-from opd_titan.checkpoint.checkpointer import complete_steps
 from opd_titan.checkpoint.manifest import describe, write_manifest
+from opd_titan.checkpoint.steps import complete_steps
 
 OPTIONS = ["--validation.interval", 0]
 
@@ -105,6 +106,7 @@ def test_what_storage_refuses_is_tried_again(
     log = read_log(out)
     assert log.count("ERROR Storage: checkpoint of step 2 not saved") == 1
     assert log.count("ERROR Storage: export ") == 2 and "Done" not in log
+    assert "has checkpoint/ and hf/, but no run of this program wrote there before" in log
     assert complete_steps(out / "checkpoint") == []
     # Now the export alone fails: the checkpoint is there, the exit code says that it is not all.
     for block in blocks[:2]:
@@ -120,6 +122,27 @@ def test_what_storage_refuses_is_tried_again(
         block.unlink()
     assert run(world, out.name, *options) == 0
     assert_same_run(whole, out, 4)
+    assert read_log(out).count("wrote there before") == 1
+
+
+def test_a_failed_export_is_made_again_where_an_older_run_left_one(
+    world: World, whole: Path
+) -> None:
+    out = copy_run(whole, "onto")
+    older = read_weights(whole, 4)
+    (out / "hf" / "step-9.tmp").mkdir()  # of a run that was killed
+    block = out / "hf" / "step-4.tmp"
+    block.write_text("")
+    options = ["--optimizer.lr", 1e-3]
+
+    def is_older() -> bool:
+        return all(torch.equal(older[name], now) for name, now in read_weights(out, 4).items())
+
+    assert run(world, out.name, *options, "--checkpoint.load_step", 0) == 1
+    assert is_older() and not (out / "hf" / "step-9.tmp").exists()
+    block.unlink()
+    assert run(world, out.name, *options) == 0
+    assert not is_older()
 
 
 def test_a_flipped_bit_in_a_students_weights_is_refused(

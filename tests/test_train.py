@@ -28,7 +28,7 @@ from tiny_world import (
     train_on,
 )
 
-from opd_titan.checkpoint.checkpointer import complete_steps
+from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.data.grading import grade
 
 ROW_KEYS = (

@@ -264,8 +264,13 @@ def _free_port() -> int:
 
 def read_rollouts(out: Path) -> dict[int, list[dict[str, Any]]]:
     """The rows of each step."""
+    return read_rows(out / "rollouts")
+
+
+def read_rows(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of each step in a folder of rollouts."""
     found = {}
-    for path in (out / "rollouts").iterdir():
+    for path in folder.iterdir():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         found[int(path.stem.removeprefix("step-"))] = rows
     return dict(sorted(found.items()))

@@ -31,20 +31,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from opd_titan.checkpoint.dcp_io import LoadPlanner, Reader, Writer, read_metadata
 from opd_titan.checkpoint.faults import met_by_all, naming
 from opd_titan.checkpoint.manifest import describe, write_manifest
-from opd_titan.checkpoint.publish import publish
-from opd_titan.checkpoint.steps import (
-    MANIFEST,
-    STATE,
-    agree_on_step,
-    complete_steps,
-    make_tmp,
-    open_folder,
-    prune,
-    set_aside,
-)
-from opd_titan.errors import CheckpointError, StorageError
-
-__all__ = ["Checkpointer", "agree_on_step", "complete_steps", "inspect_checkpoint", "open_folder"]
+from opd_titan.checkpoint.publish import publish, tmp_of
+from opd_titan.checkpoint.steps import MANIFEST, STATE, make_tmp, prune
+from opd_titan.errors import CheckpointError, StorageError, first_line
 
 logger = logging.getLogger("opd_titan")
 
@@ -89,22 +78,6 @@ class Checkpointer:
         self._pending: tuple[int, Future] | None = None
         self._secured: int | None = None
         self._fault: StorageError | None = None
-
-    def steps(self) -> list[int]:
-        """Complete checkpoints, oldest first."""
-        return complete_steps(self.folder)
-
-    def set_aside_after(self, step: int, suffix: str = "old") -> list[int]:
-        """Rename the checkpoints of later steps to `step-N.<suffix>`. All ranks call.
-
-        "old" for a run that goes back to `step`: what comes after it will be another run's, and
-        must neither be resumed from nor push this run's checkpoints out. "damaged" for a run that
-        found `step` to be the newest intact one.
-
-        Returns:
-            The steps that were set aside.
-        """
-        return set_aside(self.folder, step, suffix)
 
     def save(
         self, step: int, train_state: dict[str, Any], written: Callable[[], None] = lambda: None
@@ -172,8 +145,8 @@ class Checkpointer:
         if self.secured() != step:
             raise self._fault or StorageError(f"{self.folder}: step {step} was not saved")
 
-    def load(self, step: int) -> dict[str, Any]:
-        """Load weights and optimizer state in place; the JSON state is returned.
+    def load(self, step: int) -> None:
+        """Load weights and optimizer state in place; for the rest there is `inspect_checkpoint`.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another model.
@@ -184,7 +157,6 @@ class Checkpointer:
         settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         state = self._state_dict()
         with met_by_all(), _naming_what_is_wrong(path):
-            train_state = json.loads((path / STATE).read_text())
             _check_same_model(path, state)
         with _naming_what_is_wrong(path):
             dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
@@ -198,7 +170,6 @@ class Checkpointer:
             group.update(own)
         self._prune(step)  # the run that published it may have been killed before it could
         self._secured = step
-        return train_state
 
     def _state_dict(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
@@ -227,10 +198,9 @@ class Checkpointer:
 
     def _publish(self, step: int) -> None:
         """All ranks have written: rename, drop what is too old."""
-        final = self.folder / f"step-{step}"
         with met_by_all():
             if dist.get_rank() == 0:
-                publish(final.with_name(final.name + ".tmp"), final)
+                publish(self.folder / f"step-{step}")
         self._prune(step)
         self._secured, self._fault = step, None
 
@@ -246,7 +216,7 @@ class Checkpointer:
         except StorageError as error:
             with met_by_all():  # for every rank it is gone after this
                 if dist.get_rank() == 0:
-                    shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
+                    shutil.rmtree(tmp_of(self.folder / f"step-{step}"), ignore_errors=True)
             safe = "none is safe yet"
             if self._secured is not None:
                 safe = f"step {self._secured} is the newest that is safe"
@@ -272,10 +242,9 @@ def _naming_what_is_wrong(path: Path) -> Iterator[None]:
         cause: BaseException = error
         if isinstance(error, CheckpointException):
             cause = next(iter(error.failures.values()))[0]
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise CheckpointError(
-            f"{path}: cannot be read ({reason}); choose another step with "
-            f"checkpoint.load_step or another job.dump_folder"
+            f"{path}: cannot be read ({type(cause).__name__}: {first_line(cause)}); choose another "
+            f"step with checkpoint.load_step or another job.dump_folder"
         ) from error
 
 

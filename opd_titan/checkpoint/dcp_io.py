@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from opd_titan.checkpoint.faults import naming
-from opd_titan.errors import CheckpointError, first_line
+from opd_titan.errors import CheckpointError, first_line, reason
+from opd_titan.paths import is_plain_name
 
 METADATA = ".metadata"
 _METADATA_CLASSES = (
@@ -84,7 +85,7 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as file:
             found = _MetadataUnpickler(file).load()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
     except Exception as error:  # an unpickler on damaged bytes may raise almost anything
         raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
     if not isinstance(found, Metadata) or not _is_well_formed(found):
@@ -105,12 +106,9 @@ def _is_well_formed(found: Metadata) -> bool:
 
 def _is_well_placed(place: Any) -> bool:
     """Only files of the checkpoint's own folder, read as they are."""
-    if not isinstance(place, filesystem._StorageInfo) or type(place.relative_path) is not str:
-        return False
-    name = place.relative_path
     return (
-        name == Path(name).name
-        and name not in ("", ".", "..")
+        isinstance(place, filesystem._StorageInfo)
+        and is_plain_name(place.relative_path)
         and type(place.offset) is int
         and type(place.length) is int
         and not place.transform_descriptors

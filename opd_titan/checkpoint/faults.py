@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from opd_titan.distributed.agreement import together
-from opd_titan.errors import StorageError, first_line
+from opd_titan.errors import ConfigError, StorageError, reason
 
 # How the libraries in Rust spell an OSError.
 _OS_ERROR = re.compile(r"os error (\d+)")
@@ -30,7 +30,20 @@ def met_by_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StorageError(reason(error)) from error
+            file = f"{error.filename}: " if error.filename else ""
+            raise StorageError(file + reason(error)) from error
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Before the run begins, what cannot be written was the user's choice of a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a folder "
+            f"that can"
+        ) from error
 
 
 @contextmanager
@@ -42,13 +55,7 @@ def naming(path: Path | str) -> Iterator[None]:
         found = _os_error(error)
         if found is None:
             raise
-        raise OSError(found.errno, found.strerror, str(path)) from error
-
-
-def reason(error: OSError) -> str:
-    """`file: why`, in the operating system's own words."""
-    why = error.strerror or first_line(error)
-    return f"{error.filename}: {why}" if error.filename else why
+        raise OSError(found.errno, reason(found), str(path)) from error
 
 
 def _os_error(error: BaseException) -> OSError | None:

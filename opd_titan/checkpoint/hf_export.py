@@ -29,7 +29,7 @@ from opd_titan.checkpoint.hf_folder import (
 )
 from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
 from opd_titan.checkpoint.manifest import describe, write_manifest
-from opd_titan.checkpoint.publish import fresh_tmp, publish
+from opd_titan.checkpoint.publish import fresh_tmp, publish, tmp_of
 from opd_titan.errors import ModelError, StorageError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, transformers 4
@@ -66,7 +66,7 @@ def export_hf(
         StorageError: on all ranks; a file could not be written, or one of the source not read.
             Nothing of this export is left.
     """
-    native = native_tensors(model)
+    native, tmp = native_tensors(model), tmp_of(out)
     tensors = {hf: native[name] for hf, name in key_table.items()}
     try:
         with met_by_all(), _source_is_storage():
@@ -76,7 +76,6 @@ def export_hf(
         with met_by_all():
             if _writes():
                 fresh_tmp(out)
-        tmp = out.with_name(out.name + ".tmp")
         plan = _write_weights(tmp, tensors, dtypes, max_shard_bytes)
         with met_by_all():
             if _writes():
@@ -85,10 +84,10 @@ def export_hf(
                 _write_json(tmp / CONFIG, {**own, **edits.get(CONFIG, {})})
                 _copy_files(source_folder, tmp, edits)
                 _complete(tmp, plan)
-                publish(tmp, out)
+                publish(out)
     except StorageError as error:
         if _writes():
-            shutil.rmtree(out.with_name(out.name + ".tmp"), ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
         raise StorageError(f"export {out} not written: {error}") from error
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.errors import ModelError, first_line
-from opd_titan.hub import looks_like_hub_id
+from opd_titan.errors import ModelError, first_line, reason
+from opd_titan.hub import hub_in_reach, looks_like_hub_id
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -60,19 +60,22 @@ def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = _HUB_
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    try:
-        snapshot = snapshot_download(path_or_id, allow_patterns=files, ignore_patterns="*/*")
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{key} = {path_or_id!r} is no local folder and the hub has no such model (or it is "
-            "private: log in first)"
-        ) from error
-    except Exception as error:  # offline, no route, a gated model, a full disk: many classes
-        raise ModelError(
-            f"{key} = {path_or_id!r} is no local folder and the hub gives no such model here "
-            f"({type(error).__name__}: {first_line(error)}); download it and give its folder"
-        ) from error
-    return Path(snapshot)
+    with hub_in_reach() as trouble:
+        try:
+            return Path(snapshot_download(path_or_id, allow_patterns=files, ignore_patterns="*/*"))
+        except RepositoryNotFoundError as error:
+            raise ModelError(
+                f"{key} = {path_or_id!r} is no local folder and the hub has no such model (or it "
+                "is private: log in first)"
+            ) from error
+        except Exception as error:  # offline, a gated model, a full disk: many classes
+            said = f"{type(error).__name__}: {first_line(error)}"
+            why = f" and the hub gives no such model here ({said})"
+            if trouble:
+                why = f", nor downloaded before, and {trouble}"
+            raise ModelError(
+                f"{key} = {path_or_id!r} is no local folder{why}; download it and give its folder"
+            ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ModelError(f"{path}: cannot be read ({reason(error)})") from error
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
         raise ModelError(f"{path}: is not valid JSON ({first_line(error)})") from error
     if not isinstance(content, dict):

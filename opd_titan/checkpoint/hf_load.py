@@ -20,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from opd_titan.checkpoint.hf_folder import check_unchanged, read_json
 from opd_titan.errors import ModelError, first_line
+from opd_titan.paths import is_plain_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -193,8 +194,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: weight_map is missing or empty; expected tensor -> file")
     for name, shard in weight_map.items():
-        # Only files of this folder: an index is data and must not point anywhere else.
-        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
+        if not is_plain_name(shard):
             raise ModelError(
                 f"{path}: {name} is placed in {shard!r}; expected the name of a file beside it"
             )

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.faults import naming
+from opd_titan.errors import reason
+from opd_titan.paths import is_plain_name
 
 # Each piece of a file has its own checksum, so that any number of ranks and threads can share in
 # a large file; a rank of any world may have written it.
@@ -66,8 +68,10 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
             for name, entry in entries.items()
             for start, value in zip(range(0, entry["size"], step), entry["crc32"], strict=True)
         }
+    except FileNotFoundError:
+        return f"{path}: is missing"
     except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
+        return f"{path}: cannot be read ({reason(error)})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path}: is damaged, it is not a list of checksums"
     mine = sorted(wanted)[rank::world]
@@ -78,7 +82,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
                 return f"{path.parent / name}: {wrong}"
         found = _in_threads([(path.parent / name, start) for name, start in mine], step)
     except OSError as error:
-        return f"{error.filename}: cannot be read ({error.strerror})"
+        return f"{error.filename}: cannot be read ({reason(error)})"
     for (name, start), value in zip(mine, found, strict=True):
         if value != wanted[name, start]:
             return f"{path.parent / name}: its bytes are not those that were written (CRC-32)"
@@ -86,7 +90,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
 
 
 def _wrong_at_sight(folder: Path, name: str, size: int) -> str | None:
-    if name != Path(name).name or name in ("", ".", ".."):
+    if not is_plain_name(name):
         return "is no name of a file beside its manifest"
     path = folder / name
     if not path.exists():
@@ -119,5 +123,5 @@ def _crc32(path: Path, start: int, length: int) -> str:
                     break
                 value, left = zlib.crc32(buffer[:got], value), left - got
     except OSError as error:  # read() does not say of which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, reason(error), str(path)) from error
     return f"{value:08x}"

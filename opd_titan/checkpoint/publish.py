@@ -15,20 +15,25 @@ LATEST = "latest"
 _REPLACED = ".replaced"
 
 
-def fresh_tmp(final: Path) -> Path:
-    """An empty `<final>.tmp`; what a killed run left there is deleted."""
-    tmp = final.with_name(final.name + ".tmp")
+def tmp_of(final: Path) -> Path:
+    """Where `final` is until it is whole."""
+    return final.with_name(final.name + ".tmp")
+
+
+def fresh_tmp(final: Path) -> None:
+    """An empty `tmp_of(final)`; what a killed run left there is deleted."""
+    tmp = tmp_of(final)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    return tmp
 
 
-def publish(tmp: Path, final: Path) -> None:
-    """Put the finished `tmp` in the place of `final`, after its bytes are on the disk.
+def publish(final: Path) -> None:
+    """Put the finished `tmp_of(final)` in its place, after its bytes are on the disk.
 
     Raises:
         OSError: what was there is there still.
     """
+    tmp = tmp_of(final)
     for path in [*tmp.iterdir(), tmp]:
         _fsync(path)
     # A folder cannot be renamed onto a full one. Not ".old": checkpoints set aside are called so.
@@ -63,6 +68,15 @@ def restore_replaced(final: Path) -> None:
     replaced = final.with_name(final.name + _REPLACED)
     if replaced.exists() and not final.exists():
         replaced.rename(final)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Put right what a killed run left in a folder of steps: half-written, half-replaced ones."""
+    for replaced in folder.glob("step-*" + _REPLACED):
+        restore_replaced(replaced.with_suffix(""))
+        shutil.rmtree(replaced, ignore_errors=True)
+    for tmp in folder.glob("step-*.tmp"):
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -11,19 +11,16 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.dcp_io import METADATA, read_metadata
-from opd_titan.checkpoint.faults import met_by_all, reason
+from opd_titan.checkpoint.faults import met_by_all, refusing
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.checkpoint.publish import fresh_tmp, restore_replaced
-from opd_titan.errors import CheckpointError, StorageError
+from opd_titan.checkpoint.publish import clear_leftovers, fresh_tmp, restore_replaced, tmp_of
+from opd_titan.errors import CheckpointError, StorageError, reason
 
 logger = logging.getLogger("opd_titan")
 
@@ -45,19 +42,21 @@ def _steps(folder: Path) -> list[int]:
     return sorted({int(m.group(1)) for m in matches if m and m.group(1) == str(int(m.group(1)))})
 
 
-def agree_on_step(folder: Path, load_step: int) -> int | None:
+def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> int | None:
     """The step to resume from, the same on every rank. All ranks call.
 
     Args:
         load_step: -1 is the newest that is intact, past any that are not (a warning names them);
             0 is none.
+        at_most: pass later steps over.
 
     Raises:
         CheckpointError: the one that was asked for, or every one that is there, is damaged or
             absent; or the ranks do not see the same folder.
     """
     damaged: list[str] = []
-    for step in _candidates(folder, load_step):
+    candidates = _candidates(folder, load_step)
+    for step in [n for n in candidates if at_most is None or n <= at_most]:
         path = folder / f"step-{step}"
         damage = _agree_on_damage(path)
         if damage is None:
@@ -80,25 +79,30 @@ def agree_on_step(folder: Path, load_step: int) -> int | None:
 
 def _candidates(folder: Path, load_step: int) -> list[int]:
     """What to try, in this order. One rank looks: a file system may show two ranks two lists."""
-    found: list[Any] = [[], []]
+    found: list[Any] = [None]
     with met_by_all():
         if dist.get_rank() == 0:
-            try:
-                for replaced in folder.glob("step-*.replaced"):
-                    restore_replaced(replaced.with_suffix(""))
-                found = [_steps(folder), complete_steps(folder)]
-            except OSError as error:
-                raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
-            if load_step > 0 and load_step not in found[0]:
-                have = ", ".join(map(str, found[1])) or "none"
-                raise CheckpointError(
-                    f"checkpoint.load_step: {folder}/step-{load_step} is not a complete "
-                    f"checkpoint; complete steps: {have}"
-                )
+            found = [_look_for(folder, load_step)]
     dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _look_for(folder: Path, load_step: int) -> list[int]:
+    try:
+        for replaced in folder.glob("step-*.replaced"):
+            restore_replaced(replaced.with_suffix(""))
+        there, complete = _steps(folder), complete_steps(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({reason(error)})") from error
+    if load_step > 0 and load_step not in there:
+        have = ", ".join(map(str, complete)) or "none"
+        raise CheckpointError(
+            f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
+            f"complete steps: {have}"
+        )
     if load_step > 0:
         return [load_step]
-    return found[0][::-1] if load_step < 0 else []
+    return there[::-1] if load_step < 0 else []
 
 
 def _agree_on_damage(path: Path) -> str | None:
@@ -114,54 +118,23 @@ def _agree_on_damage(path: Path) -> str | None:
 def _damage(path: Path, rank: int, world: int) -> str | None:
     if not path.is_dir():
         return f"{path}: is not a folder"
-    try:
-        if (path / MANIFEST).exists():
-            damage = find_damage(path / MANIFEST, rank, world)
-        else:  # made before there were manifests, or copied in part
-            damage = _too_short(path)
-        if damage is None and not (path / STATE).is_file():
-            damage = f"{path / STATE}: is missing"
-        return damage
-    except CheckpointError as error:
-        return str(error)
-    except OSError as error:
-        return f"{error.filename or path}: cannot be read ({error.strerror})"
-
-
-def _too_short(path: Path) -> str | None:
-    """Without a manifest: whether every file reaches as far as DCP wrote into it."""
-    if not (path / METADATA).is_file():
-        return f"{path / METADATA}: is missing"
-    ends: dict[str, int] = {}
-    for place in read_metadata(path).storage_data.values():
-        ends[place.relative_path] = max(
-            ends.get(place.relative_path, 0), place.offset + place.length
-        )
-    for name, end in sorted(ends.items()):
-        file = path / name
-        if not file.is_file():
-            return f"{file}: is missing"
-        if file.stat().st_size < end:
-            return f"{file}: is truncated from at least {end} to {file.stat().st_size} bytes"
-    return None
+    return find_damage(path / MANIFEST, rank, world)
 
 
 def open_folder(folder: Path) -> None:
     """Make the checkpoints' folder, and clear what killed runs left half-written. All ranks call.
 
     Raises:
-        CheckpointError: a rank cannot write there, or the ranks do not share it; the first save,
-            hours later, would fail.
+        ConfigError, CheckpointError: a rank cannot write there, or the ranks do not share it; the
+            first save, hours later, would fail.
     """
     rank = dist.get_rank()
-    with met_by_all(), _refusing(folder):
+    with met_by_all(), refusing(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("step-*.tmp", "step-*.replaced"):
-                for left in folder.glob(pattern):
-                    shutil.rmtree(left, ignore_errors=True)
+            clear_leftovers(folder)
     _require_everywhere(folder)
-    with met_by_all(), _refusing(folder):
+    with met_by_all(), refusing(folder):
         probe = folder / f".writable-{rank}"
         try:
             probe.write_bytes(bytes(4096))
@@ -169,20 +142,11 @@ def open_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
-@contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """What cannot be written was the user's choice of a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"[job] dump_folder: {folder} cannot be written ({error.strerror}); choose a folder "
-            f"that can"
-        ) from error
-
-
 def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
     """Rename what is newer than step `after` to `step-N.<suffix>`. All ranks call.
+
+    What comes after `after` will be another run's: it must neither be resumed from nor push this
+    run's checkpoints out.
 
     Args:
         suffix: "old" for what a run replaces that was sent back; the last such takes the place of
@@ -218,7 +182,7 @@ def prune(folder: Path, newest: int, keep: int) -> None:
     Newer ones, if any, are of nobody knows whom: they neither count nor go.
     """
     for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
-        gone = folder / f"step-{old}.tmp"
+        gone = tmp_of(folder / f"step-{old}")
         try:
             shutil.rmtree(gone, ignore_errors=True)
             # First another name: killed half-way, it must not look whole.
@@ -239,15 +203,15 @@ def _require_everywhere(path: Path) -> None:
 
 
 def make_tmp(final: Path) -> Path:
-    """An empty `<final>.tmp` that every rank sees. All ranks call.
+    """An empty `tmp_of(final)` that every rank sees. All ranks call.
 
     Raises:
         StorageError: it cannot be made, or a rank does not see it.
     """
+    tmp = tmp_of(final)
     with met_by_all():
         if dist.get_rank() == 0:
             fresh_tmp(final)
-    tmp = final.with_name(final.name + ".tmp")
     with met_by_all():
         if not tmp.is_dir():
             raise StorageError(f"{tmp}: is not there on every rank")

@@ -82,7 +82,7 @@ SOURCES = (
 PATHS = ("job.dump_folder", *SOURCES)
 
 
-def error(where: str, what: str) -> ConfigError:
+def config_error(where: str, what: str) -> ConfigError:
     return ConfigError(f"{where}: {what}")
 
 
@@ -124,24 +124,24 @@ def check_value(where: str, name: str, value: Any) -> Any:
     """
     kind = OPTIONS[name]
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise error(where, f"{show(value)} does not fit in 64 bits; wanted {wanted(name)}")
+        raise config_error(where, f"{show(value)} does not fit in 64 bits; wanted {wanted(name)}")
     if kind is float and type(value) is int:
         value = float(value)
     choices = get_args(kind)
     if value not in choices if choices else type(value) is not kind:
-        raise error(where, f"{show(value)} is not {wanted(name)}")
+        raise config_error(where, f"{show(value)} is not {wanted(name)}")
     if kind is float and not math.isfinite(value):
-        raise error(where, f"{show(value)} is not finite; wanted {wanted(name)}")
+        raise config_error(where, f"{show(value)} is not finite; wanted {wanted(name)}")
     if kind is float and abs(value) > _LARGEST_FLOAT:
-        raise error(where, f"{show(value)} does not fit in 32 bits; wanted {wanted(name)}")
+        raise config_error(where, f"{show(value)} does not fit in 32 bits; wanted {wanted(name)}")
     for bound in bounds(name):
         compare, limit = bound.split()
         if not _COMPARE[compare](value, int(limit)):
-            raise error(where, f"{show(value)} is out of range; wanted {wanted(name)}")
+            raise config_error(where, f"{show(value)} is out of range; wanted {wanted(name)}")
     if name in NOT_EMPTY and not value:
-        raise error(where, "must not be empty")
+        raise config_error(where, "must not be empty")
     if problem := _text_problem(name, value) if kind is str else "":
-        raise error(where, problem)
+        raise config_error(where, problem)
     return value
 
 
@@ -186,7 +186,7 @@ def check_consistency(config: JobConfig) -> None:
     problems = (_model_problems, _objective_problems, _rollout_problems, _training_problems)
     for name, problem in (p for check in problems for p in check(config)):
         table, _, key = name.partition(".")
-        raise error(f"[{table}] {key}", problem)
+        raise config_error(f"[{table}] {key}", problem)
 
 
 def _model_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
@@ -320,3 +320,5 @@ def _training_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
             "checkpoint.load_step",
             f"{c.checkpoint.load_step} contradicts [checkpoint] enable = false; wanted true there",
         )
+    if c.watchdog.action == "rollback" and not c.checkpoint.enable:
+        yield "watchdog.action", "rollback needs checkpoints; wanted [checkpoint] enable = true"

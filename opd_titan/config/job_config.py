@@ -275,6 +275,14 @@ class Metrics:
 
 
 @dataclass
+class Watchdog:
+    action: Literal["off", "warn", "stop", "rollback"] = "warn"
+    """What to do about signs that the run goes wrong. warn: a line that names the sign, the likely
+    cause and the option to change. stop: that, and exit code 1. rollback: back to the newest
+    checkpoint from before the sign, and on with half the learning rate; at most three times."""
+
+
+@dataclass
 class Profiling:
     enable: bool = False
     """Write torch profiler traces to the dump folder."""
@@ -314,5 +322,6 @@ class JobConfig:
     export: Export = field(default_factory=Export)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)

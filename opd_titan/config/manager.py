@@ -22,13 +22,14 @@ from opd_titan.config.checks import (
     TABLES,
     check_consistency,
     check_value,
-    error,
+    config_error,
     literal,
     nearest,
     show,
     wanted,
 )
 from opd_titan.config.job_config import JobConfig
+from opd_titan.errors import reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,14 +86,14 @@ def _read_files(file: str) -> dict[str, dict[str, Any]]:
         document, resolved = _parse_file(path, where)
         if resolved in chain:
             circle = " -> ".join(str(p) for p in [*chain.values(), path])
-            raise error(where, f"goes in a circle: {circle}")
+            raise config_error(where, f"goes in a circle: {circle}")
         chain[resolved] = path
         where = f"{path}: base"
         base = document.pop("base", None)
         for table, values in _check_document(str(path), document).items():
             merged[table] = {**values, **merged.get(table, {})}
         if base is not None and (not isinstance(base, str) or not base):
-            raise error(where, f"{show(base)} is not the path of a TOML file")
+            raise config_error(where, f"{show(base)} is not the path of a TOML file")
         path = path.parent / base if base else None
     return merged
 
@@ -103,24 +104,24 @@ def _parse_file(path: Path, where: str) -> tuple[dict[str, Any], Path]:
         with path.open("rb") as file:
             resolved, data = path.resolve(), file.read(_LARGEST + 1)
     except FileNotFoundError:
-        raise error(where, f"{path}: no such file") from None
+        raise config_error(where, f"{path}: no such file") from None
     except IsADirectoryError:
-        raise error(where, f"{path} is a folder; wanted a TOML file") from None
+        raise config_error(where, f"{path} is a folder; wanted a TOML file") from None
     except (OSError, RuntimeError, ValueError) as e:  # unreadable, a circle of links, a NUL
-        raise error(where, f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        raise config_error(where, f"{path} cannot be read: {reason(e)}") from None
     if len(data) > _LARGEST:  # a device without end, or weights in place of the recipe
-        raise error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
+        raise config_error(where, f"{path} is larger than {_LARGEST >> 20} MiB; wanted a TOML file")
     try:
         text = data.decode("utf-8-sig")
         if found := _LONG_KEY.search(text):
             line = text.count("\n", 0, found.start()) + 1
-            raise error(str(path), f"line {line}: a key of over 100 parts; wanted table.key")
+            raise config_error(str(path), f"line {line}: a key of over 100 parts; wanted table.key")
         return tomllib.loads(text), resolved
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise error(str(path), f"not UTF-8 text (byte {e.start}, line {line})") from None
+        raise config_error(str(path), f"not UTF-8 text (byte {e.start}, line {line})") from None
     except (ValueError, RecursionError) as e:
-        raise error(str(path), f"not valid TOML: {e}") from None
+        raise config_error(str(path), f"not valid TOML: {e}") from None
 
 
 def _check_document(file: str, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -130,15 +131,19 @@ def _check_document(file: str, document: dict[str, Any]) -> dict[str, dict[str, 
         if table not in TABLES:
             raise _unknown_at_top(file, table, values)
         if not isinstance(values, dict):
-            raise error(f"{file}: {table}", f"{show(values)} is not a table; write [{table}]")
+            raise config_error(
+                f"{file}: {table}", f"{show(values)} is not a table; write [{table}]"
+            )
         for key, value in values.items():
             where, name = f"{file}: [{table}] {key}", f"{table}.{key}"
             if name == "job.config_file":
-                raise error(where, 'only for the command line; a parent is base = "other.toml"')
+                raise config_error(
+                    where, 'only for the command line; a parent is base = "other.toml"'
+                )
             if name not in OPTIONS:
                 guesses = [g.removeprefix(f"{table}.") for g in nearest(table, key)]
                 known = [n.partition(".")[2] for n in OPTIONS if n.startswith(f"{table}.")]
-                raise error(where, "unknown key; " + _did_you_mean(guesses, known))
+                raise config_error(where, "unknown key; " + _did_you_mean(guesses, known))
             tables.setdefault(table, {})[key] = check_value(where, name, value)
     return tables
 
@@ -147,10 +152,12 @@ def _unknown_at_top(file: str, name: str, value: Any) -> Exception:
     """The error for a table that does not exist, or for a key outside of any table."""
     if isinstance(value, dict):
         guesses = difflib.get_close_matches(name, TABLES, n=1)
-        return error(f"{file}: [{name}]", "unknown table; " + _did_you_mean(guesses, list(TABLES)))
+        return config_error(
+            f"{file}: [{name}]", "unknown table; " + _did_you_mean(guesses, list(TABLES))
+        )
     guesses = difflib.get_close_matches(name, ["base"], n=1) or nearest("", name)
     hint = _did_you_mean(guesses, ["base"])
-    return error(f"{file}: {name}", f"unknown key outside of any table; {hint}")
+    return config_error(f"{file}: {name}", f"unknown key outside of any table; {hint}")
 
 
 def _did_you_mean(guesses: list[str], known: list[str]) -> str:
@@ -170,7 +177,7 @@ def _read_arguments(argv: Sequence[str]) -> dict[str, str]:
     while rest:
         token = rest.popleft()
         if not token.startswith("--"):
-            raise error(show(token), "not an option; options are written --table.key value")
+            raise config_error(show(token), "not an option; options are written --table.key value")
         name, equals, text = token[2:].partition("=")
         name = name.replace("-", "_")
         negated = name.replace(".no_", ".", 1)
@@ -180,14 +187,14 @@ def _read_arguments(argv: Sequence[str]) -> dict[str, str]:
         if name not in OPTIONS:
             guesses = [f"--{guess}" for guess in nearest(*name.rpartition(".")[::2])]
             hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help lists them all"
-            raise error(f"--{name}", f"unknown option; {hint}")
+            raise config_error(f"--{name}", f"unknown option; {hint}")
         if not equals:
             if rest and not rest[0].startswith("--"):
                 text = rest.popleft()
             elif OPTIONS[name] is bool:
                 text = "True"
             else:
-                raise error(f"--{name}", f"has no value; wanted {wanted(name)}")
+                raise config_error(f"--{name}", f"has no value; wanted {wanted(name)}")
         value = check_value(f"--{name}", name, _from_text(name, text))
         given[name] = str(value)
     return given
@@ -221,4 +228,4 @@ def _tyro(arguments: list[str], default: JobConfig) -> JobConfig:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise error("command line", " ".join(messages.getvalue().split())) from None
+        raise config_error("command line", " ".join(messages.getvalue().split())) from None

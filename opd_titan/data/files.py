@@ -13,13 +13,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from opd_titan.errors import DataError, first_line
+from opd_titan.errors import DataError, first_line, reason
+from opd_titan.paths import is_plain_name
 
 # Suffix -> the `datasets` builder that reads it.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BOM_AND_BLANK = b"\xef\xbb\xbf \t\r\n"
-# Arrow takes about as many levels; some ten thousand overflow its stack and kill the process.
-MAX_DEPTH = 64
+# Of a row. Arrow takes no more levels; some ten thousand overflow its stack and kill the process.
+MAX_DEPTH = 63
 _BRACKETS = b'"[]{}'
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 _NUMBER_END = 2**64
@@ -33,17 +34,12 @@ def check_file(file: Path) -> None:
         if file.stat().st_size == 0:
             raise DataError(f"path: {file} is empty")
         if _is_json(file):
-            plain, deepest = True, 0
             with file.open("rb") as lines:
-                for line in lines:
-                    plain &= line.lstrip(BOM_AND_BLANK)[:1] in (b"{", b"")
-                    if len(line) > 2 * MAX_DEPTH:
-                        deepest = max(deepest, _depth(line))
-            # An array or an object over several lines, a broken file, or one too deep for Arrow.
-            if not plain or deepest > MAX_DEPTH:
+                plain = all(map(_is_plain, lines))
+            if not plain:
                 _json_places(file)
     except OSError as error:
-        raise DataError(f"path: {file} cannot be read: {first_line(error)}") from error
+        raise DataError(f"path: {file} cannot be read: {reason(error)}") from error
 
 
 def check_saved(folder: Path) -> None:
@@ -51,7 +47,7 @@ def check_saved(folder: Path) -> None:
     state = folder / "state.json"
     for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         name = entry["filename"]
-        if not isinstance(name, str) or name in ("", ".", "..") or name != Path(name).name:
+        if not is_plain_name(name):
             raise DataError(f"path: {state} names {name!r}; expected the name of a file beside it")
 
 
@@ -87,6 +83,12 @@ def _is_json(file: Path) -> bool:
     return FORMATS[file.suffix] == "json"
 
 
+def _is_plain(line: bytes) -> bool:
+    """Whether this can be a line of JSON Lines; if not, the file is an array or at fault."""
+    start = line.lstrip(BOM_AND_BLANK)[:1]
+    return not start or (start == b"{" and not _too_deep(line))
+
+
 def _json_places(file: Path) -> list[str]:
     """Where each row lies. Raises DataError at the first that is not a JSON object."""
     return [place for place, _ in _json_rows(file)]
@@ -102,8 +104,6 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     start = filled[0][1].strip(BOM_AND_BLANK)
     # An array, or an object over several lines of a .json file; else JSON Lines.
     if start.startswith(b"[") or (start == b"{" and file.suffix == ".json"):
-        if _depth(content) > MAX_DEPTH + 1:
-            raise DataError(f"path: {file}: nested more than {MAX_DEPTH} levels deep")
         value = _parse(content, file, 1)
         rows = enumerate(value if isinstance(value, list) else [value], 1)
         found = ((f"row {number}", row) for number, row in rows)
@@ -119,19 +119,16 @@ def _parse(text: bytes, file: Path, first: int) -> Any:
     """Parse JSON that starts at line `first` of the file; DataError names the line at fault."""
     line = first
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
-        if text.count(b"\n") == 0 and _depth(text) > MAX_DEPTH:
-            raise RecursionError
-        return value
+        if _too_deep(text):
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line += text.count(b"\n", 0, error.start)
         cause, problem = error, "not UTF-8"
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         cause, problem = error, f"broken JSON: {error.msg} (column {error.colno})"
-    except RecursionError as error:
-        cause, problem = error, f"nested more than {MAX_DEPTH} levels deep"
-    except ValueError as error:  # a repeated field, a number of thousands of digits
+    except ValueError as error:  # too deep, a repeated field, a number of thousands of digits
         cause, problem = error, first_line(error).partition(";")[0]
         if b"\n" in text.strip():
             raise DataError(f"path: {file}: {problem}") from cause
@@ -147,11 +144,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _depth(text: bytes) -> int:
-    """Levels of arrays and objects in JSON text, counted without parsing it."""
+def _too_deep(text: bytes) -> bool:
+    """Whether a row in JSON text has more than MAX_DEPTH levels of arrays and objects.
+
+    Counted without parsing. An array around the rows is a level of its own.
+    """
+    if len(text) <= 2 * MAX_DEPTH:
+        return False
     bare = text.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_BRACKETS)
     bare = re.sub(rb'"[^"]*"?', b"", bare)
-    return max(accumulate(1 if c in b"[{" else -1 for c in bare), default=0)
+    depth = max(accumulate(1 if c in b"[{" else -1 for c in bare), default=0)
+    return depth > MAX_DEPTH + bare.startswith(b"[")
 
 
 def _problem(value: Any) -> str:

@@ -6,6 +6,7 @@ token ids always agree and a BOS appears only where a chat template writes one.
 
 from __future__ import annotations
 
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,36 @@ def render(
             f"{_template_file(tokenizer)}: the chat template fails ({type(error).__name__}: "
             f'{first_line(error)}); mend it, or set data.template = "raw"'
         ) from error
+
+
+def template_warning(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, enable_thinking: bool
+) -> str | None:
+    """How the teacher's chat template differs from the student's on one question, None if equal.
+
+    The teacher scores what the student's template made; in a form that it was not trained on, its
+    scores are worth less (tinker-cookbook issue 796).
+    """
+    if not teacher.chat_template:
+        return "the teacher's tokenizer has no chat template: it scores a form it may not know"
+    mine, other = (
+        render(
+            Record([{"role": "user", "content": "Why?"}]),
+            template="chat",
+            raw_format="",
+            tokenizer=tokenizer,
+            enable_thinking=enable_thinking,
+        )
+        for tokenizer in (student, teacher)
+    )
+    if mine == other:
+        return None
+    at = len(commonprefix([mine, other]))
+    return (
+        f"the chat templates of student and teacher make two prompts of one question: after "
+        f"{mine[:at][-20:]!r} come {mine[at:][:20]!r} and {other[at:][:20]!r}; the teacher scores "
+        f"the student's form; copy the teacher's chat template to the student's folder"
+    )
 
 
 def _template_file(tokenizer: PreTrainedTokenizerBase) -> Path:

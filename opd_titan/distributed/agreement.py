@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from opd_titan.distributed.world import Axis
-from opd_titan.errors import Fault, UserError
+from opd_titan.errors import OneLineError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _KEY = "opd_titan/stop"
@@ -36,12 +36,12 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     rank is alone.
 
     Raises:
-        UserError, Fault: the first rank's that met one.
+        OneLineError: the first rank's that met one.
     """
-    mine: UserError | Fault | None = None
+    mine: OneLineError | None = None
     try:
         yield
-    except (UserError, Fault) as error:
+    except OneLineError as error:
         mine = error
     found: list[Any] = [mine]
     if dist.is_initialized():
@@ -70,7 +70,7 @@ class StopRequest:
     def _remember(self, number: int, _frame: Any) -> None:
         self.signal = number
 
-    def heard(self) -> bool:
+    def _heard(self) -> bool:
         """Whether this rank knows of a signal. Cheap enough for a loop; ranks may differ."""
         if dist.get_world_size() == 1 or self._said:
             return self.signal > 0
@@ -91,7 +91,7 @@ class StopRequest:
         """
         self._rounds += 1
         if axis.size == 1:
-            told = self.heard()
+            told = self._heard()
         elif self._rounds % _ROUNDS_BETWEEN_VOTES:
             return
         else:
@@ -106,7 +106,7 @@ class StopRequest:
             raise Stopped
 
     def _vote(self, group: dist.ProcessGroup | None, device: torch.device) -> bool:
-        vote = torch.tensor(self.signal if self.heard() else 0, device=device)
+        vote = torch.tensor(self.signal if self._heard() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
         told = int(vote)
         if told:  # or a signal that came during the vote would be forgotten

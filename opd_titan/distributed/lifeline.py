@@ -16,9 +16,9 @@ logger = logging.getLogger("opd_titan")
 FOLDER = "OPD_TITAN_PLACES"
 
 
-def place_of(rank: int, folder: str | None = None) -> str:
+def place_of(rank: int) -> str:
     """What a rank of this node was doing last; "" where it has not said."""
-    folder = folder or os.environ.get(FOLDER, "")
+    folder = os.environ.get(FOLDER, "")
     try:
         return Path(folder, str(rank)).read_text(encoding="utf-8") if folder else ""
     except OSError:

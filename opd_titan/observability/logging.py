@@ -10,6 +10,7 @@ from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from opd_titan.errors import reason
 from opd_titan.observability.progress import Bar
 
 # A rank's log file becomes `.log.1`, in the place of the one before, when it is this long.
@@ -63,7 +64,7 @@ class _FileHandler(RotatingFileHandler):
             super().handleError(record)
         elif not self.told:
             self.told = True
-            text = f"opd_titan: {self.baseFilename}: lines are missing: {error.strerror}"
+            text = f"opd_titan: {self.baseFilename}: lines are missing: {reason(error)}"
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -265,7 +265,7 @@ class MetricLogger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window = {name: list(values) for name, values in state["window"].items()}
-        self.last = dict(state.get("last", {}))  # an export's card shows them
+        self.last = dict(state["last"])  # an export's card shows them
 
     def close(self) -> None:
         if self._writer is not None:

@@ -14,6 +14,7 @@ from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
+from opd_titan.errors import reason
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import OldRollouts, write_rollouts
@@ -57,15 +58,16 @@ class Recorder:
         self.config, self.world, self.decode, self.grade = config, world, decode, grade
         self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
         self.total_steps = total_steps
-        self.folder = Path(config.job.dump_folder)
-        self.old_rollouts = OldRollouts(self.folder, config.metrics.keep_rollouts)
+        folder = Path(config.job.dump_folder)
+        self.rollouts = folder / "rollouts"
+        self.old_rollouts = OldRollouts(self.rollouts, config.metrics.keep_rollouts)
         device, self.dtype = world.device, dtype
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy_fraction = config.rollout.on_policy_fraction
         self.clock = PhaseClock(device)
         self.peaks = _peaks(device, dtype)
         self.metrics = MetricLogger(
-            self.folder,
+            folder,
             config.metrics.enable_tensorboard,
             config.metrics.log_freq,
             self.rank,
@@ -82,8 +84,8 @@ class Recorder:
         decode_forwards: int,
         preempted: int,
         seconds: float,
-    ) -> None:
-        """Record a step that has just ended.
+    ) -> dict[str, float]:
+        """Record a step that has just ended; its scalars.
 
         Args:
             samples: of all ranks; those that this rank updated on have their advantages, those that
@@ -107,6 +109,7 @@ class Recorder:
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
         if self.on_policy_fraction > 0.0:
             self._write_rollouts(step, samples, mine)
+        return scalars
 
     def record_pauses(self, step: int) -> None:
         """Record the time of what came after a step, or at the start, while no step ran."""
@@ -144,11 +147,10 @@ class Recorder:
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             try:
-                write_rollouts(self.folder, step, scored, self.decode, self.grade)
+                write_rollouts(self.rollouts, step, scored, self.decode, self.grade)
                 self.old_rollouts.delete(step)
             except OSError as error:  # a sample for people: no reason to lose the run
-                why = error.strerror
-                logger.error("Storage: rollouts of step %s not written: %s", step, why)
+                logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))
 
 
 def _sampled(samples: Sequence[Sample]) -> list[Sample]:

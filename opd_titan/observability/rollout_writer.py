@@ -31,8 +31,8 @@ class OldRollouts:
         keep: steps whose files stay, counted back from the one that has just been written; 0 all.
     """
 
-    def __init__(self, dump_folder: Path, keep: int) -> None:
-        self.folder, self.keep = Path(dump_folder) / "rollouts", keep
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
         self._swept = False
 
     def delete(self, step: int) -> None:
@@ -59,40 +59,34 @@ def _delete(path: Path) -> None:
 
 
 def write_rollouts(
-    dump_folder: Path,
+    folder: Path,
     step: int,
     samples: Sequence[Sample],
     decode: Callable[[list[int]], str],
     grade: Callable[[str, str], bool],
-    limit: int = -1,
-) -> Path | None:
-    """Write `<dump_folder>/rollouts/step-N.jsonl`; the file appears whole or not at all.
+) -> Path:
+    """Write `<folder>/step-N.jsonl`, and return its path; the file appears whole or not at all.
 
     `answer` is the prompt's gold answer and `correct` the grade of the response against it, both
     null when there is nothing to grade. Log-probs and advantages keep 7 significant digits (what
     fp32 holds); a value that is not finite is null, since JSON has no word for it.
 
     Args:
-        samples: in the order of the step's prompts; prompts count in the order they first appear.
+        samples: in the order of the step's prompts; prompts count in the order they first appear,
+            and the samples of each by their index.
         decode: response token ids to text.
         grade: (response text, gold answer) to whether it is right; called only with an answer.
-        limit: write the first so many samples by (prompt, sample_index); -1 all, 0 no file.
-
-    Returns:
-        The file, or None when `limit` is 0.
     """
-    if limit == 0:
-        return None
     position: dict[int, int] = {}
     for sample in samples:
         position.setdefault(sample.prompt.index, len(position))
     ordered = sorted(samples, key=lambda s: (position[s.prompt.index], s.sample_index))
-    path = Path(dump_folder) / "rollouts" / f"step-{step}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     # backslashreplace: a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
     with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for sample in ordered[: None if limit < 0 else limit]:
+        for sample in ordered:
             row = _row(step, sample, decode, grade)
             line = json.dumps(row, ensure_ascii=False, allow_nan=False)
             file.write(line.translate(_LINE_BREAKS) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 from opd_titan.errors import ModelError
@@ -43,11 +44,12 @@ class Qwen3Args:
         for name, (key, default) in _HF_KEYS.items():
             values[name] = config.get(key, default)
         for f in fields(cls):
-            value, kind = values[f.name], {"int": int, "float": (int, float), "bool": bool}[f.type]
-            bad_bool = isinstance(value, bool) != (f.type == "bool")
-            if bad_bool or not isinstance(value, kind) or (f.type != "bool" and value <= 0):
+            kind, wanted = _KINDS[f.type]
+            value = values[f.name]
+            right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if not right or (kind is not bool and not 0 < value < inf):  # a NaN is neither
                 key = _HF_KEYS.get(f.name, (f.name,))[0]
-                raise ModelError(f"{where}: {key} is {value!r}; expected a positive {f.type}")
+                raise ModelError(f"{where}: {key} is {value!r}; expected {wanted}")
         args = cls(**values)
         if args.n_heads % args.n_kv_heads:
             raise ModelError(
@@ -104,6 +106,12 @@ class Qwen3Args:
         return self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
 
 
+# What a field's value may be in config.json, where 1 may stand for 1.0.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a positive int"),
+    "float": ((int, float), "a positive, finite float"),
+    "bool": (bool, "true or false"),
+}
 # field: (config.json key, default where Hugging Face's Qwen3Config has one and files leave it out)
 _HF_KEYS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", None),
@@ -130,7 +138,7 @@ def _rope_theta(config: dict[str, Any], where: str) -> Any:
     found = [table["rope_theta"] for table in tables if table.get("rope_theta") is not None]
     if not found:
         raise ModelError(f"{where}: rope_theta is missing (also from rope_parameters)")
-    if any(theta != found[0] for theta in found):
+    if any(theta != found[0] for theta in found[1:]):
         raise ModelError(
             f"{where}: rope_theta is given as {' and as '.join(map(repr, found))}; give one value"
         )

@@ -56,7 +56,7 @@ class ModelShape:
         if tp.size > 1:
             self.family.join_ranks(model, tp, sequence_parallel=False)
         if compile:
-            apply_compile(model.layers)
+            apply_compile(model.get_submodule("layers").children())
         return model
 
 
@@ -97,7 +97,7 @@ def inspect_shape(role: str, hf_path: str, tensor_parallel: int) -> ModelShape:
 def _check_plausible(args: Any, where: str) -> None:
     """Refuse sizes beyond any model: names of billions of layers alone would fill the memory."""
     for size in fields(args):
-        value, most = getattr(args, size.name), _LARGEST_SIZE
+        value, most = getattr(args, size.name), float(_LARGEST_SIZE)
         if size.name == "n_layers":
             most = _MOST_LAYERS
         elif size.name == "max_seq_len" or size.type in ("float", float):  # only numbers
@@ -182,7 +182,7 @@ def _ending_with(student: ModelSource, token: str) -> ModelSource:
         )
     student.tokenizer.eos_token = token
     ends = [ids[token], *sorted(student.eos_ids - {ids[token]})]
-    edits = {
+    edits: dict[str, dict[str, Any]] = {
         CONFIG: {"eos_token_id": ends},
         GENERATION_CONFIG: {"eos_token_id": ends},
         "tokenizer_config.json": {"eos_token": token},
@@ -245,7 +245,7 @@ def load_model(
         random_init_weights(model, seed, source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)
-    model.assert_tied()
+    model.assert_tied()  # type: ignore[operator]  # of our own models
     return model
 
 
@@ -269,8 +269,11 @@ def parallel_model(
 
 def cpu_offload(role: str, config: JobConfig) -> bool:
     """Whether the recipe wants a model's sharded weights on the host."""
-    tables = {"student": config.optimizer, "teacher": config.teacher, "reference": config.reference}
-    return tables[role].cpu_offload
+    return {
+        "student": config.optimizer.cpu_offload,
+        "teacher": config.teacher.cpu_offload,
+        "reference": config.reference.cpu_offload,
+    }[role]
 
 
 def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:

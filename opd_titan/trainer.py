@@ -332,6 +332,7 @@ class Trainer:
                 self._export()
 
     def _measure_teacher(self) -> None:
+        assert self.validator is not None
         # Two copies at once would be the peak of the whole run.
         self.weights.release()
         self.generator.release()
@@ -342,6 +343,7 @@ class Trainer:
         gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> None:
+        assert self.validator is not None
         self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
@@ -441,6 +443,7 @@ class Trainer:
         self._resume()
         set_aside(self.checkpointer.folder, self.step, "old")
         self._start_recording()
+        assert self.job.saved_state is not None
         self.watchdog.send_back(self.job.saved_state["watchdog"])
 
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
@@ -455,8 +458,13 @@ class Trainer:
             "watchdog": self.watchdog.state_dict(),
         }
         with ExitStack() as phase:
+
+            def is_written() -> None:
+                phase.close()
+                written()
+
             phase.enter_context(self._phase("checkpoint"))
-            saved = self.checkpointer.save(self.step, state, lambda: (phase.close(), written()))
+            saved = self.checkpointer.save(self.step, state, is_written)
         self.saved_at = self.step
         if saved:
             verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"

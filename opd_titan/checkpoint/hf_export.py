@@ -71,8 +71,10 @@ def export_hf(
     try:
         with met_by_all(), _source_is_storage():
             config = read_hf_config(source_folder)
-            given = dict.fromkeys(tensors, dtype)
-            dtypes = given if dtype else _own_dtypes(tensors, source_folder, config)
+            if dtype is None:
+                dtypes = _own_dtypes(tensors, source_folder, config)
+            else:
+                dtypes = dict.fromkeys(tensors, dtype)
         with met_by_all():
             if _writes():
                 fresh_tmp(out)
@@ -157,8 +159,8 @@ def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]])
             continue
         if name in edits:
             with _source_is_storage():
-                content = read_json(source / name)
-            _write_json(target / name, {**content, **edits[name]})
+                own = read_json(source / name)
+            _write_json(target / name, {**own, **edits[name]})
         else:
             content = (source / name).read_bytes()  # hub caches hold links
             with naming(target / name):

@@ -14,8 +14,8 @@ def main() -> int:
     except ConfigError as e:
         print(e, file=sys.stderr)
         return 2
-    sys.stdout.reconfigure(encoding="utf-8")  # TOML is UTF-8 whatever the locale
-    print(to_toml(config), end="")
+    # TOML is UTF-8 whatever the locale.
+    print(to_toml(config), end="", file=open(1, "w", encoding="utf-8", closefd=False))
     return 0
 
 

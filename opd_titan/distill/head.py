@@ -14,7 +14,7 @@ P tensor-parallel ranks, K likeliest tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -283,7 +283,7 @@ class _ChunkedLoss:
         self,
         hidden_RD: Tensor,
         chunk: slice,
-        project: dict[str, Callable[[Tensor, Tensor], Tensor]],
+        project: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
         head: VocabHead,
         probs_buffer: Tensor,
     ) -> Rows:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opd_titan.data.types import Sample
 
@@ -63,7 +64,7 @@ def write_rollouts(
     step: int,
     samples: Sequence[Sample],
     decode: Callable[[list[int]], str],
-    grade: Callable[[str, str], bool],
+    grade: Callable[[str, str], bool | None],
 ) -> Path:
     """Write `<folder>/step-N.jsonl`, and return its path; the file appears whole or not at all.
 
@@ -98,7 +99,7 @@ def _row(
     step: int,
     sample: Sample,
     decode: Callable[[list[int]], str],
-    grade: Callable[[str, str], bool],
+    grade: Callable[[str, str], bool | None],
 ) -> dict[str, Any]:
     prompt, response = sample.prompt, decode(sample.response_ids)
     return {
@@ -119,7 +120,7 @@ def _row(
     }
 
 
-def _short(values: Sequence[float] | None) -> list[float | None] | None:
+def _short(values: Tensor | Sequence[float] | None) -> list[float | None] | None:
     if values is None:
         return None
     return [

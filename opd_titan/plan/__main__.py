@@ -7,11 +7,15 @@ import logging
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from opd_titan.config import JobConfig, load_config
 from opd_titan.errors import ConfigError, UserError
+
+if TYPE_CHECKING:  # it imports torch
+    from opd_titan.plan.cluster import Cluster
 
 DESCRIPTION = """\
 What a recipe will need on a cluster: memory of one device, traffic, work and time of a step,
@@ -115,13 +119,16 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
         simulation = simulate(changed, where, prompt, response)
         return simulation, estimate(changed, where, simulation)
 
+    def estimated(ranks: int, changed: JobConfig) -> Estimate:
+        return planned(changed, ranks)[1]
+
     for size in options.world_size:
         columns.append((replace(cluster, world_size=size), *planned(config, size)))
     print(table(config, columns))
     for where, _, found in columns:
         if found.fits:
             continue
-        changes, better = remedies(config, where, lambda c, n=where.world_size: planned(c, n)[1])
+        changes, better = remedies(config, where, partial(estimated, where.world_size))
         said = f"On {where.world_size}, alive at the peak ({found.peak_phase}) is too much"
         if better is not None:
             peak = better.peak / 2**30
@@ -148,7 +155,7 @@ def _lengths(config: JobConfig, options: argparse.Namespace) -> tuple[int, int]:
     return lengths[0], lengths[1]
 
 
-def _cluster(options: argparse.Namespace):  # noqa: ANN202 - imported late, with torch
+def _cluster(options: argparse.Namespace) -> Cluster:
     from opd_titan.observability.peaks import Peaks, device_peaks
     from opd_titan.plan.cluster import Cluster, GiB
     from opd_titan.rollout.memory import free_bytes

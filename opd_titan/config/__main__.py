@@ -15,7 +15,8 @@ def main() -> int:
         print(e, file=sys.stderr)
         return 2
     # TOML is UTF-8 whatever the locale.
-    print(to_toml(config), end="", file=open(1, "w", encoding="utf-8", closefd=False))
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stdout is no bare TextIO
+    print(to_toml(config), end="")
     return 0
 
 

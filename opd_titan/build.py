@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.checkpoint.hf_folder import (
+    CONFIG,
     GENERATION_CONFIG,
     eos_token_ids,
     read_hf_config,
@@ -58,7 +59,7 @@ class ModelShape:
         if tp.size > 1:
             self.family.join_ranks(model, tp, sequence_parallel=False)
         if compile:
-            apply_compile(model.layers)
+            apply_compile(model.get_submodule("layers").children())
         return model
 
 
@@ -69,12 +70,14 @@ class ModelSource(ModelShape):
     Attributes:
         key_table: Hugging Face's names of the tensors and ours.
         files: which file holds which tensor; None for random weights.
+        edits: by file name, the keys of its JSON files that an export has otherwise.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: set[int]
     key_table: dict[str, str]
     files: dict[str, Path] | None
+    edits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def inspect_shape(role: str, hf_path: str, tensor_parallel: int, key: str = "") -> ModelShape:
@@ -99,14 +102,14 @@ def inspect_shape(role: str, hf_path: str, tensor_parallel: int, key: str = "") 
 
 def _check_plausible(args: Any, where: str) -> None:
     """Refuse sizes beyond any model: names of billions of layers alone would fill the memory."""
-    for field in fields(args):
-        value, most = getattr(args, field.name), _LARGEST_SIZE
-        if field.name == "n_layers":
+    for size in fields(args):
+        value, most = getattr(args, size.name), float(_LARGEST_SIZE)
+        if size.name == "n_layers":
             most = _MOST_LAYERS
-        elif field.name == "max_seq_len" or field.type in ("float", float):  # only numbers
+        elif size.name == "max_seq_len" or size.type in ("float", float):  # only numbers
             most = sys.float_info.max
         if not value <= most:
-            raise ModelError(f"{where}: {field.name} is {value}; wanted at most {most}")
+            raise ModelError(f"{where}: {size.name} is {value}; wanted at most {most}")
 
 
 @contextmanager
@@ -174,9 +177,30 @@ def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
     """
     tp = config.parallelism.tensor_parallel_degree
     sources = [inspect_model(*role, tp) for role in roles(config)]
+    if config.student.eos_token:
+        sources[0] = _ending_with(sources[0], config.student.eos_token)
     for other in sources[1:]:
         _check_can_score(other, sources[0], tp)
     return {s.role: s for s in sources}
+
+
+def _ending_with(student: ModelSource, token: str) -> ModelSource:
+    """The student with one more token that ends a response; the first among them."""
+    ids = student.tokenizer.get_vocab()
+    if token not in ids:
+        raise ModelError(
+            f"student.eos_token: {token!r} is no token of {student.folder}; wanted one of its "
+            f"tokens, such as {student.tokenizer.eos_token!r}"
+        )
+    student.tokenizer.eos_token = token
+    ends = [ids[token], *sorted(student.eos_ids - {ids[token]})]
+    edits: dict[str, dict[str, Any]] = {
+        CONFIG: {"eos_token_id": ends},
+        GENERATION_CONFIG: {"eos_token_id": ends},
+        "tokenizer_config.json": {"eos_token": token},
+        "special_tokens_map.json": {"eos_token": token},
+    }
+    return replace(student, eos_ids=set(ends), edits=edits)
 
 
 def _check_can_score(other: ModelSource, student: ModelSource, tp: int) -> None:
@@ -233,7 +257,7 @@ def load_model(
         random_init_weights(model, seed, source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)
-    model.assert_tied()
+    model.assert_tied()  # type: ignore[operator]  # of our own models
     return model
 
 
@@ -274,8 +298,12 @@ def build_generator(
 
 def cpu_offload(role: str, config: JobConfig) -> bool:
     """Whether the recipe wants a model's sharded weights on the host."""
-    tables = {"student": config.optimizer, "teacher": config.teacher, "reference": config.reference}
-    return role in tables and tables[role].cpu_offload
+    offloaded = {
+        "student": config.optimizer.cpu_offload,
+        "teacher": config.teacher.cpu_offload,
+        "reference": config.reference.cpu_offload,
+    }
+    return offloaded.get(role, False)
 
 
 def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:

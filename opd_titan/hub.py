@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any
 
 from opd_titan.errors import first_line
 
@@ -33,6 +34,7 @@ def hub_in_reach() -> Iterator[str]:
     trouble = "" if constants.HF_HUB_OFFLINE else _trouble(constants.ENDPOINT)
     with ExitStack() as undo:
         if trouble:
+            settings: Any
             for settings in (constants, datasets.config):
                 undo.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
                 settings.HF_HUB_OFFLINE = True

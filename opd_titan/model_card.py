@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from importlib.metadata import version
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from opd_titan import __version__
-from opd_titan.config import JobConfig
+from opd_titan.config import JobConfig, to_toml
+from opd_titan.data.sources import DATASETS
+from opd_titan.hub import looks_like_hub_id
+
+_CARD = """\
+---
+{front_matter}
+---
+
+# {title}
+
+The student of an on-policy distillation by opd_titan {version}, after {step} steps.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this folder>")
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+```
+
+| | |
+|---|---|
+{table}
+
+<details><summary>The recipe</summary>
+
+```toml
+{recipe}
+```
+
+</details>
+"""
 
 
 def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> str:
@@ -14,11 +49,12 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
     Args:
         scalars: the last values by TensorBoard name; absent ones are left out.
     """
-    rows = [
+    rows: list[tuple[str, object]] = [
         ("student", config.student.hf_path),
         ("teacher", config.teacher.hf_path or "none"),
         ("objective", config.distill.objective),
         ("reference coefficient", config.reference.coef),
+        ("on-policy fraction", config.rollout.on_policy_fraction),
         ("data", f"{config.data.dataset} {config.data.path} {config.data.split}"),
         ("template", config.data.template),
         ("steps", step),
@@ -27,15 +63,61 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
         ("peak learning rate", config.optimizer.lr),
         ("seed", config.training.seed),
     ]
-    names = ("validation/accuracy", "validation/teacher_accuracy", "validation/gap_recovered")
-    rows += [(n, f"{scalars[n]:.4f}") for n in (*names, "kl/student_teacher") if n in scalars]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [on-policy-distillation, opd_titan]\n---\n\n"
-        f"# {config.job.description or 'A distilled model'}\n\n"
-        f"Made by opd_titan {__version__}.\n\n| | |\n|---|---|\n{table}\n"
+    names = [name for name in sorted(scalars) if name.startswith("validation/")]
+    names += [name for name in ("kl/student_teacher",) if name in scalars]
+    rows += [(name, f"{scalars[name]:.4f}") for name in names]
+    rows += [(name, version(name)) for name in ("torch", "transformers")]
+    title = _title(config)
+    return _CARD.format(
+        front_matter=_front_matter(config, title, scalars).to_yaml(),
+        title=title,
+        version=__version__,
+        step=step,
+        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows),
+        recipe=to_toml(config).strip(),
     )
+
+
+def _front_matter(config: JobConfig, title: str, scalars: Mapping[str, float]) -> ModelCardData:
+    """What the hub reads. It takes only its own ids: local paths are left to the table."""
+    v, results = config.validation, []
+    name, path = v.dataset or config.data.dataset, v.path or config.data.path
+    if "validation/accuracy" in scalars:
+        result = EvalResult(
+            task_type="text-generation",
+            dataset_type=_data_id(name, path) or name,
+            dataset_name=name,
+            dataset_split=v.split,
+            metric_type="accuracy",
+            metric_value=round(scalars["validation/accuracy"], 4),
+        )
+        results.append(result)
+    trained_on = _data_id(config.data.dataset, config.data.path)
+    return ModelCardData(
+        model_name=title if results else None,
+        base_model=_hub_id(config.student.hf_path),
+        datasets=[trained_on] if trained_on else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["on-policy-distillation", "opd_titan"],
+        eval_results=results or None,
+    )
+
+
+def _title(config: JobConfig) -> str:
+    return " ".join(config.job.description.split()) or "A distilled model"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _hub_id(path: str) -> str | None:
+    return path if looks_like_hub_id(path) and not os.path.exists(path) else None
+
+
+def _data_id(dataset: str, path: str) -> str | None:
+    return _hub_id(path) if path else DATASETS[dataset].hub_id or None
 
 
 def _batch(config: JobConfig) -> str:

@@ -64,12 +64,13 @@ def probe(
         _, stats = student(batch.tokens_T, batch.attend, head)
         if microbatch:
             update_R = stats.logprob_R.cpu()
-            rollout_R = torch.cat([s.student_logprobs for s in microbatch])
+            logprobs = [s.student_logprobs for s in microbatch]
+            rollout_R = torch.cat([x for x in logprobs if x is not None])
             tokens += update_R.numel()
             teacher_R = torch.cat([as_teacher[s.prompt.index] for s in microbatch])
             difference += (update_R - teacher_R).double().sum().item()
             gaps.append((update_R - rollout_R).abs().max().item())
-    student.reshard()
+    student.reshard()  # type: ignore[operator]  # FSDP's
     total = sum_scalars({"tokens": tokens, "difference": difference}, world.device, world.dp)
     gap = torch.tensor(gaps).max().item()  # unlike Python's max, it does not lose a NaN
     return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, world.device)}

@@ -25,7 +25,7 @@ from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
-from opd_titan.distributed.world import World, build_world, init_world
+from opd_titan.distributed.world import World, axes, build_world, init_world
 from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
 from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
@@ -119,7 +119,7 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
     """Models, tokenizers and data, all but the weights. The job as if it were new."""
     sources = inspect_models(config)
     tokenizer = sources["student"].tokenizer
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    decode: Any = partial(tokenizer.decode, skip_special_tokens=True)  # of one text: a str
     options = prompt_options(config, tokenizer)
     prompt_set = build_prompts(
         dataset=config.data.dataset,
@@ -285,10 +285,8 @@ def _say_what_was_found(job: PreparedJob) -> None:
         job.total_steps,
     )
     mesh = job.world.mesh
-    axes = " x ".join(
-        f"{name} {n}" for name, n in zip(mesh.mesh_dim_names, mesh.shape, strict=True)
-    )
-    logger.info("World: %s processes on %s: %s", mesh.size(), job.world.device.type, axes)
+    shape = " x ".join(f"{name} {n}" for name, n in axes(mesh).items())
+    logger.info("World: %s processes on %s: %s", mesh.size(), job.world.device.type, shape)
     if job.validator is not None:
         job.validator.warn_if_not_held_out()
     for warning in _at_odds(job):

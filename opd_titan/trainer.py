@@ -18,6 +18,7 @@ import torch.distributed as dist
 from opd_titan.build import build_generator, common_vocab_size, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
+from opd_titan.checkpoint.publish import link_latest
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
 from opd_titan.data.prompts import response_token_ids
@@ -323,6 +324,7 @@ class Trainer:
                 self._export()
 
     def _measure_teacher(self) -> None:
+        assert self.validator is not None
         # Two copies at once would be the peak of the whole run.
         self.weights.release()
         self.generator.release()
@@ -333,6 +335,7 @@ class Trainer:
         gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> dict[str, float]:
+        assert self.validator is not None
         self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
@@ -442,6 +445,7 @@ class Trainer:
         self._resume()
         set_aside(self.checkpointer.folder, self.step, "old")
         self._start_recording()
+        assert self.job.saved_state is not None
         self.watchdog.send_back(self.job.saved_state["watchdog"])
 
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
@@ -456,8 +460,13 @@ class Trainer:
             "watchdog": self.watchdog.state_dict(),
         }
         with ExitStack() as phase:
+
+            def is_written() -> None:
+                phase.close()
+                written()
+
             phase.enter_context(self._phase("checkpoint"))
-            saved = self.checkpointer.save(self.step, state, lambda: (phase.close(), written()))
+            saved = self.checkpointer.save(self.step, state, is_written)
         self.saved_at = self.step
         if saved:
             verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
@@ -478,10 +487,13 @@ class Trainer:
                     source_folder=source.folder,
                     key_table=source.key_table,
                     dtype=None if name == "auto" else getattr(torch, name),
+                    edits=source.edits,
                     card=model_card(
                         self.config, self.step, {**self.recorder.metrics.last, **found}
                     ),
                 )
+            if dist.get_rank() == 0:
+                link_latest(out)
             self.exported_at = self.step
             logger.info("Export: %s", out)
         except StorageError as error:

@@ -13,9 +13,11 @@ sys.exit(sys.version_info < (3, 10) or not all(u.find_spec(name) for name in sys
 PY
 }
 
-# prepare_environment [extra]: the extra "dev" also wants what the tests need.
+# prepare_environment [extra [package ...]]: the extra "dev" also wants what the tests need; so it
+# does the packages that are named.
 prepare_environment() {
     local needed=(torch torchdata transformers datasets safetensors tyro tensorboard tqdm jinja2)
+    needed+=("${@:2}")
     local extra="${1:-}"
     [ "$extra" = dev ] && needed+=(pytest xdist hypothesis ruff)
     local python

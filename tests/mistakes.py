@@ -395,6 +395,10 @@ TABLE |= {
         ["rollout.max_new_tokens: ", "31 tokens", "256 positions of the student"],
     ),
     # ---- models
+    "an end that is no token": (
+        given("--student.eos_token", "<|end|>"),
+        ["student.eos_token: '<|end|>' is no token of ", "such as '<eos>'"],
+    ),
     "no model": (given("--student.hf_path", "{new}/no"), ["student.hf_path = ", "local folder"]),
     "a file for a model": (
         file_at("model", "--teacher.hf_path", "{new}/model"),

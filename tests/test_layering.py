@@ -27,6 +27,8 @@ FLOORS = (
     "observability",
     "top",  # trainer.py, train.py and the other modules beside them
     "plan",  # runs the pieces of the program without a device
+    "completion",  # knows every command's options
+    "__main__",  # the command itself
 )
 # What the order alone does not forbid.
 FORBIDDEN = {

@@ -116,7 +116,8 @@ def test_the_output_folder_is_the_contracts(base: Path) -> None:
     }  # fmt: skip
     assert len(list((base / "tb").iterdir())) == 1
     assert {p.name for p in (base / "checkpoint").iterdir()} == {"step-2", "step-4"}
-    assert {p.name for p in (base / "hf").iterdir()} == {"step-2", "step-4"}
+    assert {p.name for p in (base / "hf").iterdir()} == {"step-2", "step-4", "latest"}
+    assert (base / "hf" / "latest").readlink() == Path("step-4")  # relative: folders move
     assert {p.name for p in (base / "logs").iterdir()} == {"rank-0.log"}
     assert {p.name for p in (base / "rollouts").iterdir()} == {
         f"step-{n}.jsonl" for n in (1, 2, 3, 4)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -125,7 +126,7 @@ class Checkpointer:
             else:
                 # As dcp.async_save does: on the host when this returns.
                 stager = DefaultStager(StagingOptions(False, False, False, False))
-                staged = stager.stage(_snapshot(state))
+                staged: Any = stager.stage(_snapshot(state))  # a future only if asked for one
                 future = self._thread.submit(self._write, writer, staged, text)
                 future.add_done_callback(lambda _: stager.close())
                 self._pending = (step, future)
@@ -279,7 +280,7 @@ def _check_same_model(path: Path, state: dict[str, Any]) -> None:
         wanted |= {f"optimizer.state.{name}.{key}": list(t.shape) for key, t in entries.items()}
     compared = ("model.", "optimizer.state.") if "optimizer" in state else ("model.",)
     saved = {
-        name: list(entry.size)
+        name: list(entry.size) if isinstance(entry, TensorStorageMetadata) else []
         for name, entry in read_metadata(path).state_dict_metadata.items()
         if name.startswith(compared)
     }

@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
@@ -198,6 +198,6 @@ class Writer(FileSystemWriter):
 
 class _NamedFiles(filesystem.FileSystem):
     @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[IO[bytes]]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         with naming(path), super().create_stream(path, mode) as stream:
             yield stream

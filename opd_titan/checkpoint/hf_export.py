@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from opd_titan.checkpoint.hf_folder import (
     GENERATION_CONFIG,
     TOKENIZER_FILES,
     read_hf_config,
+    read_json,
 )
 from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
 from opd_titan.checkpoint.manifest import describe, write_manifest
@@ -42,6 +44,7 @@ def export_hf(
     key_table: dict[str, str],
     dtype: torch.dtype | None,
     card: str,
+    edits: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     max_shard_bytes: int = 4 * 1024**3,
 ) -> None:
     """Write weights, config, generation config, tokenizer and model card to `out`. Collective.
@@ -56,6 +59,7 @@ def export_hf(
         dtype: of the written tensors; None keeps that of each tensor in `source_folder`, or of
             its config where it has no weights.
         card: text of README.md.
+        edits: by name of a JSON file, the keys that it gets other values of.
         max_shard_bytes: a file holds no more than this, or else a single tensor.
 
     Raises:
@@ -67,8 +71,10 @@ def export_hf(
     try:
         with met_by_all(), _source_is_storage():
             config = read_hf_config(source_folder)
-            given = dict.fromkeys(tensors, dtype)
-            dtypes = given if dtype else _own_dtypes(tensors, source_folder, config)
+            if dtype is None:
+                dtypes = _own_dtypes(tensors, source_folder, config)
+            else:
+                dtypes = dict.fromkeys(tensors, dtype)
         with met_by_all():
             if _writes():
                 fresh_tmp(out)
@@ -76,8 +82,9 @@ def export_hf(
         with met_by_all():
             if _writes():
                 _write_text(tmp / "README.md", card)
-                _write_json(tmp / CONFIG, _with_dtype(config, tensors, dtypes))
-                _copy_files(source_folder, tmp)
+                own = _with_dtype(config, tensors, dtypes)
+                _write_json(tmp / CONFIG, {**own, **edits.get(CONFIG, {})})
+                _copy_files(source_folder, tmp, edits)
                 _complete(tmp, plan)
                 publish(out)
     except StorageError as error:
@@ -146,9 +153,15 @@ def _complete(folder: Path, plan: StateDictSplit) -> None:
     write_manifest(folder / CHECKSUMS, describe(folder, names))
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]]) -> None:
     for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
-        if (source / name).is_file():
+        if not (source / name).is_file():
+            continue
+        if name in edits:
+            with _source_is_storage():
+                own = read_json(source / name)
+            _write_json(target / name, {**own, **edits[name]})
+        else:
             content = (source / name).read_bytes()  # hub caches hold links
             with naming(target / name):
                 (target / name).write_bytes(content)

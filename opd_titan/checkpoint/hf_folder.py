@@ -62,7 +62,9 @@ def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = _HUB_
 
     with hub_in_reach() as trouble:
         try:
-            return Path(snapshot_download(path_or_id, allow_patterns=files, ignore_patterns="*/*"))
+            return Path(
+                snapshot_download(path_or_id, allow_patterns=[*files], ignore_patterns="*/*")
+            )
         except RepositoryNotFoundError as error:
             raise ModelError(
                 f"{key} = {path_or_id!r} is no local folder and the hub has no such model (or it "

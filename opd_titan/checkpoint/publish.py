@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from opd_titan.checkpoint.faults import naming
 
+logger = logging.getLogger("opd_titan")
+
+LATEST = "latest"
 _REPLACED = ".replaced"
 
 
@@ -43,6 +47,20 @@ def publish(final: Path) -> None:
         restore_replaced(final)
     _fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def link_latest(final: Path) -> None:
+    """Let `latest` beside `final` lead to it: a name that recipes and scripts can count on.
+
+    Relative, so that the folder can be moved. Where there are no links it is done without.
+    """
+    link, new = final.with_name(LATEST), final.with_name(LATEST + ".tmp")
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(final.name)
+        new.replace(link)
+    except OSError as error:
+        logger.warning("%s: no link to %s (%s)", link, final.name, error.strerror)
 
 
 def restore_replaced(final: Path) -> None:

@@ -18,7 +18,8 @@ def main() -> int:
         except ConfigError as e:
             print(e, file=sys.stderr)
             return 2
-    sys.stdout.reconfigure(encoding="utf-8")  # TOML is UTF-8 whatever the locale
+    # TOML is UTF-8 whatever the locale.
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stdout is no bare TextIO
     print(text, end="")
     return 0
 

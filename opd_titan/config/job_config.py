@@ -28,6 +28,9 @@ class Student:
     """The model to train: a local Hugging Face folder or a hub id. Required."""
     random_init: bool = False
     """Take the sizes from config.json but random weights. Off: the weights must exist."""
+    eos_token: str = ""
+    """A token that ends responses beside the model's own ends, and the data set's own: the
+    teacher's, such as <|im_end|>, for a base model. Exports carry it. Empty: the model's alone."""
 
 
 @dataclass

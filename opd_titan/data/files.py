@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(text: bytes, file: Path, first: int) -> Any:
     """Parse JSON that starts at line `first` of the file; DataError names the line at fault."""
-    line = first
+    line, cause, problem = first, ValueError(), ""
     try:
         if _too_deep(text):
             raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
@@ -159,6 +159,7 @@ def _too_deep(text: bytes) -> bool:
 
 def _problem(value: Any) -> str:
     """What in a parsed value Arrow cannot hold; empty if nothing is."""
+    problems: Iterable[str]
     if isinstance(value, dict):
         problems = (_problem(part) for pair in value.items() for part in pair)
     elif isinstance(value, list):

@@ -53,7 +53,7 @@ def render(
 
     # transformers compiles the template in a sandbox without attributes that begin with "_".
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             record.messages,
             tokenize=False,
             add_generation_prompt=True,
@@ -66,6 +66,8 @@ def render(
             f"{_template_file(tokenizer)}: the chat template fails ({type(error).__name__}: "
             f'{first_line(error)}); mend it, or set data.template = "raw"'
         ) from error
+    assert isinstance(text, str)  # not tokenized
+    return text
 
 
 def template_warning(

@@ -14,7 +14,7 @@ P tensor-parallel ranks, K likeliest tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -160,8 +160,10 @@ def probed(start: int, stop: int) -> Tensor:
     One of `PROBE_EVERY`, and as many of every 2nd, 64th, ... place (Fibonacci hashing): a plain
     stride would see one position of responses that all have the same length.
     """
-    place_N = torch.arange(start, stop)
-    return ((place_N * _GOLDEN) % 2**32 < 2**32 // PROBE_EVERY).nonzero().view(-1)
+    places = range(start, stop)
+    # Not by `nonzero`: the planner's tensors have shapes and no data.
+    chosen = [n - start for n in places if n * _GOLDEN % 2**32 < 2**32 // PROBE_EVERY]
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def loss_head(
@@ -281,7 +283,7 @@ class _ChunkedLoss:
         self,
         hidden_RD: Tensor,
         chunk: slice,
-        project: dict[str, Callable[[Tensor, Tensor], Tensor]],
+        project: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
         head: VocabHead,
         probs_buffer: Tensor,
     ) -> Rows:

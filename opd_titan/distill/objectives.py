@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from opd_titan.config import JobConfig
-from opd_titan.distill.vocabulary import Rows
+from opd_titan.distill.vocabulary import MaybeTensor, Rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def objective(**needs: Any) -> Callable[[Callable[..., TokenLoss]], Objective]:
 
 
 def penalty(
-    student: Tensor, teacher: Tensor, reference: Tensor | None, settings: ObjectiveSettings
+    student: Tensor, teacher: Tensor, reference: MaybeTensor, settings: ObjectiveSettings
 ) -> Tensor:
     """(log S - log T) + c (log S - log R), elementwise; its mean under S is KL(S||T) + c KL(S||R).
 
@@ -301,11 +301,12 @@ def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 
 def _bucketed(
     rows: Rows, ids_CK: Tensor, settings: ObjectiveSettings
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, MaybeTensor]:
     """Log-probs [C, B] of student, teacher and, where it counts, reference."""
-    if settings.reference_coef == 0.0:
-        return *rows.buckets(ids_CK, rows.student_Cv, rows.teacher_Cv), None
-    return rows.buckets(ids_CK, rows.student_Cv, rows.teacher_Cv, rows.reference_Cv)
+    others = [] if settings.reference_coef == 0.0 else [rows.reference_Cv]
+    found = rows.buckets(ids_CK, rows.student_Cv, rows.teacher_Cv, *others)
+    student_CB, teacher_CB, *reference_CB = found
+    return student_CB, teacher_CB, next(iter(reference_CB), None)
 
 
 def _log_ratio(a_CB: Tensor, b_CB: Tensor) -> Tensor:

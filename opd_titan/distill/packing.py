@@ -99,9 +99,11 @@ class _Layout:
 
 def pack_values(values: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
     """Per-token values of each sample [its tokens] as one [R] tensor; None where there are none."""
-    if not values or values[0] is None:
+    there = [value for value in values if value is not None]
+    if not there:
         return None
-    return torch.cat(list(values)).to(device)
+    assert len(there) == len(values), "some samples have it and some have not"
+    return torch.cat(there).to(device)
 
 
 def unpack_values(values_R: Tensor, samples: Sequence[Sample]) -> list[Tensor]:

@@ -51,12 +51,12 @@ def score(
             scored.append((samples, values_R))
         on_sequences(len(microbatch))
     # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
-    model.reshard()
+    model.reshard()  # type: ignore[operator]  # FSDP's
     pairs: list[tuple[Sample, Tensor]] = []
-    for samples, values_R in scored:
+    for those, values_R in scored:
         # Only now: a copy to the host waits for the device, which should be busy meanwhile.
         values = values_R if keep_hidden else values_R.cpu()
-        pairs += zip(samples, values.split([len(s.response_ids) for s in samples]), strict=True)
+        pairs += zip(those, values.split([len(s.response_ids) for s in those]), strict=True)
     return pairs
 
 
@@ -67,9 +67,10 @@ def gathered_heads(models: Mapping[str, nn.Module]) -> Iterator[FrozenHeads]:
     All ranks enter. FSDP gathers a head together with the embedding, which it may be tied to.
     """
     for model in models.values():
-        model.unshard()
+        model.unshard()  # type: ignore[operator]  # FSDP's
     try:
-        yield FrozenHeads(**{r: VocabHead.of(m.lm_head.weight) for r, m in models.items()})
+        weights = {role: m.get_parameter("lm_head.weight") for role, m in models.items()}
+        yield FrozenHeads(**{role: VocabHead.of(weight) for role, weight in weights.items()})
     finally:
         for model in models.values():
-            model.reshard()
+            model.reshard()  # type: ignore[operator]  # FSDP's

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from types import MappingProxyType
 
 import torch
@@ -118,9 +117,9 @@ class _Totals:
             self.gap_max = torch.maximum(self.gap_max, gap_R.max())
 
     def metrics(self) -> dict[str, float]:
-        local = {}
-        for name, total in self.sums.items():
-            local[name], local[f"number of {name}"] = total.tolist()
+        local: dict[str, float] = {}
+        for name, sums in self.sums.items():
+            local[name], local[f"number of {name}"] = sums.tolist()
         total = sum_scalars(local, self.world.device, self.world.dp)
         counts = {name: total[f"number of {name}"] for name in self.sums}
         mean = {name: total[name] / count for name, count in counts.items() if count}
@@ -175,8 +174,9 @@ def update(
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     # Only now: a copy to the host waits for the device, which should be busy meanwhile.
-    for samples, stats in chain.from_iterable(done):
-        _fill_in(samples, stats)
+    for part in done:
+        for those, stats in part:
+            _fill_in(those, stats)
     suspects: list[Sample] = []
     for part, ok in zip(done, made, strict=True):
         if not ok:
@@ -301,7 +301,7 @@ def _clip(model: nn.Module, max_norm: float, loss: Tensor) -> float:
         loss: this rank's; where it is not finite on some rank, neither is the norm, on all.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = _total_norm([p.grad for p in parameters], loss)
+    norm = _total_norm([p.grad for p in parameters if p.grad is not None], loss)
     if max_norm > 0 and torch.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()

@@ -9,12 +9,16 @@ All log-probs are natural, at the sampling temperature; fp32 in training.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_titan.distributed.tensor_parallel import concat_ranks, locate_rows, sum_ranks
 from opd_titan.distributed.world import ALONE, Axis
+
+# A tensor wherever the objective needs it, else None: which, is known only when it runs.
+MaybeTensor = Any
 
 
 @dataclass
@@ -30,11 +34,11 @@ class TokenScores:
         reference_hidden: the same of the reference.
     """
 
-    rollout: Tensor | None = None
-    teacher: Tensor | None = None
-    reference: Tensor | None = None
-    teacher_hidden: Tensor | None = None
-    reference_hidden: Tensor | None = None
+    rollout: MaybeTensor = None
+    teacher: MaybeTensor = None
+    reference: MaybeTensor = None
+    teacher_hidden: MaybeTensor = None
+    reference_hidden: MaybeTensor = None
 
     def __getitem__(self, chunk: slice) -> TokenScores:
         values = (getattr(self, f.name) for f in fields(self))
@@ -55,10 +59,10 @@ class Rows:
 
     logprob_C: Tensor
     scores: TokenScores
-    student_Cv: Tensor | None = None
-    probs_Cv: Tensor | None = None
-    teacher_Cv: Tensor | None = None
-    reference_Cv: Tensor | None = None
+    student_Cv: MaybeTensor = None
+    probs_Cv: MaybeTensor = None
+    teacher_Cv: MaybeTensor = None
+    reference_Cv: MaybeTensor = None
     tp: Axis = ALONE
 
     def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:

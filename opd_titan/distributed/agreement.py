@@ -48,9 +48,9 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         found = [None] * dist.get_world_size(group)
         # Without its traceback, and whatever it was raised from.
         dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args), group)
-    for error in found:
-        if error is not None:
-            raise error from mine
+    for theirs in found:
+        if theirs is not None:
+            raise theirs from mine
 
 
 class StopRequest:
@@ -63,7 +63,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         self._said = False
-        self._look_at = self._rounds = 0
+        self._look_at, self._rounds = 0.0, 0
         for number in SIGNALS:
             signal.signal(number, self._remember)
 

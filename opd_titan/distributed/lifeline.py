@@ -65,7 +65,7 @@ class Lifeline:
         text = f"rank {self.rank} has not moved for {still:.0f} s in {self.place}; ended"
         logger.error("%s (comm.train_timeout_seconds)", text)
         for handler in logger.handlers:
-            if isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.FileHandler) and handler.stream is not None:
                 faulthandler.dump_traceback(file=handler.stream)
                 handler.stream.flush()
         print(f"opd_titan: {text}", file=sys.stderr, flush=True)

@@ -52,13 +52,19 @@ class World:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP shards over: 1-D, or 2-D with copies of the shards (HSDP)."""
-        names = tuple(n for n in self.mesh.mesh_dim_names if n != "tp")
+        names = tuple(name for name in axes(self.mesh) if name != "tp")
         return self.mesh[names]
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:
         """What layers are split over, if they are."""
         return self.mesh["tp"] if self.tp.size > 1 else None
+
+
+def axes(mesh: DeviceMesh) -> dict[str, int]:
+    """The mesh's axes by name, and the ranks along each."""
+    assert mesh.mesh_dim_names is not None, "our meshes name their axes"
+    return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
 
 
 def init_world(init_timeout_seconds: int) -> torch.device:
@@ -69,7 +75,7 @@ def init_world(init_timeout_seconds: int) -> torch.device:
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(device_type, local_rank if device_type == "cuda" else None)
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
     # gloo beside NCCL: checkpoints and Python objects travel over the host.

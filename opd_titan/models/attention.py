@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ _PADDED_TOKENS, _PADDED_SHARE = 32, 1 / 32
 
 
 @functools.cache
-def _varlen_attn() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
+def _varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
     """torch's packed attention and the names of its options, which differ between versions.
 
     Imported at first use: it is for CUDA only (from Ampere on) and pulls in the compiler.
@@ -48,6 +48,8 @@ def paged_varlen_attn(
     if device.type != "cuda" or not half or page_size % 256:
         return None
     kernel, options = _varlen_attn()
+    if kernel is None:
+        return None
     if torch.cuda.get_device_capability(device) < (8, 0) or "block_table" not in options:
         return None
     return functools.partial(kernel, enable_gqa=True)
@@ -130,11 +132,13 @@ class PackedAttention:
         begun = {c for c in self.continues if c is not None}
         whole = [rows for i, rows in enumerate(self._rows) if i not in begun]
         shapes, *rows = _pad_plan(whole, sum(self.seq_lens))
-        return shapes, *(torch.tensor(r, device=self.device) for r in rows)
+        pad_N, unpad_T = (torch.tensor(r, device=self.device) for r in rows)
+        return shapes, pad_N, unpad_T
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """A shared prompt's queries are computed once; its keys are repeated for each sequence."""
         varlen_attn, options = _varlen_attn()
+        assert varlen_attn is not None
         if self._key_rows is not None:
             k_TGK, v_TGK = (x.index_select(0, self._key_rows) for x in (k_TGK, v_TGK))
         # torch 2.10 says is_causal, later ones say it with a window; 2.12 brought grouped heads.

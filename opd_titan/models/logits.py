@@ -114,7 +114,8 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
     """
     if top_k <= 0 and top_p >= 1.0:
         return logits_NV
-    kept = None if keep_N is None else logits_NV.gather(1, keep_N[:, None])
+    keep_N1 = None if keep_N is None else keep_N[:, None]
+    kept = None if keep_N1 is None else logits_NV.gather(1, keep_N1)
     k = min(top_k, logits_NV.shape[1]) if top_k > 0 else logits_NV.shape[1]
     # Sorted once; a stable order makes ties fall to the lower token id everywhere.
     values, order = logits_NV.sort(dim=1, descending=True, stable=True)
@@ -124,8 +125,8 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
         mass_before = probs.cumsum(dim=1) - probs
         values[mass_before >= top_p] = -torch.inf
     logits_NV.scatter_(1, order, values)
-    if kept is not None:
-        logits_NV.scatter_(1, keep_N[:, None], kept)
+    if keep_N1 is not None and kept is not None:
+        logits_NV.scatter_(1, keep_N1, kept)
     return logits_NV
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -45,7 +46,7 @@ class _ConsoleHandler(logging.Handler):
             if record.levelno >= logging.WARNING:
                 text = f"{record.levelname.lower()}: {text}"
                 text = paint(text, "red" if record.levelno >= logging.ERROR else "yellow")
-            clock = self.formatter.formatTime(record, "%H:%M:%S")
+            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             line = f"[{clock}] {text}"
             Bar.write(line if self.color else _ANSI.sub("", line), file=sys.stdout)
             sys.stdout.flush()

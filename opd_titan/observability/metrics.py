@@ -354,7 +354,7 @@ def console_line(
 ) -> str:
     """One line for people. What is not finite stands out in red and says so without colours."""
     width = len(str(total_steps))
-    parts = [("red", f"step {step:>{width}}/{total_steps}")]
+    parts: list[tuple[str | None, str]] = [("red", f"step {step:>{width}}/{total_steps}")]
     for name, tint, text in _COLUMNS:
         if name in scalars:
             finite = math.isfinite(scalars[name])

@@ -136,7 +136,7 @@ class Recorder:
 
     def _rollout_bytes(self, sampled: Sequence[Sample], decode_forwards: int) -> float:
         # Tensor-parallel ranks make one forward between them, each reading its share.
-        own = {"forwards": decode_forwards}
+        own = {"forwards": float(decode_forwards)}
         forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
         return self.decode_bytes(forwards, cached_tokens_read(sampled), self.dtype.itemsize)
 

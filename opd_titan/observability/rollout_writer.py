@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opd_titan.data.types import Sample
 
@@ -123,7 +124,7 @@ def _row(
     }
 
 
-def _short(values: Sequence[float] | None) -> list[float | None] | None:
+def _short(values: Tensor | Sequence[float] | None) -> list[float | None] | None:
     if values is None:
         return None
     return [

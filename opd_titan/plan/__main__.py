@@ -7,11 +7,15 @@ import logging
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from opd_titan.config import JobConfig, load_config
 from opd_titan.errors import ConfigError, UserError
+
+if TYPE_CHECKING:  # it imports torch
+    from opd_titan.plan.cluster import Cluster
 
 DESCRIPTION = """\
 What a recipe will need on a cluster: memory of one device, traffic, work and time of a step,
@@ -25,6 +29,10 @@ _MEMORY = {
     "A100-SXM4-80GB": 79.2,
     "A100-SXM4-40GB": 39.4,
     "B200": 178.4,
+    "L40S": 44.4,
+    "GeForce RTX 5090": 31.4,
+    "GeForce RTX 4090": 23.6,
+    "L4": 22.0,
 }
 # GiB that a run on a CPU holds before its first step beyond the libraries themselves: tokenizer,
 # rows, kernels made at run time. Debug recipe, torch 2.13: 0.45 in all, of them 0.38 libraries.
@@ -37,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
-def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def make_parser() -> argparse.ArgumentParser:
+    """The cluster's options; what is not among them is the recipe's."""
     parser = _Parser(prog="plan", description=DESCRIPTION, allow_abbrev=False)
     number = _positive
     parser.add_argument(
@@ -59,7 +68,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--prompt-tokens", type=_count, help="default: data.max_prompt_tokens")
     parser.add_argument("--response-tokens", type=_count, help="default: rollout.max_new_tokens")
-    return parser.parse_known_args(argv)
+    return parser
 
 
 def _count(text: str) -> int:
@@ -85,7 +94,7 @@ def _counts(text: str) -> list[int]:
 def main(argv: list[str]) -> int:
     """Print the plan. Returns 0 if the recipe fits on every cluster, 1 if not, 2 on bad input."""
     try:
-        options, rest = _arguments(argv)
+        options, rest = make_parser().parse_known_args(argv)
         config = load_config(rest)
         return _plan(config, options)
     except UserError as error:
@@ -110,13 +119,16 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
         simulation = simulate(changed, where, prompt, response)
         return simulation, estimate(changed, where, simulation)
 
+    def estimated(ranks: int, changed: JobConfig) -> Estimate:
+        return planned(changed, ranks)[1]
+
     for size in options.world_size:
         columns.append((replace(cluster, world_size=size), *planned(config, size)))
     print(table(config, columns))
     for where, _, found in columns:
         if found.fits:
             continue
-        changes, better = remedies(config, where, lambda c, n=where.world_size: planned(c, n)[1])
+        changes, better = remedies(config, where, partial(estimated, where.world_size))
         said = f"On {where.world_size}, alive at the peak ({found.peak_phase}) is too much"
         if better is not None:
             peak = better.peak / 2**30
@@ -143,7 +155,7 @@ def _lengths(config: JobConfig, options: argparse.Namespace) -> tuple[int, int]:
     return lengths[0], lengths[1]
 
 
-def _cluster(options: argparse.Namespace):  # noqa: ANN202 - imported late, with torch
+def _cluster(options: argparse.Namespace) -> Cluster:
     from opd_titan.observability.peaks import Peaks, device_peaks
     from opd_titan.plan.cluster import Cluster, GiB
     from opd_titan.rollout.memory import free_bytes

@@ -92,6 +92,7 @@ def _seconds(
 ) -> dict[str, Seconds]:
     """Of the rank with the most to do: the others wait for it."""
     a, phases = cluster.assumed, simulation.phases
+    assert cluster.flops and cluster.bandwidth
     rate = cluster.flops * a.products * simulation.world.tp.size
     seconds = {n: _traffic(cluster, simulation, p) for n, p in phases.items() if n != "validation"}
     for name in ("teacher", "reference", "update"):
@@ -156,6 +157,7 @@ def _rollout_seconds(cluster: Cluster, simulation: Simulation, flops: float, rat
         rate: FLOP/s.
     """
     a, args = cluster.assumed, simulation.shapes["student"].args
+    assert cluster.bandwidth
     forwards, share = simulation.decode_forwards, simulation.rollout_share
     prompts = {s.prompt.index: len(s.prompt.token_ids) - 1 for s in share}
     starts, ends = ([chunk[i] for chunk in simulation.prefilled] for i in (0, 1))

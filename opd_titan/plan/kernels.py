@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +26,7 @@ _FIGURES: tuple[dict[str, int], ...] = (
 @contextmanager
 def like_cuda() -> Iterator[None]:
     """Take the branches that the program's code has for GPUs, on fake tensors."""
-    patches = [
+    patches: list[AbstractContextManager[Any]] = [
         patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True),
         patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
         patch("torch.nn.functional.rms_norm", _rms_norm),

@@ -61,8 +61,8 @@ def _add_times(rows: list[tuple[str, list[str]]], columns: list[Column]) -> None
         rows.append((f"  {phase}", cells))
     rows.append(("  STEP", [f"{e.step_seconds:.2f}" for _, _, e in columns]))
     rates = []
-    for c, s, e in columns:
-        tokens = sum(len(sample.response_ids) for sample in s.samples)
+    for c, simulation, e in columns:
+        tokens = sum(len(sample.response_ids) for sample in simulation.samples)
         rates.append(tokens / e.step_seconds / c.world_size)
     rows.append(("response tokens/s/device", [f"{r:,.0f}" for r in rates]))
     rows.append(("scaling efficiency", [f"{100 * r / rates[0]:.0f} %" for r in rates]))

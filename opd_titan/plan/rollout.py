@@ -48,13 +48,16 @@ class PlannedGenerator(Generator):
         self.generate(requests, params)
         return self.runner
 
-    def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
+    def make_runner(self, wanted: int, width: int, params: SamplingParams) -> PlannedRunner:
         with patch("opd_titan.rollout.generator.Runner", PlannedRunner):
-            self.runner = super().make_runner(wanted, width, params)
-        return self.runner
+            runner = super().make_runner(wanted, width, params)
+        assert isinstance(runner, PlannedRunner)
+        self.runner = runner
+        return runner
 
-    def begin_round(self, runner: PlannedRunner, scheduler: Scheduler) -> None:
+    def begin_round(self, runner: Runner, scheduler: Scheduler) -> None:
         super().begin_round(runner, scheduler)
+        assert isinstance(runner, PlannedRunner)
         runner.see(scheduler, self.response_tokens)
 
 
@@ -67,7 +70,10 @@ class PlannedRunner(Runner):
         fullest: the chunks of the forward with the most tokens.
         num_decodes: forwards of one token per sequence; their `num_rows` are idle ones, too.
         widest: the pages of each sequence in the one with the most.
+        memory_of_graphs: what stays with what is captured; only held, not looked at.
     """
+
+    memory_of_graphs: Tensor | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

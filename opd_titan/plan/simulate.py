@@ -33,7 +33,8 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import Minibatch, cost, plan_minibatches
 from opd_titan.distill.scoring import gathered_heads, score
 from opd_titan.distill.update import UpdateRule, forward_backward
-from opd_titan.distributed.world import World, build_world
+from opd_titan.distributed.tensor_parallel import local
+from opd_titan.distributed.world import World, axes, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.optim import build_optimizer
 from opd_titan.plan.cluster import Cluster
@@ -116,8 +117,7 @@ class Simulation:
     @property
     def axes(self) -> dict[str, int]:
         """Ranks along each axis of the mesh."""
-        mesh = self.world.mesh
-        return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        return axes(self.world.mesh)
 
 
 def simulate(
@@ -223,7 +223,7 @@ class _Step:
         for role, model in self.models.items():
             before = self.tracker.live
             for parameter in model.to_empty(device="cpu").parameters():
-                self.tracker.add(parameter.to_local())
+                self.tracker.add(local(parameter))
             self.result.weights[role] = self.tracker.live - before
             self._hold(f"{role} weights", self.tracker.live - before, role)
         self.student = self.models["student"]
@@ -272,7 +272,7 @@ class _Step:
         yield phase
         phase.peak = max(phase.peak, tracker.peak - self.on_host)
         mesh = self.world.mesh
-        for axis in mesh.mesh_dim_names:
+        for axis in axes(mesh):
             group = mesh.get_group(axis).group_name
             phase.sent[axis] += tracker.sent[group] * phase.times
             phase.collectives[axis] += tracker.collectives[group] * phase.calls
@@ -341,7 +341,7 @@ class _Step:
             phase.operations = tracker.operations
         if runner.static:
             # What a step needs besides stays with its graphs.
-            runner.graphs = torch.empty(tracker.peak - tracker.live, dtype=torch.uint8)
+            runner.memory_of_graphs = torch.empty(tracker.peak - tracker.live, dtype=torch.uint8)
         with self._phase(name) as phase:
             tokens = max(1, runner.run_fullest())
             phase.times = times * runner.num_prefilled / tokens

@@ -118,6 +118,7 @@ class Tracker(TorchDispatchMode):
     def watch(self) -> Iterator[Tracker]:
         """See the storages that FSDP frees, and fills again, by resizing them."""
         resize = torch.UntypedStorage.resize_
+        kind: Any = torch.UntypedStorage  # mypy: a class's methods are not to be replaced
 
         def tracked(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
@@ -125,11 +126,11 @@ class Tracker(TorchDispatchMode):
                 self._resize(storage._cdata, size)
             return result
 
-        torch.UntypedStorage.resize_ = tracked
+        kind.resize_ = tracked
         try:
             yield self
         finally:
-            torch.UntypedStorage.resize_ = resize
+            kind.resize_ = resize
 
 
 def _process_group(argument: Any) -> dist.ProcessGroup | None:

@@ -76,7 +76,7 @@ class Generator:
         max_pages: int = 0,
     ) -> None:
         self.model, self.eos_ids = model, eos_ids
-        self.head = VocabHead(model.lm_head.weight, tp)
+        self.head = VocabHead(model.get_parameter("lm_head.weight"), tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
         self.page_size = page_size or PAGE_SIZE[self.device.type]
@@ -193,25 +193,25 @@ class Generator:
         assert max(limits) <= params.max_new_tokens, "there is no room for longer responses"
         longest = max(len(r.prompt.token_ids) + n for r, n in zip(requests, limits, strict=True))
         width = -(-longest // self.page_size)
+        groups: Sequence[Sequence[Request]]
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.prompt.index)]
         wanted = len(requests) if share is None else share.count_even(groups)
         wanted = min(wanted, self.max_concurrent or wanted)
-        if not self._suits(wanted, width, params):
-            self.release()  # first: the next one's size is what is then free
-            self._runner = self.make_runner(wanted, width, params)
-            self._asked = wanted
         runner = self._runner
+        if runner is None or not self._suits(runner, wanted, width, params):
+            self.release()  # first: the next one's size is what is then free
+            del runner
+            self._runner = runner = self.make_runner(wanted, width, params)
+            self._asked = wanted
         slots = min(runner.slots, self.max_concurrent or runner.slots)
-        groups = groups if share is None else share.read(groups, slots)
+        mine = groups if share is None else share.read(groups, slots)
         pages, limit = runner.cache.num_pages, params.max_new_tokens
-        return runner, Scheduler(groups, slots, pages, self.page_size, limit)
+        return runner, Scheduler(mine, slots, pages, self.page_size, limit)
 
-    def _suits(self, wanted: int, width: int, params: SamplingParams) -> bool:
+    def _suits(self, last: Runner, wanted: int, width: int, params: SamplingParams) -> bool:
         """Whether the last runner will do. One that memory kept small would be no larger now."""
-        last = self._runner
         return (
-            last is not None
-            and last.params == params
+            last.params == params
             and self._asked >= wanted
             and last.table_BM.shape[1] >= width
             and last.weights_stay()

@@ -242,8 +242,8 @@ class PageParts:
         keys, values = keys_PSGK.transpose(1, 2), values_PSGK.transpose(1, 2)
         out_EGRK, lse_EGR = _attend_page(q_EGRK[:n], keys[:n], values[:n], masks_E11S[:n])
         if self.copied_E.numel():
-            copies = (x.index_select(0, self.copied_E) for x in (keys, values))
-            more_out, more_lse = _attend_page(q_EGRK[n:], *copies, masks_E11S[n:])
+            k, v = (x.index_select(0, self.copied_E) for x in (keys, values))
+            more_out, more_lse = _attend_page(q_EGRK[n:], k, v, masks_E11S[n:])
             out_EGRK, lse_EGR = torch.cat((out_EGRK, more_out)), torch.cat((lse_EGR, more_lse))
         shape = self.result_NM.shape
         lse_NMGR = lse_EGR.index_select(0, self.result_NM.flatten()).unflatten(0, shape)

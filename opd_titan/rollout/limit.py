@@ -26,15 +26,11 @@ def common_length(lengths: Iterable[int], max_tokens: int) -> int:
 
 def cut(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
     """Samples without what is beyond their common length. max_tokens 0 cuts nothing."""
+
+    def cut_one(s: Sample, limit: int) -> Sample:
+        assert s.student_logprobs is not None
+        ids, logprobs = s.response_ids[:limit], s.student_logprobs[:limit]
+        return replace(s, response_ids=ids, student_logprobs=logprobs, finish_reason="length")
+
     limit = common_length((len(s.response_ids) for s in samples), max_tokens or UNLIMITED)
-    return [
-        s
-        if len(s.response_ids) <= limit
-        else replace(
-            s,
-            response_ids=s.response_ids[:limit],
-            student_logprobs=s.student_logprobs[:limit],
-            finish_reason="length",
-        )
-        for s in samples
-    ]
+    return [s if len(s.response_ids) <= limit else cut_one(s, limit) for s in samples]

@@ -79,12 +79,13 @@ def sample_responses(
         for i in range(samples_per_prompt)
     ]
     share = Share(dp, generator.head.tp, generator.device)
-    own: list[Sample | None]
+    own: list[Sample] | list[None]
     try:
         own = generator.generate(requests, params, on_tokens, share)
     except Stopped:
         own = [None]  # the others wait for an answer
-    samples = gather_lists(own, dp)
-    if any(s is None for s in samples):
+    everybodys: list[Sample | None] = gather_lists([*own], dp)
+    samples = [s for s in everybodys if s is not None]
+    if len(samples) < len(everybodys):
         raise Stopped
     return in_order(cut(samples, params.max_tokens), prompts)

@@ -7,6 +7,7 @@ M pages of the longest sequence, R response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Runner:
         self.static = static
         self._addresses = self._weight_addresses()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._graph_memory: tuple[int, int] | None = None
+        self._graph_memory: Any = None  # the pool that all graphs share
 
     @property
     def num_bytes(self) -> int:

@@ -135,7 +135,7 @@ class Sampler:
 
     def _share(
         self, highest_N: Tensor, total_N: Tensor, uniforms_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Whose part of the vocabulary each row's token is in.
 
         Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.tensor_parallel import local
+from opd_titan.distributed.world import axes
 from opd_titan.models.layers import Linear, can_pack
 from opd_titan.rollout.memory import never_used_bytes
 
@@ -52,11 +54,11 @@ class GeneratorWeights:
                 self._copies[name] = shared
             tensors[name] = shared
         self.model.load_state_dict(tensors, strict=False, assign=True)
-        self.model.tie_weights()
+        self.model.tie_weights()  # type: ignore[operator]  # of our own models
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
         if pack and can_pack(dtype, device):
             self._pack_layers()
-        self._updated = False
+        self._current = self._updated = False
         self.release()
 
     def _pack_layers(self) -> None:
@@ -81,8 +83,8 @@ class GeneratorWeights:
         if not isinstance(parameter, DTensor):
             return parameter.detach()
         mesh = parameter.device_mesh
-        placed = zip(parameter.placements, mesh.shape, mesh.mesh_dim_names, strict=True)
-        whole = all(p.is_replicate() or ranks == 1 or axis == "tp" for p, ranks, axis in placed)
+        placed = zip(parameter.placements, axes(mesh).items(), strict=True)
+        whole = all(p.is_replicate() or ranks == 1 or axis == "tp" for p, (axis, ranks) in placed)
         stored = parameter.to_local().detach()
         return stored if whole and stored.device == self.device else None
 
@@ -94,7 +96,7 @@ class GeneratorWeights:
         self._current = True
         for tensor in self._copies.values():
             tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
-        left = {**self._copies, **self._packed}
+        left: dict[str, Tensor | Linear] = {**self._copies, **self._packed}
         for prefix, module in _innermost_first(self.source):
             mine = [n for n in left if n.startswith(prefix)]
             if not mine:
@@ -143,7 +145,7 @@ class GeneratorWeights:
             layer.packed = None
 
 
-def _innermost_first(model: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
+def _innermost_first(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every group of parameters that FSDP gathers together, with its names' prefix."""
     groups = [(f"{name}." if name else "", m) for name, m in model.named_modules()]
     yield from ((name, m) for name, m in reversed(groups) if isinstance(m, FSDPModule))

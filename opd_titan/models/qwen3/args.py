@@ -44,7 +44,7 @@ class Qwen3Args:
         for name, (key, default) in _HF_KEYS.items():
             values[name] = config.get(key, default)
         for f in fields(cls):
-            kind, wanted = _KINDS[f.type]
+            kind, wanted = _KINDS[str(f.type)]
             value = values[f.name]
             right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             if not right or (kind is not bool and not 0 < value < inf):  # a NaN is neither

@@ -127,6 +127,7 @@ def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
 
     gathered_after: list[nn.Module] = [model.norm]
     summed_after: list[nn.Module] = [model.tok_embeddings]
+    block: Any
     for block in model.layers:
         gathered_after += [block.attention_norm, block.ffn_norm]
         summed_after += [block.attention.wo, block.feed_forward.w2]

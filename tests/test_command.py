@@ -1,0 +1,259 @@
+"""The command `opd-titan`: dispatch, completion in real shells, and the wheel that brings it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny_world import REPO, World, make_world
+
+from opd_titan import __main__ as command
+from opd_titan.config.checks import OPTIONS
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`opd-titan` as a user starts it, outside of any launcher."""
+    env = {k: v for k, v in os.environ.items() if k not in (*command.LAUNCHED, "NGPU")}
+    return subprocess.run(
+        [sys.executable, "-m", "opd_titan", *words],
+        env={**env, "PYTHONPATH": str(REPO), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ------------------------------------------------------------------------ dispatch
+
+
+def test_help_lists_what_there_is_and_loads_nothing() -> None:
+    code = "import sys; sys.argv = ['opd-titan', '--help']; from opd_titan.__main__ import main"
+    code += "; main(); print(*sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "tyro", "transformers", "opd_titan.config"}
+    listed = re.findall(r"^  (\w+) ", done.stdout, re.M)
+    there = [n for n in command.PROGRAMS if any((REPO / "opd_titan").glob(f"{n}*/__main__.py"))]
+    modules = [n for n in command.PROGRAMS if (REPO / "opd_titan" / f"{n}.py").is_file()]
+    assert set(listed) == {*there, *modules, "completion"}
+    assert {"train", "plan", "config"} <= set(listed)
+    assert run().stdout == done.stdout
+
+
+def test_each_command_is_its_module() -> None:
+    for name in command.programs():
+        own = subprocess.run(
+            [sys.executable, "-m", f"opd_titan.{name}", "--help"],
+            env={**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+        )
+        ours = run(name, "--help", COLUMNS="100")
+        assert (ours.returncode, ours.stdout) == (own.returncode, own.stdout), name
+
+
+def test_the_first_argument_may_be_the_recipe() -> None:
+    recipe = str(REPO / "train_configs" / "debug.toml")
+    short = run("config", recipe, "--optimizer.lr", "1e-3")
+    long = run("config", "--job.config_file", recipe, "--optimizer.lr", "1e-3")
+    assert short.stdout == long.stdout and "lr = 0.001" in short.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nope"], "nope: no such command; wanted one of train, plan,"),
+        (["train", "--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
+        (["train", "no.toml"], "no.toml: no such file"),
+        (["completion"], "completion: wanted a shell, one of bash, zsh"),
+        (["completion", "fish"], "completion: wanted a shell, one of bash, zsh"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], said: str) -> None:
+    done = run(*words)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith("opd_titan: ") and said in line
+
+
+# ------------------------------------------------------------------ train on this machine
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+BRIEF = ["--training.steps", "1", "--validation.enable", "false", "--checkpoint.enable", "false"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -> None:
+    out = world.folder / processes
+    done = run("train", str(world.recipe), "--job.dump_folder", str(out), *BRIEF, NGPU=processes)
+    assert done.returncode == 0, done.stderr
+    assert len(list((out / "logs").iterdir())) == int(processes)
+
+
+@pytest.mark.slow
+def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
+    out = world.folder / "launched"
+    launcher = ["-m", "opd_titan.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0", "-m", "opd_titan", "train"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(world.recipe), "--job.dump_folder", str(out), *BRIEF],
+        env={**os.environ, "PYTHONPATH": str(REPO), "NGPU": "3"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((out / "logs").iterdir())) == 2
+
+
+def test_what_is_wrong_with_ngpu_is_said(world: World) -> None:
+    done = run("train", str(world.recipe), NGPU="two")
+    assert done.returncode == 2
+    assert done.stderr == "opd_titan: NGPU is 'two'; wanted a number of processes\n"
+
+
+def ask_bash(code: str, **environment: str) -> str:
+    """What scripts/environment.sh says."""
+    done = subprocess.run(
+        ["bash", "-c", f"source {REPO}/scripts/environment.sh; {code}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("visible", ["", "0", "0,1", "3,", "GPU-1,GPU-2,GPU-3", None])
+def test_gpus_are_counted_as_the_scripts_count_them(
+    visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a machine of two that says so in the words of nvidia-smi."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: H200 (UUID: GPU-1)'\necho 'GPU 1: H200'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    expected = 2 if visible is None else len([v for v in visible.split(",") if v])
+    assert command.visible_gpus({**os.environ, **given}) == expected
+    assert ask_bash("visible_gpus", **given) == str(expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_workers_get_the_environment_that_the_scripts_give(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    show = "; ".join(f'echo "${name}"' for name in names)
+    theirs = ask_bash(f"NGPU={processes}; set_worker_environment; {show}").split("\n")
+    ours = command.worker_environment(processes)
+    assert [ours.get(name, "") for name in names] == [*theirs, ""][:3]
+
+
+# ------------------------------------------------------------------------ completion
+
+
+def completed(shell: str, line: str) -> list[str]:
+    """What the shell offers for the last word of the line."""
+    words = line.split(" ")
+    quoted = " ".join(f"'{word}'" for word in words)
+    script = f"""
+        eval "$({sys.executable} -m opd_titan completion {shell})"
+        COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}
+        _opd_titan; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("opd-titan tr", ["train"]),
+        ("opd-titan comp", ["completion"]),
+        ("opd-titan train --optimizer.l", ["--optimizer.lr"]),
+        ("opd-titan plan --optimizer.l", ["--optimizer.lr"]),
+        ("opd-titan plan --gpu-m", ["--gpu-memory"]),
+        ("opd-titan train --distill.objective rev", ["reverse_kl"]),
+        ("opd-titan train --compile.enable ", ["true", "false"]),
+        ("opd-titan train --job.config_file tr", []),  # the shell's own: file names
+        ("opd-titan train x.toml --training.steps 3 --optimizer.w", ["--optimizer.weight_decay"]),
+    ],
+)
+def test_bash_completes(line: str, offered: list[str]) -> None:
+    assert completed("bash", line) == offered
+
+
+def test_every_option_is_offered() -> None:
+    for name in command.programs():
+        if name in command.TAKE_A_RECIPE:
+            assert {f"--{o}" for o in OPTIONS} <= set(completed("bash", f"opd-titan {name} --"))
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
+def test_zsh_reads_its_own() -> None:
+    code = f'eval "$({sys.executable} -m opd_titan completion zsh)"; whence _opd_titan'
+    done = subprocess.run(["zsh", "-fc", code], capture_output=True, text=True, cwd=REPO)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+# ------------------------------------------------------------------------- the wheel
+
+
+@pytest.mark.slow
+def test_the_wheel_has_everything_and_brings_the_command(tmp_path: Path) -> None:
+    """Built from a copy, for setuptools leaves its build folder beside the sources."""
+    pytest.importorskip("setuptools", reason="builds without downloads")
+    source = tmp_path / "source"
+    shutil.copytree(REPO / "opd_titan", source / "opd_titan")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*pip, "wheel", *options, str(source)], check=True)
+    (wheel,) = tmp_path.glob("opd_titan-*.whl")
+    files = {p for p in (REPO / "opd_titan").rglob("*") if p.is_file()}
+    ours = {p.relative_to(REPO).as_posix() for p in files if p.suffix not in (".pyc", ".nbi")}
+    with zipfile.ZipFile(wheel) as content:
+        assert ours <= set(content.namelist())
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=False, symlinks=True)
+    target = ["--python", str(place / "bin" / "python"), "install", "--no-deps", str(wheel)]
+    # Nor may pip see the sources, which count as an installed package where they have an egg-info.
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *command.LAUNCHED)}
+    subprocess.run([*pip, *target], check=True, env=env, cwd=tmp_path)
+    # Only now the packages that run this test: among them may be this one, where pip sees it.
+    others = next(path for path in sys.path if path.endswith("site-packages"))
+    (next(place.glob("lib/python*/site-packages")) / "others.pth").write_text(others)
+    program = str(place / "bin" / "opd-titan")
+    assert subprocess.run([program, "train", "nope"], env=env, cwd=tmp_path).returncode == 2
+    recipe = str(REPO / "train_configs" / "debug.toml")
+    done = subprocess.run(
+        [program, "config", recipe], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and 'hf_path = "assets/debug/student"' in done.stdout
+    where = [str(place / "bin" / "python"), "-c", "import opd_titan; print(opd_titan.__file__)"]
+    found = subprocess.run(where, env=env, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert found.startswith(str(place))

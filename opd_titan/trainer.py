@@ -21,8 +21,10 @@ from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.config import JobConfig
 from opd_titan.data.grading import grade
+from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.inspection import inspect
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
@@ -159,6 +161,7 @@ class Trainer:
             start_step=self.step,
             total_steps=self.total_steps,
             whole=self.rule.needs_vocabulary,
+            texts=TokenTexts(self.job.tokenizer),
         )
         if self.job.saved_state is not None:
             self.recorder.metrics.load_state_dict(self.job.saved_state["recorder"])
@@ -212,6 +215,8 @@ class Trainer:
                 self.score("teacher", plan)
             with phase("reference"):
                 self.score("reference", plan)
+            with phase("inspect"):
+                self.inspect(self.recorder.chosen(samples))
             with phase("update"):
                 result = self.update(plan)
                 self.weights.outdate()
@@ -269,6 +274,14 @@ class Trainer:
             )
         for sample, values in scored:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
+
+    def inspect(self, samples: list[Sample]) -> None:
+        """For the file of rollouts: where their tokens stand with each model, as it is now."""
+        models = {"student": self.student, **self.scored}
+        budget = self.config.training.max_tokens_per_microbatch
+        with progress(None, f"step {self.step} inspect", "seq", rank=dist.get_rank()) as bar:
+            on_sequences = self._on_sequences(bar)
+            inspect(models, samples, budget, self.rule.dist, self.world, on_sequences)
 
     def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from opd_titan.data.types import Sample
+from opd_titan.data.pieces import TokenTexts
+from opd_titan.data.types import Inspection, Sample
 
 # Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -65,18 +66,21 @@ def write_rollouts(
     decode: Callable[[list[int]], str],
     grade: Callable[[str, str], bool],
     limit: int = -1,
+    texts: TokenTexts | None = None,
 ) -> Path | None:
     """Write `<dump_folder>/rollouts/step-N.jsonl`; the file appears whole or not at all.
 
     `answer` is the prompt's gold answer and `correct` the grade of the response against it, both
     null when there is nothing to grade. Log-probs and advantages keep 7 significant digits (what
-    fp32 holds); a value that is not finite is null, since JSON has no word for it.
+    fp32 holds), those of `teacher_top` 4; a value that is not finite is null, since JSON has no
+    word for it. What a sample's `inspection` lacks is null too.
 
     Args:
         samples: in the order of the step's prompts; prompts count in the order they first appear.
         decode: response token ids to text.
         grade: (response text, gold answer) to whether it is right; called only with an answer.
         limit: write the first so many samples by (prompt, sample_index); -1 all, 0 no file.
+        texts: of single tokens; without them `response_pieces` and `teacher_top` are null.
 
     Returns:
         The file, or None when `limit` is 0.
@@ -93,7 +97,7 @@ def write_rollouts(
     # backslashreplace: a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
     with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for sample in ordered[: None if limit < 0 else limit]:
-            row = _row(step, sample, decode, grade)
+            row = _row(step, sample, decode, grade, texts)
             line = json.dumps(row, ensure_ascii=False, allow_nan=False)
             file.write(line.translate(_LINE_BREAKS) + "\n")
     os.replace(part, path)
@@ -105,6 +109,7 @@ def _row(
     sample: Sample,
     decode: Callable[[list[int]], str],
     grade: Callable[[str, str], bool],
+    texts: TokenTexts | None,
 ) -> dict[str, Any]:
     prompt, response = sample.prompt, decode(sample.response_ids)
     return {
@@ -122,15 +127,39 @@ def _row(
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
         "correct": None if prompt.answer is None else bool(grade(response, prompt.answer)),
+        "response_pieces": None if texts is None else texts.pieces(sample.response_ids),
+        **_inspected(sample.inspection or Inspection(), texts),
     }
+
+
+def _inspected(found: Inspection, texts: TokenTexts | None) -> dict[str, Any]:
+    top = None
+    if texts is not None and found.teacher_ids is not None:
+        rows = zip(found.teacher_ids.tolist(), found.teacher_logprobs.tolist(), strict=True)
+        top = [
+            [[texts.alone(i), _rounded(v, 4)] for i, v in zip(ids, logprobs, strict=True)]
+            for ids, logprobs in rows
+        ]
+    return {
+        "student_ranks": _ranks(found.student_ranks),
+        "teacher_ranks": _ranks(found.teacher_ranks),
+        "reference_ranks": _ranks(found.reference_ranks),
+        "teacher_top": top,
+    }
+
+
+def _ranks(values: torch.Tensor | None) -> list[int | None] | None:
+    return None if values is None else [rank or None for rank in values.tolist()]
 
 
 def _short(values: Sequence[float] | None) -> list[float | None] | None:
     if values is None:
         return None
-    return [
-        float(f"{v:.7g}") if math.isfinite(v) else None for v in torch.as_tensor(values).tolist()
-    ]
+    return [_rounded(v, 7) for v in torch.as_tensor(values).tolist()]
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def repetition(text: str) -> float:

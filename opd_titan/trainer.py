@@ -24,7 +24,7 @@ from opd_titan.data.grading import grade
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.inspection import inspect
+from opd_titan.distill.inspection import inspect_student
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
@@ -208,6 +208,7 @@ class Trainer:
                     self.weights.sync()
             with phase("rollout"):
                 samples = self.rollout(prompts)
+                chosen = self.recorder.choose(samples)
                 if self.weights.release_if_short(self.generator.num_bytes):
                     self.generator.release()
             plan = self.plan(samples)
@@ -216,7 +217,7 @@ class Trainer:
             with phase("reference"):
                 self.score("reference", plan)
             with phase("inspect"):
-                self.inspect(self.recorder.chosen(samples))
+                self.inspect(chosen)
             with phase("update"):
                 result = self.update(plan)
                 self.weights.outdate()
@@ -271,17 +272,17 @@ class Trainer:
                 self.world,
                 self._on_sequences(bar),
                 whole,
+                role,
             )
         for sample, values in scored:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
 
     def inspect(self, samples: list[Sample]) -> None:
-        """For the file of rollouts: where their tokens stand with each model, as it is now."""
-        models = {"student": self.student, **self.scored}
+        """For the file of rollouts: where their tokens stand with the student, as it is now."""
         budget = self.config.training.max_tokens_per_microbatch
         with progress(None, f"step {self.step} inspect", "seq", rank=dist.get_rank()) as bar:
-            on_sequences = self._on_sequences(bar)
-            inspect(models, samples, budget, self.rule.dist, self.world, on_sequences)
+            done = self._on_sequences(bar)
+            inspect_student(self.student, samples, budget, self.rule.dist, self.world, done)
 
     def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""

@@ -29,23 +29,19 @@ class Prompt:
 
 
 @dataclass
-class Inspection:
-    """Where a response's tokens stand in the models' distributions, on the CPU.
-
-    Ranks count from 1, the likeliest; 0 where a model's numbers are not finite. None where that
-    model is not there.
+class Standing:
+    """Where a response's tokens stand in a model's distribution, on the CPU.
 
     Attributes:
-        student_ranks, teacher_ranks, reference_ranks: int64 [its tokens].
-        teacher_ids, teacher_logprobs: of the teacher's K likeliest tokens at each place, likeliest
-            first: int64 and fp32 [its tokens, K].
+        ranks: int64 [its tokens], from 1, the likeliest; 0 where the model's numbers are not
+            finite.
+        ids, logprobs: of the K likeliest tokens at each place, likeliest first: int64 and fp32
+            [its tokens, K]; K may be 0.
     """
 
-    student_ranks: Tensor | None = None
-    teacher_ranks: Tensor | None = None
-    reference_ranks: Tensor | None = None
-    teacher_ids: Tensor | None = None
-    teacher_logprobs: Tensor | None = None
+    ranks: Tensor
+    ids: Tensor
+    logprobs: Tensor
 
 
 @dataclass
@@ -56,7 +52,8 @@ class Sample:
     fp32, on the CPU, one natural logarithm (or advantage) per response token; None where that
     model is not there. `student_logprobs` are those of the sampling itself.
 
-    `inspection` is there, on every rank, for samples that are written down.
+    `inspection` is there for samples that are written down: by role, where the tokens stand. On the
+    rank that updates on a sample it is complete.
 
     `teacher_hidden` and `reference_hidden` [its tokens, their width] are there between scoring and
     update where whole distributions are needed, on the device.
@@ -72,7 +69,7 @@ class Sample:
     advantages: Tensor | None = None
     teacher_hidden: Tensor | None = None
     reference_hidden: Tensor | None = None
-    inspection: Inspection | None = None
+    inspection: dict[str, Standing] | None = None
 
     @property
     def num_tokens(self) -> int:

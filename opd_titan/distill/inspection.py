@@ -1,84 +1,103 @@
-"""What people want to see of a response beyond its log-probs: ranks, and what else was likely."""
+"""What people want to see of a response beyond its log-probs: ranks, and what else was likely.
+
+Samples whose `inspection` is a dict, empty at first, are looked at: by the frozen models while they
+are scored, by the student in a forward of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from opd_titan.data.types import Inspection, Sample
+from opd_titan.data.types import Sample, Standing
 from opd_titan.distill.head import inspect_head
-from opd_titan.distill.packing import STAND_IN, Minibatch, pack, plan_minibatches
+from opd_titan.distill.packing import STAND_IN, PackedBatch, pack, plan_minibatches
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
-# The teacher's likeliest tokens that are kept of each place.
-ALTERNATIVES = 5
+# By role, the likeliest tokens that are kept of each place.
+ALTERNATIVES = {"teacher": 5}
 
-# The rank of each response token, and the K likeliest tokens with their log-probs.
-_Columns = tuple[Tensor, Tensor, Tensor]
+# What `inspect_head` returns for several samples' tokens.
+Columns = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def inspect(
-    models: Mapping[str, nn.Module],
+def inspect_student(
+    model: nn.Module,
     samples: Sequence[Sample],
     max_tokens: int,
     dist: Distribution,
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """One forward of each model over these samples; fills in each one's `inspection`.
+    """One forward over these samples, which notes the student's part of each one's `inspection`.
 
     All ranks call, with the same samples; each computes its share, and all get everything.
 
     Args:
-        models: by role ("student", "teacher", "reference"); FSDP-sharded, left resharded.
+        model: FSDP-sharded, left resharded.
         max_tokens: budget of a forward pass on each rank.
-        dist: ranks do not depend on what the student's samples were cut to, so all models are
-            looked at untruncated; log-probs are at its temperature.
-        on_sequences: called by all ranks with the number of sequences just done, per model.
+        dist: as the samples were drawn from. What that was cut to does not change ranks.
+        on_sequences: called by all ranks with the number of sequences just done.
     """
     if not samples:
         return
     (minibatch,) = plan_minibatches(samples, 1, max_tokens, world.dp)
-    mine = [s for microbatch in minibatch.microbatches for s in microbatch]
-    found = [Inspection() for _ in mine]
-    for role, model in models.items():
-        k = ALTERNATIVES if role == "teacher" else 0
-        columns = _look(model, minibatch, dist.untruncated, world, k, on_sequences)
-        for inspection, (ranks, ids, logprobs) in zip(found, columns, strict=True):
-            setattr(inspection, f"{role}_ranks", ranks)
-            if k:
-                inspection.teacher_ids, inspection.teacher_logprobs = ids, logprobs
-    keys = [(s.prompt.index, s.sample_index) for s in mine]
-    by_key = dict(gather_lists(list(zip(keys, found, strict=True)), world.dp))
-    for sample in samples:
-        sample.inspection = by_key[sample.prompt.index, sample.sample_index]
-
-
-def _look(
-    model: nn.Module,
-    minibatch: Minibatch,
-    dist: Distribution,
-    world: World,
-    k: int,
-    on_sequences: Callable[[int], None],
-) -> list[_Columns]:
-    """Of each of this rank's samples, in the order of the micro-batches, on the CPU."""
-    found: list[_Columns] = []
+    mine: list[tuple[tuple[int, int], Standing]] = []
     for microbatch in minibatch.microbatches:
         batch = pack(microbatch or STAND_IN, world)
-        head = partial(
-            inspect_head, predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist, k=k
-        )
-        columns = model(batch.tokens_T, batch.attend, head)
-        if microbatch:
-            lengths = [len(s.response_ids) for s in microbatch]
-            found += zip(*(values.cpu().split(lengths) for values in columns), strict=True)
+        columns = model(batch.tokens_T, batch.attend, _head(batch, dist, 0))
+        mine += [(_key(s), standing) for s, standing in standings(microbatch, columns)]
         on_sequences(len(microbatch))
     model.reshard()
-    return found
+    by_key = dict(gather_lists(mine, world.dp))
+    for sample in samples:
+        sample.inspection["student"] = by_key[_key(sample)]
+
+
+def watching(
+    head: Callable[[Tensor, Tensor], Tensor],
+    samples: Sequence[Sample],
+    batch: PackedBatch,
+    dist: Distribution,
+    role: str,
+) -> tuple[list[Sample], Callable[[Tensor, Tensor], tuple[Tensor, Columns | None]]]:
+    """The samples to look at, and a head that returns their columns beside what `head` does."""
+    watched = [s for s in samples if role and s.inspection is not None]
+    if not watched:
+        return [], lambda hidden_TD, weight: (head(hidden_TD, weight), None)
+    lengths = torch.tensor([len(s.response_ids) for s in samples])
+    chosen = torch.tensor([s.inspection is not None for s in samples])
+    rows = chosen.repeat_interleave(lengths).nonzero().view(-1).to(batch.targets_R.device)
+    look = _head(batch, dist, ALTERNATIVES.get(role, 0), rows)
+    return watched, lambda hidden_TD, weight: (head(hidden_TD, weight), look(hidden_TD, weight))
+
+
+def standings(samples: Sequence[Sample], columns: Columns) -> list[tuple[Sample, Standing]]:
+    """The columns' part of each sample, on the CPU."""
+    lengths = [len(s.response_ids) for s in samples]
+    if not lengths:
+        return []
+    parts = zip(*(values.cpu().split(lengths) for values in columns), strict=True)
+    return [(s, Standing(*part)) for s, part in zip(samples, parts, strict=True)]
+
+
+def _head(
+    batch: PackedBatch, dist: Distribution, k: int, rows: Tensor | slice = slice(None)
+) -> Callable[[Tensor, Tensor], Columns]:
+    return partial(
+        inspect_head,
+        predict_R=batch.predict_R[rows],
+        targets_R=batch.targets_R[rows],
+        dist=dist.untruncated,
+        k=k,
+    )
+
+
+def _key(sample: Sample) -> tuple[int, int]:
+    return sample.prompt.index, sample.sample_index

@@ -108,10 +108,17 @@ class Recorder:
         self.metrics.log(step, scalars)
         if self.metrics.due(step):
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
-        self._write_rollouts(step, self.chosen(samples), mine)
+        self._write_rollouts(step, self._chosen(samples), mine)
 
-    def chosen(self, samples: list[Sample]) -> list[Sample]:
-        """The ones of a step that are written down, the same on every rank."""
+    def choose(self, samples: list[Sample]) -> list[Sample]:
+        """Prepare those of a step that will be written down, the same on every rank, for a closer
+        look at them."""
+        chosen = self._chosen(samples)
+        for sample in chosen:
+            sample.inspection = {}
+        return chosen
+
+    def _chosen(self, samples: list[Sample]) -> list[Sample]:
         limit = self.config.metrics.sample_rollouts
         if self.on_policy_fraction == 0.0:
             return []

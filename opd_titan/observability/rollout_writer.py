@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from opd_titan.data.pieces import TokenTexts
-from opd_titan.data.types import Inspection, Sample
+from opd_titan.data.types import Sample, Standing
 
 # Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -128,28 +128,24 @@ def _row(
         "answer": prompt.answer,
         "correct": None if prompt.answer is None else bool(grade(response, prompt.answer)),
         "response_pieces": None if texts is None else texts.pieces(sample.response_ids),
-        **_inspected(sample.inspection or Inspection(), texts),
+        **_inspected(sample.inspection or {}, texts),
     }
 
 
-def _inspected(found: Inspection, texts: TokenTexts | None) -> dict[str, Any]:
-    top = None
-    if texts is not None and found.teacher_ids is not None:
-        rows = zip(found.teacher_ids.tolist(), found.teacher_logprobs.tolist(), strict=True)
-        top = [
+def _inspected(found: Mapping[str, Standing], texts: TokenTexts | None) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for role in ("student", "teacher", "reference"):
+        ranks = found[role].ranks.tolist() if role in found else None
+        row[f"{role}_ranks"] = ranks and [rank or None for rank in ranks]
+    row["teacher_top"] = None
+    if texts is not None and "teacher" in found:
+        teacher = found["teacher"]
+        rows = zip(teacher.ids.tolist(), teacher.logprobs.tolist(), strict=True)
+        row["teacher_top"] = [
             [[texts.alone(i), _rounded(v, 4)] for i, v in zip(ids, logprobs, strict=True)]
             for ids, logprobs in rows
         ]
-    return {
-        "student_ranks": _ranks(found.student_ranks),
-        "teacher_ranks": _ranks(found.teacher_ranks),
-        "reference_ranks": _ranks(found.reference_ranks),
-        "teacher_top": top,
-    }
-
-
-def _ranks(values: torch.Tensor | None) -> list[int | None] | None:
-    return None if values is None else [rank or None for rank in values.tolist()]
+    return row
 
 
 def _short(values: Sequence[float] | None) -> list[float | None] | None:

@@ -180,7 +180,7 @@ def test_scalar_table_is_the_designs():
     }
     expected = {f"{group}/{name}" for group, row in names.items() for name in row.split()}
     expected |= {"grad_norm", "skipped_updates", "lr"}
-    phases = "data rollout teacher reference update sync checkpoint validate step".split()
+    phases = "data rollout teacher reference inspect update sync checkpoint validate step".split()
     expected |= {f"time/{phase}(s)" for phase in phases}
     rates = ("rollout", "teacher", "update", "step")
     expected |= {f"throughput/{phase}(tok/s/gpu)" for phase in rates}

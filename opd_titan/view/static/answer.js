@@ -49,7 +49,7 @@ function drawPiece(data, t) {
 }
 
 class Answer {
-  // `look(t, kept)` is called with the token under the pointer or the focus, null for none.
+  // `look(t)` is called with the token under the pointer, else the chosen one; null: none.
   constructor(box, strip, look) {
     this.box = box;
     this.strip = strip;
@@ -59,9 +59,9 @@ class Answer {
     const at = (event) => event.target.closest(".piece")?.dataset.t;
     box.addEventListener("pointerover", (event) => {
       const t = at(event);
-      if (t !== undefined) look(Number(t), false);
+      if (t !== undefined) look(Number(t));
     });
-    box.addEventListener("pointerleave", () => look(this.chosen, true));
+    box.addEventListener("pointerleave", () => look(this.chosen));
     box.addEventListener("click", (event) => {
       const t = at(event);
       if (t !== undefined) this.choose(Number(t));
@@ -75,8 +75,8 @@ class Answer {
         this.data.pieces.length - 1,
         Math.floor((event.offsetX / strip.clientWidth) * this.data.pieces.length),
       );
-    strip.addEventListener("pointermove", (event) => this.data && look(place(event), false));
-    strip.addEventListener("pointerleave", () => look(this.chosen, true));
+    strip.addEventListener("pointermove", (event) => this.data && look(place(event)));
+    strip.addEventListener("pointerleave", () => look(this.chosen));
     strip.addEventListener("click", (event) => this.data && this.choose(place(event)));
     new ResizeObserver(() => this.drawStrip()).observe(strip);
   }
@@ -85,12 +85,16 @@ class Answer {
     this.data = data;
     this.chosen = null;
     const pieces = data.pieces.map((_, t) => drawPiece(data, t));
-    if (pieces.length) pieces[0].tabIndex = 0;
     const whole = data.response === null ? [] : [element("p", { class: "whole" }, data.response)];
     this.box.replaceChildren(...whole, ...pieces);
     this.pieces = pieces;
     this.box.scrollTop = 0;
-    this.drawStrip();
+    // What stands out most is what a reader would look for first.
+    const widest = data.gaps.reduce((best, gap, t) => {
+      return Math.abs(gap ?? 0) > Math.abs(data.gaps[best] ?? 0) ? t : best;
+    }, 0);
+    if (pieces.length) this.choose(widest, false);
+    else this.look(null);
   }
 
   choose(t, focus = true) {
@@ -103,7 +107,7 @@ class Answer {
     piece.tabIndex = 0;
     if (focus) piece.focus();
     this.drawStrip();
-    this.look(t, true);
+    this.look(t);
   }
 
   move(by) {

@@ -1,14 +1,14 @@
 // The run's curves: small charts in plain SVG, with the chosen step marked.
 
 const WIDTH = 300;
-const HEIGHT = 62;
+const HEIGHT = 46;
 const EDGE = { left: 4, right: 6, top: 6, bottom: 6 };
 
 const share = (value) => `${minus((100 * value).toFixed(1))}%`;
 const CHARTS = [
-  ["kl", "KL to the teacher", (value) => `${nats(value)} nats`],
+  ["kl", "KL to the teacher", (value) => nats(value)],
   ["gap", "Gap recovered", share],
-  ["length", "Response length", (value) => `${value.toFixed(1)} tokens`],
+  ["length", "Response tokens", (value) => value.toFixed(1)],
   ["cut", "Truncated", share],
   ["accuracy", "Accuracy", share],
 ];
@@ -74,10 +74,9 @@ class Curves {
     }
     svg.append(dot);
     const value = element("b", {});
-    const head = [element("span", {}, name), value];
-    if (key === "accuracy" && goal !== undefined) {
-      head.splice(1, 0, element("i", {}, `teacher ${share(goal)}`));
-    }
+    const teacher = key === "accuracy" && goal !== undefined;
+    const range = teacher ? `teacher ${share(goal)}` : `up to ${text(Math.max(...values))}`;
+    const head = [element("span", {}, name), element("i", {}, range), value];
     const figure = element("figure", {}, element("figcaption", {}, ...head), svg);
     return { figure, svg, mark, dot, value, points, text, y };
   }

@@ -59,7 +59,10 @@ async function rollout(index, i) {
         ? student[t] - teacher[t]
         : null,
     ),
-    top: row.top?.map((ids, t) => ids.map((w, k) => [words[w], row.top_logprobs[t][k]])) ?? null,
+    top: row.top?.map((ids, t) => {
+      const logprobs = fromUnits(row.top_logprobs[t]);
+      return ids.map((w, k) => [words[w], logprobs[k]]);
+    }),
   };
 }
 

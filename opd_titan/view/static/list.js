@@ -84,17 +84,24 @@ function badge(correct) {
   return element("span", { class: `grade ${kind}`, title: name, "aria-label": name }, sign);
 }
 
+// A bar that grows with the rollout's KL (its root, or one outlier would flatten all others).
+function meter(index, i) {
+  const kl = index.kl[i] ?? 0;
+  meter.full ??= index.kl.reduce((most, value) => Math.max(most, Math.abs(value ?? 0)), 0) || 1;
+  const bar = element("span", { class: kl < 0 ? "under" : "over" });
+  bar.style.width = `${100 * Math.sqrt(Math.abs(kl) / meter.full)}%`;
+  return element("span", { class: "meter", "aria-hidden": "true" }, bar);
+}
+
 function drawRow(index, i) {
-  const kl = index.kl[i];
-  const mark = element("span", { class: `meter ${shade(kl)}`, "aria-hidden": "true" });
   return [
     element("div", { class: "question" }, index.questions[index.question[i]] || "(empty prompt)"),
     element("div", { class: "preview" }, index.preview[i] || "(empty response)"),
     element(
       "div",
       { class: "meta" },
-      mark,
-      element("span", { class: "kl" }, `KL ${nats(kl)}`),
+      meter(index, i),
+      element("span", { class: "kl" }, `KL ${nats(index.kl[i])}`),
       element("span", {}, `${index.tokens[i]} tok`),
       index.cut[i] ? element("span", { class: "cut" }, "truncated") : null,
       element("span", { class: "spring" }),

@@ -61,7 +61,6 @@ async function start() {
     drawFacts(data, i);
     byId("prompt").textContent = visible(data.prompt);
     answer.show(data);
-    drawToken(byId("token"), data, null);
     drawSame(i);
     charts.mark(index.step[i]);
     byId("rollout").setAttribute("aria-busy", "false");
@@ -76,14 +75,13 @@ async function start() {
     const fact = (name, value, kind) =>
       element("span", { class: `fact ${kind ?? ""}` }, element("i", {}, name), value);
     const grade = index.correct[i];
-    const cut = index.cut[i] ? `truncated at ${index.tokens[i]} tokens` : data.finish;
-    const end = index.cut[i] ? cut : `${cut} after ${index.tokens[i]} tokens`;
+    const end = `${index.cut[i] ? "truncated" : data.finish} at ${index.tokens[i]} tokens`;
     byId("facts").replaceChildren(
       fact("step", String(index.step[i])),
       fact("prompt", String(index.prompt[i])),
       fact("sample", String(index.sample[i])),
-      fact("KL", `${nats(index.kl[i])} nats`, "wide"),
-      fact("end", end, index.cut[i] ? "bad" : ""),
+      fact("KL", nats(index.kl[i])),
+      fact("finish", end, index.cut[i] ? "bad" : ""),
       fact(
         "grade",
         grade === null ? "not graded" : grade ? "\u2713 right" : "\u2717 wrong",
@@ -109,10 +107,11 @@ async function start() {
           type: "button",
           "data-i": j,
           "aria-current": j === i ? "true" : null,
+          title: `step ${index.step[j]}, sample ${index.sample[j]}`,
           "aria-label": `step ${index.step[j]}, sample ${index.sample[j]}, KL ${nats(index.kl[j])}`,
         },
         element("span", {}, `${index.step[j]}.${index.sample[j]}`),
-        element("span", { class: `meter ${shade(index.kl[j])}` }),
+        meter(index, j),
         element("span", { class: "kl" }, nats(index.kl[j])),
         badge(index.correct[j]),
       );

@@ -7,11 +7,12 @@ https://chromedevtools.github.io/devtools-protocol/
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -50,19 +51,19 @@ class Browser:
         self._number = 0
         self._buffer = b""
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        # The browser reads commands from its descriptor 3 and answers on 4.
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
         command = [path, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += ["--no-first-run", "--disable-extensions", "--remote-debugging-pipe"]
         command += [f"--user-data-dir={self._profile.name}"]
-        wrapped = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command]
-        self._process = subprocess.Popen(
-            wrapped,
-            pass_fds=(theirs_in, theirs_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        # The browser reads commands from its descriptor 3 and answers on 4.
+        pipes = [*os.pipe(), *os.pipe()]
+        theirs_in, self._out, self._in, theirs_out = (
+            fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in pipes
         )
+        for end in pipes:
+            os.close(end)
+        quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+        ends = [(os.POSIX_SPAWN_DUP2, theirs_in, 3), (os.POSIX_SPAWN_DUP2, theirs_out, 4)]
+        self._pid = os.posix_spawn(path, command, os.environ, file_actions=[*quiet, *ends])
         os.close(theirs_in)
         os.close(theirs_out)
         self._session: str | None = None
@@ -80,8 +81,8 @@ class Browser:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
         os.close(self._in)
         os.close(self._out)
         self._profile.cleanup()

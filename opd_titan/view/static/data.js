@@ -89,7 +89,7 @@ const byId = (id) => document.getElementById(id);
 const minus = (text) => text.replace("-", "\u2212");
 const nats = (value, digits = 3) =>
   value === null || value === undefined ? "\u2013" : minus(value.toFixed(digits));
-const signed = (value, digits = 2) => (value > 0 ? "+" : "") + nats(value, digits);
+const signed = (value, digits = 3) => (value > 0 ? "+" : "") + nats(value, digits);
 
 function percent(logprob) {
   if (logprob === null) return "\u2013";

@@ -120,9 +120,10 @@ def test_the_page_holds_what_the_files_do(world: World) -> None:
             logprobs = [v / 1000 for v in found[role]]
             assert logprobs == pytest.approx(row[f"{role}_logprobs"], abs=5.1e-4)
             assert found[f"{role}_ranks"] == row[f"{role}_ranks"]
-        assert [[words[w] for w in top] for top in found["top"]] == [
-            [text for text, _ in top] for top in row["teacher_top"]
-        ]
+        assert found["top_sizes"] == [5] * len(found["pieces"])
+        pairs = [pair for top in row["teacher_top"] for pair in top]
+        assert [words[w] for w in found["top"]] == [text for text, _ in pairs]
+        assert found["top_logprobs"] == [round(1000 * value) for _, value in pairs]
         n = len(row["response_tokens"])
         gaps = zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)
         assert index["kl"][i] == pytest.approx(sum(s - t for s, t in gaps) / n, rel=1e-3)
@@ -224,7 +225,14 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "a list": ("[1]\n", "line 1: is no JSON object"),
     "not UTF-8": (b'{"step": "\xff"}\n', "is not UTF-8"),
     "NaN": (json.dumps({**GOOD, "advantages": [float("nan"), 0.0]}), "NaN is no number"),
-    "huge": (json.dumps(GOOD).replace("-0.5,", "1e999,", 1), "`student_logprobs` holds Infinity"),
+    "huge": (
+        json.dumps(GOOD).replace("-0.5,", "1e999,", 1),
+        "`student_logprobs` holds a number beyond",
+    ),
+    "huge integer": (
+        json.dumps(GOOD).replace('"teacher_ranks": [1,', f'"teacher_ranks": [{10**400},'),
+        "`teacher_ranks` holds a number beyond",
+    ),
     "deep": ("[" * 100_000, "line 1: is not JSON"),
     "no prompt": (json.dumps({k: v for k, v in GOOD.items() if k != "prompt"}), "no `prompt`"),
     "number for text": (json.dumps({**GOOD, "response": 4}), "`response` is 4; wanted a string"),

@@ -280,8 +280,9 @@ def contrasts(browser: Browser) -> list[tuple[str, float]]:
         });
       };
       const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
-      const names = [".piece", ".preview", ".question", ".meta span:not(.meter, .meter *)", ".fact", ".fact i", "#prompt",
-        "#run-about", "th", "td", "#token li span", "figcaption i", ".swatch", ".side", "h2"];
+      const names = [".piece", ".preview", ".question", ".meta span:not(.meter, .meter *)",
+        ".fact", ".fact i", "#prompt", "#run-about", "th", "td", "#token li span",
+        "figcaption i", ".swatch", ".side", "h2"];
       return names.flatMap((name) => [...document.querySelectorAll(name)]).map((e) => {
         const grounds = [];
         for (let p = e; p; p = p.parentElement)

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from opd_titan.view.rollouts import ROLES, Rollout
 
 # Tokens of a chunk. A click decodes one: more would be felt, fewer would compress worse.
@@ -28,17 +30,12 @@ def block(value: Any) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
-class _Words:
-    """Strings, each of them once."""
+class _Words(dict[str, int]):
+    """Strings, each of them once, and their places."""
 
-    def __init__(self) -> None:
-        self.place: dict[str, int] = {}
-
-    def __call__(self, text: str) -> int:
-        return self.place.setdefault(text, len(self.place))
-
-    def all(self) -> list[str]:
-        return list(self.place)
+    def __missing__(self, text: str) -> int:
+        self[text] = place = len(self)
+        return place
 
 
 @dataclass
@@ -106,7 +103,7 @@ class _Packer:
 
     def _close_chunk(self) -> None:
         if self.rows:
-            self.chunks.append(block({"words": self.words.all(), "rows": self.rows}))
+            self.chunks.append(block({"words": list(self.words), "rows": self.rows}))
         self.words, self.rows, self.tokens = _Words(), [], 0
 
     def finish(self) -> Packed:
@@ -121,28 +118,34 @@ class _Packer:
 
 def _row(r: Rollout, words: _Words) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "prompt": words(r.prompt),
-        "finish": words(r.finish_reason),
-        "answer": None if r.answer is None else words(r.answer),
-        "advantages": _units(r.advantages),
+        "prompt": words[r.prompt],
+        "finish": words[r.finish_reason],
+        "answer": None if r.answer is None else words[r.answer],
+        "advantages": _whole(r.advantages, _UNITS_PER_NAT),
     }
     if r.pieces is None:
-        row |= {"response": words(r.response), "ids": r.tokens}
+        row |= {"response": words[r.response], "ids": r.tokens}
     else:
-        row["pieces"] = [words(piece) for piece in r.pieces]
+        row["pieces"] = list(map(words.__getitem__, r.pieces))
     for role in ROLES:
-        row[role] = _units(r.logprobs.get(role))
-        row[f"{role}_ranks"] = r.ranks.get(role)
-    if r.top is not None:
-        row["top"] = [[words(text) for text, _ in top] for top in r.top]
-        row["top_logprobs"] = [_units([value for _, value in top]) for top in r.top]
+        row[role] = _whole(r.logprobs.get(role), _UNITS_PER_NAT)
+        row[f"{role}_ranks"] = _whole(r.ranks.get(role), 1)
+    if r.top_texts is not None:
+        row["top_sizes"] = r.top_sizes
+        row["top"] = list(map(words.__getitem__, r.top_texts))
+        row["top_logprobs"] = _whole(r.top_logprobs, _UNITS_PER_NAT)
     return row
 
 
-def _units(values: list[float | None] | None) -> list[int | None] | None:
+def _whole(values: np.ndarray | None, units: int) -> list[int | None] | None:
+    """Rounded to whole numbers of a unit's part; NaN is null."""
     if values is None:
         return None
-    return [None if v is None else round(v * _UNITS_PER_NAT) for v in values]
+    unknown = np.isnan(values)
+    rounded = np.rint(np.where(unknown, 0.0, values) * units).astype(np.int64).tolist()
+    if unknown.any():
+        return [None if odd else v for v, odd in zip(rounded, unknown.tolist(), strict=True)]
+    return rounded
 
 
 def _preview(text: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from opd_titan.errors import DataError, first_line
 
@@ -16,14 +18,21 @@ _FILE = re.compile(r"step-(0|[1-9][0-9]{0,17})\.jsonl")
 ROLES = ("student", "teacher", "reference")
 
 
+# No log-prob, advantage or rank is as large.
+_LARGEST = 1e12
+_NUMBER = {int, float, type(None)}
+
+
 @dataclass
 class Rollout:
-    """A row of a rollout file. Lists have an entry for each response token; None: not there.
+    """A row of a rollout file. Per-token values have an entry for each response token.
 
     Attributes:
         pieces: text of each token; None in files of earlier versions.
-        logprobs, ranks: by role, of the roles that are there.
-        top: the teacher's likeliest tokens with their log-probs, likeliest first.
+        logprobs, ranks: by role, of the roles that are there; NaN where the file has null.
+        advantages: None where there are none.
+        top_sizes, top_texts, top_logprobs: how many of the teacher's likeliest tokens there are at
+            each place, and these one after another; None where there is no teacher.
     """
 
     step: int
@@ -36,17 +45,21 @@ class Rollout:
     answer: str | None
     correct: bool | None
     pieces: list[str] | None
-    advantages: list[float | None] | None
-    logprobs: dict[str, list[float | None]] = field(default_factory=dict)
-    ranks: dict[str, list[int | None]] = field(default_factory=dict)
-    top: list[list[list[Any]]] | None = None
+    advantages: np.ndarray | None
+    logprobs: dict[str, np.ndarray] = field(default_factory=dict)
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)
+    top_sizes: list[int] | None = None
+    top_texts: list[str] | None = None
+    top_logprobs: np.ndarray | None = None
 
     @property
     def kl(self) -> float | None:
         """Mean of log S - log T over the tokens where both are known."""
-        pairs = zip(self.logprobs.get("student", ()), self.logprobs.get("teacher", ()))  # noqa: B905
-        gaps = [s - t for s, t in pairs if s is not None and t is not None]
-        return sum(gaps) / len(gaps) if gaps else None
+        if not {"student", "teacher"} <= self.logprobs.keys():
+            return None
+        gaps = self.logprobs["student"] - self.logprobs["teacher"]
+        gaps = gaps[~np.isnan(gaps)]
+        return float(gaps.mean()) if gaps.size else None
 
 
 def rollout_files(dump_folder: Path) -> list[tuple[int, Path]]:
@@ -112,34 +125,48 @@ class _Row:
             sample_index=self._get("sample_index", int, "an integer"),
             prompt=self._get("prompt", str, "a string"),
             response=self._get("response", str, "a string"),
-            tokens=self._each("response_tokens", lambda v: type(v) is int, "token ids") or [],
+            tokens=self._each("response_tokens", {int}, "token ids") or [],
             finish_reason=self._get("finish_reason", str, "a string"),
             answer=self._get("answer", str, "a string or null", null=True),
             correct=self._get("correct", bool, "true, false or null", null=True),
-            pieces=self._each("response_pieces", lambda v: type(v) is str, "strings"),
-            advantages=self._each("advantages", _is_number, "numbers or null"),
-            top=self._each("teacher_top", _is_top, "lists of [text, log-prob]"),
+            pieces=self._each("response_pieces", {str}, "strings"),
+            advantages=self._numbers("advantages"),
         )
         if row.step != step:
             self._fail(f"`step` is {row.step} in the file of step {step}")
         for role in ROLES:
-            logprobs = self._each(f"{role}_logprobs", _is_number, "numbers or null")
-            ranks = self._each(f"{role}_ranks", _is_rank, "integers or null")
-            if logprobs is not None:
-                row.logprobs[role] = logprobs
-            if ranks is not None:
-                row.ranks[role] = ranks
+            for name, found in (("logprobs", row.logprobs), ("ranks", row.ranks)):
+                values = self._numbers(f"{role}_{name}")
+                if values is not None:
+                    found[role] = values
+        self._read_top(row)
         return row
+
+    def _read_top(self, row: Rollout) -> None:
+        key, wanted = "teacher_top", "lists of [text, log-prob]"
+        places = self._each(key, {list}, wanted)
+        if places is None:
+            return
+        pairs = list(chain.from_iterable(places))
+        self._check_types(key, pairs, {list}, wanted)
+        if set(map(len, pairs)) - {2}:
+            self._fail(
+                f"`{key}` holds {_short(next(p for p in pairs if len(p) != 2))}; wanted {wanted}"
+            )
+        row.top_sizes = list(map(len, places))
+        row.top_texts = [text for text, _ in pairs]
+        self._check_types(key, row.top_texts, {str}, wanted)
+        row.top_logprobs = self._as_array(key, [value for _, value in pairs])
 
     def _get(self, key: str, kind: type, wanted: str, null: bool = False) -> Any:
         if key not in self.values:
             self._fail(f"has no `{key}`; wanted a file that opd_titan wrote")
         value = self.values[key]
         if type(value) is not kind and not (null and value is None):
-            self._fail(f"`{key}` is {json.dumps(value)[:80]}; wanted {wanted}")
+            self._fail(f"`{key}` is {_short(value)}; wanted {wanted}")
         return value
 
-    def _each(self, key: str, fits: Callable[[Any], bool], wanted: str) -> Any:
+    def _each(self, key: str, types: set[type], wanted: str) -> Any:
         """A list with one entry a token; None where it is null, or of an earlier version."""
         values = self.values.get(key)
         if values is None:
@@ -147,10 +174,28 @@ class _Row:
         if type(values) is not list or len(values) != self.length:
             found = f"{len(values)} entries" if type(values) is list else "no list"
             self._fail(f"`{key}` has {found} for {self.length} tokens; wanted one each, or null")
-        if not all(map(fits, values)):
-            odd = next(value for value in values if not fits(value))
-            self._fail(f"`{key}` holds {json.dumps(odd)[:80]}; wanted {wanted}")
+        self._check_types(key, values, types, wanted)
         return values
+
+    def _numbers(self, key: str) -> np.ndarray | None:
+        values = self._each(key, _NUMBER, "numbers or null")
+        return None if values is None else self._as_array(key, values)
+
+    def _as_array(self, key: str, values: list[Any]) -> np.ndarray:
+        """fp64, null as NaN."""
+        self._check_types(key, values, _NUMBER, "numbers or null")
+        try:
+            array = np.array(values, dtype=np.float64)
+        except OverflowError:  # an integer that no float holds
+            array = np.array([np.inf])
+        if (np.abs(array) > _LARGEST).any():
+            self._fail(f"`{key}` holds a number beyond {_LARGEST:.0e}; wanted log-probs and such")
+        return array
+
+    def _check_types(self, key: str, values: list[Any], types: set[type], wanted: str) -> None:
+        if set(map(type, values)) - types:
+            odd = next(value for value in values if type(value) not in types)
+            self._fail(f"`{key}` holds {_short(odd)}; wanted {wanted}")
 
     def _constant(self, name: str) -> NoReturn:
         raise ValueError(f"{name} is no number of JSON")
@@ -159,16 +204,5 @@ class _Row:
         raise DataError(f"{self.where}: {what}")
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or type(value) is int or (type(value) is float and math.isfinite(value))
-
-
-def _is_rank(value: Any) -> bool:
-    return value is None or type(value) is int
-
-
-def _is_top(value: Any) -> bool:
-    return type(value) is list and all(
-        type(pair) is list and len(pair) == 2 and type(pair[0]) is str and _is_number(pair[1])
-        for pair in value
-    )
+def _short(value: Any) -> str:
+    return json.dumps(value)[:80]

@@ -34,6 +34,18 @@ function chunk(number) {
 
 const fromUnits = (values) => values && values.map((v) => (v === null ? null : v / 1000));
 
+// The teacher's likeliest tokens at each place, as [text, log-prob].
+function alternativesOf(row, words) {
+  if (!row.top) return null;
+  const logprobs = fromUnits(row.top_logprobs);
+  let next = 0;
+  return row.top_sizes.map((size) => {
+    const first = next;
+    next += size;
+    return row.top.slice(first, next).map((w, k) => [words[w], logprobs[first + k]]);
+  });
+}
+
 // One rollout, all values by token. What a file lacks is null.
 async function rollout(index, i) {
   const { words, rows } = await chunk(index.chunk[i]);
@@ -59,10 +71,7 @@ async function rollout(index, i) {
         ? student[t] - teacher[t]
         : null,
     ),
-    top: row.top?.map((ids, t) => {
-      const logprobs = fromUnits(row.top_logprobs[t]);
-      return ids.map((w, k) => [words[w], logprobs[k]]);
-    }),
+    top: alternativesOf(row, words),
   };
 }
 

@@ -91,7 +91,7 @@ def test_a_step_and_a_rollout_are_picked(browser: Browser, run: tuple[Path, Rows
     assert browser.texts(".piece") == row["response_pieces"]
     assert browser.text("#prompt") == row["prompt"]
     facts = " ".join(browser.texts("#facts .fact"))
-    assert f"KL{number(mean_gap(row))}" in facts and f"gold answer{row['answer']}" in facts
+    assert f"KL{number(mean_gap(row))}" in facts and f"gold{row['answer']}" in facts
     assert ("right" if row["correct"] else "wrong") in facts
     assert ("truncated" if row["finish_reason"] == "length" else "stop") in facts
 

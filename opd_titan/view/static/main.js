@@ -75,7 +75,7 @@ async function start() {
     const fact = (name, value, kind) =>
       element("span", { class: `fact ${kind ?? ""}` }, element("i", {}, name), value);
     const grade = index.correct[i];
-    const end = `${index.cut[i] ? "truncated" : data.finish} at ${index.tokens[i]} tokens`;
+    const end = `${index.cut[i] ? "truncated" : data.finish}, ${index.tokens[i]} tokens`;
     byId("facts").replaceChildren(
       fact("step", String(index.step[i])),
       fact("prompt", String(index.prompt[i])),
@@ -87,7 +87,7 @@ async function start() {
         grade === null ? "not graded" : grade ? "\u2713 right" : "\u2717 wrong",
         grade === null ? "" : grade ? "good" : "bad",
       ),
-      ...(data.answer === null ? [] : [fact("gold answer", data.answer)]),
+      ...(data.answer === null ? [] : [fact("gold", data.answer)]),
       ...(data.logprobs.student ? [] : [fact("written by", "the data set")]),
     );
   }

@@ -49,7 +49,7 @@ def make_row(step: int, index: int, tokens: int, words: list[str], dice: random.
     question = " ".join(dice.choice(words).strip() for _ in range(50))
     return {
         "step": step,
-        "prompt_index": index % 2000,
+        "prompt_index": index,
         "sample_index": 0,
         "prompt": f"Question: {question}?\nAnswer:",
         "response": "".join(pieces),
@@ -76,13 +76,16 @@ def make_run(dump: Path, rollouts: int, tokens: int) -> float:
     letters = "etaoinshrdlu"
     words = [" " + "".join(dice.choices(letters, k=2 + i % 7)) for i in range(5000)]
     (dump / "rollouts").mkdir()
+    count = rollouts // STEPS
+    # The same ones at each step, as the page compresses no step together with another.
+    rows = [make_row(0, i, tokens, words, dice) for i in range(count)]
+    lines = [json.dumps(row) for row in rows]
     size = 0
     for step in range(1, STEPS + 1):
         path = dump / "rollouts" / f"step-{step}.jsonl"
-        with path.open("w") as file:
-            for i in range(rollouts // STEPS):
-                row = make_row(step, step * 1000 + i, tokens, words, dice)
-                file.write(json.dumps(row) + "\n")
+        path.write_text(
+            "".join(f"{line.replace('0', str(step), 1)}\n" for line in lines), encoding="ascii"
+        )
         size += path.stat().st_size
     return size
 
@@ -143,15 +146,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dump, page = Path(folder), Path(folder) / "rollouts.html"
         size = make_run(dump, options.rollouts, options.tokens)
-        start = time.monotonic()
+        start, used = time.monotonic(), time.process_time()
         found = write_page(dump, page)
-        made = time.monotonic() - start
+        made, used = time.monotonic() - start, time.process_time() - used
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         figures = {
             "rollouts": f"{found.rollouts:,} of about {options.tokens} tokens",
             "rollout files": f"{size / 1e6:.0f} MB",
             "page": f"{page.stat().st_size / 1e6:.1f} MB",
-            "making the page": f"{made:.1f} s, {peak:.0f} MB",
+            "making the page": f"{made:.1f} s, {used:.1f} of them computing; {peak:.0f} MB",
             **measure(page),
         }
     print(f"Python {platform.python_version()}, {platform.machine()}")

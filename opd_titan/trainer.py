@@ -21,8 +21,10 @@ from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.publish import link_latest
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
+from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.prompts import response_token_ids
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.inspection import inspect_student
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
@@ -159,6 +161,7 @@ class Trainer:
             start_step=self.step,
             total_steps=self.total_steps,
             whole=self.rule.needs_vocabulary,
+            texts=TokenTexts(self.job.tokenizer),
         )
         if self.job.saved_state is not None:
             self.recorder.metrics.load_state_dict(self.job.saved_state["recorder"])
@@ -211,6 +214,7 @@ class Trainer:
                     self.weights.sync()
             with phase("rollout"):
                 samples = self.rollout(prompts)
+                chosen = self.recorder.choose(samples)
                 if self.weights.release_if_short(self.generator.num_bytes):
                     self.generator.release()
             plan = self.plan(samples)
@@ -218,6 +222,8 @@ class Trainer:
                 self.score("teacher", plan)
             with phase("reference"):
                 self.score("reference", plan)
+            with phase("inspect"):
+                self.inspect(chosen)
             with phase("update"):
                 result = self.update(plan)
                 self.weights.outdate()
@@ -272,9 +278,17 @@ class Trainer:
                 self.world,
                 self.watch.on_sequences(bar),
                 whole,
+                role,
             )
         for sample, values in scored:
             setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
+
+    def inspect(self, samples: list[Sample]) -> None:
+        """For the file of rollouts: where their tokens stand with the student, as it is now."""
+        budget = self.config.training.max_tokens_per_microbatch
+        with progress(None, f"step {self.step} inspect", "seq", rank=dist.get_rank()) as bar:
+            done = self.watch.on_sequences(bar)
+            inspect_student(self.student, samples, budget, self.rule.dist, self.world, done)
 
     def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""

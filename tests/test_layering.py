@@ -27,12 +27,14 @@ FLOORS = (
     "observability",
     "top",  # trainer.py, train.py and the other modules beside them
     "plan",  # runs the pieces of the program without a device
+    "view",  # reads what a run has left behind
     "completion",  # knows every command's options
     "__main__",  # the command itself
 )
 # What the order alone does not forbid.
 FORBIDDEN = {
     "config": ("torch",),
+    "view": ("torch", *(f"opd_titan.{floor}" for floor in FLOORS[2:-1])),
     "data": ("opd_titan.models",),
     "distill": ("opd_titan.rollout",),
     "checkpoint": ("opd_titan.distill.objectives",),

@@ -24,8 +24,10 @@ from opd_titan.skipped import SkippedUpdates
 
 KEYS = (
     "step prompt_index sample_index prompt response prompt_tokens response_tokens "
-    "student_logprobs teacher_logprobs reference_logprobs advantages finish_reason answer correct"
+    "student_logprobs teacher_logprobs reference_logprobs advantages finish_reason answer correct "
+    "response_pieces student_ranks teacher_ranks reference_ranks teacher_top"
 ).split()
+NEW = dict.fromkeys(KEYS[-5:])
 
 
 def make_sample(index: int, sample_index: int, answer: str | None = "4", **scores) -> Sample:
@@ -69,6 +71,7 @@ def test_rollouts_have_exactly_the_designs_keys(tmp_path):
         "finish_reason": "stop",
         "answer": "4",
         "correct": True,
+        **NEW,
     }
     assert rows[1]["answer"] is None and rows[1]["correct"] is None
     assert "caf\u00e9" in path.read_text(encoding="utf-8")

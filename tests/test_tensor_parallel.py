@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_utils import lone_world, run_distributed
-from test_head import DISTRIBUTIONS, SCALE, SETTINGS, D, Problem, R, full_loss
+from test_head import DISTRIBUTIONS, SCALE, SETTINGS, D, Problem, R, full_logprobs, full_loss
 from test_vocabulary_objectives import CASES, Case, Models, plain_loss, rows_per_chunk
 from test_vocabulary_objectives import SCALE as CASE_SCALE
 from test_vocabulary_objectives import V as CASE_VOCAB
@@ -26,7 +26,14 @@ from torch.utils._pytree import tree_leaves
 from opd_titan.checkpoint.hf_load import random_init_weights
 from opd_titan.data.types import Sample
 from opd_titan.distill import head as head_module
-from opd_titan.distill.head import PROBE_EVERY, PROBE_TOP_K, loss_head, probed, score_head
+from opd_titan.distill.head import (
+    PROBE_EVERY,
+    PROBE_TOP_K,
+    inspect_head,
+    loss_head,
+    probed,
+    score_head,
+)
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, forward_backward
@@ -140,6 +147,14 @@ def objective_result(world: World, case: Case) -> dict[str, Any]:
     return found
 
 
+def inspected(world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """More of the likeliest tokens than one rank holds."""
+    p = wide_problem()
+    weight = nn.Parameter(distribute_tensor(p.weight_VD.detach(), world.tp_mesh, [Shard(0)]))
+    where = dict(predict_R=p.predict_R, targets_R=p.targets_R, dist=Distribution(0.9))
+    return inspect_head(p.hidden_TD.detach(), weight, **where, k=VOCAB // 2 + 2)
+
+
 def wide_problem() -> Problem:
     """With a vocabulary that splits, and targets in every part of it."""
     p, g = Problem(), torch.Generator().manual_seed(7)
@@ -229,6 +244,7 @@ def on_four_ranks() -> dict[tuple[int, int, int], dict[str, Any]]:
                 for axis in (world.dp, world.tp)
             ],
             "gradients": {tied: gradients(world, tied) for tied in (False, True)},
+            "inspected": inspected(world),
             "random": {tied: random_weights(world, tied) for tied in (False, True)},
             "generated": {tied: generated(world, tied) for tied in (False, True)},
         }
@@ -297,6 +313,21 @@ def test_the_vocabulary_parallel_head_is_the_whole_one(
     for result in ranks:
         for mine, value in zip(result[layout]["head"][i, name], truth, strict=True):
             torch.testing.assert_close(mine, value, rtol=2e-5, atol=2e-6)
+
+
+@each_layout
+def test_ranks_and_the_likeliest_tokens_are_those_of_the_whole_vocabulary(
+    ranks: list[Any], layout: tuple[int, int, int]
+) -> None:
+    p = wide_problem()
+    logprobs_RV = full_logprobs(p, Distribution(0.9)).detach()
+    target_R1 = logprobs_RV.gather(1, p.targets_R[:, None])
+    values_RK, ids_RK = logprobs_RV.topk(VOCAB // 2 + 2, dim=1)
+    for rank in ranks:
+        found_ranks_R, found_ids_RK, found_RK = rank[layout]["inspected"]
+        assert torch.equal(found_ranks_R, 1 + (logprobs_RV > target_R1).sum(1))
+        assert torch.equal(found_ids_RK, ids_RK)
+        torch.testing.assert_close(found_RK, values_RK, rtol=2e-5, atol=2e-6)
 
 
 @each_layout

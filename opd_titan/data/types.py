@@ -29,12 +29,31 @@ class Prompt:
 
 
 @dataclass
+class Standing:
+    """Where a response's tokens stand in a model's distribution, on the CPU.
+
+    Attributes:
+        ranks: int64 [its tokens], from 1, the likeliest; 0 where the model's numbers are not
+            finite.
+        ids, logprobs: of the K likeliest tokens at each place, likeliest first: int64 and fp32
+            [its tokens, K]; K may be 0.
+    """
+
+    ranks: Tensor
+    ids: Tensor
+    logprobs: Tensor
+
+
+@dataclass
 class Sample:
     """One response to one prompt.
 
     `response_ids` includes the stop token when `finish_reason` is "stop". The other tensors are
     fp32, on the CPU, one natural logarithm (or advantage) per response token; None where that
     model is not there. `student_logprobs` are those of the sampling itself.
+
+    `inspection` is there for samples that are written down: by role, where the tokens stand. On the
+    rank that updates on a sample it is complete.
 
     `teacher_hidden` and `reference_hidden` [its tokens, their width] are there between scoring and
     update where whole distributions are needed, on the device.
@@ -50,6 +69,7 @@ class Sample:
     advantages: Tensor | None = None
     teacher_hidden: Tensor | None = None
     reference_hidden: Tensor | None = None
+    inspection: dict[str, Standing] | None = None
 
     @property
     def num_tokens(self) -> int:

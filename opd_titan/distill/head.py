@@ -102,10 +102,68 @@ def _logsumexp(logits_Cv: Tensor) -> Tensor:
     return torch.stack(parts).logsumexp(dim=0)
 
 
+@torch.no_grad()
+def inspect_head(
+    hidden_TD: Tensor,
+    weight: Tensor,
+    predict_R: Tensor,
+    targets_R: Tensor,
+    dist: Distribution,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the targets stand in a model's distribution. Give it to the model's forward.
+
+    Args:
+        weight, predict_R, targets_R: see `score_head`.
+        k: likeliest tokens to return, 0 for none; as many as there are, if fewer.
+
+    Returns:
+        The rank [R] of each target, from 1, equally likely tokens sharing the best of theirs; 0
+        where the numbers are not finite. Ids [R, K] and log-probs [R, K] fp32 of the likeliest
+        tokens, likeliest first.
+    """
+    head = VocabHead.of(weight).first(dist.vocab_size)
+    chunks = _chunks(targets_R.numel(), head, dist)
+    project = _Projection(head, dist, chunks)
+    parts = []
+    for chunk in chunks:
+        targets_C = targets_R[chunk]
+        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C)
+        parts.append(_stand(logits_Cv, targets_C, head, k))
+    ranks, ids, logprobs = zip(*parts, strict=True)
+    return torch.cat(ranks), torch.cat(ids), torch.cat(logprobs)
+
+
+def _stand(
+    logits_Cv: Tensor, targets_C: Tensor, head: VocabHead, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`inspect_head` of one chunk, with two exchanges between the ranks."""
+    ((target_C, normaliser_C),) = _targets([logits_Cv], targets_C, head)
+    ahead_C1 = (logits_Cv > target_C[:, None]).sum(dim=1, keepdim=True)
+    values_CK, ids_CK = logits_Cv.topk(min(k, head.rows), dim=1)
+    ids_CK = ids_CK + head.tp.rank * head.rows
+    # fp64 holds all of them exactly: one exchange.
+    own = torch.cat((ahead_C1.double(), values_CK.double(), ids_CK.double()), dim=1)
+    ahead_PC1, values_PCK, ids_PCK = head.stack(own).split([1, *[values_CK.shape[1]] * 2], dim=2)
+    rank_C = 1 + ahead_PC1.sum(dim=(0, 2)).long()
+    rank_C = rank_C.masked_fill(~(target_C - normaliser_C).isfinite(), 0)
+    values, ids = (x.transpose(0, 1).flatten(1) for x in (values_PCK, ids_PCK))
+    values_CK, best_CK = values.topk(min(k, values.shape[1]), dim=1)
+    return rank_C, ids.gather(1, best_CK).long(), values_CK.float() - normaliser_C[:, None]
+
+
 def _target_logprobs(
     logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each model's logits [C, v] the log-probs of the targets [C] and the normalisers [C].
+    """For each model's logits [C, v] the log-probs of the targets [C] and the normalisers [C]."""
+    found = _targets(logits, targets_C, head)
+    return [(target_C - normaliser_C, normaliser_C) for target_C, normaliser_C in found]
+
+
+def _targets(
+    logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
+) -> list[tuple[Tensor, Tensor]]:
+    """For each model's logits [C, v] those of the targets [C] and the normalisers [C].
 
     One exchange between the ranks, whatever the number of models.
     """
@@ -117,7 +175,7 @@ def _target_logprobs(
         pairs.append(torch.stack((_logsumexp(logits_Cv), target_C)))
     parts_PM2C = head.stack(torch.stack(pairs))
     normaliser_MC, target_MC = parts_PM2C[:, :, 0].logsumexp(dim=0), parts_PM2C[:, :, 1].amax(dim=0)
-    return list(zip(target_MC - normaliser_MC, normaliser_MC, strict=True))
+    return list(zip(target_MC, normaliser_MC, strict=True))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import FrozenHeads, hidden_head, score_head
+from opd_titan.distill.inspection import Columns, standings, watching
 from opd_titan.distill.packing import STAND_IN, Minibatch, pack
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution, VocabHead
@@ -24,6 +25,7 @@ def score(
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
     keep_hidden: bool = False,
+    role: str = "",
 ) -> list[tuple[Sample, Tensor]]:
     """Log-probs of every response token of this rank's share of the plan, or what predicts them.
 
@@ -33,12 +35,15 @@ def score(
             temperature, whatever top-k and top-p the student sampled with.
         on_sequences: called with the number of sequences just done, for a progress bar.
         keep_hidden: leave the vocabulary to the update, which needs all of it.
+        role: of the model, under which samples that are to be inspected note what is seen; empty:
+            none are.
 
     Returns:
         Each of this rank's samples with its log-probs, fp32 on the CPU; or with the hidden states
         [response tokens, E] that predict them, where they were made.
     """
     scored: list[tuple[Sequence[Sample], Tensor]] = []
+    seen: list[tuple[list[Sample], Columns]] = []
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
         samples = microbatch or STAND_IN
         batch = pack(samples, world)
@@ -46,9 +51,12 @@ def score(
         if not keep_hidden:
             where = {"predict_R": batch.predict_R, "targets_R": batch.targets_R}
             head = partial(score_head, **where, dist=dist)
-        values_R = model(batch.tokens_T, batch.attend, head)
+        watched, head = watching(head, samples, batch, dist, role)
+        values_R, columns = model(batch.tokens_T, batch.attend, head)
         if microbatch:
             scored.append((samples, values_R))
+        if watched:
+            seen.append((watched, columns))
         on_sequences(len(microbatch))
     # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
     model.reshard()  # type: ignore[operator]  # FSDP's
@@ -57,6 +65,9 @@ def score(
         # Only now: a copy to the host waits for the device, which should be busy meanwhile.
         values = values_R if keep_hidden else values_R.cpu()
         pairs += zip(those, values.split([len(s.response_ids) for s in those]), strict=True)
+    for watched, columns in seen:
+        for sample, standing in standings(watched, columns):
+            sample.inspection[role] = standing
     return pairs
 
 

@@ -62,6 +62,7 @@ SCALARS: dict[str, str] = {
     "time/rollout(s)": "seconds on rank 0: sampling",
     "time/teacher(s)": "seconds on rank 0: teacher's scores",
     "time/reference(s)": "seconds on rank 0: reference's scores",
+    "time/inspect(s)": "seconds on rank 0: ranks under the student for the files of rollouts",
     "time/update(s)": "seconds on rank 0: forward, backward, optimizer",
     "time/sync(s)": "seconds on rank 0: new weights into the rollout engine",
     "time/checkpoint(s)": "seconds on rank 0 that the loop waited for a checkpoint or export",
@@ -117,7 +118,17 @@ UNKNOWN = Peaks()
 
 RARE = ("validation/", "time/validate", "time/checkpoint")
 
-PHASES = ("data", "rollout", "teacher", "reference", "update", "sync", "checkpoint", "validate")
+PHASES = (
+    "data",
+    "rollout",
+    "teacher",
+    "reference",
+    "inspect",
+    "update",
+    "sync",
+    "checkpoint",
+    "validate",
+)
 
 
 class PhaseClock:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
+from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
@@ -38,6 +39,7 @@ class Recorder:
         decode_bytes: of the student, (forwards, cached tokens, bytes of a number) -> bytes read.
         start_step: the last step that was done, 0 for a new run.
         whole: updates project the frozen models' hidden states.
+        texts: of single tokens, for the files of rollouts.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Recorder:
         start_step: int,
         total_steps: int,
         whole: bool = False,
+        texts: TokenTexts | None = None,
     ) -> None:
-        self.whole = whole
+        self.whole, self.texts = whole, texts
         self.config, self.world, self.decode, self.grade = config, world, decode, grade
         self.forward_flops, self.decode_bytes = forward_flops, decode_bytes
         self.total_steps = total_steps
@@ -107,9 +110,22 @@ class Recorder:
         self.metrics.log(step, scalars)
         if self.metrics.due(step):
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
-        if self.on_policy_fraction > 0.0:
-            self._write_rollouts(step, samples, mine)
+        self._write_rollouts(step, self._chosen(samples), mine)
         return scalars
+
+    def choose(self, samples: list[Sample]) -> list[Sample]:
+        """Prepare those of a step that will be written down, the same on every rank, for a closer
+        look at them."""
+        chosen = self._chosen(samples)
+        for sample in chosen:
+            sample.inspection = {}
+        return chosen
+
+    def _chosen(self, samples: list[Sample]) -> list[Sample]:
+        limit = self.config.metrics.sample_rollouts
+        if self.on_policy_fraction == 0.0:
+            return []
+        return samples if limit < 0 else samples[:limit]
 
     def record_pauses(self, step: int, found: Mapping[str, float]) -> None:
         """Record what came after a step, or at the start, while no step ran.
@@ -140,18 +156,17 @@ class Recorder:
         forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
         return self.decode_bytes(forwards, cached_tokens_read(sampled), self.dtype.itemsize)
 
-    def _write_rollouts(self, step: int, samples: list[Sample], mine: list[Sample]) -> None:
-        limit = self.config.metrics.sample_rollouts
-        if limit == 0:
+    def _write_rollouts(self, step: int, keep: list[Sample], mine: list[Sample]) -> None:
+        if not keep:
             return
-        keep = samples if limit < 0 else samples[:limit]
         place = {(s.prompt.index, s.sample_index): i for i, s in enumerate(keep)}
         scored = [s for s in mine if (s.prompt.index, s.sample_index) in place]
         scored = gather_lists(scored, self.world.dp)
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
             try:
-                write_rollouts(self.rollouts, step, scored, self.decode, self.grade)
+                texts = self.texts
+                write_rollouts(self.rollouts, step, scored, self.decode, self.grade, texts)
                 self.old_rollouts.delete(step)
             except OSError as error:  # a sample for people: no reason to lose the run
                 logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))

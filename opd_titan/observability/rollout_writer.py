@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_titan.data.types import Sample
+from opd_titan.data.pieces import TokenTexts
+from opd_titan.data.types import Sample, Standing
 
 # Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -65,12 +66,14 @@ def write_rollouts(
     samples: Sequence[Sample],
     decode: Callable[[list[int]], str],
     grade: Callable[[str, str], bool | float],
+    texts: TokenTexts | None = None,
 ) -> Path:
     """Write `<folder>/step-N.jsonl`, and return its path; the file appears whole or not at all.
 
     `answer` is the prompt's gold answer and `correct` the grade of the response against it, both
     null when there is nothing to grade. Log-probs and advantages keep 7 significant digits (what
-    fp32 holds); a value that is not finite is null, since JSON has no word for it.
+    fp32 holds), those of `teacher_top` 4; a value that is not finite is null, since JSON has no
+    word for it. What a sample's `inspection` lacks is null too.
 
     Args:
         samples: in the order of the step's prompts; prompts count in the order they first appear,
@@ -78,6 +81,7 @@ def write_rollouts(
         decode: response token ids to text.
         grade: (response text, gold answer) to whether it is right, or a score from 0 to 1; called
             only with an answer.
+        texts: of single tokens; without them `response_pieces` and `teacher_top` are null.
     """
     position: dict[int, int] = {}
     for sample in samples:
@@ -87,7 +91,7 @@ def write_rollouts(
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(json_line(_row(step, sample, decode, grade)) for sample in ordered)
+        file.writelines(json_line(_row(step, s, decode, grade, texts)) for s in ordered)
     os.replace(part, path)
     return path
 
@@ -104,6 +108,7 @@ def _row(
     sample: Sample,
     decode: Callable[[list[int]], str],
     grade: Callable[[str, str], bool | float],
+    texts: TokenTexts | None,
 ) -> dict[str, Any]:
     prompt, response = sample.prompt, decode(sample.response_ids)
     return {
@@ -121,15 +126,35 @@ def _row(
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
         "correct": None if prompt.answer is None else grade(response, prompt.answer),
+        "response_pieces": None if texts is None else texts.pieces(sample.response_ids),
+        **_inspected(sample.inspection or {}, texts),
     }
+
+
+def _inspected(found: Mapping[str, Standing], texts: TokenTexts | None) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for role in ("student", "teacher", "reference"):
+        ranks = found[role].ranks.tolist() if role in found else None
+        row[f"{role}_ranks"] = ranks and [rank or None for rank in ranks]
+    row["teacher_top"] = None
+    if texts is not None and "teacher" in found:
+        teacher = found["teacher"]
+        rows = zip(teacher.ids.tolist(), teacher.logprobs.tolist(), strict=True)
+        row["teacher_top"] = [
+            [[texts.alone(i), _rounded(v, 4)] for i, v in zip(ids, logprobs, strict=True)]
+            for ids, logprobs in rows
+        ]
+    return row
 
 
 def _short(values: Tensor | Sequence[float] | None) -> list[float | None] | None:
     if values is None:
         return None
-    return [
-        float(f"{v:.7g}") if math.isfinite(v) else None for v in torch.as_tensor(values).tolist()
-    ]
+    return [_rounded(v, 7) for v in torch.as_tensor(values).tolist()]
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def repetition(text: str) -> float:

@@ -1,0 +1,48 @@
+"""`python -m opd_titan.view outputs/debug` writes `outputs/debug/rollouts.html`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from opd_titan.errors import ConfigError, UserError
+from opd_titan.view.page import write_page
+
+DESCRIPTION = """\
+Write one self-contained HTML page with a run's rollouts: each token shaded by how much the teacher
+disagrees, with log-probs, ranks and the teacher's alternatives, and the run's curves beside it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse prints its usage too."""
+        raise ConfigError(f"{message}; see --help")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m opd_titan.view", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("dump_folder", type=Path, help="of the run; its rollouts/ are read")
+    parser.add_argument(
+        "--out", type=Path, help="the page to write (default: <dump_folder>/rollouts.html)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Write the page. Returns 0, or 2 on bad input, said in one line on stderr."""
+    try:
+        options = _arguments(argv)
+        out = options.out or options.dump_folder / "rollouts.html"
+        found = write_page(options.dump_folder, out)
+    except UserError as error:
+        print(f"opd_titan: {error}", file=sys.stderr)
+        return 2
+    size = out.stat().st_size / 1e6
+    print(f"{out}: {found.rollouts:,} rollouts of {found.steps:,} steps, {size:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

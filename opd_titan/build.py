@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -31,6 +33,8 @@ from opd_titan.models import ModelFamily, get_family
 from opd_titan.models.transforms import apply_compile
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.weights import GeneratorWeights
+
+logger = logging.getLogger("opd_titan")
 
 _MOST_LAYERS = 1000
 _LARGEST_SIZE = 2**20
@@ -248,6 +252,7 @@ def load_model(
 
     The student is stored in fp32, the masters of what is trained; frozen models as they compute.
     """
+    start = time.perf_counter()
     model = parallel_model(source, world, config, compute_dtype)
     model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
     if source.files is None:
@@ -258,6 +263,14 @@ def load_model(
     else:
         load_hf_weights(model, source.files, source.key_table)
     model.assert_tied()  # type: ignore[operator]  # of our own models
+    logger.info(
+        "%s: %s, %s parameters, %s, in %.1f s",
+        source.role.capitalize(),
+        source.folder,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        "RANDOM weights" if source.files is None else "weights loaded",
+        time.perf_counter() - start,
+    )
     return model
 
 

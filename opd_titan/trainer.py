@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from opd_titan.checkpoint.publish import link_latest
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
 from opd_titan.data.pieces import TokenTexts
-from opd_titan.data.prompts import response_token_ids
+from opd_titan.data.prompts import given_response
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.inspection import inspect_student
 from opd_titan.distill.packing import Minibatch, plan_minibatches
@@ -95,17 +94,7 @@ class Trainer:
             return None
         self.watch.enter(f"the loading of the {role}")
         self.stop.check()
-        start = time.perf_counter()
-        model = load_model(source, self.world, self.config, self.job.dtype)
-        logger.info(
-            "%s: %s, %s parameters, %s, in %.1f s",
-            role.capitalize(),
-            source.folder,
-            f"{sum(p.numel() for p in model.parameters()):,}",
-            "RANDOM weights" if source.files is None else "weights loaded",
-            time.perf_counter() - start,
-        )
-        return model
+        return load_model(source, self.world, self.config, self.job.dtype)
 
     def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
         return build_generator(self.sources[role], model, self.world, self.config, self.job.dtype)
@@ -246,15 +235,11 @@ class Trainer:
             samples = sample_responses(
                 self.generator, sampled, r.group_size, self.sampling, stream, dp, on_tokens
             )
-        return in_order([*samples, *map(self._given_response, given)], prompts)
-
-    def _given_response(self, prompt: Prompt) -> Sample:
-        limit, stop_ids = self.config.rollout.max_new_tokens, self.sources["student"].eos_ids
-        # A model may have several stop tokens; the tokenizer's own ends what people wrote.
-        eos_id = self.job.tokenizer.eos_token_id
-        eos_id = eos_id if eos_id in stop_ids else min(stop_ids)
-        ids = list(response_token_ids(prompt, self.job.tokenizer, eos_id))
-        return Sample(prompt, 0, ids[:limit], "stop" if len(ids) <= limit else "length")
+        samples += [
+            given_response(p, self.job.tokenizer, self.sources["student"].eos_ids, r.max_new_tokens)
+            for p in given
+        ]
+        return in_order(samples, prompts)
 
     def plan(self, samples: list[Sample]) -> list[Minibatch]:
         """This rank's share of the step's updates, in micro-batches."""
@@ -443,13 +428,9 @@ class Trainer:
     def _set_aside_newer(self) -> None:
         """What came after the step that a run goes on from is replaced; nothing may use that."""
         c = self.config.checkpoint
-        if not c.enable:
-            return
-        suffix = "damaged" if c.load_step < 0 else "old"
-        later = set_aside(self.checkpointer.folder, self.job.resumed_at, suffix)
-        if later:
-            names = ", ".join(f"step-{n}" for n in later)
-            logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
+        if c.enable:
+            suffix = "damaged" if c.load_step < 0 else "old"
+            set_aside(self.checkpointer.folder, self.job.resumed_at, suffix)
 
     def _go_back(self, good: int) -> None:
         """The watchdog's rollback: on from a checkpoint of step `good` or before, as if resumed."""

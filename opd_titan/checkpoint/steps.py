@@ -174,6 +174,9 @@ def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
             for n in later[0]:
                 (folder / f"step-{n}").rename(_free_name(folder / f"step-{n}.{suffix}"))
     dist.broadcast_object_list(later)
+    if later[0]:
+        names = ", ".join(f"step-{n}" for n in later[0])
+        logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
     return later[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from opd_titan.data.loading import Rows, load_rows
 from opd_titan.data.sources import Record, RowError
 from opd_titan.data.templates import check_template, render
-from opd_titan.data.types import Prompt
+from opd_titan.data.types import Prompt, Sample
 from opd_titan.errors import DataError
 
 if TYPE_CHECKING:
@@ -130,6 +130,18 @@ def response_token_ids(
     assert prompt.response is not None, "build the prompts with keep_responses"
     ids = _tokenize(tokenizer, [prompt.response])[0]
     return (*ids, eos_id) if ids[-1:] != [eos_id] else tuple(ids)
+
+
+def given_response(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], limit: int
+) -> Sample:
+    """The data set's own response in the place of a sampled one, cut at `limit` tokens.
+
+    A model may have several stop tokens; the tokenizer's own ends what people wrote.
+    """
+    eos_id = tokenizer.eos_token_id
+    ids = response_token_ids(prompt, tokenizer, eos_id if eos_id in stop_ids else min(stop_ids))
+    return Sample(prompt, 0, list(ids[:limit]), "stop" if len(ids) <= limit else "length")
 
 
 @contextmanager

@@ -31,7 +31,16 @@ SLOWER = 0.5
 # rounding of half precision, where the largest of a million differences is far out.
 LARGEST_GAP = {torch.float32: 4e-3, torch.bfloat16: 1.0}
 
-PREFIXES = ("rollout/", "kl/", "policy/")
+READ = (
+    "rollout/repetition",
+    "rollout/truncated_fraction",
+    "rollout/response_tokens_mean",
+    "rollout/eos_fraction",
+    "policy/entropy",
+    "policy/logprob_gap_max",
+    "kl/student_teacher",
+    "kl/p99",
+)
 
 Readings = Mapping[str, float]
 
@@ -174,7 +183,7 @@ class Watchdog:
         """
         if self.action == "off":
             return None
-        own = {k: v for k, v in scalars.items() if k.startswith(PREFIXES) and math.isfinite(v)}
+        own = {k: scalars[k] for k in READ if k in scalars and math.isfinite(scalars[k])}
         self._start = self._start or own
         self._last.append(own)
         new = self._new_signs() if len(self._last) == WINDOW else []

@@ -85,7 +85,7 @@ def _table(name: str, kind: Any) -> Iterator[str]:
 
 
 def _default(f: Field) -> Any:
-    return f.default_factory() if f.default is MISSING else f.default
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _cell(text: str) -> str:
@@ -94,9 +94,11 @@ def _cell(text: str) -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string that stands under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
-        node.target.id: below.value.value
-        for node, below in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    (found,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(found, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for node, below in zip(found.body, found.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(node.target, ast.Name) and isinstance(below.value, ast.Constant)
+            docs[node.target.id] = str(below.value.value)
+    return docs

@@ -66,6 +66,7 @@ class MathJudge:
         wrong = {"correct": False, "extracted": None}
         if self._process is None:
             self._start()
+        assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
@@ -106,10 +107,12 @@ class MathJudge:
 
     def _read_line(self, seconds: float) -> bytes:
         """The next line of the answer; empty if it does not come in time, or never will."""
+        assert self._process is not None and self._process.stdout is not None
+        answers = self._process.stdout
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
+            selector.register(answers, selectors.EVENT_READ)
             # A line is written at once, so that what has begun to come is all there.
-            return self._process.stdout.readline() if selector.select(seconds) else b""
+            return answers.readline() if selector.select(seconds) else b""
 
     def close(self) -> None:
         """End the other process, if there is one."""
@@ -119,6 +122,7 @@ class MathJudge:
                 process.kill()
             process.wait()
             for stream in (process.stdin, process.stdout):
+                assert stream is not None
                 with suppress(OSError):
                     stream.close()
 

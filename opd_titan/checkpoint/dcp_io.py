@@ -81,7 +81,7 @@ class _MetadataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it changes what it has not made")
         super().load_build()  # type: ignore[misc]  # no stub knows it
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]  # of this class alone
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:

@@ -11,6 +11,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 from opd_titan.config.checks import literal, wanted

@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
@@ -72,14 +72,14 @@ _BUILT = {
 
 # In Python, for its `load_build`: the C one calls no method for it.
 class _MetadataUnpickler(pickle._Unpickler):
-    stack: list[Any]
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # which its type stubs leave out, and `load_build`
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def load_build(self) -> None:
         """Set an object's attributes: an instance's, or a pickle could change the class itself."""
         if type(self.stack[-2]) not in _BUILT:
             raise pickle.UnpicklingError("it changes what it has not made")
-        super().load_build()  # type: ignore[misc]  # no stub knows it
+        super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]  # of this class alone
 

@@ -95,11 +95,11 @@ def _cell(text: str) -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string that stands under each field of a dataclass."""
-    (found,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(found, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for node, below in zip(found.body, found.body[1:], strict=False):
+    definition: Any = ast.parse(inspect.getsource(cls)).body[0]
+    found: dict[str, Any] = {}
+    for node, below in pairwise(definition.body):
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(node.target, ast.Name) and isinstance(below.value, ast.Constant)
-            docs[node.target.id] = str(below.value.value)
-    return docs
+            name, doc = node.target, below.value
+            assert isinstance(name, ast.Name) and isinstance(doc, ast.Constant)
+            found[name.id] = doc.value
+    return found

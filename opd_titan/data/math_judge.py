@@ -64,9 +64,7 @@ class MathJudge:
 
     def _ask(self, **question: str) -> dict[str, Any]:
         wrong = {"correct": False, "extracted": None}
-        if self._process is None:
-            self._start()
-        assert self._process is not None and self._process.stdin is not None
+        process = self._process or self._start()
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -105,15 +103,7 @@ class MathJudge:
             code = process.poll()
             self.close()
             raise Fault(f"math-verify does not start in a process of its own (exit code {code})")
-
-    def _read_line(self, seconds: float) -> bytes:
-        """The next line of the answer; empty if it does not come in time, or never will."""
-        assert self._process is not None and self._process.stdout is not None
-        answers = self._process.stdout
-        with selectors.DefaultSelector() as selector:
-            selector.register(answers, selectors.EVENT_READ)
-            # A line is written at once, so that what has begun to come is all there.
-            return answers.readline() if selector.select(seconds) else b""
+        return process
 
     def close(self) -> None:
         """End the other process, if there is one."""
@@ -122,8 +112,7 @@ class MathJudge:
             with suppress(OSError):
                 process.kill()
             process.wait()
-            for stream in (process.stdin, process.stdout):
-                assert stream is not None
+            for stream in filter(None, (process.stdin, process.stdout)):
                 with suppress(OSError):
                     stream.close()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from opd_titan.observability.events import Events
 from opd_titan.observability.logging import paint, use_color
 from opd_titan.observability.peaks import Peaks, percent_of_peak
 
@@ -256,14 +257,10 @@ class MetricLogger:
         self.last: dict[str, float] = {}
         self._window: dict[str, list[float]] = {}
         self._step_seconds: deque[float] = deque(maxlen=20)
-        self._writer = None
+        self._events = None
         if rank == 0 and enable_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            _wait_for_a_later_second(Path(dump_folder) / "tb")
             # A new run starts with a validation at step 0, a resumed one after start_step.
-            purge = start_step + 1 if start_step else 0
-            self._writer = SummaryWriter(str(Path(dump_folder) / "tb"), purge_step=purge)
+            self._events = Events(Path(dump_folder) / "tb", start_step + 1 if start_step else 0)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record a step's scalars: one call a step, one more if it has `RARE` ones only.
@@ -283,11 +280,8 @@ class MetricLogger:
         rare = [name for name in values if name.startswith(RARE)]
         due = list(self._window) if self.due(step) and len(rare) < len(values) else rare
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
-        if self._writer is not None and aggregates:
-            for name, value in aggregates.items():
-                self._writer.add_scalar(name, value, step)
-            # On disk before the step's checkpoint is, or a crash leaves a gap.
-            self._writer.flush()
+        if self._events is not None and aggregates:
+            self._events.add(step, aggregates)
 
     def due(self, step: int) -> bool:
         """Whether the step ends a window: then it is written, and shown."""
@@ -309,28 +303,9 @@ class MetricLogger:
         self.last = dict(state["last"])  # an export's card shows them
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-def _wait_for_a_later_second(folder: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which start with the second.
-
-    A run that is started again within the second, or on a host whose clock is a little behind,
-    would be read before the run that it continues, and then purged by it.
-    """
-    seconds = [int(p.name.split(".")[3]) for p in folder.glob("events.out.tfevents.*")]
-    behind = max(seconds, default=0) + 1 - time.time()
-    if behind > 60:
-        logger.warning(
-            "The clock is %.0f s behind the newest events in %s: TensorBoard will not show this "
-            "part of the run after them",
-            behind,
-            folder,
-        )
-    elif behind > 0:
-        time.sleep(behind)
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
 
 def _aggregate(name: str, values: list[float]) -> float:

@@ -146,7 +146,9 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(hook), str(HERE), str(REPO)]),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         # What scripts/environment.sh sets.
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        "GLIBC_TUNABLES": os.environ.get(
+            "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+        ),
     }
     if args.probe > 0:
         found[endurance_probe.FILE] = str(args.out / "probe.jsonl")
@@ -293,7 +295,9 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "libc": " ".join(platform.libc_ver()),
-        "tunables": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        "tunables": os.environ.get(
+            "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+        ),
         "cores": os.cpu_count(),
         "steps": args.steps,
         "processes": args.processes,

@@ -129,7 +129,7 @@ def worker_environment(processes: int) -> dict[str, str]:
     """What processes on this machine get unless the user has set it; see scripts/environment.sh."""
     found = {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     }
     if processes > 1:
         found["OMP_NUM_THREADS"] = str(-(-_cores() // processes))

@@ -48,6 +48,10 @@ class Fault(OneLineError):
     """The run cannot go on, for a reason that is known: exit code 1."""
 
 
+class LostOthers(Fault):
+    """Another rank has died or did not come to a collective in time: that one knows why."""
+
+
 class StorageError(Fault):
     """Something could not be written: no space, no right to, a broken disk."""
 

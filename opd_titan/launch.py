@@ -48,11 +48,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
-    """The smallest is what the others follow from, whatever their clocks say: who was killed, then
-    who failed, then who was ended by the agent's own SIGTERM."""
-    code = item[1].exitcode
-    return code == -signal.SIGTERM, code > 0, item[1].timestamp
+def _order(item: tuple[int, Any]) -> tuple[int, int]:
+    """The smallest is what the others follow from, whatever their clocks say.
+
+    The agent ends who is left by SIGTERM, and after 30 s by SIGKILL: that may also be the system's,
+    for want of memory, and then the others say that they have lost a rank.
+    """
+    failure = item[1]
+    code = failure.exitcode
+    if code in (2, 75):  # all ranks have agreed on that
+        rank = 0
+    elif code > 0:
+        rank = 5 if failure.error_file_data.get("follows") else 1
+    elif -code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE):
+        rank = 2
+    elif code == -signal.SIGKILL:
+        rank = 3
+    else:  # an abort follows from a collective that failed
+        rank = 6 if code == -signal.SIGTERM else 4
+    return rank, failure.timestamp
 
 
 def _tell(rank: int, failure: Any) -> int:

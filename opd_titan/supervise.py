@@ -11,7 +11,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
-from opd_titan.errors import Fault, OneLineError, first_line
+from opd_titan.errors import LostOthers, OneLineError, first_line
 from opd_titan.trainer import Trainer
 
 logger = logging.getLogger("opd_titan")
@@ -47,7 +47,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
         logger.debug("Failed in %s", lifeline.place, exc_info=True)
         if lost_others(error):
             place, why = lifeline.place, first_line(error)
-            raise Fault(f"in {place} another rank did not answer ({why})") from error
+            raise LostOthers(f"in {place} another rank did not answer ({why})") from error
         raise
     finally:
         lifeline.close()

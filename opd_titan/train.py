@@ -8,10 +8,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from opd_titan.config import load_config
-from opd_titan.errors import Fault, OneLineError, UserError
+from opd_titan.errors import Fault, LostOthers, OneLineError, UserError
 
 
 def main(argv: list[str]) -> int:
@@ -47,11 +48,16 @@ def exit_code(job: Callable[[], int]) -> int:
 def _tell(error: OneLineError) -> None:
     """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is None:
-        print(f"opd_titan: {error}", file=sys.stderr)
-    else:
+    if report is not None:
         message = {"message": str(error), "timestamp": int(time.time())}
-        Path(report).write_text(json.dumps(message), encoding="utf-8")
+        message["follows"] = isinstance(error, LostOthers)
+        try:
+            Path(report).write_text(json.dumps(message), encoding="utf-8")
+            return
+        except OSError:  # no space there: said here, and half a file would be none
+            with suppress(OSError):
+                Path(report).unlink(missing_ok=True)
+    print(f"opd_titan: {error}", file=sys.stderr)
 
 
 def _leave(code: int) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -339,6 +338,7 @@ class Trainer:
         self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
+        self.recorder.metrics.last |= scalars  # for the card and the state of what is saved next
         return scalars
 
     def _report_compiling(self) -> None:
@@ -366,7 +366,7 @@ class Trainer:
         self.checkpointer.poll()
         # First the export: a run that is killed in between makes it again on its way here.
         if due(c.export.interval):
-            self._export(found)
+            self._export()
         self.pauses_due = False
 
         def record() -> None:
@@ -471,8 +471,7 @@ class Trainer:
     def _export_folder(self) -> Path:
         return self.job.folder / "hf" / f"step-{self.step}"
 
-    def _export(self, found: Mapping[str, float] = MappingProxyType({})) -> None:
-        """`found`: scalars of this step that are not recorded yet."""
+    def _export(self) -> None:
         name, out, source = self.config.export.dtype, self._export_folder(), self.sources["student"]
         self.export_fault = None
         try:
@@ -484,9 +483,7 @@ class Trainer:
                     key_table=source.key_table,
                     dtype=None if name == "auto" else getattr(torch, name),
                     edits=source.edits,
-                    card=model_card(
-                        self.config, self.step, {**self.recorder.metrics.last, **found}
-                    ),
+                    card=model_card(self.config, self.step, self.recorder.metrics.last),
                 )
             if dist.get_rank() == 0:
                 link_latest(out)

@@ -191,6 +191,7 @@ class Validator:
         with together():
             for i in range(self.dp.rank, len(samples), self.dp.size):
                 response, answer = self.decode(samples[i].response_ids), samples[i].prompt.answer
+                assert answer is not None  # `_read_set` lets none pass
                 mine.append((i, held_out.grader(response, answer)))
         return [grade for _, grade in sorted(gather_lists(mine, self.dp))]
 

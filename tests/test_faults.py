@@ -175,7 +175,7 @@ def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
     assert code == 1
     said = "opd_titan: rank 1 has not moved for"
     (line,) = (line for line in opd_lines(stderr) if line.startswith(said))
-    assert line.endswith("s in phase rollout of step 2; ended")
+    assert line.endswith("s in phase rollout of step 2; ended (comm.train_timeout_seconds)")
     assert "Traceback" not in stderr
     assert "faulty_rank.py" in read_log(world.folder / "hangs", rank=1)  # where it stood
 

@@ -34,7 +34,7 @@ FLOORS = (
 # What the order alone does not forbid.
 FORBIDDEN = {
     "config": ("torch",),
-    "view": ("torch", *(f"opd_titan.{floor}" for floor in FLOORS[2:-1])),
+    "view": ("torch", *(f"opd_titan.{floor}" for floor in FLOORS[2:] if floor != "view")),
     "data": ("opd_titan.models",),
     "distill": ("opd_titan.rollout",),
     "checkpoint": ("opd_titan.distill.objectives",),

@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_utils import lone_world
+from full_disk import largest_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.observability import events
 from opd_titan.observability.console import console_line
 from opd_titan.observability.logging import init_logging, paint, use_color
 from opd_titan.observability.metrics import (
@@ -188,6 +190,7 @@ def test_scalar_table_is_the_designs():
     rates = ("rollout", "teacher", "update", "step")
     expected |= {f"throughput/{phase}(tok/s/gpu)" for phase in rates}
     expected |= {f"mfu/{phase}(%)" for phase in rates[:3]} | {"mbu/rollout(%)"}
+    expected |= {"time/stacked/<phase>(s)"}
     expected |= {f"memory/{name}(GiB)" for name in ("max_active", "max_reserved")}
     assert set(SCALARS) == expected
     assert all(SCALARS.values())
@@ -293,6 +296,33 @@ def test_events_survive_a_kill(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE)
     assert done.returncode == 9, done.stderr.decode()
     assert read_scalars(tmp_path) == {"lr": [(1, 1.0), (2, 2.0), (3, 3.0)]}
+
+
+@pytest.mark.parametrize("closed_while_full", [False, True])
+def test_a_disk_that_is_full_for_a_while_costs_no_scalar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, closed_while_full: bool
+) -> None:
+    monkeypatch.setattr(events, "_SECONDS_TO_RETRY", 0.0)
+    monkeypatch.setattr(events.logger, "handlers", [caplog.handler])
+    logger = MetricLogger(tmp_path)
+    logger.log(1, {"lr": 1.0})
+    logger.log(2, {"lr": 2.0})
+    (file,) = (tmp_path / "tb").iterdir()
+    with largest_file(file.stat().st_size + 10):  # a part of a record fits
+        logger.log(2, {"validation/accuracy": 0.5})
+        logger.log(3, {"lr": 3.0})
+        if closed_while_full:
+            logger.close()
+    assert "Storage: TensorBoard's events in " in caplog.text
+    assert ("lacks steps 2 to 3 for good" in caplog.text) == closed_while_full
+    if closed_while_full:
+        return
+    logger.log(4, {"lr": 4.0})
+    logger.close()
+    assert read_scalars(tmp_path) == {
+        "lr": [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)],
+        "validation/accuracy": [(2, 0.5)],
+    }
 
 
 def test_non_finite_values_are_written_and_flagged(tmp_path):

@@ -7,11 +7,9 @@ import json
 import logging
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
+from full_disk import largest_file
 from test_hf_io import load_plain, make_source
 from tiny_student import one_process_group
 from torch import nn
@@ -203,17 +202,6 @@ def test_a_kill_between_two_renames_loses_nothing(saved: Path, tmp_path: Path) -
 
 
 # ------------------------------------------------------- storage that is full
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow past so many bytes: the same errors as a full disk, for this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("background", [False, True])

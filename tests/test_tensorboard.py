@@ -22,7 +22,7 @@ from opd_titan.observability.tensorboard import (
     LAYOUT,
     RECORDS,
     SHOWN_CHARACTERS,
-    Events,
+    Dashboard,
     as_code,
     is_recorded,
     samples_text,
@@ -119,7 +119,7 @@ def test_phases_are_stacked(tmp_path: Path) -> None:
 
 def test_the_histogram_is_numpys(tmp_path: Path) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) - 2
-    events = Events(tmp_path / "tb", 0)
+    events = Dashboard(tmp_path / "tb", 0)
     odd = torch.tensor([float("nan"), float("inf")])
     events.histogram(1, "log_ratio/student_teacher", torch.cat([values, odd]))
     events.histogram(2, "log_ratio/student_teacher", odd)  # nothing to show
@@ -141,7 +141,7 @@ def test_text_of_models_is_no_markup(tmp_path: Path) -> None:
     tags = set(re.findall(r"<(\w+)", page))
     assert tags <= {"p", "strong", "pre", "code"}, tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    events = Events(tmp_path / "tb", 0)
+    events = Dashboard(tmp_path / "tb", 0)
     events.samples(1, [(HOSTILE, "x" * 100_000, "stop")] * 9)
     events.close()
     (event,) = read(tmp_path).Tensors("rollouts/text_summary")

@@ -71,16 +71,17 @@ _BUILT = {
 
 
 # In Python, for its `load_build`: the C one calls no method for it.
-class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+class _MetadataUnpickler(pickle._Unpickler):
+    stack: list[Any]  # which its type stubs leave out, and `load_build`
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def load_build(self) -> None:
         """Set an object's attributes: an instance's, or a pickle could change the class itself."""
         if type(self.stack[-2]) not in _BUILT:
             raise pickle.UnpicklingError("it changes what it has not made")
-        super().load_build()
+        super().load_build()  # type: ignore[misc]
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]  # of this class alone
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:

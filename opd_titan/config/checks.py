@@ -257,8 +257,8 @@ _NEED_PATH = 'required with dataset = "prompts"; give a file, a folder or a hub 
 def check_consistency(config: JobConfig) -> None:
     """Raise `ConfigError` for the first key that is missing, not built yet or contradicted."""
     checks = (_model_problems, _data_problems, _validation_problems)
-    checks += (_objective_problems, _rollout_problems, _training_problems)
-    _raise_first(p for check in checks for p in check(config))
+    more = (_objective_problems, _rollout_problems, _training_problems)
+    _raise_first(p for check in (*checks, *more) for p in check(config))
 
 
 def check_evaluation(config: JobConfig) -> None:

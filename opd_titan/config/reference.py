@@ -11,6 +11,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 from opd_titan.config.checks import literal, wanted
@@ -85,7 +86,7 @@ def _table(name: str, kind: Any) -> Iterator[str]:
 
 
 def _default(f: Field) -> Any:
-    return f.default_factory() if f.default is MISSING else f.default
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _cell(text: str) -> str:
@@ -94,9 +95,11 @@ def _cell(text: str) -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string that stands under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
-        node.target.id: below.value.value
-        for node, below in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    definition: Any = ast.parse(inspect.getsource(cls)).body[0]
+    found: dict[str, Any] = {}
+    for node, below in pairwise(definition.body):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
+            name, doc = node.target, below.value
+            assert isinstance(name, ast.Name) and isinstance(doc, ast.Constant)
+            found[name.id] = doc.value
+    return found

@@ -64,12 +64,12 @@ class MathJudge:
 
     def _ask(self, **question: str) -> dict[str, Any]:
         wrong = {"correct": False, "extracted": None}
-        if self._process is None:
-            self._start()
+        process = self._process or self._start()
         try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._read_line(self.seconds)
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.flush()
+            line = _read_line(process, self.seconds)
         except OSError:
             line = b""
         if line:
@@ -87,29 +87,23 @@ class MathJudge:
             )
         return wrong
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # One thread, no GPU: it must not take from the run what the run needs.
         settings = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, "-m", "opd_titan.data.math_worker", str(MEMORY)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **settings},
         )
-        if not self._read_line(_SECONDS_TO_START):
-            code = self._process.poll()
+        if not _read_line(process, _SECONDS_TO_START):
+            code = process.poll()
             self.close()
             raise Fault(f"math-verify does not start in a process of its own (exit code {code})")
-
-    def _read_line(self, seconds: float) -> bytes:
-        """The next line of the answer; empty if it does not come in time, or never will."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            # A line is written at once, so that what has begun to come is all there.
-            return self._process.stdout.readline() if selector.select(seconds) else b""
+        return process
 
     def close(self) -> None:
         """End the other process, if there is one."""
@@ -118,9 +112,18 @@ class MathJudge:
             with suppress(OSError):
                 process.kill()
             process.wait()
-            for stream in (process.stdin, process.stdout):
+            for stream in filter(None, (process.stdin, process.stdout)):
                 with suppress(OSError):
                     stream.close()
+
+
+def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """The next line of the answer; empty if it does not come in time, or never will."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        # A line is written at once, so that what has begun to come is all there.
+        return process.stdout.readline() if selector.select(seconds) else b""
 
 
 def _same_text(a: str, b: str) -> bool:

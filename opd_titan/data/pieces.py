@@ -54,6 +54,8 @@ class TokenTexts:
         return self._alone[token]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)
+        return text

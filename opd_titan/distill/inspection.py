@@ -54,9 +54,10 @@ def inspect_student(
         columns = model(batch.tokens_T, batch.attend, _head(batch, dist, 0))
         mine += [(_key(s), standing) for s, standing in standings(microbatch, columns)]
         on_sequences(len(microbatch))
-    model.reshard()
+    model.reshard()  # type: ignore[operator]  # FSDP's
     by_key = dict(gather_lists(mine, world.dp))
     for sample in samples:
+        assert sample.inspection is not None
         sample.inspection["student"] = by_key[_key(sample)]
 
 

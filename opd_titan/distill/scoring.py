@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def score(
     for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
         samples = microbatch or STAND_IN
         batch = pack(samples, world)
-        head = partial(hidden_head, predict_R=batch.predict_R)
+        head: Callable[..., Any] = partial(hidden_head, predict_R=batch.predict_R)
         if not keep_hidden:
             where = {"predict_R": batch.predict_R, "targets_R": batch.targets_R}
             head = partial(score_head, **where, dist=dist)
@@ -67,6 +68,7 @@ def score(
         pairs += zip(those, values.split([len(s.response_ids) for s in those]), strict=True)
     for watched, columns in seen:
         for sample, standing in standings(watched, columns):
+            assert sample.inspection is not None
             sample.inspection[role] = standing
     return pairs
 

@@ -8,7 +8,10 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+
+_SECONDS_TO_TELL = 5.0
 
 logger = logging.getLogger("opd_titan")
 
@@ -44,7 +47,8 @@ class Lifeline:
         self.place = place
         folder = os.environ.get(FOLDER)
         if folder:
-            Path(folder, str(self.rank)).write_text(place, encoding="utf-8")
+            with suppress(OSError):  # a note for whoever asks: no reason to lose the run
+                Path(folder, str(self.rank)).write_text(place, encoding="utf-8")
         self.beat()
 
     def beat(self) -> None:
@@ -54,19 +58,50 @@ class Lifeline:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(self.limit / 10, 10.0)):
-            still = time.monotonic() - self._moved_at
-            if still > self.limit:
+        tick = min(self.limit / 10, 10.0)
+        seen, still = self._moved_at, 0.0
+        while True:
+            # A library that does not let go of the interpreter keeps this thread still, too.
+            _end_from_outside(self.limit - still + 2 * tick + _SECONDS_TO_TELL)
+            began = time.monotonic()
+            if self._over.wait(tick):
+                return
+            # Not the clock's time: the whole process may have been suspended meanwhile.
+            still += min(time.monotonic() - began, 2 * tick)
+            if self._moved_at != seen:
+                seen, still = self._moved_at, 0.0
+            elif still > self.limit:
                 self._end(still)
 
     def _end(self, still: float) -> None:
-        text = f"rank {self.rank} has not moved for {still:.0f} s in {self.place}; ended"
-        logger.error("%s (comm.train_timeout_seconds)", text)
-        for handler in logger.handlers:
-            if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+        text = (
+            f"rank {self.rank} has not moved for {still:.0f} s in {self.place}; ended "
+            f"(comm.train_timeout_seconds)"
+        )
+        # By another thread: what hangs may be the log's file system, or its lock.
+        telling = threading.Thread(target=_tell, args=(text,), daemon=True)
+        try:
+            telling.start()
+            telling.join(_SECONDS_TO_TELL)
+        finally:
+            os._exit(1)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError, ValueError):
+        print(f"opd_titan: {text}", file=sys.stderr, flush=True)
+    logger.error("%s", text)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            with suppress(OSError, ValueError):
                 faulthandler.dump_traceback(file=handler.stream)
                 handler.stream.flush()
-        print(f"opd_titan: {text}", file=sys.stderr, flush=True)
-        os._exit(1)
+
+
+def _end_from_outside(seconds: float) -> None:
+    """Have the interpreter's own watchdog, which needs no lock of it, end this process then."""
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # no stderr to write to
+        faulthandler.dump_traceback_later(seconds, exit=True)

@@ -232,7 +232,7 @@ def _next_commands(config: JobConfig, step: int) -> list[str]:
         more = f"--training.epochs {2 * config.training.epochs}"
     lines = [f"Next: python -m opd_titan.view {folder}"]
     if config.metrics.enable_tensorboard:
-        lines.append(f"Next: tensorboard --logdir {folder}/tb  # opens on #custom_scalars")
+        lines.append(f"Next: tensorboard --logdir {folder}/tb  # the page: /#custom_scalars")
     if config.checkpoint.enable:
         lines.append(f"Next: the same command with {more} goes on from here")
     lines.append(f'Next: AutoModelForCausalLM.from_pretrained("{folder}/hf/latest")')

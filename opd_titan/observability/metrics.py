@@ -19,7 +19,7 @@ import torch
 from opd_titan.observability.console import Totals, console_line, terminal_columns
 from opd_titan.observability.logging import use_color
 from opd_titan.observability.peaks import Peaks, percent_of_peak
-from opd_titan.observability.tensorboard import Events
+from opd_titan.observability.tensorboard import Dashboard
 
 # First and last token, from 1, of the parts of a response that `kl_by_position/*` are about.
 POSITIONS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 4096), (4097, None))
@@ -258,9 +258,9 @@ class MetricLogger:
         self._window: dict[str, list[float]] = {}
         self._step_seconds: deque[float] = deque(maxlen=20)
         self.totals = Totals()
-        self.events: Events | None = None
+        self.events: Dashboard | None = None
         if rank == 0 and enable_tensorboard:
-            self.events = Events(Path(dump_folder) / "tb", start_step)
+            self.events = Dashboard(Path(dump_folder) / "tb", start_step)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record a step's scalars: one call a step, one more if it has `RARE` ones only.
@@ -283,7 +283,7 @@ class MetricLogger:
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
         if self.events is not None and aggregates:
             if len(rare) < len(values):
-                self.events.layout(self.last)
+                self.events.layout(step, self.last)
             self.events.scalars(step, aggregates)
 
     def due(self, step: int) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from opd_titan.errors import reason
+
+logger = logging.getLogger("opd_titan")
 
 
 class _Off:
@@ -48,8 +53,11 @@ def maybe_profiler(
             return
         saved = step
         folder = Path(dump_folder) / "profile" / f"step-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"rank-{rank}.json.gz"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"rank-{rank}.json.gz"))
+        except OSError as error:  # a trace for people: no reason to lose the run
+            logger.error("Storage: trace of step %s not written: %s", step, reason(error))
 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():

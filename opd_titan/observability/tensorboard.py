@@ -6,8 +6,6 @@ samples and histograms to about `RECORDS` steps however long the run, the rest i
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from opd_titan.config import JobConfig, to_toml
-
-logger = logging.getLogger("opd_titan")
+from opd_titan.observability.events import Events
 
 # Steps of a run that leave samples and a histogram, its first and last one aside.
 RECORDS = 20
@@ -171,7 +168,7 @@ def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
     return {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
 
 
-class Events:
+class Dashboard:
     """The event files of a job, from one rank.
 
     On resume the events go on in the same folder; those of steps that will be run again are
@@ -184,34 +181,32 @@ class Events:
             folder: `<dump_folder>/tb`.
             start_step: the last step that was done, 0 for a new run.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self._new = start_step == 0 or not any(folder.glob("events.out.tfevents.*"))
         self._layout_due = self._new
-        _wait_for_a_later_second(folder)
         # A new run starts with a validation at step 0, a resumed one after start_step.
-        purge = start_step + 1 if start_step else 0
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._events = Events(folder, start_step + 1 if start_step else 0)
 
     def describe(self, config: JobConfig) -> None:
         """The resolved recipe, as the run began with it, as text and as hyper-parameters."""
         if not self._new:
             return
-        from torch.utils.tensorboard.summary import hparams
 
-        self._writer.add_text("config", as_code(to_toml(config), 100_000), 0)
-        # Not add_hparams, which makes a folder of its own for them.
-        about = hparams(hyperparameters(config), dict.fromkeys(_OUTCOMES, 0.0))
-        for summary in about[:2]:
-            self._writer._get_file_writer().add_summary(summary, 0)
+        def record(writer: Any) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            writer.add_text("config", as_code(to_toml(config), 100_000), 0)
+            # Not add_hparams, which makes a folder of its own for them.
+            about = hparams(hyperparameters(config), dict.fromkeys(_OUTCOMES, 0.0))
+            for summary in about[:2]:
+                writer._get_file_writer().add_summary(summary, 0)
+
+        self._events.record(0, record)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write, and be on disk before the step's checkpoint is, or a crash leaves a gap."""
-        for name, value in {**values, **stacked(values)}.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        """On disk before the step's checkpoint is, or a crash leaves a gap."""
+        self._events.add(step, {**values, **stacked(values)})
 
-    def layout(self, names: Collection[str]) -> None:
+    def layout(self, step: int, names: Collection[str]) -> None:
         """Once, when it is known what the run measures.
 
         Args:
@@ -220,42 +215,25 @@ class Events:
         if self._layout_due:
             self._layout_due = False
             later = stacked(dict.fromkeys(names, 0.0))
-            self._writer.add_custom_scalars(layout_of({*names, *later, "time/checkpoint(s)"}))
+            layout = layout_of({*names, *later, "time/checkpoint(s)"})
+            self._events.record(step, lambda writer: writer.add_custom_scalars(layout))
 
     def histogram(self, step: int, name: str, values_N: Tensor) -> None:
         """Of what is finite: `BINS` bins of one width from the least to the largest."""
         finite = values_N[values_N.isfinite()].double().cpu().numpy()
         if finite.size:
-            self._writer.add_histogram(name, finite, step, bins=BINS)  # type: ignore[arg-type]
+            self._events.record(step, lambda w: w.add_histogram(name, finite, step, bins=BINS))
 
     def samples(self, step: int, rows: Sequence[tuple[str, str, str]]) -> None:
         """(prompt, response, its grade) of the first few."""
-        self._writer.add_text("rollouts", samples_text(rows[:SHOWN_SAMPLES]), step)
+        text = samples_text(rows[:SHOWN_SAMPLES])
+        self._events.record(step, lambda writer: writer.add_text("rollouts", text, step))
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
 
 
 def is_recorded(step: int, total_steps: int) -> bool:
     """Whether a step leaves samples and a histogram: a pure function, so that a resume neither
     doubles nor misses one."""
     return step in (1, total_steps) or step % max(1, total_steps // RECORDS) == 0
-
-
-def _wait_for_a_later_second(folder: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which start with the second.
-
-    A run that is started again within the second, or on a host whose clock is a little behind,
-    would be read before the run that it continues, and then purged by it.
-    """
-    seconds = [int(p.name.split(".")[3]) for p in folder.glob("events.out.tfevents.*")]
-    behind = max(seconds, default=0) + 1 - time.time()
-    if behind > 60:
-        logger.warning(
-            "The clock is %.0f s behind the newest events in %s: TensorBoard will not show this "
-            "part of the run after them",
-            behind,
-            folder,
-        )
-    elif behind > 0:
-        time.sleep(behind)

@@ -1,0 +1,123 @@
+"""A process that stands still ends, whatever else hangs or is full; and the launcher tells why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_world import REPO
+
+from opd_titan.launch import _order
+
+SETUP = """
+import ctypes, logging, os, sys, time
+from opd_titan.distributed.lifeline import Lifeline
+logger = logging.getLogger("opd_titan")
+line = Lifeline(0, 1.0)
+line.enter("the test")
+"""
+HANGS = {
+    "a full disk under the log": """
+logger.addHandler(logging.FileHandler("/dev/full"))
+time.sleep(60)
+""",
+    "a log whose file system hangs": """
+read, write = os.pipe()
+os.set_blocking(write, False)
+try:
+    while os.write(write, bytes(65536)):
+        pass
+except BlockingIOError:
+    os.set_blocking(write, True)
+handler = logging.FileHandler("/dev/null")
+handler.stream = os.fdopen(write, "w")
+logger.addHandler(handler)
+time.sleep(60)
+""",
+    "no stderr": """
+os.close(2)
+time.sleep(60)
+""",
+    "the log's lock": """
+handler = logging.FileHandler("/dev/null")
+logger.addHandler(handler)
+handler.acquire()
+time.sleep(60)
+""",
+    "a library that keeps the interpreter": """
+ctypes.PyDLL(None).sleep(60)
+""",
+}
+
+
+def start(script: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", SETUP + script]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("hang", HANGS)
+def test_a_process_that_stands_still_ends(hang: str) -> None:
+    process = start(HANGS[hang])
+    _, stderr = process.communicate(timeout=50)
+    assert process.returncode == 1
+    if hang not in ("no stderr", "a library that keeps the interpreter"):
+        assert "opd_titan: rank 0 has not moved for 1 s in the test; ended" in stderr
+
+
+def test_a_process_that_was_suspended_goes_on() -> None:
+    script = """
+print("up", file=sys.stderr, flush=True)
+until = time.monotonic() + 6
+while time.monotonic() < until:
+    time.sleep(0.3)
+    line.beat()
+line.close()
+"""
+    process = start(script)
+    assert process.stderr is not None and process.stderr.readline() == "up\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=50) == 0
+
+
+def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OPD_TITAN_PLACES": str(tmp_path / "absent")}
+    command = [sys.executable, "-c", SETUP + "line.close()"]
+    assert subprocess.run(command, env=env, timeout=50).returncode == 0
+
+
+def failure(code: int, at: int = 0, **data: Any) -> SimpleNamespace:
+    return SimpleNamespace(exitcode=code, timestamp=at, error_file_data=data)
+
+
+LOST = failure(1, 30, message="another rank did not answer", follows=True)
+
+
+@pytest.mark.parametrize(
+    ("failures", "first"),
+    [
+        # The agent kills who does not hear its SIGTERM; what they all waited for is another's.
+        ([failure(-9, 30), failure(1, 0, message="no space")], 1),
+        ([failure(-9, 0), failure(75, 30)], 1),
+        ([failure(-15, 0), failure(2, 0, message="no such file")], 1),
+        ([failure(-9, 30), failure(-11, 30)], 1),
+        # For want of memory, the system does.
+        ([LOST, failure(-9, 30)], 1),
+        ([failure(-6, 0), failure(-9, 30)], 1),
+        ([LOST, failure(1, 40)], 1),  # a bug, with its traceback
+        ([failure(-15, 0), LOST], 1),
+    ],
+)
+def test_the_launcher_tells_what_the_others_follow_from(
+    failures: list[SimpleNamespace], first: int
+) -> None:
+    assert min(enumerate(failures), key=_order)[0] == first

@@ -32,6 +32,7 @@ from opd_titan.distributed.world import set_timeout
 from opd_titan.errors import Fault, StorageError
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
+from opd_titan.observability.console import report_job
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
@@ -99,8 +100,7 @@ class Trainer:
         return build_generator(self.sources[role], model, self.world, self.config, self.job.dtype)
 
     def _build_rules(self) -> None:
-        c = self.config
-        r, vocab_size = c.rollout, common_vocab_size(self.sources)
+        c, r = self.config, self.config.rollout
         self.sampling = SamplingParams(
             max_new_tokens=r.max_new_tokens,
             temperature=r.temperature,
@@ -108,7 +108,7 @@ class Trainer:
             top_k=r.top_k,
             ignore_eos=r.ignore_eos,
             max_tokens=r.max_tokens_per_step,
-            vocab_size=vocab_size,
+            vocab_size=common_vocab_size(self.sources),
         )
         self.rule = UpdateRule.of(c, self.sampling.distribution)
         scored = {"teacher": self.teacher, "reference": self.reference}
@@ -118,6 +118,7 @@ class Trainer:
 
     def train(self) -> int:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
+        report_job(self.config, self.total_steps, self.job.dtype, self.student, **self.scored)
         self._resume()
         if self.job.saved_state is not None:
             self.watchdog.load_state_dict(self.job.saved_state["watchdog"])
@@ -392,7 +393,7 @@ class Trainer:
             raise self.export_fault
         dist.barrier()  # a rank that leaves early breaks the others' last collective
         if not stopped:
-            logger.info("Done: %s steps; everything is in %s", self.step, self.job.folder)
+            self.recorder.report_outcome(self.step)
             return 0
         outcome = "with a complete checkpoint; start again to go on"
         if self.step == 0:

@@ -25,12 +25,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.observability import events
+from opd_titan.observability.console import console_line
 from opd_titan.observability.logging import init_logging, paint, use_color
 from opd_titan.observability.metrics import (
     SCALARS,
     MetricLogger,
     PhaseClock,
-    console_line,
     memory_stats,
 )
 from opd_titan.observability.progress import progress
@@ -190,6 +190,7 @@ def test_scalar_table_is_the_designs():
     rates = ("rollout", "teacher", "update", "step")
     expected |= {f"throughput/{phase}(tok/s/gpu)" for phase in rates}
     expected |= {f"mfu/{phase}(%)" for phase in rates[:3]} | {"mbu/rollout(%)"}
+    expected |= {"time/stacked/<phase>(s)"}
     expected |= {f"memory/{name}(GiB)" for name in ("max_active", "max_reserved")}
     assert set(SCALARS) == expected
     assert all(SCALARS.values())
@@ -356,8 +357,8 @@ def test_console_line():
     }
     line = console_line(7, 100, scalars, eta_seconds=3725.4)
     assert line == (
-        "step   7/100  kl 0.1235  loss -0.5000  grad 1.250  lr 1.00e-05  len 87.2  cut 12.5%  "
-        "rollout 12,346 tok/s  mem 1.50 GiB  2.00 s/step  eta 1:02:05"
+        "step   7/100  kl 0.1235  len 87.2  cut 12.5%  eta 1:02:05  rollout 12.3k tok/s  "
+        "mem 1.50 GiB  loss -0.5000  grad 1.250  2.00 s/step  lr 1.00e-05"
     )
     assert "gap recovered 81.0%" in console_line(7, 100, {"validation/gap_recovered": 0.81})
     colored = console_line(7, 100, scalars, color=True, eta_seconds=3725.4)
@@ -369,7 +370,7 @@ def test_console_line_of_the_logger_estimates_the_time_left(tmp_path):
     assert "eta" not in logger.console_line(0, 10)
     logger.log(1, {"time/step(s)": 10.0})
     logger.log(2, {"time/step(s)": 20.0})
-    assert logger.console_line(2, 10).endswith("20.00 s/step  eta 0:02:00")
+    assert logger.console_line(2, 10).endswith("eta 0:02:00  20.00 s/step")
 
 
 def test_phase_clock_adds_up():

@@ -1,10 +1,10 @@
-"""Scalars on their way into TensorBoard's files, past disks that are full for a while."""
+"""Numbers and texts on their way into TensorBoard's files, past disks that are full for a while."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from opd_titan.errors import reason
 
 logger = logging.getLogger("opd_titan")
 
+# Of one step: what it calls on a SummaryWriter.
+_Record = tuple[int, Callable[[Any], None]]
+
 _MOST_PENDING = 10_000  # records
 _SECONDS_TO_RETRY = 30.0  # each try leaves a file
 
 
 class Events:
-    """Writes scalars; what cannot be written is kept and tried again with the next ones.
+    """Writes records; what cannot be written is kept and tried again with the next ones.
 
     Args:
         purge_from: TensorBoard forgets what it has of this step and later ones.
@@ -26,16 +29,29 @@ class Events:
     def __init__(self, folder: Path, purge_from: int) -> None:
         self.folder, self._purge_from = folder, purge_from
         self._writer: Any = None
-        self._pending: list[tuple[int, Mapping[str, float]]] = []
-        self._latest: list[tuple[int, Mapping[str, float]]] = []  # written, of one step
+        self._pending: list[_Record] = []
+        self._latest: list[_Record] = []  # written, of one step
         self._retry_at = 0.0
         self._write()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a step's scalars: they are on the disk when this returns, unless it complains."""
+        """Write a step's scalars."""
+
+        def record(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self.record(step, record)
+
+    def record(self, step: int, record: Callable[[Any], None]) -> None:
+        """Have a step's record written: it is on the disk when this returns, unless it complains.
+
+        Args:
+            record: what it calls on a SummaryWriter; called again when that one fails.
+        """
         if self._latest and self._latest[-1][0] != step:
             self._latest = []
-        self._pending.append((step, values))
+        self._pending.append((step, record))
         if self._writer is not None or time.monotonic() >= self._retry_at:
             self._write()
 
@@ -59,9 +75,8 @@ class Events:
 
                 _wait_for_a_later_second(self.folder)
                 self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_from)
-            for step, values in self._pending:
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
+            for _, record in self._pending:
+                record(self._writer)
             # On disk before the step's checkpoint is, or a crash leaves a gap.
             self._writer.flush()
         except OSError as error:  # numbers for people: no reason to lose the run
@@ -74,7 +89,7 @@ class Events:
             if self._pending:
                 self._purge_from = self._pending[0][0]
             return
-        self._latest += [record for record in self._pending if record[0] == self._pending[-1][0]]
+        self._latest += [kept for kept in self._pending if kept[0] == self._pending[-1][0]]
         self._pending = []
 
     def _complain(self, error: OSError) -> None:

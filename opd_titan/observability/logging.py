@@ -16,6 +16,8 @@ from opd_titan.observability.progress import Bar
 
 # A rank's log file becomes `.log.1`, in the place of the one before, when it is this long.
 FILE_BYTES = 64 * 2**20
+# Where this is 1 in the environment, the other ranks speak on the console too.
+ALL_RANKS = "OPD_TITAN_LOG_ALL_RANKS"
 
 _CODES = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36}
 _ANSI = re.compile(r"\x1b\[\d*m")
@@ -94,7 +96,8 @@ def init_logging(
 ) -> logging.Logger:
     """Set up and return the "opd_titan" logger; calling it again replaces the handlers.
 
-    The console shows INFO and above as `[HH:MM:SS] message`, on rank 0 only. The file
+    The console shows INFO and above as `[HH:MM:SS] message`, on rank 0 only
+    unless the environment variable OPD_TITAN_LOG_ALL_RANKS is 1. The file
     `<dump_folder>/logs/rank-N.log` gets DEBUG and above with full timestamps, is appended to on
     resume, and never holds a colour code. It and one older file, `rank-N.log.1`, take
     `FILE_BYTES` each at most.
@@ -114,9 +117,9 @@ def init_logging(
     logger.setLevel(logging.DEBUG)
     # Some libraries call logging.basicConfig(); the root would then print each line again.
     logger.propagate = False
-    if rank == 0:
+    if rank == 0 or os.environ.get(ALL_RANKS, "0") not in ("", "0"):
         console = _ConsoleHandler(use_color(color))
-        console.setFormatter(logging.Formatter("%(message)s"))
+        console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else None))
         logger.addHandler(console)
     if dump_folder is not None:
         path = Path(dump_folder) / "logs" / f"rank-{rank}.log"

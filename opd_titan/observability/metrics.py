@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import resource
@@ -11,16 +10,16 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd_titan.observability.events import Events
-from opd_titan.observability.logging import paint, use_color
+from opd_titan.observability.console import Totals, console_line, terminal_columns
+from opd_titan.observability.logging import use_color
 from opd_titan.observability.peaks import Peaks, percent_of_peak
-
-logger = logging.getLogger("opd_titan")
+from opd_titan.observability.tensorboard import Dashboard
 
 # First and last token, from 1, of the parts of a response that `kl_by_position/*` are about.
 POSITIONS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 4096), (4097, None))
@@ -69,6 +68,7 @@ SCALARS: dict[str, str] = {
     "time/checkpoint(s)": "seconds on rank 0 that the loop waited for a checkpoint or export",
     "time/validate(s)": "seconds on rank 0: validation",
     "time/step(s)": "seconds on rank 0: from prompts to the end of the update",
+    "time/stacked/<phase>(s)": "seconds of a phase and of those below it, see tensorboard.stacked",
     # What exactly these count: docs/throughput.md
     "throughput/rollout(tok/s/gpu)": "sampled tokens",
     "throughput/teacher(tok/s/gpu)": "tokens through the teacher, prompts included",
@@ -257,10 +257,10 @@ class MetricLogger:
         self.last: dict[str, float] = {}
         self._window: dict[str, list[float]] = {}
         self._step_seconds: deque[float] = deque(maxlen=20)
-        self._events = None
+        self.totals = Totals()
+        self.events: Dashboard | None = None
         if rank == 0 and enable_tensorboard:
-            # A new run starts with a validation at step 0, a resumed one after start_step.
-            self._events = Events(Path(dump_folder) / "tb", start_step + 1 if start_step else 0)
+            self.events = Dashboard(Path(dump_folder) / "tb", start_step)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record a step's scalars: one call a step, one more if it has `RARE` ones only.
@@ -273,6 +273,7 @@ class MetricLogger:
                 raise ValueError(f"unknown scalar {name!r}; give it a row in metrics.SCALARS")
         values = {name: float(value) for name, value in scalars.items()}
         self.last.update(values)
+        self.totals.add(values)
         if "time/step(s)" in values:
             self._step_seconds.append(values["time/step(s)"])
         for name, value in values.items():
@@ -280,8 +281,10 @@ class MetricLogger:
         rare = [name for name in values if name.startswith(RARE)]
         due = list(self._window) if self.due(step) and len(rare) < len(values) else rare
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
-        if self._events is not None and aggregates:
-            self._events.add(step, aggregates)
+        if self.events is not None and aggregates:
+            if len(rare) < len(values):
+                self.events.layout(step, self.last)
+            self.events.scalars(step, aggregates)
 
     def due(self, step: int) -> bool:
         """Whether the step ends a window: then it is written, and shown."""
@@ -291,66 +294,32 @@ class MetricLogger:
         """The last values in one line, with the time left by the mean of the last 20 steps."""
         seconds = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else None
         eta = None if seconds is None else seconds * (total_steps - step)
-        return console_line(step, total_steps, self.last, color=self.color, eta_seconds=eta)
+        return console_line(
+            step,
+            total_steps,
+            self.last,
+            color=self.color,
+            eta_seconds=eta,
+            columns=terminal_columns(),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The half-filled window (plain numbers), so that a resumed run writes the same values."""
         window = {name: list(values) for name, values in self._window.items()}
-        return {"window": window, "last": dict(self.last)}
+        return {"window": window, "last": dict(self.last), "totals": asdict(self.totals)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window = {name: list(values) for name, values in state["window"].items()}
         self.last = dict(state["last"])  # an export's card shows them
+        self.totals = Totals(**state.get("totals", {}))
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        if self.events is not None:
+            self.events.close()
+            self.events = None
 
 
 def _aggregate(name: str, values: list[float]) -> float:
     if "max" in name:
         return max(values, key=lambda value: (math.isnan(value), value))
     return sum(values) / len(values)
-
-
-# Console columns: scalar, colour, text around the value. Absent scalars leave no hole.
-_COLUMNS: list[tuple[str, str | None, str]] = [
-    ("kl/student_teacher", "green", "kl {:.4f}"),
-    ("loss/total", "yellow", "loss {:.4f}"),
-    ("grad_norm", "magenta", "grad {:.3f}"),
-    ("lr", None, "lr {:.2e}"),
-    ("rollout/response_tokens_mean", "blue", "len {:.1f}"),
-    ("rollout/truncated_fraction", "blue", "cut {:.1%}"),
-    ("throughput/rollout(tok/s/gpu)", "cyan", "rollout {:,.0f} tok/s"),
-    ("throughput/update(tok/s/gpu)", "cyan", "update {:,.0f} tok/s"),
-    ("memory/max_reserved(GiB)", None, "mem {:.2f} GiB"),
-    ("time/step(s)", None, "{:.2f} s/step"),
-    ("validation/gap_recovered", "green", "gap recovered {:.1%}"),
-]
-
-
-def console_line(
-    step: int,
-    total_steps: int,
-    scalars: Mapping[str, float],
-    *,
-    color: bool = False,
-    eta_seconds: float | None = None,
-) -> str:
-    """One line for people. What is not finite stands out in red and says so without colours."""
-    width = len(str(total_steps))
-    parts: list[tuple[str | None, str]] = [("red", f"step {step:>{width}}/{total_steps}")]
-    for name, tint, text in _COLUMNS:
-        if name in scalars:
-            finite = math.isfinite(scalars[name])
-            shown = text.format(scalars[name]) + ("" if finite else " (!)")
-            parts.append((tint if finite else "red", shown))
-    odd = [name for name in scalars if not math.isfinite(scalars[name])]
-    odd = [name for name in odd if name not in {column[0] for column in _COLUMNS}]
-    if odd:
-        parts.append(("red", f"not finite (!): {', '.join(odd)}"))
-    if eta_seconds is not None:
-        minutes, seconds = divmod(round(eta_seconds), 60)
-        parts.append((None, f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"))
-    return "  ".join(paint(text, tint) if color and tint else text for tint, text in parts)

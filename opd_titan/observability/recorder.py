@@ -16,6 +16,7 @@ from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.errors import reason
+from opd_titan.observability.console import report_outcome
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks
 from opd_titan.observability.rollout_writer import OldRollouts, write_rollouts
@@ -24,9 +25,11 @@ from opd_titan.observability.step_scalars import (
     balance_scalars,
     cached_tokens_read,
     kl_scalars,
+    log_ratios,
     rollout_scalars,
     work,
 )
+from opd_titan.observability.tensorboard import SHOWN_SAMPLES, is_recorded
 
 logger = logging.getLogger("opd_titan")
 
@@ -77,6 +80,8 @@ class Recorder:
             start_step=start_step,
             total_steps=total_steps,
         )
+        if self.metrics.events is not None:
+            self.metrics.events.describe(config)
 
     def record(
         self,
@@ -107,7 +112,10 @@ class Recorder:
             scalars |= kl_scalars(mine, self.world)
         memory = memory_stats(self.world.device)
         scalars |= {name: max_scalar(value, self.world.device) for name, value in memory.items()}
+        self.metrics.totals.tokens += sum(len(s.response_ids) for s in samples)
         self.metrics.log(step, scalars)
+        if is_recorded(step, self.total_steps):
+            self._record_ratios(step, mine)
         if self.metrics.due(step):
             logger.info("%s", self.metrics.console_line(step, self.total_steps))
         self._write_rollouts(step, self._chosen(samples), mine)
@@ -135,6 +143,10 @@ class Recorder:
         """
         self.metrics.log(step, {**found, **phase_scalars(self.clock.pop(), {}, {}, {})})
 
+    def report_outcome(self, step: int) -> None:
+        """The last words of a job that is done."""
+        report_outcome(self.config, step, self.metrics.totals, self.metrics.last)
+
     def _work_scalars(
         self, samples: Sequence[Sample], sampled: Sequence[Sample], decode_forwards: int
     ) -> dict[str, float]:
@@ -156,6 +168,29 @@ class Recorder:
         forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
         return self.decode_bytes(forwards, cached_tokens_read(sampled), self.dtype.itemsize)
 
+    def _record_ratios(self, step: int, mine: list[Sample]) -> None:
+        """All ranks call, whether or not they write."""
+        if self.config.metrics.enable_tensorboard:
+            ratios_N = log_ratios(mine, self.world)
+            if self.metrics.events is not None:
+                self.metrics.events.histogram(step, "log_ratio/student_teacher", ratios_N)
+
+    def _show(self, step: int, scored: Sequence[Sample]) -> None:
+        """A few of the step's rollouts in TensorBoard, of different prompts."""
+        if self.metrics.events is None or not is_recorded(step, self.total_steps):
+            return
+        first: dict[int, Sample] = {}
+        for s in scored:
+            first.setdefault(s.prompt.index, s)
+        rows = []
+        for s in list(first.values())[:SHOWN_SAMPLES]:
+            response, answer = self.decode(s.response_ids), s.prompt.answer
+            told = f"{s.finish_reason}, {len(s.response_ids)} tokens"
+            if answer is not None:
+                told += f", grade {float(self.grade(response, answer)):g} against {answer}"
+            rows.append((s.prompt.text, response, told))
+        self.metrics.events.samples(step, rows)
+
     def _write_rollouts(self, step: int, keep: list[Sample], mine: list[Sample]) -> None:
         if not keep:
             return
@@ -164,6 +199,7 @@ class Recorder:
         scored = gather_lists(scored, self.world.dp)
         if self.rank == 0:
             scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
+            self._show(step, scored)
             try:
                 texts = self.texts
                 write_rollouts(self.rollouts, step, scored, self.decode, self.grade, texts)

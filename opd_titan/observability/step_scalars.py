@@ -54,9 +54,7 @@ def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:
     scalars = {}
     for other in ("teacher", "reference"):
         ratios = _log_ratios(mine, f"{other}_logprobs")
-        difference_R = gather_vector(
-            torch.cat([torch.empty(0), *ratios]).to(world.device), world.dp
-        )
+        difference_R = _of_all_ranks(ratios, world)
         if difference_R.numel() == 0:
             continue
         scalars[f"kl/student_{other}"] = difference_R.double().mean().item()
@@ -67,6 +65,15 @@ def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:
                 scalars[f"kl/p{percent}"] = sorted_R[rank].item()
             scalars |= _by_position(ratios, world)
     return scalars
+
+
+def log_ratios(mine: Sequence[Sample], world: World) -> Tensor:
+    """log student - log teacher of all ranks' response tokens, [tokens]; all ranks call."""
+    return _of_all_ranks(_log_ratios(mine, "teacher_logprobs"), world)
+
+
+def _of_all_ranks(ratios: Sequence[Tensor], world: World) -> Tensor:
+    return gather_vector(torch.cat([torch.empty(0), *ratios]).to(world.device), world.dp)
 
 
 def _log_ratios(samples: Sequence[Sample], other: str) -> list[Tensor]:

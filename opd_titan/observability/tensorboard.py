@@ -1,0 +1,239 @@
+"""What TensorBoard shows of a run besides curves: a layout, samples, histograms, the recipe.
+
+Everything lands in the one folder `<dump_folder>/tb`. Events are bounded: scalars by `log_freq`,
+samples and histograms to about `RECORDS` steps however long the run, the rest is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from opd_titan.config import JobConfig, to_toml
+from opd_titan.observability.events import Events
+
+# Steps of a run that leave samples and a histogram, its first and last one aside.
+RECORDS = 20
+BINS = 64
+SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1500
+
+# What the phases of a step add up to, from the ground: line n is the sum of the first n.
+STACK = ("update", "teacher", "reference", "inspect", "rollout", "sync", "data")
+
+_TABLES = ("rollout", "distill", "reference", "optimizer", "lr_scheduler", "training")
+_OUTCOMES = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")
+
+# By group, the charts: their title and scalars. A margin is a value between its two ends. A name
+# that ends in * stands for all that begin so.
+_MARGIN, _LINES = "Margin", "Multiline"
+LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "1. Distance to the teacher": {
+        "KL(student || teacher), nats per token": (
+            _LINES,
+            ("kl/student_teacher", "kl/reverse", "kl/forward", "kl/student_reference"),
+        ),
+        "Gap recovered, with its 95 % interval": (
+            _MARGIN,
+            tuple(f"validation/gap_recovered{end}" for end in ("", "_low", "_high")),
+        ),
+        "Accuracy, with its 95 % interval": (
+            _MARGIN,
+            tuple(f"validation/accuracy{end}" for end in ("", "_low", "_high")),
+        ),
+        "KL by position in the response": (_LINES, ("kl_by_position/*",)),
+        "log S - log T of single tokens: 1st and 99th percentile": (_LINES, ("kl/p1", "kl/p99")),
+        "Agreement with the teacher": (
+            _LINES,
+            ("policy/top_k_overlap", "policy/top_1_agreement"),
+        ),
+    },
+    "2. Health": {
+        "Response tokens": (
+            _LINES,
+            ("rollout/response_tokens_mean", "rollout/response_tokens_max"),
+        ),
+        "Truncated, repetitive": (_LINES, ("rollout/truncated_fraction", "rollout/repetition")),
+        "Entropy, nats per token": (_LINES, ("policy/entropy", "policy/teacher_entropy")),
+        "Gradient norm": (_LINES, ("grad_norm",)),
+        "Loss": (_LINES, ("loss/policy", "loss/total")),
+        "Rollout against update log-probs, clipped share": (
+            _LINES,
+            ("policy/logprob_gap_max", "policy/clip_fraction"),
+        ),
+    },
+    "3. Speed": {
+        "Tokens per second and device": (
+            _LINES,
+            tuple(f"throughput/{p}(tok/s/gpu)" for p in ("rollout", "teacher", "update", "step")),
+        ),
+        "Where a step's seconds go: lines stacked": (
+            _LINES,
+            (*(f"time/stacked/{i}_{p}(s)" for i, p in enumerate(STACK, 1)), "time/step(s)"),
+        ),
+        "Percent of the device's peak": (
+            _LINES,
+            ("mfu/rollout(%)", "mfu/teacher(%)", "mfu/update(%)", "mbu/rollout(%)"),
+        ),
+        "Pauses between steps, seconds": (_LINES, ("time/validate(s)", "time/checkpoint(s)")),
+    },
+    "4. Memory": {
+        "Peak, GiB": (_LINES, ("memory/max_active(GiB)", "memory/max_reserved(GiB)")),
+        "Sequences that waited for the KV cache": (_LINES, ("rollout/preempted",)),
+    },
+}
+
+
+def stacked(scalars: Mapping[str, float]) -> dict[str, float]:
+    """`time/stacked/*`: each phase's seconds and those of the phases below it.
+
+    Custom scalars cannot stack areas; of these lines, a phase's time is the gap to the one below,
+    and the gap up to `time/step(s)` is what no phase accounts for.
+    """
+    total, lines = 0.0, {}
+    for i, phase in enumerate(STACK, 1):
+        if f"time/{phase}(s)" in scalars:
+            total += scalars[f"time/{phase}(s)"]
+            lines[f"time/stacked/{i}_{phase}(s)"] = total
+    return lines
+
+
+def layout_of(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
+    """`LAYOUT` without what this run does not measure, for `SummaryWriter.add_custom_scalars`."""
+    groups = {}
+    for group, charts in LAYOUT.items():
+        kept = {title: [kind, _there(tags, names)] for title, (kind, tags) in charts.items()}
+        groups[group] = {
+            title: [kind, [_pattern(t) for t in tags] if kind == _LINES else tags]
+            for title, (kind, tags) in kept.items()
+            if tags and (kind == _LINES or len(tags) == 3)
+        }
+    return {group: charts for group, charts in groups.items() if charts}
+
+
+def _there(tags: Sequence[str], names: Collection[str]) -> list[str]:
+    return [
+        tag
+        for tag in tags
+        if tag in names or any(n.startswith(tag[:-1]) for n in names) and tag.endswith("*")
+    ]
+
+
+def _pattern(tag: str) -> str:
+    """Lines are chosen by regular expressions, which match from the start. Only what both Python
+    and browsers read alike is escaped."""
+    if tag.endswith("*"):
+        return tag[:-1]
+    return "".join(f"\\{c}" if c in "()." else c for c in tag) + "$"
+
+
+def as_code(text: str, limit: int) -> str:
+    """Text as a block of Markdown that is shown as it stands, whatever it holds.
+
+    Args:
+        limit: of characters; what is more is cut out of the middle, and said to be.
+    """
+    if len(text) > limit:
+        head = limit * 2 // 3
+        cut = len(text) - limit
+        text = f"{text[:head]} [... {cut:,} characters ...] {text[head - limit :]}"
+    # Control characters could end a line for one reader and not for another.
+    plain = "".join(c if c.isprintable() or c in "\n " else ascii(c)[1:-1] for c in text)
+    return "\n".join("    " + line for line in plain.split("\n"))
+
+
+def samples_text(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Markdown of (prompt, response, its grade)."""
+    parts = []
+    for prompt, response, grade in rows:
+        prompt, response = as_code(prompt, SHOWN_CHARACTERS), as_code(response, SHOWN_CHARACTERS)
+        parts += ["**Prompt**", prompt, "**Response**", response, as_code(grade, 200)]
+    return "\n\n".join(parts)
+
+
+def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
+    """What people compare runs by: models, data, and the options of learning."""
+    found = {
+        "student.hf_path": config.student.hf_path,
+        "teacher.hf_path": config.teacher.hf_path,
+        "data.dataset": config.data.dataset,
+        "data.path": config.data.path,
+    }
+    for table in _TABLES:
+        values = asdict(getattr(config, table))
+        found |= {f"{table}.{key}": value for key, value in values.items()}
+    return {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
+
+
+class Dashboard:
+    """The event files of a job, from one rank.
+
+    On resume the events go on in the same folder; those of steps that will be run again are
+    purged. What is written once is at step 0, and stays.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        """
+        Args:
+            folder: `<dump_folder>/tb`.
+            start_step: the last step that was done, 0 for a new run.
+        """
+        self._new = start_step == 0 or not any(folder.glob("events.out.tfevents.*"))
+        self._layout_due = self._new
+        # A new run starts with a validation at step 0, a resumed one after start_step.
+        self._events = Events(folder, start_step + 1 if start_step else 0)
+
+    def describe(self, config: JobConfig) -> None:
+        """The resolved recipe, as the run began with it, as text and as hyper-parameters."""
+        if not self._new:
+            return
+
+        def record(writer: Any) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            writer.add_text("config", as_code(to_toml(config), 100_000), 0)
+            # Not add_hparams, which makes a folder of its own for them.
+            about = hparams(hyperparameters(config), dict.fromkeys(_OUTCOMES, 0.0))
+            for summary in about[:2]:
+                writer._get_file_writer().add_summary(summary, 0)
+
+        self._events.record(0, record)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """On disk before the step's checkpoint is, or a crash leaves a gap."""
+        self._events.add(step, {**values, **stacked(values)})
+
+    def layout(self, step: int, names: Collection[str]) -> None:
+        """Once, when it is known what the run measures.
+
+        Args:
+            names: of the scalars so far; pauses come later.
+        """
+        if self._layout_due:
+            self._layout_due = False
+            later = stacked(dict.fromkeys(names, 0.0))
+            layout = layout_of({*names, *later, "time/checkpoint(s)"})
+            self._events.record(step, lambda writer: writer.add_custom_scalars(layout))
+
+    def histogram(self, step: int, name: str, values_N: Tensor) -> None:
+        """Of what is finite: `BINS` bins of one width from the least to the largest."""
+        finite = values_N[values_N.isfinite()].double().cpu().numpy()
+        if finite.size:
+            self._events.record(step, lambda w: w.add_histogram(name, finite, step, bins=BINS))
+
+    def samples(self, step: int, rows: Sequence[tuple[str, str, str]]) -> None:
+        """(prompt, response, its grade) of the first few."""
+        text = samples_text(rows[:SHOWN_SAMPLES])
+        self._events.record(step, lambda writer: writer.add_text("rollouts", text, step))
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def is_recorded(step: int, total_steps: int) -> bool:
+    """Whether a step leaves samples and a histogram: a pure function, so that a resume neither
+    doubles nor misses one."""
+    return step in (1, total_steps) or step % max(1, total_steps // RECORDS) == 0

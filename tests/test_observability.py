@@ -203,6 +203,9 @@ def test_every_scalar_round_trips_through_tensorboard(tmp_path):
     logger.log(1, values)
     logger.close()
     read = read_scalars(tmp_path)
+    stacked = {name for name in read if name.startswith("time/stacked/")} - set(SCALARS)
+    assert stacked  # follow from the others
+    read = {name: found for name, found in read.items() if name not in stacked}
     accuracy = values.pop("validation/accuracy")
     assert read.pop("validation/accuracy") == [(0, 0.25), (1, accuracy)]
     assert read == {name: [(1, value)] for name, value in values.items()}
@@ -307,8 +310,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_scalar(
     logger = MetricLogger(tmp_path)
     logger.log(1, {"lr": 1.0})
     logger.log(2, {"lr": 2.0})
-    (file,) = (tmp_path / "tb").iterdir()
-    with largest_file(file.stat().st_size + 10):  # a part of a record fits
+    with largest_file(64):
         logger.log(2, {"validation/accuracy": 0.5})
         logger.log(3, {"lr": 3.0})
         if closed_while_full:

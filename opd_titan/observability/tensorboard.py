@@ -214,9 +214,12 @@ class Dashboard:
         """
         if self._layout_due:
             self._layout_due = False
-            later = stacked(dict.fromkeys(names, 0.0))
-            layout = layout_of({*names, *later, "time/checkpoint(s)"})
-            self._events.record(step, lambda writer: writer.add_custom_scalars(layout))
+            later = set(stacked(dict.fromkeys(names, 0.0)))
+            if "time/step(s)" in names:
+                later.add("time/checkpoint(s)")  # at the end, if not before
+            layout = layout_of({*names, *later})
+            if layout:
+                self._events.record(step, lambda writer: writer.add_custom_scalars(layout))
 
     def histogram(self, step: int, name: str, values_N: Tensor) -> None:
         """Of what is finite: `BINS` bins of one width from the least to the largest."""

@@ -24,9 +24,9 @@ from opd_titan.observability.tensorboard import (
     SHOWN_CHARACTERS,
     Dashboard,
     as_code,
+    charted,
     is_recorded,
     samples_text,
-    stacked,
 )
 
 MODELS = ["--student.hf_path", "s", "--teacher.hf_path", "t", "--data.path", "d"]
@@ -74,7 +74,7 @@ def test_the_layout_names_what_the_run_measures(tmp_path: Path) -> None:
     for pattern in patterns:
         if "checkpoint" not in pattern:  # comes at the end of every run
             assert any(re.match(pattern, name) for name in names), pattern
-    assert "throughput/rollout\\(tok/s/gpu\\)$" in patterns
+    assert "charts/throughput_rollout$" in patterns
 
 
 def test_the_layout_knows_only_scalars_that_there_are() -> None:
@@ -112,9 +112,17 @@ def test_records_are_bounded_however_long_the_run() -> None:
         assert 1 <= records <= 2 * RECORDS
 
 
-def test_phases_are_stacked(tmp_path: Path) -> None:
-    lines = stacked({"time/rollout(s)": 2.0, "time/update(s)": 1.0, "time/validate(s)": 9.0})
-    assert lines == {"time/stacked/1_update(s)": 1.0, "time/stacked/5_rollout(s)": 3.0}
+def test_phases_are_stacked() -> None:
+    scalars = {"time/rollout(s)": 2.0, "time/update(s)": 1.0, "time/validate(s)": 9.0, "lr": 1.0}
+    lines = {"stacked_1_update": 1.0, "stacked_5_rollout": 3.0, "time_validate": 9.0}
+    assert charted(scalars) == {f"charts/{name}": value for name, value in lines.items()}
+
+
+def test_no_line_has_a_name_that_tensorboard_cannot_draw() -> None:
+    """Its page takes what is between the first ( and the last ) of "tag (run)" for the run."""
+    assert not [
+        tag for g in LAYOUT.values() for _, tags in g.values() for tag in tags if "(" in tag
+    ]
 
 
 def test_the_histogram_is_numpys(tmp_path: Path) -> None:

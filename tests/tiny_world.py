@@ -32,7 +32,7 @@ TIMEOUT = 600
 # The second one ends responses too, but is not the tokenizer's own: both must count.
 EOS_IDS = [1, 60]
 # On CUDA the allocator's peaks reset each step; all these are measured, not computed.
-MEASURED = ("rollout/idle_share", "rollout/preempted", "time/", "throughput/", "memory/")
+MEASURED = ("rollout/idle_share", "rollout/preempted", "time/", "throughput/", "memory/", "charts/")
 
 RECIPE = """
 [student]

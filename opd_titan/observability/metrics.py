@@ -68,7 +68,6 @@ SCALARS: dict[str, str] = {
     "time/checkpoint(s)": "seconds on rank 0 that the loop waited for a checkpoint or export",
     "time/validate(s)": "seconds on rank 0: validation",
     "time/step(s)": "seconds on rank 0: from prompts to the end of the update",
-    "time/stacked/<phase>(s)": "seconds of a phase and of those below it, see tensorboard.stacked",
     # What exactly these count: docs/throughput.md
     "throughput/rollout(tok/s/gpu)": "sampled tokens",
     "throughput/teacher(tok/s/gpu)": "tokens through the teacher, prompts included",
@@ -80,6 +79,7 @@ SCALARS: dict[str, str] = {
     "mbu/rollout(%)": "bytes that decoding must read, of the memory bandwidth over the phase",
     "memory/max_active(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
     "memory/max_reserved(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
+    "charts/<figure>": "a copy or a running sum that the layout shows, see tensorboard.charted",
     # Of several sets: the plain mean of the sets' own figures. docs/evaluation.md has the formulas.
     "validation/accuracy": "share of held-out responses that are right, or their mean score",
     "validation/accuracy_low": "lower end of its 95 % interval",

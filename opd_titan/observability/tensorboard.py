@@ -68,36 +68,49 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "3. Speed": {
         "Tokens per second and device": (
             _LINES,
-            tuple(f"throughput/{p}(tok/s/gpu)" for p in ("rollout", "teacher", "update", "step")),
+            tuple(f"charts/throughput_{p}" for p in ("rollout", "teacher", "update", "step")),
         ),
         "Where a step's seconds go: lines stacked": (
             _LINES,
-            (*(f"time/stacked/{i}_{p}(s)" for i, p in enumerate(STACK, 1)), "time/step(s)"),
+            (*(f"charts/stacked_{i}_{p}" for i, p in enumerate(STACK, 1)), "charts/time_step"),
         ),
         "Percent of the device's peak": (
             _LINES,
-            ("mfu/rollout(%)", "mfu/teacher(%)", "mfu/update(%)", "mbu/rollout(%)"),
+            ("charts/mfu_rollout", "charts/mfu_teacher", "charts/mfu_update", "charts/mbu_rollout"),
         ),
-        "Pauses between steps, seconds": (_LINES, ("time/validate(s)", "time/checkpoint(s)")),
+        "Pauses between steps, seconds": (
+            _LINES,
+            ("charts/time_validate", "charts/time_checkpoint"),
+        ),
     },
     "4. Memory": {
-        "Peak, GiB": (_LINES, ("memory/max_active(GiB)", "memory/max_reserved(GiB)")),
+        "Peak, GiB": (_LINES, ("charts/memory_max_active", "charts/memory_max_reserved")),
         "Sequences that waited for the KV cache": (_LINES, ("rollout/preempted",)),
     },
 }
 
 
-def stacked(scalars: Mapping[str, float]) -> dict[str, float]:
-    """`time/stacked/*`: each phase's seconds and those of the phases below it.
+_SHOWN = {tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags}
 
-    Custom scalars cannot stack areas; of these lines, a phase's time is the gap to the one below,
-    and the gap up to `time/step(s)` is what no phase accounts for.
+
+def charted(scalars: Mapping[str, float]) -> dict[str, float]:
+    """`charts/*`, what the layout shows in another form than the scalars have.
+
+    TensorBoard's custom scalars draw no line whose name has parentheses (2.21: it takes them for
+    those around the run's name): such scalars come again without their unit. And they cannot stack
+    areas. Of the lines `charts/stacked_*`, each phase's seconds and those of the phases below it, a
+    phase's time is the gap to the line below; the gap up to `charts/time_step` is what no phase
+    accounts for.
     """
     total, lines = 0.0, {}
     for i, phase in enumerate(STACK, 1):
         if f"time/{phase}(s)" in scalars:
             total += scalars[f"time/{phase}(s)"]
-            lines[f"time/stacked/{i}_{phase}(s)"] = total
+            lines[f"charts/stacked_{i}_{phase}"] = total
+    for name, value in scalars.items():
+        copy = f"charts/{name.partition('(')[0].replace('/', '_')}"
+        if "(" in name and copy in _SHOWN:
+            lines[copy] = value
     return lines
 
 
@@ -123,11 +136,8 @@ def _there(tags: Sequence[str], names: Collection[str]) -> list[str]:
 
 
 def _pattern(tag: str) -> str:
-    """Lines are chosen by regular expressions, which match from the start. Only what both Python
-    and browsers read alike is escaped."""
-    if tag.endswith("*"):
-        return tag[:-1]
-    return "".join(f"\\{c}" if c in "()." else c for c in tag) + "$"
+    """Lines are chosen by regular expressions, which match from the start."""
+    return tag[:-1] if tag.endswith("*") else f"{tag}$"
 
 
 def as_code(text: str, limit: int) -> str:
@@ -204,7 +214,7 @@ class Dashboard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """On disk before the step's checkpoint is, or a crash leaves a gap."""
-        self._events.add(step, {**values, **stacked(values)})
+        self._events.add(step, {**values, **charted(values)})
 
     def layout(self, step: int, names: Collection[str]) -> None:
         """Once, when it is known what the run measures.
@@ -214,10 +224,10 @@ class Dashboard:
         """
         if self._layout_due:
             self._layout_due = False
-            later = set(stacked(dict.fromkeys(names, 0.0)))
+            later = dict.fromkeys(names, 0.0)
             if "time/step(s)" in names:
-                later.add("time/checkpoint(s)")  # at the end, if not before
-            layout = layout_of({*names, *later})
+                later["time/checkpoint(s)"] = 0.0  # at the end, if not before
+            layout = layout_of({*names, *charted(later)})
             if layout:
                 self._events.record(step, lambda writer: writer.add_custom_scalars(layout))
 

@@ -28,9 +28,6 @@ PAGES = [
 MODELS = ["--student.hf_path", "s", "--teacher.hf_path", "t"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPO)))
 
-# Pages that others are writing: links to them may lead nowhere yet.
-UNDER_WAY = {"observability.md"}
-
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -217,8 +214,6 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         file, _, anchor = target.partition("#")
         path = (page.parent / file).resolve() if file else page
-        if path.name in UNDER_WAY and not path.exists():
-            continue
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
 
@@ -233,5 +228,5 @@ def test_the_index_has_every_page() -> None:
     index = text_of(REPO / "docs" / "README.md")
     listed = set(re.findall(r"^\| \[(\w+\.md)\]\(\1\) \|", index, re.MULTILINE))
     there = {p.name for p in (REPO / "docs").glob("*.md")} - {"README.md"}
-    assert there <= listed <= there | UNDER_WAY
+    assert there == listed
     assert "docs/README.md" in text_of(REPO / "README.md")

@@ -443,6 +443,9 @@ class Trainer:
         self._start_recording()
         assert self.job.saved_state is not None
         self.watchdog.send_back(self.job.saved_state["watchdog"])
+        # With the smaller steps: whoever resumes from it must not come by the same way again.
+        self._save()
+        self.recorder.clock.pop()  # the step's pauses are recorded already
 
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {

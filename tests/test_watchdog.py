@@ -7,13 +7,15 @@ that is put into the program: weights that do not reach the generator.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_world import REPO, read_log, read_scalars, train
+from tiny_world import REPO, assert_same_run, read_log, read_scalars, train
 
 from opd_titan.config import JobConfig
 from opd_titan.errors import Fault
@@ -22,6 +24,8 @@ from opd_titan.rollout.weights import GeneratorWeights
 
 # The clamp keeps loops from being unlearned again: all their tokens are as bad as can be.
 COLLAPSE = ("--optimizer.beta2", 0.95, "--distill.log_ratio_clamp", 10)
+TOO_FAST = ("--optimizer.lr", 8e-3, "--lr_scheduler.warmup_steps", 20, "--training.steps", 8)
+TOO_FAST += ("--rollout.prompts_per_step", 16, *COLLAPSE, "--watchdog.action", "rollback")
 DEBUG = REPO / "assets" / "debug"
 
 
@@ -92,6 +96,11 @@ def test_a_stop_token_that_nobody_writes(tmp_path: Path) -> None:
     assert "student ends with 0" in warnings(out)[0]
 
 
+def sent_back_to(folder: Path) -> list[int]:
+    lines = (line for line in read_log(folder).splitlines() if "Resumed from" in line)
+    return [int(line.split("/step-")[1].split()[0]) for line in lines if "rollback" in line]
+
+
 def with_template(source: Path, folder: Path, template: str) -> Path:
     shutil.copytree(source, folder)
     (folder / "chat_template.jinja").write_text(template)
@@ -121,17 +130,54 @@ def test_stop_ends_the_run_with_the_sign(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_rollback_goes_on_from_before_the_sign_with_smaller_steps(tmp_path: Path) -> None:
-    options = ("--optimizer.lr", 8e-3, "--lr_scheduler.warmup_steps", 20, "--training.steps", 8)
-    options += ("--rollout.prompts_per_step", 16, *COLLAPSE)
     saves = ("--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
-    assert train(argv(tmp_path, *options, *saves, "--watchdog.action", "rollback")) == 0
-    resumed = [line for line in read_log(tmp_path).splitlines() if "Resumed from" in line]
-    assert resumed and "watchdog.action is rollback" in resumed[0]
-    first = int(resumed[0].split("/step-")[1].split()[0])
+    assert train(argv(tmp_path, *TOO_FAST, *saves)) == 0
+    (first,) = sent_back_to(tmp_path)
     rates = read_scalars(tmp_path)["lr"]
     slowdown = {step: 1.0 if step <= first else 0.5 for step in range(1, 9)}
     assert rates == pytest.approx({n: 8e-3 * n / 20 * slowdown[n] for n in slowdown})
     assert sorted((tmp_path / "checkpoint").glob("step-*.old"))
+
+
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
+def test_a_rollback_is_what_a_resume_would_be(tmp_path: Path, mode: str) -> None:
+    """To the bit: what a fresh process makes of the checkpoint that the run went back to."""
+    saves = ("--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
+    often = ("--validation.enable", True, "--validation.interval", 1, "--metrics.log_freq", 3)
+    options = (*TOO_FAST, *saves, *often, "--validation.max_prompts", 10)
+    options += ("--distill.minibatches", 2, "--checkpoint.async_mode", mode)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train(argv(whole, *options)) == 0
+    *_, step = sent_back_to(whole)
+    shutil.copytree(whole, resumed)
+    for n in range(step + 1, 9):
+        shutil.rmtree(resumed / "checkpoint" / f"step-{n}")
+        (resumed / "rollouts" / f"step-{n}.jsonl").unlink()
+    shutil.rmtree(resumed / "hf")
+    assert train(argv(resumed, *options)) == 0
+    assert f"Resumed from {resumed}/checkpoint/step-{step} " in read_log(resumed)
+    assert_same_run(whole, resumed, 8)
+    assert list(read_scalars(whole)["validation/accuracy"]) == list(range(9))
+
+
+def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_back = Watchdog.send_back
+
+    def then_stop(dog: Watchdog, state: dict[str, Any]) -> None:
+        send_back(dog, state)
+        if dog.sent_back == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Watchdog, "send_back", then_stop)
+    options = (*TOO_FAST, "--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
+    assert train(argv(tmp_path, *options)) == 75
+    (step,) = sent_back_to(tmp_path)
+    state = json.loads((tmp_path / f"checkpoint/step-{step}/train_state.json").read_text())
+    assert (state["watchdog"]["slowdown"], state["watchdog"]["sent_back"]) == (0.5, 1)
+    assert train(argv(tmp_path, *options)) == 0
+    assert read_scalars(tmp_path)["lr"][step + 1] == pytest.approx(8e-3 * (step + 1) / 20 / 2)
 
 
 def watchdog(action: str) -> Watchdog:
@@ -157,6 +203,21 @@ def test_a_run_that_was_killed_sees_the_same_signs() -> None:
         resumed.load_state_dict(state)
         found.append(resumed.look_at(step, reading(kl)))
     assert found == expected
+
+
+def test_what_the_first_step_does_not_have_starts_later() -> None:
+    """Where the data set answers some prompts, the student may have had none of step 1's."""
+    dog = watchdog("stop")
+    endless = {"rollout/eos_fraction": 0.0, "rollout/response_tokens_mean": 12.0}
+    rows = [{"policy/entropy": 1.0}, *[endless] * 3]
+    assert [dog.look_at(n, row) for n, row in enumerate(rows, 1)] == [None] * 4
+    with pytest.raises(Fault, match="no response ends .rollout/eos_fraction is 0, was 0"):
+        dog.look_at(5, endless)
+    dog = watchdog("stop")
+    loops = [{"policy/entropy": 1.0}, *({"rollout/repetition": r} for r in (0.1, 0.1, 0.9, 0.9))]
+    assert [dog.look_at(n, row) for n, row in enumerate(loops, 1)] == [None] * 5
+    with pytest.raises(Fault, match="repeat themselves .* was 0.1 at the start"):
+        dog.look_at(6, {"rollout/repetition": 0.9})
 
 
 def test_after_three_rollbacks_the_run_ends() -> None:

@@ -184,7 +184,9 @@ class Watchdog:
         if self.action == "off":
             return None
         own = {k: scalars[k] for k in READ if k in scalars and math.isfinite(scalars[k])}
-        self._start = self._start or own
+        # Each from the first step that has it: mixed with the data set's responses
+        # (rollout.on_policy_fraction), a step may have none of the student's.
+        self._start = {**own, **self._start}
         self._last.append(own)
         new = self._new_signs() if len(self._last) == WINDOW else []
         for sign in new:

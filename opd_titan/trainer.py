@@ -29,7 +29,7 @@ from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
-from opd_titan.errors import Fault, StorageError
+from opd_titan.errors import OneLineError, StorageError
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.console import report_job
@@ -133,7 +133,7 @@ class Trainer:
             self._run_steps()
         except Stopped:
             stopped = True
-        except Fault:  # of all ranks: what is being written is good, and may be the only one
+        except OneLineError:  # of all ranks: what is being written is good, and may be the only one
             self.checkpointer.wait()
             raise
         return self._finish(stopped)

@@ -26,6 +26,7 @@ from tiny_world import (
     read_rollouts,
     read_scalars,
     train,
+    train_on,
     write_rows,
 )
 
@@ -35,6 +36,11 @@ def length(response, answer):
 
 def broken(response, answer):
     raise KeyError("no such column")
+
+calls = []
+def brief(response, answer):
+    calls.append(response)
+    return len(calls) < 15 or [][0]
 """
 SETS = """
 [[validation.sets]]
@@ -182,6 +188,24 @@ def test_written_rollouts_have_the_grader_of_validation(world: World) -> None:
     assert train(world.argv("own", *options, "--training.steps", 1)) == 0
     for row in read_rollouts(world.folder / "own")[1]:
         assert row["correct"] == pytest.approx(min(1.0, len(row["response"]) / 16))
+
+
+def test_a_grader_that_raises_on_one_rank_ends_all(world: World) -> None:
+    """Rank 0 alone writes rollouts."""
+    options = ["--validation.grader", "operator:sub", "--validation.enable", False]
+    errors = world.folder / "errors.txt"
+    argv = world.argv("broken", *options, "--validation.sets=[]")
+    train_on(2, [argv], codes=[2], stderr=errors)
+    said = [line for line in errors.read_text().splitlines() if line.startswith("opd_titan: ")]
+    assert len(said) == 2 and len(set(said)) == 1, said
+    assert "validation.grader = 'operator:sub' failed: TypeError: unsupported operand" in said[0]
+
+
+def test_what_is_being_saved_when_a_grader_raises_is_kept(world: World) -> None:
+    options = ["--validation.grader", "own_graders:brief", "--validation.enable", False]
+    options += ["--checkpoint.interval", 1, "--checkpoint.async_mode", "async"]
+    assert train(world.argv("kept", *options, "--validation.sets=[]")) == 2
+    assert (world.folder / "kept" / "checkpoint" / "step-1").is_dir()
 
 
 # ------------------------------------------------------------------- what is wrong

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample
+from opd_titan.distributed.agreement import together
 from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.errors import reason
@@ -197,15 +198,18 @@ class Recorder:
         place = {(s.prompt.index, s.sample_index): i for i, s in enumerate(keep)}
         scored = [s for s in mine if (s.prompt.index, s.sample_index) in place]
         scored = gather_lists(scored, self.world.dp)
-        if self.rank == 0:
-            scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
+        scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
+        with together():  # a user's own grader may fail
+            if self.rank == 0:
+                self._write(step, scored)
+
+    def _write(self, step: int, scored: list[Sample]) -> None:
+        try:
             self._show(step, scored)
-            try:
-                texts = self.texts
-                write_rollouts(self.rollouts, step, scored, self.decode, self.grade, texts)
-                self.old_rollouts.delete(step)
-            except OSError as error:  # a sample for people: no reason to lose the run
-                logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))
+            write_rollouts(self.rollouts, step, scored, self.decode, self.grade, self.texts)
+            self.old_rollouts.delete(step)
+        except OSError as error:  # a sample for people: no reason to lose the run
+            logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))
 
 
 def _sampled(samples: Sequence[Sample]) -> list[Sample]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from hypothesis import given, settings
@@ -211,6 +214,20 @@ def test_hostile_answers_are_wrong_in_time(
     finally:
         judge.close()
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_busy_machine_changes_no_grade(math_verify: None) -> None:
+    """The other process gets no turn for longer than a comparison may take."""
+    judge = MathJudge(seconds=0.5)
+    try:
+        assert judge.compare_boxed("1+1", "2")[0]
+        pid = judge._process.pid
+        os.kill(pid, signal.SIGSTOP)
+        Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+        assert judge.compare_boxed("2.5", "\\frac{5}{2}") == (True, "2.5")
+        assert judge.gave_up == 0
+    finally:
+        judge.close()
 
 
 def test_the_other_process_ends_with_this_one(math_verify: None) -> None:

@@ -23,7 +23,9 @@ from opd_titan.errors import ConfigError, Fault
 
 logger = logging.getLogger("opd_titan")
 
-SECONDS = 5.0  # for one comparison
+# For one comparison, of the processor's time: how busy the machine is must not change a grade.
+SECONDS = 5.0
+_PATIENCE = 10  # times that, by the clock
 _SECONDS_TO_START = 120.0  # on a busy machine with a slow file system
 MEMORY = 4 << 30  # bytes of address space
 # An answer is short. Of a text without a box the end is looked at, where the answer is.
@@ -34,6 +36,7 @@ class MathJudge:
     """Starts the other process when it is first needed, and keeps it.
 
     Attributes:
+        seconds: of the processor's time that one comparison may take.
         gave_up: comparisons that took too long or ended the process.
     """
 
@@ -69,7 +72,7 @@ class MathJudge:
             assert process.stdin is not None
             process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
-            line = _read_line(process, self.seconds)
+            line = _read_line(process, _PATIENCE * self.seconds)
         except OSError:
             line = b""
         if line:
@@ -93,7 +96,7 @@ class MathJudge:
         # One thread, no GPU: it must not take from the run what the run needs.
         settings = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "opd_titan.data.math_worker", str(MEMORY)],
+            [sys.executable, "-m", "opd_titan.data.math_worker", str(MEMORY), str(self.seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -35,6 +35,9 @@ GSM8K = [
     ("#### 3\nNo, wait.\n#### 4", "4", True, "4"),
     ("#### 3\nNo, wait.\n#### 4", "3", False, "4"),
     ("#### 18 eggs", "18", True, "18"),
+    ("#### 1,2", "12", False, None),
+    ("#### 12.5/3", "12", False, None),
+    ("#### 1,000.5x", "1000", False, None),
     # what "auto" would take, and the strict form does not
     ("The answer is 7.", "7", False, None),
     ("\\boxed{7}", "7", False, None),

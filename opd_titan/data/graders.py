@@ -103,7 +103,7 @@ def auto(response: str, gold: str) -> Grade:
     return Grade(bool(grading.grade(response, gold)), found)
 
 
-_STRICT = re.compile(r"####[ \t]*(-?[$]?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?![\d,]*[^\s.,%])")
+_STRICT = re.compile(rf"####[ \t]*(-?[$]?-?(?:{grading.WHOLE}(?:\.\d+)?|\.\d+))(?=%|[.,]*(?:\s|$))")
 
 
 def _is_number(gold: str) -> bool:

@@ -11,12 +11,33 @@ import re
 from fractions import Fraction
 
 _SIGN = r"(?:(?<![\w).])[-+])?"
+# Commas part thousands (in India also hundreds of them): "1,2" and "12,34" are two numbers.
+WHOLE = r"(?:\d{1,3}(?:,\d{2,3}){0,9},\d{3}(?!\d)|\d+)"
 _NUMBER = re.compile(
-    rf"{_SIGN}(?:\d+ +\d+/\d+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}\b)?(?:/\d+)?)"
+    rf"{_SIGN}(?:\d+ +\d+/\d+|(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}\b)?(?:/\d+)?)"
 )
+# Words that are no unit, but change the number before them.
+_MATHS = r"(?:pi|\u03c0|[ikxyz]|sqrt|sin|cos|tan|log|ln|mod|or|and)(?![^\W\d_])"
 # What may stand behind a number without changing it: %, a degree sign, a unit of two letters or
-# more ("5km"), or words after a space ("5 apples", "5 m"). Not "5x", "5 + x" or "5, 6".
-_UNIT = r"(?:%|\u00b0[CF]?|[^\W\d_]{2,}|\s+[^\W\d_]+)(?:[\s.'/-]+[^\W\d_]+)*"
+# more ("5km"), or words after a space ("5 apples", "5 m"), perhaps squared. Not "5x", "5 pi",
+# "5 + x" or "5, 6".
+_WORD = rf"(?!{_MATHS})[^\W\d_]"
+_UNIT = (
+    rf"(?:%|\u00b0[CF]?|{_WORD}[^\W\d_]+|\s+{_WORD}[^\W\d_]*)"
+    rf"(?:[\s.'/-]+{_WORD}[^\W\d_]*)*(?:\s*\^\s*(?:[23]|\{{[23]\}}))?"
+)
+# What shows that the number before it is but a part of the answer.
+_GOES_ON = re.compile(
+    r"\s*(?:\^|\\(?:pi|sqrt|times|cdot)|[\u03c0\u221a]|[*\u00d7+]\s*\d|[xyz](?!\w))|,\d"
+)
+_POWER_OF_TEN = re.compile(
+    r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7x*])\s*10\s*\^\s*(?:\{([-+]?\d{1,3})\}|([-+]?\d{1,3}))"
+)
+_FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+# Thousands parted by spaces.
+_SPACED = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?![\d/])")
+# Between two "=": more than one value.
+_SEVERAL = re.compile(r",\s*[^\W\d_]|,\s|;|\bor\b|\band\b", re.IGNORECASE)
 _QUANTITY = re.compile(rf"({_NUMBER.pattern})\.?\s*(?:{_UNIT})?\.?")
 _PHRASE = re.compile(
     r"\banswer\s*(?:is|was|:|=|equals|would be)(.*?)(?:[.!?](?=\s)|\n|$)", re.IGNORECASE
@@ -24,13 +45,15 @@ _PHRASE = re.compile(
 _BOXED = re.compile(r"\\[{}]|\\f?boxed\s*\{|[{}]")
 # Digits that a model may repeat without end are no answer, and slow to convert.
 _MAX_DIGITS = 200
+_LONGEST = 2000
 
 
 def extract_answer(text: str, numeric: bool = True) -> str | None:
     """Return the final answer that a response gives, None if it gives none.
 
     A response that opens `<think>` and never closes it was cut off before its answer. With
-    `numeric` off (the gold answer is text) an answer may be words, but never just the last number.
+    `numeric` off (the gold answer is text) an answer may be words, or a response of one line as it
+    stands, but never just the last number.
     """
     if "</think>" in text:
         text = text[text.rindex("</think>") + len("</think>") :]
@@ -52,8 +75,11 @@ def extract_answer(text: str, numeric: bool = True) -> str | None:
         found = _answer_in(phrases[-1], numeric)
         if found is not None:
             return found
-    numbers = _NUMBER.findall(_plain(text)) if numeric else []
-    return numbers[-1].rstrip(",") if numbers else None
+    if not numeric:
+        line = text.strip()
+        return line if line and "\n" not in line else None
+    numbers = _NUMBER.findall(_plain(text))
+    return numbers[-1] if numbers else None
 
 
 def normalize_number(text: str) -> Fraction | None:
@@ -61,8 +87,13 @@ def normalize_number(text: str) -> Fraction | None:
 
     Understands signs, thousands commas, decimals, exponents, "1/2", "3 1/2" and LaTeX fractions.
     """
-    plain = _plain(text).rsplit("=", 1)[-1].strip(" :()").rstrip(". ")
-    match = _QUANTITY.fullmatch(plain)
+    if len(text) > _LONGEST:
+        return None
+    before, _, plain = _plain(text).rpartition("=")
+    if "=" in before and _SEVERAL.search(before, before.index("=")):
+        return None
+    plain = re.sub(r"^([-+])\s+", r"\1", plain.strip(" :()").rstrip(". "))
+    match = _QUANTITY.fullmatch(_SPACED.sub(lambda m: re.sub(r"\s", "", m[0]), plain))
     if match is None or len(match[1]) > _MAX_DIGITS:
         return None
     number = match[1].replace(",", "")
@@ -98,12 +129,21 @@ def last_boxed(text: str) -> str | None:
 
 
 def _answer_in(line: str, numeric: bool) -> str | None:
-    """The answer in the line or phrase that announces it: after an "=", else the first number."""
+    """The answer in the line or phrase that announces it: after an "=", else the first number.
+
+    Where more than a number is announced ("5x", "10^5", "(2, 3)"), all of it.
+    """
     plain = _plain(line)
     if not numeric:
         return plain.strip(" :.") or None
     match = _NUMBER.search(plain, plain.rfind("=") + 1) or _NUMBER.search(plain)
-    return match[0].rstrip(",") if match else None
+    if match is None:
+        return None
+    before, after = plain[: match.start()].rstrip(), plain[match.end() :]
+    if _GOES_ON.match(after) or (before.endswith(("(", "[")) and after.lstrip().startswith(",")):
+        return plain.strip()
+    sign = "-" if before.endswith("-") and before[:-1].rstrip()[-1:] in ("", "=", ":") else ""
+    return sign + match[0]
 
 
 def _last_boxed(text: str) -> tuple[str | None, int]:
@@ -118,7 +158,8 @@ def _last_boxed(text: str) -> tuple[str | None, int]:
         if token == "}":
             if opened:
                 start, inside, is_box = opened.pop()
-                if is_box:
+                # One around another has that one's content; an empty one is talk of the form.
+                if is_box and start > at and text[inside : match.start()].strip():
                     found, at = text[inside : match.start()].strip(), start
         elif token not in ("\\{", "\\}"):
             opened.append((match.start(), match.end(), token != "{"))
@@ -127,13 +168,21 @@ def _last_boxed(text: str) -> tuple[str | None, int]:
 
 def _plain(text: str) -> str:
     """Strip LaTeX, Markdown and currency from around numbers."""
-    text = text.replace("\u2212", "-").replace("**", "").replace("`", "")
+    text = text.replace("\u2212", "-").replace("\u2013", "-").replace("**", "").replace("`", "")
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    text = text.replace("{,}", ",").replace("\\%", "%").replace("^\\circ", "\u00b0")
+    text = re.sub(r"(?<=\d)\s*(?=\\[cdt]?frac)", " ", text)
+    text = _FRACTION.sub(_as_ratio, text)
+    text = text.replace("{,}", ",").replace("\\%", "%")
+    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "\u00b0", text)
+    text = _POWER_OF_TEN.sub(r"e\1\2", text)
     text = re.sub(r"\\[,;:! ]|\\\(|\\\)|\\\[|\\\]", "", text)
     return re.sub(r"\\?[$\u20ac\u00a3]", "", text)
+
+
+def _as_ratio(found: re.Match[str]) -> str:
+    above, above_digit, below, below_digit = found.groups()
+    ratio = f"{above_digit or above}/{below_digit or below}"
+    return ratio + " " if found.string[found.end() : found.end() + 1].isdigit() else ratio
 
 
 def _bare(text: str) -> str:

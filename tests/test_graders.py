@@ -70,6 +70,26 @@ CHOICES = [
     ("The answer is B.", "C", False, "B"),
     ("<think>The answer is A.</think>The answer is B.", "A", False, "B"),
     ("<think>The answer is B.", "B", False, None),
+    ('The answer is "B".', "B", True, "B"),
+    ("The correct answer is \\(\\textbf{(B)}\\)", "B", True, "B"),
+    ("\\boxed{\\text{Option B}}", "B", True, "B"),
+    ("<answer>B</answer>", "B", True, "B"),
+    ("The answer is clearly B.", "B", True, "B"),
+    ("The correct letter is D", "D", True, "D"),
+    ("Option B is correct.", "B", True, "B"),
+    ("A is wrong, so (B) is the right answer.", "B", True, "B"),
+    ("I think it's (C).", "C", True, "C"),
+    ("The answer is B, C is wrong.", "B", True, "B"),
+    ("B) Paris is right, for it is on the Seine.", "B", True, "B"),
+    # more than one letter, or the question once more
+    ("The answer is A, B.", "A", False, None),
+    ("The answer is A/B", "A", False, None),
+    ("The answer is (A) and (B).", "A", False, None),
+    ("The answer is A or B", "B", False, None),
+    ("A) Paris\nB) London\nC) Rome\nD) Oslo", "D", False, None),
+    ("Options:\nA) Paris\nB) Rome", "B", False, None),
+    ("A is not correct.", "A", False, None),
+    ("It is a dog.", "A", False, None),
     # no letter is named
     ("The answer is a dog.", "A", False, None),
     ("A dog has four legs", "A", False, None),
@@ -107,6 +127,17 @@ MATH = [
     (f"\\boxed{{{COLUMN}}}", COLUMN.replace(" ", ""), True),
     ("\\boxed{4} or rather \\boxed{5}", "5", True),
     ("<think>\\boxed{4}</think> \\boxed{5}", "4", False),
+    ("\\boxed{3 1/2}", "31/2", False),
+    ("\\boxed{1 2}", "12", False),
+    ("\\boxed{1,2}", "12", False),
+    ("\\boxed{3\\frac{1}{2}}", "7/2", True),
+    ("\\boxed{5.}", "5", True),
+    ("\\boxed{5 dollars}", "5", True),
+    ("\\boxed{\\text{5 apples}}", "5", True),
+    ("\\boxed{1\\,234}", "1234", True),
+    ("\\boxed{5}", "\\$5", True),
+    ("\\boxed{x=5}", "y=5", False),
+    ("\\boxed{\\boxed{5}}", "5", True),
     ("\\boxed{}", "5", False),
     ("\\boxed{12", "13", False),
 ]  # fmt: skip
@@ -213,7 +244,7 @@ def test_hostile_answers_are_wrong_in_time(
             assert judge.compare_text(text, "5")[0] is False, text[:40]
             assert time.perf_counter() - start < 30, text[:40]
         assert judge.gave_up >= 2
-        assert judge.compare_boxed("2.5", "\\frac{5}{2}") == (True, "2.5")
+        assert judge.compare_boxed("\\sqrt{9}", "3") == (True, "\\sqrt{9}")
     finally:
         judge.close()
     assert not (tmp_path / "hacked").exists()
@@ -227,7 +258,7 @@ def test_a_busy_machine_changes_no_grade(math_verify: None) -> None:
         pid = judge._process.pid
         os.kill(pid, signal.SIGSTOP)
         Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
-        assert judge.compare_boxed("2.5", "\\frac{5}{2}") == (True, "2.5")
+        assert judge.compare_boxed("\\sqrt{9}", "3") == (True, "\\sqrt{9}")
         assert judge.gave_up == 0
     finally:
         judge.close()

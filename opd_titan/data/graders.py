@@ -141,20 +141,41 @@ def boxed_answer(response: str, gold: str) -> Grade:
 
 # "(B)", "B.", "B) Paris"; not the article in "A dog" nor the "I" of "I think".
 _LETTER = r"[(\[]?\s*([A-Z])(?![\w'])\s*[)\].:]*"
-_ALONE = re.compile(rf"\s*{_LETTER}\s*", re.IGNORECASE)
+_NAMED = r"(?:(?:the\s+)?(?:answer|option|choice|letter)(?:\s*:\s*|\s+))?"
+_ALONE = re.compile(rf"\s*{_NAMED}{_LETTER}\s*", re.IGNORECASE)
 _LABEL = re.compile(r"\s*[(\[]?([A-Z])(?:[)\].:]|\s*$)")
+# "A, B" and "A or B" are no answer; "B, C is wrong" is one.
+_ONLY = r"(?![)\].:\s]*(?:[,/&+]|or\b|and\b)\s*[(\[]?[A-Z][)\]]?\s*(?:[.,;]|$|\n))"
 _ANNOUNCED = re.compile(
-    r"(?:answer|choice|option)\s*(?:(?:is|was|would be|:|=)[\s:]*)+"
-    rf"(?:(?:the\s+)?(?:option|choice|letter)\s*)?{_LETTER}(?=\s*(?:$|[^\w\s]|\n|because|since|as\b))",
+    r"(?:answer|choice|option|letter)\s*(?:(?:is|was|would be|:|=)[\s:]*)+"
+    r"(?:(?:clearly|therefore|thus|definitely)\s+)?"
+    rf"{_NAMED}{_LETTER}{_ONLY}(?=\s*(?:$|[^\w\s]|\n|because|since|as\b))",
     re.IGNORECASE,
 )
-_STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\*\*|[$`]")
+# Weaker words for it, so only the capital letter.
+_CALLED = re.compile(
+    r"(?<![\w'])[(\[]?([A-Z])[)\]]? is (?:the )?(?:correct|right|best)\b"
+    rf"|\b(?:[Ii]t(?:'s| is)|[Cc]hoose|[Pp]ick|[Ss]elect) {_LETTER}{_ONLY}(?=\s*(?:$|[^\w\s]|\n))"
+)
+_STYLED = re.compile(
+    r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\*\*|[$`\"\u201c\u201d]|\\[()\[\]]|</?answer>"
+)
 
 
 def _choice_of(text: str) -> str | None:
     """The letter that a whole line or box is about: "B", "(b)", "B) Paris"."""
     found = _ALONE.fullmatch(text) or _LABEL.match(text)
     return found[1].upper() if found else None
+
+
+def _choice_in(lines: list[str]) -> str | None:
+    """The letter of the last line, else of the first; none where the options are just repeated."""
+    labels = {found[1] for line in lines if (found := _LABEL.match(line))}
+    for line in (lines[-1], lines[0]) if lines else ():
+        found = _choice_of(line)
+        if found is not None and (len(labels) < 2 or _ALONE.fullmatch(line)):
+            return found
+    return None
 
 
 def _is_choice(gold: str) -> bool:
@@ -171,10 +192,9 @@ def choice(response: str, gold: str) -> Grade:
         announced = _ANNOUNCED.findall(plain)
         found = announced[-1].upper() if announced else None
     if found is None:
-        lines = [line for line in plain.splitlines() if line.strip()]
-        found = _choice_of(lines[-1]) if lines else None
-        if found is None and lines:
-            found = _choice_of(lines[0])
+        found = _choice_in([line for line in plain.splitlines() if line.strip()])
+    if found is None and (called := _CALLED.findall(plain)):
+        found = "".join(called[-1])
     return Grade(found is not None and found == _choice_of(gold), found)
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from opd_titan.data.grading import normalize_number
 from opd_titan.errors import ConfigError, Fault
 
 logger = logging.getLogger("opd_titan")
@@ -30,6 +32,7 @@ _SECONDS_TO_START = 120.0  # on a busy machine with a slow file system
 MEMORY = 4 << 30  # bytes of address space
 # An answer is short. Of a text without a box the end is looked at, where the answer is.
 LONGEST_ANSWER, LONGEST_TEXT = 1000, 4000
+_SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 
 
 class MathJudge:
@@ -54,7 +57,7 @@ class MathJudge:
 
     def compare_boxed(self, boxed: str, gold: str) -> tuple[bool, str]:
         """Whether the content of a `\\boxed{}` is the gold answer; and that content."""
-        if _same_text(boxed, gold):
+        if _same_text(boxed, gold) or _same_number(boxed, gold):
             return True, boxed
         if len(boxed) > max(LONGEST_ANSWER, 4 * len(gold)):
             return False, boxed
@@ -130,7 +133,16 @@ def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
 
 
 def _same_text(a: str, b: str) -> bool:
-    return "".join(a.split()) == "".join(b.split())
+    """Spaces aside, but not those between two numbers or words: 3 1/2 is not 31/2."""
+    return _SPACES.sub("", a.strip()) == _SPACES.sub("", b.strip())
+
+
+def _same_number(a: str, b: str) -> bool:
+    """As `grading` reads numbers: with units and full stops that math-verify stumbles over."""
+    if "=" in a and "=" in b:  # of what, perhaps
+        return False
+    number = normalize_number(a)
+    return number is not None and number == normalize_number(b)
 
 
 math_judge = MathJudge()

@@ -16,6 +16,7 @@ from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
 from opd_titan.config.validation_sets import validation_sets
 from opd_titan.data.graders import Grade, Grader, load_grader
+from opd_titan.data.grading import after_prompt
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.agreement import together
@@ -190,9 +191,10 @@ class Validator:
         mine: list[tuple[int, Grade]] = []
         with together():
             for i in range(self.dp.rank, len(samples), self.dp.size):
-                response, answer = self.decode(samples[i].response_ids), samples[i].prompt.answer
-                assert answer is not None  # `_read_set` lets none pass
-                mine.append((i, held_out.grader(response, answer)))
+                prompt, response = samples[i].prompt, self.decode(samples[i].response_ids)
+                assert prompt.answer is not None  # `_read_set` lets none pass
+                graded = after_prompt(prompt.text, response)
+                mine.append((i, held_out.grader(graded, prompt.answer)))
         return [grade for _, grade in sorted(gather_lists(mine, self.dp))]
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from tiny_student import one_process_group
 
 from opd_titan.config import JobConfig
+from opd_titan.data.graders import GRADERS
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.update import UpdateResult
 from opd_titan.observability.profiling import maybe_profiler
@@ -100,6 +102,13 @@ def test_rollouts_are_valid_json_whatever_the_values(tmp_path):
     assert row["response"] == strange
     assert row["student_logprobs"] == [None, None]
     assert row["teacher_logprobs"] == [-0.3333333, 0.0]
+
+
+def test_the_grader_hears_of_thinking_that_the_prompt_opened(tmp_path):
+    sample = make_sample(1, 0)
+    sample.prompt = replace(sample.prompt, text="assistant\n<think>\n")
+    (row,) = read_rollouts(write_rollouts(tmp_path, 1, [sample], decode, GRADERS["auto"].score))
+    assert (row["response"], row["correct"]) == ("4\n", False)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

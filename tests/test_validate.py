@@ -100,6 +100,24 @@ def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(world: World) -> No
         assert scalars["validation/accuracy"] == right / 60
 
 
+@pytest.mark.parametrize("grader", ["auto", "gsm8k", "exact", "choice"])
+def test_thinking_that_the_prompt_opened_and_nobody_closed_is_no_answer(
+    world: World, grader: str
+) -> None:
+    """As Qwen3-Thinking's template opens it; the response then shows no `<think>` of its own."""
+    texts = {"": 1.0, "<think>\n\n</think>\n\n": 1.0, "<think>\n": 0.0}
+    answer = "A" if grader == "choice" else "9"
+    for end, right in texts.items():
+        for closed in ("", "Perhaps 5.</think>"):
+            said = closed + ("#### " if grader == "gsm8k" else "") + answer
+            held_out = [Prompt(0, f"assistant\n{end}", (10,), answer=answer)]
+            sets = [HeldOut("", held_out, GRADERS[grader])]
+            params = SamplingParams(2, temperature=0.0)
+            validator = Validator(sets, 1, params, 42, lambda ids, said=said: said, ALONE)
+            scalars = validator.measure_student(one_that_fails_on(), step=0)
+            assert scalars["validation/accuracy"] == (1.0 if closed else right), (end, closed)
+
+
 # ------------------------------------------------------------------------- preflight
 
 

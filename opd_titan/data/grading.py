@@ -48,6 +48,15 @@ _MAX_DIGITS = 200
 _LONGEST = 2000
 
 
+def after_prompt(prompt: str, response: str) -> str:
+    """The response, with the `<think>` that its prompt may have opened for it.
+
+    The templates of DeepSeek-R1 and Qwen3-Thinking do; a response that was cut off then shows no
+    sign of it.
+    """
+    return "<think>" + response if prompt.rstrip().endswith("<think>") else response
+
+
 def extract_answer(text: str, numeric: bool = True) -> str | None:
     """Return the final answer that a response gives, None if it gives none.
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
+from opd_titan.data.grading import after_prompt
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample
 from opd_titan.distributed.agreement import together
@@ -188,7 +189,8 @@ class Recorder:
             response, answer = self.decode(s.response_ids), s.prompt.answer
             told = f"{s.finish_reason}, {len(s.response_ids)} tokens"
             if answer is not None:
-                told += f", grade {float(self.grade(response, answer)):g} against {answer}"
+                graded = after_prompt(s.prompt.text, response)
+                told += f", grade {float(self.grade(graded, answer)):g} against {answer}"
             rows.append((s.prompt.text, response, told))
         self.metrics.events.samples(step, rows)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_titan.data.grading import after_prompt
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample, Standing
 
@@ -111,6 +112,7 @@ def _row(
     texts: TokenTexts | None,
 ) -> dict[str, Any]:
     prompt, response = sample.prompt, decode(sample.response_ids)
+    graded = after_prompt(prompt.text, response)
     return {
         "step": step,
         "prompt_index": prompt.index,
@@ -125,7 +127,7 @@ def _row(
         "advantages": _short(sample.advantages),
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
-        "correct": None if prompt.answer is None else grade(response, prompt.answer),
+        "correct": None if prompt.answer is None else grade(graded, prompt.answer),
         "response_pieces": None if texts is None else texts.pieces(sample.response_ids),
         **_inspected(sample.inspection or {}, texts),
     }

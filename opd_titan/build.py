@@ -182,13 +182,13 @@ def inspect_models(config: JobConfig) -> dict[str, ModelSource]:
     tp = config.parallelism.tensor_parallel_degree
     sources = [inspect_model(*role, tp) for role in roles(config)]
     if config.student.eos_token:
-        sources[0] = _ending_with(sources[0], config.student.eos_token)
+        sources[0] = ending_with(sources[0], config.student.eos_token)
     for other in sources[1:]:
         _check_can_score(other, sources[0], tp)
     return {s.role: s for s in sources}
 
 
-def _ending_with(student: ModelSource, token: str) -> ModelSource:
+def ending_with(student: ModelSource, token: str) -> ModelSource:
     """The student with one more token that ends a response; the first among them."""
     ids = student.tokenizer.get_vocab()
     if token not in ids:

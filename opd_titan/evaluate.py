@@ -81,7 +81,7 @@ def find_subject(config: JobConfig) -> Subject:
     Raises:
         UserError: there is no such model.
     """
-    from opd_titan.build import inspect_model
+    from opd_titan.build import ending_with, inspect_model
     from opd_titan.checkpoint.steps import is_checkpoint
     from opd_titan.data.tokenizer import compare_tokenizers
     from opd_titan.errors import ConfigError
@@ -111,6 +111,8 @@ def find_subject(config: JobConfig) -> Subject:
     else:
         _refuse_dump_folder(Path(model))
         source = inspect_model("student", model, False, tp, key="evaluate.model")
+    if student.eos_token and (model == "student" or checkpoint is not None):
+        source = ending_with(source, student.eos_token)  # an export says so itself
     # Not trained here: frozen, and in the dtype that it computes in.
     source = replace(source, role="model")
     return Subject(short_name(model), source, source.tokenizer, checkpoint)

@@ -19,6 +19,8 @@ from tiny_world import (
     REPO,
     TIMEOUT,
     World,
+    hf_greedy,
+    load_hf,
     make_gradable,
     make_world,
     own_output,
@@ -29,6 +31,7 @@ from tiny_world import (
     train_on,
     write_rows,
 )
+from transformers import AutoTokenizer
 
 OWN_GRADER = """
 def length(response, answer):
@@ -148,6 +151,24 @@ def test_it_measures_what_the_run_measured(run: Path, model: str) -> None:
         assert scalars[f"validation/{prefix}{figure}"][WHICH[model]] == np.float32(value)
     assert found["settings"]["samples_per_prompt"] == 3
     assert found["interval"][0] < found["accuracy"] < found["interval"][1]
+
+
+@pytest.mark.parametrize("model", ["student", "checkpoint/step-1", "hf/step-1"])
+def test_it_ends_responses_where_the_run_did(world: World, model: str) -> None:
+    out, question = world.folder / "ends", "<user>What is 1+1?<assistant>()"
+    tokenizer = AutoTokenizer.from_pretrained(world.student)
+    ids = hf_greedy(load_hf(world.student), tokenizer(question)["input_ids"], 12)
+    end = tokenizer.convert_ids_to_tokens(max(ids[2:-1], key=ids.count))
+    if not out.exists():
+        options = ["--student.eos_token", end, "--training.steps", 1, "--validation.sets=[]"]
+        assert train(world.argv("ends", *options, "--optimizer.lr", 0.0)) == 0
+    given, recipe = (out / model, []) if "/" in model else (model, ["--job.config_file"])
+    recipe += [out / "config.resolved.toml"] if recipe else []
+    assert evaluate("--evaluate.model", given, *recipe) == 0
+    rows = samples(out / "evaluation" / model.replace("/", "-"))
+    mean = np.float32(sum(row["response_tokens"] for row in rows) / len(rows))
+    expected = read_scalars(out)["validation/response_tokens_mean"]
+    assert mean == expected[0] == expected[1] < 12
 
 
 def test_every_sample_is_written_with_what_it_was_judged_by(run: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tiny_world import REPO, World, make_model, make_sums, read_log, read_scalars, train, write_rows
 
 from opd_titan.config import JobConfig, load_config
+from opd_titan.observability.metrics import is_scalar
 from opd_titan.plan.__main__ import main as plan
 
 sys.path.append(str(REPO / "benchmarks"))
@@ -148,6 +149,11 @@ def test_it_runs(name: str, world: World) -> None:
     assert train(shrunken(world, name)) == 0
     out = world.folder / "out" / name
     assert "Done: 2 steps" in read_log(out)
-    assert list(read_scalars(out)["loss/total"]) == [1, 2]
+    scalars = read_scalars(out)
+    assert list(scalars["loss/total"]) == [1, 2]
+    text = re.sub(r"[\w/]+ of\s+the OPD run", "", head(name).replace("#", ""))
+    shows = text[text.index("Shows: ") : text.index("Takes: ")]
+    promised = {word for word in re.findall(r"\b\w+/\w+\b", shows) if is_scalar(word)}
+    assert promised <= scalars.keys()
     ends = json.loads((out / "hf" / "latest" / "generation_config.json").read_text())
     assert (ends["eos_token_id"] != [1]) == bool(config.student.eos_token)

@@ -205,6 +205,14 @@ def test_a_run_that_was_killed_sees_the_same_signs() -> None:
     assert found == expected
 
 
+def test_a_start_below_zero_is_noise() -> None:
+    """The first step's estimate of a small distance; `max(0, start)` is what is doubled."""
+    dog = watchdog("stop")
+    assert [dog.look_at(n, reading(kl)) for n, kl in enumerate([-0.06, *[0.08] * 9])] == [None] * 10
+    with pytest.raises(Fault, match="moves away"):
+        [dog.look_at(n, reading(0.2)) for n in range(10, 15)]
+
+
 def test_what_the_first_step_does_not_have_starts_later() -> None:
     """Where the data set answers some prompts, the student may have had none of step 1's."""
     dog = watchdog("stop")

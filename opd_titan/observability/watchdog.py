@@ -138,7 +138,8 @@ SIGNS = (
     Sign(
         "the student moves away from the teacher",
         lambda now, start, limits: (
-            now["kl/student_teacher"] > 2.0 * start["kl/student_teacher"] + 0.1
+            # One step's estimate may be negative: that is noise, and no distance to double.
+            now["kl/student_teacher"] > 2.0 * max(0.0, start["kl/student_teacher"]) + 0.1
         ),
         ("kl/student_teacher",),
         "steps are too large, or too noisy, to go downhill",

@@ -334,6 +334,7 @@ def test_a_function_of_ones_own(
 
 FAILURES = [
     ("raise KeyError('x')", "failed: KeyError: 'x'"),
+    ("raise SystemExit(0)", "failed: SystemExit: 0"),
     ("return 'yes'", "failed: ValueError: could not convert"),
     ("return None", "failed: TypeError: "),
     ("return float('nan')", "returned nan; wanted"),
@@ -355,9 +356,13 @@ def test_what_ones_own_does_wrong_is_one_line(
 def test_a_module_that_fails_to_import_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = own(tmp_path, monkeypatch, "import no_such_package\n")
-    with pytest.raises(ConfigError, match="cannot be imported .ModuleNotFoundError: No module"):
-        load_grader(path, "validation.grader")
+    for body, said in [
+        ("import no_such_package\n", "ModuleNotFoundError: No module"),
+        ("import sys\nsys.exit(0)\n", "SystemExit: 0"),
+    ]:
+        path = own(tmp_path, monkeypatch, body)
+        with pytest.raises(ConfigError, match=f"cannot be imported .{said}"):
+            load_grader(path, "validation.grader")
 
 
 def test_importing_the_graders_loads_nothing_heavy() -> None:

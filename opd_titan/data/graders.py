@@ -223,7 +223,7 @@ def load_grader(name: str, where: str) -> Grader:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # a module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise ConfigError(
             f"{where}: {name!r} cannot be imported ({type(error).__name__}: {first_line(error)}); "
             "wanted package.module:function, found from the working directory or PYTHONPATH"
@@ -248,7 +248,7 @@ def _own(function: Callable[[str, str], Any], named: str) -> Callable[[str, str]
         try:
             score = function(response, gold)
             score = bool(score) if isinstance(score, bool) else float(score)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # or the run would end as if it were done
             raise ConfigError(
                 f"{named} failed: {type(error).__name__}: {first_line(error)}; wanted a bool, or "
                 "a number from 0 to 1"

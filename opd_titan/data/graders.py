@@ -170,7 +170,7 @@ def _choice_of(text: str) -> str | None:
 
 def _choice_in(lines: list[str]) -> str | None:
     """The letter of the last line, else of the first; none where the options are just repeated."""
-    labels = {found[1] for line in lines if (found := _LABEL.match(line))}
+    labels = {match[1] for line in lines if (match := _LABEL.match(line))}
     for line in (lines[-1], lines[0]) if lines else ():
         found = _choice_of(line)
         if found is not None and (len(labels) < 2 or _ALONE.fullmatch(line)):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
 from opd_titan.checkpoint.faults import refusing
-from opd_titan.checkpoint.publish import clear_leftovers
+from opd_titan.checkpoint.publish import clear_leftovers, lead_back
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import JobConfig, to_toml
 from opd_titan.data.graders import load_grader
@@ -112,6 +112,8 @@ def sent_back(job: PreparedJob, good: int) -> PreparedJob:
         shapes = job.sources["student"].build()
     state = inspect_checkpoint(folder, step, shapes)
     job.loader.load_state_dict(state["loader"])
+    if dist.get_rank() == 0:
+        lead_back(job.folder / "hf", state["exported_at"])
     return replace(job, resumed_at=step, why="watchdog.action is rollback", saved_state=state)
 
 

@@ -160,8 +160,9 @@ def test_a_rollback_is_what_a_resume_would_be(tmp_path: Path, mode: str) -> None
     assert list(read_scalars(whole)["validation/accuracy"]) == list(range(9))
 
 
+@pytest.mark.parametrize("every", [1, 4])
 def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     send_back = Watchdog.send_back
 
@@ -172,8 +173,14 @@ def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
 
     monkeypatch.setattr(Watchdog, "send_back", then_stop)
     options = (*TOO_FAST, "--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
+    options += ("--export.interval", every)
     assert train(argv(tmp_path, *options)) == 75
     (step,) = sent_back_to(tmp_path)
+    # Nobody is handed the weights that were given up.
+    latest = tmp_path / "hf" / "latest"
+    assert step < 4 and (tmp_path / "hf" / "step-4").is_dir()
+    assert latest.exists() == (every == 1)
+    assert every > 1 or latest.resolve() == tmp_path / "hf" / f"step-{step}"
     state = json.loads((tmp_path / f"checkpoint/step-{step}/train_state.json").read_text())
     assert (state["watchdog"]["slowdown"], state["watchdog"]["sent_back"]) == (0.5, 1)
     assert train(argv(tmp_path, *options)) == 0

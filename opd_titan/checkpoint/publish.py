@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from opd_titan.checkpoint.faults import naming
@@ -61,6 +62,19 @@ def link_latest(final: Path) -> None:
         new.replace(link)
     except OSError as error:
         logger.warning("%s: no link to %s (%s)", link, final.name, error.strerror)
+
+
+def lead_back(folder: Path, step: int) -> None:
+    """Let `latest` lead to the export of an earlier step again; 0: to none.
+
+    A run that goes back has given up what it exported since.
+    """
+    link = folder / LATEST
+    if step and (folder / f"step-{step}").is_dir():
+        link_latest(folder / f"step-{step}")
+    elif link.is_symlink():
+        with suppress(OSError):
+            link.unlink()
 
 
 def restore_replaced(final: Path) -> None:

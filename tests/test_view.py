@@ -169,6 +169,14 @@ def test_files_of_earlier_versions_are_shown(tmp_path: Path) -> None:
     assert chunk["words"][found["response"]] == "4" and found["ids"] == [0, 1]
 
 
+def test_a_graders_scores_are_shown(tmp_path: Path) -> None:
+    """Of a user's own grader: `validation.grader`."""
+    scores = [0.25, 1.0, 0.0, True, None]
+    rows = [make_row(1, i, 0, ["4"], correct=score) for i, score in enumerate(scores)]
+    write_step(tmp_path, 1, rows)
+    assert page_of(tmp_path).block("index")["rollouts"]["correct"] == [0.25, 1, 0, 1, None]
+
+
 def test_what_all_prompts_start_with_is_left_out_of_the_list(tmp_path: Path) -> None:
     write_step(tmp_path, 1, [make_row(1, i, 0, ["4"]) for i in (10, 11)])
     questions = page_of(tmp_path).block("index")["rollouts"]["questions"]
@@ -237,6 +245,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "no prompt": (json.dumps({k: v for k, v in GOOD.items() if k != "prompt"}), "no `prompt`"),
     "number for text": (json.dumps({**GOOD, "response": 4}), "`response` is 4; wanted a string"),
     "true for a step": (json.dumps({**GOOD, "step": True}), "`step` is true; wanted an integer"),
+    "odd grade": (json.dumps({**GOOD, "correct": 2}), "`correct` is 2; wanted true, false, a score"),
     "other step": (json.dumps({**GOOD, "step": 4}), "`step` is 4 in the file of step 3"),
     "too few": (json.dumps({**GOOD, "teacher_ranks": [1]}), "`teacher_ranks` has 1 entries for 2"),
     "no list": (json.dumps({**GOOD, "advantages": "x"}), "`advantages` has no list for 2 tokens"),

@@ -311,7 +311,7 @@ def test_what_a_run_may_lack(browser: Browser, tmp_path: Path) -> None:
         make_row(1, 0, 0, ["4"], **nothing, answer=None, correct=None),
         make_row(1, 1, 0, []),
         make_row(1, 2, 0, ["4", "5"], student_logprobs=[None, -1.0], student_ranks=[None, 1]),
-        make_row(1, 3, 0, ["", "\u20ac", "\n", "\x07"]),
+        make_row(1, 3, 0, ["", "\u20ac", "\n", "\x07"], correct=0.25),
     ]
     write_step(tmp_path, 1, rows)
     open_dump(browser, tmp_path)
@@ -325,6 +325,7 @@ def test_what_a_run_may_lack(browser: Browser, tmp_path: Path) -> None:
     assert "a log-prob is missing" in browser.text("#token")
     browser.press("j")
     assert browser.texts(".piece") == ["\u00b7", "\u20ac", "\u21b5\n", "\u2407"]
+    assert "score 0.25" in browser.text("#facts") and "0.25" in browser.text("#row-3 .partial")
 
 
 # ------------------------------------------------------------------------------- safety

@@ -88,7 +88,7 @@ class _Packer:
             "kl": None if kl is None else float(f"{kl:.4g}"),
             "tokens": len(r.tokens),
             "cut": int(r.finish_reason == "length"),
-            "correct": None if r.correct is None else int(r.correct),
+            "correct": None if r.correct is None else float(f"{r.correct:.4g}"),
             "preview": _preview(r.response),
             "chunk": len(self.chunks),
             "place": len(self.rows),

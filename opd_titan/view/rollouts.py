@@ -31,6 +31,7 @@ class Rollout:
         pieces: text of each token; None in files of earlier versions.
         logprobs, ranks: by role, of the roles that are there; NaN where the file has null.
         advantages: None where there are none.
+        correct: 0 wrong, 1 right, between the two a grader's score; None where it was not graded.
         top_sizes, top_texts, top_logprobs: how many of the teacher's likeliest tokens there are at
             each place, and these one after another; None where there is no teacher.
     """
@@ -43,7 +44,7 @@ class Rollout:
     tokens: list[int]
     finish_reason: str
     answer: str | None
-    correct: bool | None
+    correct: float | None
     pieces: list[str] | None
     advantages: np.ndarray | None
     logprobs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -128,7 +129,7 @@ class _Row:
             tokens=self._each("response_tokens", {int}, "token ids") or [],
             finish_reason=self._get("finish_reason", str, "a string"),
             answer=self._get("answer", str, "a string or null", null=True),
-            correct=self._get("correct", bool, "true, false or null", null=True),
+            correct=self._grade(),
             pieces=self._each("response_pieces", {str}, "strings"),
             advantages=self._numbers("advantages"),
         )
@@ -141,6 +142,12 @@ class _Row:
                     found[role] = values
         self._read_top(row)
         return row
+
+    def _grade(self) -> float | None:
+        value = self.values.get("correct")
+        if type(value) in (bool, int, float) and 0 <= value <= 1:
+            return float(value)
+        return self._get("correct", type(None), "true, false, a score from 0 to 1 or null")
 
     def _read_top(self, row: Rollout) -> None:
         key, wanted = "teacher_top", "lists of [text, log-prob]"

@@ -78,9 +78,15 @@ const GRADES = [
   ["right", "\u2713", "right"],
 ];
 
+// Kind, sign and name; a grader may also give a score between wrong and right.
+function gradeOf(correct) {
+  const score = correct.toFixed(2);
+  return GRADES[correct] ?? ["partial", score, `score ${score}`];
+}
+
 function badge(correct) {
   if (correct === null) return null;
-  const [kind, sign, name] = GRADES[correct];
+  const [kind, sign, name] = gradeOf(correct);
   return element("span", { class: `grade ${kind}`, title: name, "aria-label": name }, sign);
 }
 

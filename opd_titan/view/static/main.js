@@ -74,7 +74,8 @@ async function start() {
   function drawFacts(data, i) {
     const fact = (name, value, kind) =>
       element("span", { class: `fact ${kind ?? ""}` }, element("i", {}, name), value);
-    const grade = index.correct[i];
+    const [kind, sign, name] = index.correct[i] === null ? [] : gradeOf(index.correct[i]);
+    const grade = kind === "partial" ? name : `${sign} ${name}`;
     const end = `${index.cut[i] ? "truncated" : data.finish}, ${index.tokens[i]} tokens`;
     byId("facts").replaceChildren(
       fact("step", String(index.step[i])),
@@ -84,8 +85,8 @@ async function start() {
       fact("finish", end, index.cut[i] ? "bad" : ""),
       fact(
         "grade",
-        grade === null ? "not graded" : grade ? "\u2713 right" : "\u2717 wrong",
-        grade === null ? "" : grade ? "good" : "bad",
+        kind === undefined ? "not graded" : grade,
+        { right: "good", wrong: "bad" }[kind],
       ),
       ...(data.answer === null ? [] : [fact("gold", data.answer)]),
       ...(data.logprobs.student ? [] : [fact("written by", "the data set")]),

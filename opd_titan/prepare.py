@@ -42,7 +42,7 @@ class PreparedJob:
     Attributes:
         dtype: what models compute in.
         sources: the models by role.
-        grade: (response, gold answer) to whether it is right, or a score from 0 to 1.
+        grade: as `write_rollouts` has it.
         identity: what makes it this job and no other.
         resumed_at: the step to go on from, 0 for a new run.
         why: that step, in words.
@@ -54,7 +54,7 @@ class PreparedJob:
     dtype: torch.dtype
     sources: dict[str, ModelSource]
     decode: Callable[[list[int]], str]
-    grade: Callable[[str, str], bool | float]
+    grade: Callable[[str, str], bool | float | None]
     prompt_set: PromptSet
     loader: PromptLoader
     validator: Validator | None

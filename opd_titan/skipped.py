@@ -35,7 +35,7 @@ class SkippedUpdates:
         self,
         config: JobConfig,
         decode: Callable[[list[int]], str],
-        grade: Callable[[str, str], bool | float],
+        grade: Callable[[str, str], bool | float | None],
     ) -> None:
         self.most, self.decode = config.training.max_skipped_updates, decode
         self.grade = grade

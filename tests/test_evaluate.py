@@ -229,6 +229,14 @@ def test_what_is_being_saved_when_a_grader_raises_is_kept(world: World) -> None:
     assert (world.folder / "kept" / "checkpoint" / "step-1").is_dir()
 
 
+def test_an_answer_that_validations_grader_does_not_know_is_not_graded(world: World) -> None:
+    """Prompts that are trained on may have another kind of answers."""
+    options = ["--validation.grader", "choice", "--validation.enable", False]
+    assert train(world.argv("other", *options, "--validation.sets=[]", "--training.steps", 1)) == 0
+    rows = read_rollouts(world.folder / "other")[1]
+    assert {row["correct"] for row in rows} == {None} and all(row["answer"] for row in rows)
+
+
 # ------------------------------------------------------------------- what is wrong
 
 MODEL = "--evaluate.model"

@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "no prompt": (json.dumps({k: v for k, v in GOOD.items() if k != "prompt"}), "no `prompt`"),
     "number for text": (json.dumps({**GOOD, "response": 4}), "`response` is 4; wanted a string"),
     "true for a step": (json.dumps({**GOOD, "step": True}), "`step` is true; wanted an integer"),
-    "odd grade": (json.dumps({**GOOD, "correct": 2}), "`correct` is 2; wanted true, false, a score"),
+    "odd grade": (json.dumps({**GOOD, "correct": 2}), "`correct` is 2; wanted true, false"),
     "other step": (json.dumps({**GOOD, "step": 4}), "`step` is 4 in the file of step 3"),
     "too few": (json.dumps({**GOOD, "teacher_ranks": [1]}), "`teacher_ranks` has 1 entries for 2"),
     "no list": (json.dumps({**GOOD, "advantages": "x"}), "`advantages` has no list for 2 tokens"),

@@ -71,8 +71,9 @@ class Grader:
             response = after
         return self.judge(response, gold)
 
-    def score(self, response: str, gold: str) -> bool | float:
-        return self(response, gold).score
+    def score(self, response: str, gold: str) -> bool | float | None:
+        """None where the gold answer is none that this grader knows: of training prompts, say."""
+        return self(response, gold).score if self.can_grade(gold) else None
 
 
 def without_thinking(response: str) -> str | None:

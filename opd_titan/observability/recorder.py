@@ -54,7 +54,7 @@ class Recorder:
         world: World,
         dtype: torch.dtype,
         decode: Callable[[list[int]], str],
-        grade: Callable[[str, str], bool | float],
+        grade: Callable[[str, str], bool | float | None],
         forward_flops: Mapping[str, ForwardFlops],
         decode_bytes: Callable[[int, int, int], float],
         start_step: int,
@@ -190,7 +190,9 @@ class Recorder:
             told = f"{s.finish_reason}, {len(s.response_ids)} tokens"
             if answer is not None:
                 graded = after_prompt(s.prompt.text, response)
-                told += f", grade {float(self.grade(graded, answer)):g} against {answer}"
+                found = self.grade(graded, answer)
+                grade = "not graded" if found is None else f"grade {float(found):g}"
+                told += f", {grade} against {answer}"
             rows.append((s.prompt.text, response, told))
         self.metrics.events.samples(step, rows)
 

@@ -66,7 +66,7 @@ def write_rollouts(
     step: int,
     samples: Sequence[Sample],
     decode: Callable[[list[int]], str],
-    grade: Callable[[str, str], bool | float],
+    grade: Callable[[str, str], bool | float | None],
     texts: TokenTexts | None = None,
 ) -> Path:
     """Write `<folder>/step-N.jsonl`, and return its path; the file appears whole or not at all.
@@ -80,8 +80,8 @@ def write_rollouts(
         samples: in the order of the step's prompts; prompts count in the order they first appear,
             and the samples of each by their index.
         decode: response token ids to text.
-        grade: (response text, gold answer) to whether it is right, or a score from 0 to 1; called
-            only with an answer.
+        grade: (response text, gold answer) to whether it is right, or a score from 0 to 1, or None
+            where it cannot say; called only with an answer.
         texts: of single tokens; without them `response_pieces` and `teacher_top` are null.
     """
     position: dict[int, int] = {}
@@ -108,7 +108,7 @@ def _row(
     step: int,
     sample: Sample,
     decode: Callable[[list[int]], str],
-    grade: Callable[[str, str], bool | float],
+    grade: Callable[[str, str], bool | float | None],
     texts: TokenTexts | None,
 ) -> dict[str, Any]:
     prompt, response = sample.prompt, decode(sample.response_ids)

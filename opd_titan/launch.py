@@ -24,6 +24,8 @@ from torch.distributed.run import parse_args, run
 from opd_titan.distributed.lifeline import FOLDER, place_of
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+# The agent sends SIGKILL 30 s after its SIGTERM; the times that it keeps are whole seconds.
+_SECONDS_TO_AGENTS_SIGKILL = 25
 
 
 def main(argv: list[str]) -> int:
@@ -41,21 +43,29 @@ def main(argv: list[str]) -> int:
         try:
             run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
         except ChildFailedError as error:
-            return _tell(*min(error.failures.items(), key=_order))
+            return _tell(*_first(error.failures))
         except SignalException as error:
             print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
     return 0
 
 
-def _order(item: tuple[int, Any]) -> tuple[int, int]:
-    """The smallest is what the others follow from, whatever their clocks say.
+def _first(failures: dict[int, Any]) -> tuple[int, Any]:
+    """The rank and the failure that the others follow from."""
+    begin = min(failure.timestamp for failure in failures.values())
+    return min(failures.items(), key=lambda item: _order(item[1], begin))
+
+
+def _order(failure: Any, begin: int) -> tuple[int, int]:
+    """The smallest is what the others follow from; their clocks alone would not say.
 
     The agent ends who is left by SIGTERM, and after 30 s by SIGKILL: that may also be the system's,
     for want of memory, and then the others say that they have lost a rank.
+
+    Args:
+        begin: when the first rank failed.
     """
-    failure = item[1]
-    code = failure.exitcode
+    code, late = failure.exitcode, failure.timestamp - begin >= _SECONDS_TO_AGENTS_SIGKILL
     if code in (2, 75):  # all ranks have agreed on that
         rank = 0
     elif code > 0:
@@ -63,7 +73,7 @@ def _order(item: tuple[int, Any]) -> tuple[int, int]:
     elif -code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE):
         rank = 2
     elif code == -signal.SIGKILL:
-        rank = 3
+        rank = 6 if late else 3
     else:  # an abort follows from a collective that failed
         rank = 6 if code == -signal.SIGTERM else 4
     return rank, failure.timestamp

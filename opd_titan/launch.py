@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
     )
     for number in FORWARDED:
         signal.signal(number, _forward)
-    with tempfile.TemporaryDirectory(prefix="opd_titan-") as places:
+    # An exit code that is known by then shall not be lost for a file that cannot be deleted.
+    with tempfile.TemporaryDirectory(prefix="opd_titan-", ignore_cleanup_errors=True) as places:
         os.environ[FOLDER] = places
         try:
             run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))

@@ -90,3 +90,22 @@ def test_a_rank_that_the_agent_has_to_kill_hides_nothing(tmp_path: Path) -> None
         _, stderr = runs[how].communicate(timeout=TIMEOUT)
         said = [line for line in stderr.splitlines() if line.startswith("opd_titan: ")]
         assert (how, runs[how].returncode, said) == (how, code, lines), stderr
+
+
+NO_SPACE = """
+import resource, sys
+from opd_titan.train import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # bytes: half a report
+sys.exit(main(["--optimizer.lrr", "1"]))
+"""
+
+
+@pytest.mark.parametrize("folder", [".", "absent"])
+def test_a_mistake_is_told_where_the_launcher_cannot_be_told(tmp_path: Path, folder: str) -> None:
+    report = tmp_path / folder / "error.json"
+    env = {**os.environ, "PYTHONPATH": str(REPO), "TORCHELASTIC_ERROR_FILE": str(report)}
+    command = [sys.executable, "-c", NO_SPACE]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("opd_titan: ") and "lrr" in line
+    assert not report.exists()  # the launcher would stumble over half of it

@@ -27,6 +27,7 @@ from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, rand
 from opd_titan.config import JobConfig
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.data.types import Prompt
+from opd_titan.distributed.lifeline import enter
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
 from opd_titan.models import ModelFamily, get_family
@@ -143,6 +144,7 @@ def inspect_model(
         ModelError: in one line, what is wrong with the folder.
     """
     key = key or f"{role}.hf_path"
+    enter(f"the check of {key}")
     shape = inspect_shape(role, hf_path, tensor_parallel, key)
     folder, family, args = shape.folder, shape.family, shape.args
     tokenizer = load_tokenizer(folder, key)

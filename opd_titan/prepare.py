@@ -25,6 +25,7 @@ from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
+from opd_titan.distributed.lifeline import enter
 from opd_titan.distributed.world import World, axes, build_world, init_world
 from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
 from opd_titan.identity import Identity, differences, job_identity
@@ -175,6 +176,7 @@ def _at_odds(job: PreparedJob) -> Iterator[str]:
 
 def join_world(config: JobConfig) -> World:
     """Start the process group and lay out the mesh, where the recipe's options suit the device."""
+    enter("the meeting of all ranks")
     device = init_world(config.comm.init_timeout_seconds)
     _check_device_options(config, device)
     init_logging(None, dist.get_rank())
@@ -201,6 +203,7 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
 def _find_checkpoint(job: PreparedJob) -> PreparedJob:
     """Which step to go on from, and whether this recipe can; the loader is moved there."""
     c, folder = job.config.checkpoint, job.folder / "checkpoint"
+    enter(f"the check of {folder}")
     step = agree_on_step(folder, c.load_step if c.enable else 0)
     if step is None:
         why = "no complete checkpoint" if c.enable else "checkpoint.enable is false"

@@ -298,6 +298,7 @@ class Trainer:
     def _before_first_step(self) -> None:
         c = self.config
         if self.teacher is not None:
+            self.watch.enter("the comparison of rollout and training")
             self.weights.sync()
             result = probe(
                 self.student,
@@ -412,6 +413,7 @@ class Trainer:
         if self.job.saved_state is None:
             logger.info("Starting at step 1: %s in %s", self.job.why, self.checkpointer.folder)
             return
+        self.watch.enter(f"the loading of the checkpoint of step {self.job.resumed_at}")
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
         self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]

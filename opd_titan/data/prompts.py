@@ -13,6 +13,7 @@ from opd_titan.data.loading import Rows, load_rows
 from opd_titan.data.sources import Record, RowError
 from opd_titan.data.templates import check_template, render
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.lifeline import beat, enter
 from opd_titan.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def build_prompts(
 
     Raises DataError for data that cannot be used, ModelError for a missing chat template.
     """
+    enter(f"the reading of {section}.path")
     check_template(template, tokenizer)
     with _naming_the_table(section):
         rows = load_rows(dataset, path, split)
@@ -87,6 +89,7 @@ def build_prompts(
         largest = max(LARGE_TEXT, max_prompt_tokens * max(map(len, tokenizer.get_vocab())))
         records = _unique(rows, result)
         while batch := list(islice(records, TOKENIZE_BATCH)):
+            beat()
             read = [(*entry, text_of(*entry)) for entry in batch]
             kept = [entry for entry in read if len(entry[-1]) <= largest]
             result.num_too_long += len(read) - len(kept)

@@ -8,11 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny_world import REPO
-
 
 SETUP = """
 import ctypes, logging, os, sys, time

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_titan.config import JobConfig, load_config
-from opd_titan.config.checks import check_evaluation
+from opd_titan.config.consistency import check_evaluation
 from opd_titan.config.manager import read_arguments
 from opd_titan.train import exit_code, run_and_leave
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.validation_sets import validation_sets
+from opd_titan.config.sets import validation_sets
 from opd_titan.data.graders import Grade, Grader, load_grader
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt, Sample

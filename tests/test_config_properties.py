@@ -11,6 +11,7 @@ from test_config import MODELS
 
 from opd_titan.config import ConfigError, JobConfig, checks, load_config, to_toml
 from opd_titan.config.checks import LISTS, OPTIONS, TABLES, VALUES
+from opd_titan.config.consistency import EXTRAPOLATES
 
 STRINGS = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12
@@ -73,7 +74,7 @@ def configs(draw) -> JobConfig:
         c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
     c.reference.coef *= not sft
     d = c.distill
-    if d.objective not in checks.EXTRAPOLATES:
+    if d.objective not in EXTRAPOLATES:
         c.reference.coef = abs(c.reference.coef)
     if d.objective != "policy_gradient":
         d.baseline, d.reward_power = "none", 0.0

@@ -270,7 +270,7 @@ def test_only_complete_checkpoints_count(
         assert agree_on_step(tmp_path, 2) == 2
         assert agree_on_step(tmp_path, 0) is None
         for step in (12, 16, 18, 3):
-            with pytest.raises(CheckpointError, match=r"complete steps: 2, 10$"):
+            with pytest.raises(CheckpointError, match=r"complete steps: 2, 10;"):
                 agree_on_step(tmp_path, step)
 
 

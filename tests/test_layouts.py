@@ -146,8 +146,19 @@ def assert_same_rollouts(ours: Path, truth: Path) -> None:
         for key, value in expected.items():
             if key.endswith("logprobs") or key == "advantages":
                 assert row[key] == (value and pytest.approx(value, rel=1e-4, abs=1e-4)), key
+            elif key == "teacher_top" and value:
+                assert texts_of(row[key]) == texts_of(value)
+                assert logprobs_of(row[key]) == pytest.approx(logprobs_of(value), rel=1e-3)
             else:
                 assert row[key] == value, key
+
+
+def texts_of(top: list[list[Any]]) -> list[str]:
+    return [text for place in top for text, _ in place]
+
+
+def logprobs_of(top: list[list[Any]]) -> list[float]:
+    return [logprob for place in top for _, logprob in place]
 
 
 def assert_same_scalars(ours: Path, truth: Path) -> None:

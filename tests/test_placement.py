@@ -186,7 +186,7 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
     trainer._generator, trainer.validator.measure_teacher = generator, measured
     trainer.weights.sync()
     trainer.recorder = SimpleNamespace(metrics=SimpleNamespace(log=lambda *_: None))
-    trainer._measure_teacher()
+    trainer._measure_teacher("teacher")
     return beside[0], sum(ref() is not None for ref in made)
 
 

@@ -20,6 +20,10 @@ def teacher_role(name: str) -> str:
     return f"teacher.{name}" if name else "teacher"
 
 
+def is_teacher(role: str) -> bool:
+    return role.partition(".")[0] == "teacher"
+
+
 def data_sets(config: JobConfig) -> list[DataSet]:
     """[[data.sets]], or that of [data]."""
     data = config.data

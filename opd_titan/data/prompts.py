@@ -33,10 +33,11 @@ class PromptSet:
     """The prompts that are left, in the source's order, and what became of the other rows.
 
     num_rows: rows read; num_duplicates and num_too_long: how many of them were dropped and why.
-    source: where they came from, for the log.
+    source: where they came from, for the log. name: empty for the only set.
     """
 
     source: str
+    name: str = ""
     prompts: list[Prompt] = field(default_factory=list)
     num_rows: int = 0
     num_duplicates: int = 0
@@ -56,6 +57,9 @@ def build_prompts(
     max_prompts: int = 0,
     answer_problem: Callable[[str], str] = lambda answer: "",
     section: str = "data",
+    first_index: int = 0,
+    name: str = "",
+    teacher: str = "teacher",
 ) -> PromptSet:
     """Load, render, tokenize and filter. `Prompt.index` is the row's number in the source.
 
@@ -64,6 +68,7 @@ def build_prompts(
     max_prompts: stop after this many prompts (0: take all).
     answer_problem: what is wrong with a gold answer, if anything; the row is then refused.
     section: the config table that errors name, "data" or "validation".
+    first_index: of the source's first row; name, teacher: of each prompt.
 
     Raises DataError for data that cannot be used, ModelError for a missing chat template.
     """
@@ -71,7 +76,7 @@ def build_prompts(
     check_template(template, tokenizer)
     with _naming_the_table(section):
         rows = load_rows(dataset, path, split)
-        result = PromptSet(rows.source)
+        result = PromptSet(rows.source, name)
 
         def text_of(number: int, record: Record) -> str:
             try:
@@ -106,7 +111,10 @@ def build_prompts(
                 if record.answer is not None and (problem := answer_problem(record.answer)):
                     raise rows.error(number, problem)
                 response = record.response if keep_responses else None
-                result.prompts.append(Prompt(number, text, tuple(ids), response, record.answer))
+                index = first_index + number
+                result.prompts.append(
+                    Prompt(index, text, tuple(ids), response, record.answer, name, teacher)
+                )
                 if len(result.prompts) == max_prompts:
                     return result
     if not result.prompts:

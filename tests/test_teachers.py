@@ -16,6 +16,7 @@ from test_plan import H200
 from tiny_world import (
     World,
     assert_same_run,
+    evaluate,
     hf_greedy,
     hf_logprobs,
     load_hf,
@@ -72,7 +73,9 @@ interval = 2
 [metrics]
 sample_rollouts = -1
 """
-TEACHERS = {"sums": "teacher", "words": "large"}
+TEACHERS = {"sums": "teacher", "words": "large"}  # by set, the folder
+TAUGHT_BY = {"sums": "small", "words": "large"}
+KINDS = {"sums": "gsm8k", "words": "prompts"}
 GRADES = ["--validation.enable", "false"]
 RUNS: dict[str, list[Any]] = {
     "sampled": ["--reference.coef", 0.5, "--distill.minibatches", 2, *GRADES],
@@ -224,10 +227,20 @@ def test_each_set_is_validated_against_its_own_teacher(world: World) -> None:
         assert 0 < sum(right) < len(right)
         expected = pytest.approx(sum(right) / len(right))
         assert scalars[f"validation/{name}/teacher_accuracy"][4] == expected
+        assert accuracy_of("teacher." + TAUGHT_BY[name], name, world) == expected
     log = read_log(world.folder / "graded")
     assert "Data sums: " in log and "67% of each step, taught by small" in log
     card = (world.folder / "graded" / "hf" / "step-4" / "README.md").read_text()
     assert f"small: {world.teacher}, large: {world.folder / 'large'}" in card
+
+
+def accuracy_of(model: str, name: str, world: World) -> float:
+    """Its accuracy on one set, by the command for a single model."""
+    folder = world.folder / f"evaluation-{name}"
+    only = f"[{{name = 'a', path = '{world.folder / name}', dataset = '{KINDS[name]}'}}]"
+    argv = world.argv("evaluated", "--evaluate.model", model, "--evaluate.folder", folder)
+    assert evaluate([*argv, "--validation.sets", only]) == 0
+    return json.loads((folder / "results.json").read_text())["accuracy"]
 
 
 def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_titan.config.checks import ROW_SOURCES, SOURCES, config_error, literal, show
 from opd_titan.config.job_config import JobConfig
-from opd_titan.config.sets import data_sets, validation_sets
+from opd_titan.config.sets import data_sets, teacher_role, validation_sets
 
 # Objectives that a negative reference.coef has an optimum with: what they charge for leaving the
 # teacher grows as fast as what the reference term pays.
@@ -66,6 +66,9 @@ def _evaluation_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
     if model in ("", "student") and not c.student.hf_path:
         yield "evaluate.model", f"required without [student] hf_path; {_NEED_MODEL}"
     if model == "teacher" and not c.teacher.hf_path:
+        wish = " or ".join(teacher_role(t.name) for t in c.teacher.models)
+        if wish:
+            yield "evaluate.model", f'"teacher" is not one of several; wanted {wish}'
         yield "teacher.hf_path", f'required with [evaluate] model = "teacher"; {_NEED_MODEL}'
 
 

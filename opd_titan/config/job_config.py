@@ -334,8 +334,9 @@ class Evaluate:
     """For `python -m opd_titan.evaluate` alone; what it measures on is in [validation]."""
 
     model: str = ""
-    """The model to grade: student, teacher, a local Hugging Face folder, a hub id, or a training
-    checkpoint (`<dump_folder>/checkpoint/step-N`). Empty: student."""
+    """The model to grade: student, teacher (of several, teacher.<name>), a local Hugging Face
+    folder, a hub id, or a training checkpoint (`<dump_folder>/checkpoint/step-N`). Empty:
+    student."""
     folder: str = ""
     """Where the results go. Empty: `<dump_folder>/evaluation/<model>`, with a number behind it
     where an earlier result is there."""

@@ -29,7 +29,7 @@ from opd_titan.build import (
 )
 from opd_titan.checkpoint.hf_folder import resolve_model_folder
 from opd_titan.config import JobConfig
-from opd_titan.config.sets import data_sets, is_teacher, teacher_role
+from opd_titan.config.sets import data_sets, is_teacher, teacher_role, validation_sets
 from opd_titan.data.loader import share_out
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
@@ -327,10 +327,11 @@ class _Step:
         ]
         weights = self.weights
         with self._phase("validation", 0):
-            teachers = [role for role in self.models if is_teacher(role)]
+            asked = {teacher_role(s.teacher) for s in validation_sets(self.config)}
+            teachers = asked & self.models.keys()
             if teachers:
                 self.weights.release()
-                largest = max(teachers, key=self.result.weights.__getitem__)
+                largest = max(sorted(teachers), key=self.result.weights.__getitem__)
                 weights = self._generator_weights(largest)
             weights.sync()
         generator = self._generator(weights)

@@ -99,11 +99,11 @@ BAD_ARGUMENTS = [
     ("--validation.sets [{nme='a'}]", "--validation.sets[0].nme: unknown key; did you mean name?"),
     ("--validation.sets.name a", "--validation.sets.name: unknown option", "--validation.sets?"),
     # between keys
-    ("--validation.sets [{}]", 'validation.sets[0].name: "" is not the name of a set'),
-    ("--validation.sets [{name='a/b'}]", 'validation.sets[0].name: "a/b" is not the name'),
+    ("--validation.sets [{}]", 'validation.sets[0].name: "" is not a name'),
+    ("--validation.sets [{name='a/b'}]", 'validation.sets[0].name: "a/b" is not a name'),
     (
         "--validation.sets [{name='a'},{name='b'},{name='a'}]",
-        'validation.sets[2].name: "a" is the name of another set too',
+        'validation.sets[2].name: "a" is the name of another one too',
     ),
     (
         "--validation.sets [{name='a',dataset='prompts'}]",
@@ -111,7 +111,7 @@ BAD_ARGUMENTS = [
     ),
     (
         "--validation.sets [{name='a',path='outputs'}]",
-        'validation.sets[0].path: "outputs" is also [job] dump_folder',
+        '[job] dump_folder: "outputs" is also validation.sets[0].path',
     ),
 ]
 

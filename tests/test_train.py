@@ -33,8 +33,8 @@ from opd_titan.data.grading import grade
 
 ROW_KEYS = (
     "step prompt_index sample_index prompt response prompt_tokens response_tokens student_logprobs "
-    "teacher_logprobs reference_logprobs advantages finish_reason answer data_set correct "
-    "response_pieces student_ranks teacher_ranks reference_ranks teacher_top"
+    "teacher_logprobs reference_logprobs advantages finish_reason answer correct "
+    "data_set response_pieces student_ranks teacher_ranks reference_ranks teacher_top"
 ).split()
 STEP_SCALARS = set(
     """

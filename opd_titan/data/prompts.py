@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd_titan.data.loading import Rows, load_rows
 from opd_titan.data.sources import Record, RowError
@@ -77,25 +77,13 @@ def build_prompts(
     with _naming_the_table(section):
         rows = load_rows(dataset, path, split)
         result = PromptSet(rows.source, name)
-
-        def text_of(number: int, record: Record) -> str:
-            try:
-                return render(
-                    record,
-                    template=template,
-                    raw_format=rows.spec.raw_format,
-                    tokenizer=tokenizer,
-                    enable_thinking=enable_thinking,
-                )
-            except RowError as error:
-                raise rows.error(number, error) from error
-
+        how = {"template": template, "tokenizer": tokenizer, "enable_thinking": enable_thinking}
         shortest = None
         largest = max(LARGE_TEXT, max_prompt_tokens * max(map(len, tokenizer.get_vocab())))
         records = _unique(rows, result)
         while batch := list(islice(records, TOKENIZE_BATCH)):
             beat()
-            read = [(*entry, text_of(*entry)) for entry in batch]
+            read = [(*entry, _text_of(rows, *entry, how)) for entry in batch]
             kept = [entry for entry in read if len(entry[-1]) <= largest]
             result.num_too_long += len(read) - len(kept)
             tokenized = _tokenize(tokenizer, [text for *_, text in kept])
@@ -120,6 +108,13 @@ def build_prompts(
     if not result.prompts:
         raise _none_fits(rows, max_prompt_tokens, shortest, largest)
     return result
+
+
+def _text_of(rows: Rows, number: int, record: Record, how: dict[str, Any]) -> str:
+    try:
+        return render(record, raw_format=rows.spec.raw_format, **how)
+    except RowError as error:
+        raise rows.error(number, error) from error
 
 
 def _none_fits(rows: Rows, limit: int, shortest: int | None, largest: int) -> DataError:

@@ -125,8 +125,8 @@ def _row(
         "advantages": _short(sample.advantages),
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
-        "data_set": prompt.data_set or None,
         "correct": None if prompt.answer is None else grade(response, prompt.answer),
+        "data_set": prompt.data_set or None,
         "response_pieces": None if texts is None else texts.pieces(sample.response_ids),
         **_inspected(sample.inspection or {}, texts),
     }

@@ -41,6 +41,8 @@ def job_identity(
     d = config.distill
     objective = d.objective + (f" with beta {d.beta}" if d.objective == "jsd" else "")
     found["distill.objective"] = _entry(objective, objective)
+    if config.student.eos_token:  # what ends a response
+        found["student.eos_token"] = _entry(config.student.eos_token, config.student.eos_token)
     found["reference.coef"] = _entry(str(config.reference.coef), str(config.reference.coef))
     return found
 

@@ -206,6 +206,7 @@ def test_killed_or_stopped_in_the_middle(world: World, number: signal.Signals) -
             ["--distill.objective", "jsd"],
             ["objective was policy_gradient and is jsd with beta 0.5"],
         ),
+        (["--student.eos_token", "?"], ["student.eos_token was nothing and is ?"]),
         (["--reference.coef", 0], ["reference.coef was 0.5 and is 0.0", "allow_changes"]),
     ],
 )

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from opd_titan.distributed.lifeline import FOLDER, place_of
+from opd_titan.errors import tell
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 # The agent sends SIGKILL 30 s after its SIGTERM; the times that it keeps are whole seconds.
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
         except ChildFailedError as error:
             return _tell(*_first(error.failures))
         except SignalException as error:
-            print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
+            tell(f"launcher stopped by {error.sigval.name}")
             return 128 + error.sigval
     return 0
 
@@ -84,16 +85,16 @@ def _tell(rank: int, failure: Any) -> int:
     """Say what happened, once for all workers; the exit code."""
     code, said = failure.exitcode, failure.error_file_data.get("message")
     if code == 2:
-        print(f"opd_titan: {failure.message}", file=sys.stderr)
+        tell(failure.message)
     if code in (2, 75):
         return code
     if isinstance(said, str) and said != "<NONE>":  # a Fault, which says where
-        print(f"opd_titan: rank {rank}: {said}", file=sys.stderr)
+        tell(f"rank {rank}: {said}")
     else:
         place = place_of(rank)
         where = f" in {place}" if place else ""
         how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
-        print(f"opd_titan: rank {rank} {how}{where}", file=sys.stderr)
+        tell(f"rank {rank} {how}{where}")
     return 1 if code > 0 else 128 - code
 
 

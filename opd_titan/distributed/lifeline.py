@@ -5,12 +5,13 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
+
+from opd_titan.errors import tell
 
 _SECONDS_TO_TELL = 5.0
 
@@ -113,7 +114,7 @@ class Lifeline:
 
 def _tell(text: str) -> None:
     with suppress(OSError, ValueError):
-        print(f"opd_titan: {text}", file=sys.stderr, flush=True)
+        tell(text)
     logger.error("%s", text)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler) and handler.stream is not None:

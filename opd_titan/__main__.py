@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from opd_titan import __version__
-from opd_titan.errors import ConfigError, UserError
+from opd_titan.errors import ConfigError, UserError, tell
 
 PROGRAMS = {
     "train": "distil a teacher into a student, on all GPUs of this machine (or NGPU processes)",
@@ -56,7 +56,7 @@ def main() -> int:
         if name == "train" and not is_launched(os.environ) and not {"-h", "--help"} & set(rest):
             return start(rest)
     except UserError as error:
-        print(f"opd_titan: {error}", file=sys.stderr)
+        tell(error)
         return 2
     module = f"opd_titan.{name}"
     sys.argv = [module, *rest]

@@ -25,8 +25,10 @@ from opd_titan.checkpoint.hf_folder import (
 )
 from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, random_init_weights
 from opd_titan.config import JobConfig
+from opd_titan.config.sets import is_teacher, teacher_role, teachers
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.data.types import Prompt
+from opd_titan.distributed.lifeline import enter
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
 from opd_titan.models import ModelFamily, get_family
@@ -45,7 +47,7 @@ class ModelShape:
     """What a model's `config.json` says.
 
     Attributes:
-        role: "student", "teacher" or "reference", as in the config.
+        role: "student", "teacher" or "reference"; of several teachers "teacher.<name>".
     """
 
     role: str
@@ -143,6 +145,7 @@ def inspect_model(
         ModelError: in one line, what is wrong with the folder.
     """
     key = key or f"{role}.hf_path"
+    enter(f"the check of {key}")
     shape = inspect_shape(role, hf_path, tensor_parallel, key)
     folder, family, args = shape.folder, shape.family, shape.args
     tokenizer = load_tokenizer(folder, key)
@@ -162,10 +165,10 @@ def inspect_model(
 
 def roles(config: JobConfig) -> list[tuple[str, str, bool]]:
     """Role, path, and whether its weights are random, of each model that the job needs."""
-    student, teacher, reference = config.student, config.teacher, config.reference
+    student, reference = config.student, config.reference
     needed = [("student", student.hf_path, student.random_init)]
-    if config.distill.objective != "sft":
-        needed.append(("teacher", teacher.hf_path, teacher.random_init))
+    for teacher in teachers(config):
+        needed.append((teacher_role(teacher.name), teacher.hf_path, config.teacher.random_init))
     if reference.coef != 0.0:
         itself = not reference.hf_path
         path = student.hf_path if itself else reference.hf_path
@@ -256,9 +259,10 @@ def load_model(
     model = parallel_model(source, world, config, compute_dtype)
     model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
     if source.files is None:
-        # A teacher draws other weights than a student of the same shapes; the default reference
-        # draws the student's.
-        seed = config.training.seed + (source.role == "teacher")
+        # Teachers draw other weights than a student of the same shapes, and than each other; the
+        # default reference draws the student's.
+        names = ["", *(teacher_role(t.name) for t in teachers(config))]
+        seed = config.training.seed + (names.index(source.role) if source.role in names else 0)
         random_init_weights(model, seed, source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)
@@ -311,11 +315,9 @@ def build_generator(
 
 def cpu_offload(role: str, config: JobConfig) -> bool:
     """Whether the recipe wants a model's sharded weights on the host."""
-    offloaded = {
-        "student": config.optimizer.cpu_offload,
-        "teacher": config.teacher.cpu_offload,
-        "reference": config.reference.cpu_offload,
-    }
+    if is_teacher(role):
+        return config.teacher.cpu_offload
+    offloaded = {"student": config.optimizer.cpu_offload, "reference": config.reference.cpu_offload}
     return offloaded.get(role, False)
 
 

@@ -7,6 +7,7 @@ Anything else is a bug, keeps its traceback and exits with code 1.
 from __future__ import annotations
 
 import re
+import sys
 
 # What a terminal can show of one mistake; a list of columns or a path may be as long as it likes.
 _LONGEST = 1000
@@ -78,3 +79,9 @@ def first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """Why, in the operating system's words where it has some; without the file's name."""
     return getattr(error, "strerror", None) or first_line(error)
+
+
+def tell(text: object) -> None:
+    """One line on stderr, in one write: ranks share it, and Python may write a line's end apart."""
+    sys.stderr.write(f"opd_titan: {text}\n")
+    sys.stderr.flush()

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_titan.config import JobConfig, load_config
-from opd_titan.config.checks import check_evaluation
+from opd_titan.config.consistency import check_evaluation
+from opd_titan.config.job_config import TeacherModel
 from opd_titan.config.manager import read_arguments
+from opd_titan.config.sets import teacher_role
 from opd_titan.train import exit_code, run_and_leave
 
 if TYPE_CHECKING:
@@ -90,8 +92,10 @@ def find_subject(config: JobConfig) -> Subject:
     student, teacher = config.student, config.teacher
     # Where the student's weights are not needed they need not be there.
     template = partial(inspect_model, "student", student.hf_path, True, tp)
-    if model == "teacher":
-        source = inspect_model("teacher", teacher.hf_path, teacher.random_init, tp)
+    one = TeacherModel(hf_path=teacher.hf_path)
+    teachers = {teacher_role(t.name): t.hf_path for t in (one, *teacher.models)}
+    if model in teachers:
+        source = inspect_model(model, teachers[model], teacher.random_init, tp)
         if not student.hf_path:
             return Subject(model, source, source.tokenizer)
         # As during training: it is asked what the student is asked.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from opd_titan.build import ModelSource
 from opd_titan.config import JobConfig
+from opd_titan.config.sets import data_sets
 from opd_titan.data.types import Prompt
 
 _EDGE_BYTES = 64 * 1024
@@ -17,18 +18,31 @@ Identity = dict[str, dict[str, str]]
 
 
 def job_identity(
-    config: JobConfig, sources: Mapping[str, ModelSource], prompts: Sequence[Prompt]
+    config: JobConfig, sources: Mapping[str, ModelSource], sets: Mapping[str, Sequence[Prompt]]
 ) -> Identity:
-    """Plain JSON values. What only changes how fast or how long a job learns is not in it."""
+    """Plain JSON values. What only changes how fast or how long a job learns is not in it.
+
+    Args:
+        sets: the prompts by the name of their set.
+    """
     found = {
         f"{role}.hf_path": _entry(_model_digest(source, config), str(source.folder))
         for role, source in sources.items()
     }
-    count = f"{config.data.path} ({len(prompts):,} prompts)"
-    found["data.path"] = _entry(_prompts_digest(prompts), count)
+    for row in data_sets(config):
+        digest = _prompts_digest(sets[row.name])
+        told = f"{row.path} ({len(sets[row.name]):,} prompts)"
+        if row.teacher:
+            digest, told = f"{digest} {row.teacher}", f"{told} taught by {row.teacher}"
+        found[f"data.{row.name}.path" if row.name else "data.path"] = _entry(digest, told)
+    if len(sets) > 1:
+        weights = ", ".join(f"{row.name} {row.weight:g}" for row in data_sets(config))
+        found["data.sets.weight"] = _entry(weights, weights)
     d = config.distill
     objective = d.objective + (f" with beta {d.beta}" if d.objective == "jsd" else "")
     found["distill.objective"] = _entry(objective, objective)
+    if config.student.eos_token:  # what ends a response
+        found["student.eos_token"] = _entry(config.student.eos_token, config.student.eos_token)
     found["reference.coef"] = _entry(str(config.reference.coef), str(config.reference.coef))
     return found
 

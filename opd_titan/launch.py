@@ -22,8 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from opd_titan.distributed.lifeline import FOLDER, place_of
+from opd_titan.errors import tell
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+# The agent sends SIGKILL 30 s after its SIGTERM; the times that it keeps are whole seconds.
+_SECONDS_TO_AGENTS_SIGKILL = 25
 
 
 def main(argv: list[str]) -> int:
@@ -36,26 +39,35 @@ def main(argv: list[str]) -> int:
     )
     for number in FORWARDED:
         signal.signal(number, _forward)
-    with tempfile.TemporaryDirectory(prefix="opd_titan-") as places:
+    # An exit code that is known by then shall not be lost for a file that cannot be deleted.
+    with tempfile.TemporaryDirectory(prefix="opd_titan-", ignore_cleanup_errors=True) as places:
         os.environ[FOLDER] = places
         try:
             run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
         except ChildFailedError as error:
-            return _tell(*min(error.failures.items(), key=_order))
+            return _tell(*_first(error.failures))
         except SignalException as error:
-            print(f"opd_titan: launcher stopped by {error.sigval.name}", file=sys.stderr)
+            tell(f"launcher stopped by {error.sigval.name}")
             return 128 + error.sigval
     return 0
 
 
-def _order(item: tuple[int, Any]) -> tuple[int, int]:
-    """The smallest is what the others follow from, whatever their clocks say.
+def _first(failures: dict[int, Any]) -> tuple[int, Any]:
+    """The rank and the failure that the others follow from."""
+    begin = min(failure.timestamp for failure in failures.values())
+    return min(failures.items(), key=lambda item: _order(item[1], begin))
+
+
+def _order(failure: Any, begin: int) -> tuple[int, int]:
+    """The smallest is what the others follow from; their clocks alone would not say.
 
     The agent ends who is left by SIGTERM, and after 30 s by SIGKILL: that may also be the system's,
     for want of memory, and then the others say that they have lost a rank.
+
+    Args:
+        begin: when the first rank failed.
     """
-    failure = item[1]
-    code = failure.exitcode
+    code, late = failure.exitcode, failure.timestamp - begin >= _SECONDS_TO_AGENTS_SIGKILL
     if code in (2, 75):  # all ranks have agreed on that
         rank = 0
     elif code > 0:
@@ -63,7 +75,7 @@ def _order(item: tuple[int, Any]) -> tuple[int, int]:
     elif -code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE):
         rank = 2
     elif code == -signal.SIGKILL:
-        rank = 3
+        rank = 6 if late else 3
     else:  # an abort follows from a collective that failed
         rank = 6 if code == -signal.SIGTERM else 4
     return rank, failure.timestamp
@@ -73,16 +85,16 @@ def _tell(rank: int, failure: Any) -> int:
     """Say what happened, once for all workers; the exit code."""
     code, said = failure.exitcode, failure.error_file_data.get("message")
     if code == 2:
-        print(f"opd_titan: {failure.message}", file=sys.stderr)
+        tell(failure.message)
     if code in (2, 75):
         return code
     if isinstance(said, str) and said != "<NONE>":  # a Fault, which says where
-        print(f"opd_titan: rank {rank}: {said}", file=sys.stderr)
+        tell(f"rank {rank}: {said}")
     else:
         place = place_of(rank)
         where = f" in {place}" if place else ""
         how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
-        print(f"opd_titan: rank {rank} {how}{where}", file=sys.stderr)
+        tell(f"rank {rank} {how}{where}")
     return 1 if code > 0 else 128 - code
 
 

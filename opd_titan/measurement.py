@@ -34,6 +34,7 @@ class HeldOut:
         name: empty for the only one.
         source: where it comes from, for people.
         trained_on: how many of the prompts are training prompts too.
+        teacher: among the job's models, whom the student is measured against.
     """
 
     name: str
@@ -41,6 +42,7 @@ class HeldOut:
     grader: Grader
     source: str = ""
     trained_on: int = 0
+    teacher: str = "teacher"
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from opd_titan import __version__
 from opd_titan.config import JobConfig, to_toml
+from opd_titan.config.sets import data_sets, teachers, validation_sets
 from opd_titan.data.sources import DATASETS
 from opd_titan.hub import looks_like_hub_id
 
@@ -51,11 +52,11 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
     """
     rows: list[tuple[str, object]] = [
         ("student", config.student.hf_path),
-        ("teacher", config.teacher.hf_path or "none"),
+        ("teacher", _listed((t.name, t.hf_path) for t in teachers(config)) or "none"),
         ("objective", config.distill.objective),
         ("reference coefficient", config.reference.coef),
         ("on-policy fraction", config.rollout.on_policy_fraction),
-        ("data", f"{config.data.dataset} {config.data.path} {config.data.split}"),
+        ("data", _listed((s.name, f"{s.dataset} {s.path} {s.split}") for s in data_sets(config))),
         ("template", config.data.template),
         ("steps", step),
         ("prompts x responses per step", _batch(config)),
@@ -80,23 +81,24 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
 
 def _front_matter(config: JobConfig, title: str, scalars: Mapping[str, float]) -> ModelCardData:
     """What the hub reads. It takes only its own ids: local paths are left to the table."""
-    v, results = config.validation, []
-    name, path = v.dataset or config.data.dataset, v.path or config.data.path
-    if "validation/accuracy" in scalars:
-        result = EvalResult(
-            task_type="text-generation",
-            dataset_type=_data_id(name, path) or name,
-            dataset_name=name,
-            dataset_split=v.split,
-            metric_type="accuracy",
-            metric_value=round(scalars["validation/accuracy"], 4),
-        )
-        results.append(result)
-    trained_on = _data_id(config.data.dataset, config.data.path)
+    sets, results = validation_sets(config), []
+    for row in sets:
+        name = "validation/accuracy" if len(sets) == 1 else f"validation/{row.name}/accuracy"
+        if name in scalars:
+            result = EvalResult(
+                task_type="text-generation",
+                dataset_type=_data_id(row.dataset, row.path) or row.dataset,
+                dataset_name=row.name or row.dataset,
+                dataset_split=row.split,
+                metric_type="accuracy",
+                metric_value=round(scalars[name], 4),
+            )
+            results.append(result)
+    trained_on = list(filter(None, (_data_id(s.dataset, s.path) for s in data_sets(config))))
     return ModelCardData(
         model_name=title if results else None,
         base_model=_hub_id(config.student.hf_path),
-        datasets=[trained_on] if trained_on else None,
+        datasets=trained_on or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["on-policy-distillation", "opd_titan"],
@@ -106,6 +108,11 @@ def _front_matter(config: JobConfig, title: str, scalars: Mapping[str, float]) -
 
 def _title(config: JobConfig) -> str:
     return " ".join(config.job.description.split()) or "A distilled model"
+
+
+def _listed(rows: Iterable[tuple[str, str]]) -> str:
+    """What rows of a list are, by name where they have one."""
+    return ", ".join(f"{name}: {what}" if name else what for name, what in rows)
 
 
 def _cell(value: object) -> str:

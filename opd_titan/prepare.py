@@ -19,12 +19,14 @@ from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.publish import clear_leftovers, lead_back
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import JobConfig, to_toml
+from opd_titan.config.sets import data_sets, is_teacher, teacher_role
 from opd_titan.data.graders import load_grader
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
 from opd_titan.distributed.agreement import together
+from opd_titan.distributed.lifeline import enter
 from opd_titan.distributed.world import World, axes, build_world, init_world
 from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
 from opd_titan.identity import Identity, differences, job_identity
@@ -33,6 +35,9 @@ from opd_titan.observability.logging import init_logging
 from opd_titan.validate import Validator, build_validator, prompt_options
 
 logger = logging.getLogger("opd_titan")
+
+# Of what a checkpoint says besides tensors: another one cannot be read.
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class PreparedJob:
     sources: dict[str, ModelSource]
     decode: Callable[[list[int]], str]
     grade: Callable[[str, str], bool | float | None]
-    prompt_set: PromptSet
+    prompt_sets: list[PromptSet]
     loader: PromptLoader
     validator: Validator | None
     total_steps: int
@@ -123,28 +128,27 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
     tokenizer = sources["student"].tokenizer
     decode: Any = partial(tokenizer.decode, skip_special_tokens=True)  # of one text: a str
     options = prompt_options(config, tokenizer)
-    prompt_set = build_prompts(
-        dataset=config.data.dataset,
-        path=config.data.path,
-        split=config.data.split,
-        keep_responses=config.rollout.on_policy_fraction < 1.0,
-        **options,
-    )
-    prompts = prompt_set.prompts
+    prompt_sets = _read_data(config, options)
     loader = PromptLoader(
-        prompts,
+        [s.prompts for s in prompt_sets],
+        weights=[row.weight for row in data_sets(config)],
         prompts_per_step=config.rollout.prompts_per_step,
         seed=config.training.seed,
         shuffle=config.data.shuffle,
     )
+    prompts = [prompt for s in prompt_sets for prompt in s.prompts]
     check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
-    identity, validator = job_identity(config, sources, prompts), None
+    epochs = config.training.epochs
+    identity = job_identity(config, sources, {s.name: s.prompts for s in prompt_sets})
+    validator = None
     if config.validation.enable:
-        teacher = None
-        if "teacher" in sources:
-            # Where it stops is not in its weights, but shows in its accuracy.
-            stops_at = sorted(sources["teacher"].eos_ids)
-            teacher = f"{identity['teacher.hf_path']['id']} {stops_at}"
+        # Where a teacher stops is not in its weights, but shows in its accuracy.
+        told = [
+            f"{identity[f'{role}.hf_path']['id']} {sorted(source.eos_ids)}"
+            for role, source in sources.items()
+            if is_teacher(role)
+        ]
+        teacher = "; ".join(told) or None
         validator = build_validator(config, options, prompts, decode, world.dp, teacher)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
@@ -155,28 +159,51 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
         sources=sources,
         decode=decode,
         grade=load_grader(config.validation.grader, "validation.grader").score,
-        prompt_set=prompt_set,
+        prompt_sets=prompt_sets,
         loader=loader,
         validator=validator,
-        total_steps=config.training.epochs * loader.batches_per_epoch or config.training.steps,
+        total_steps=epochs * loader.batches_per_epoch if epochs else config.training.steps,
         identity=identity,
     )
 
 
+def _read_data(config: JobConfig, options: dict[str, Any]) -> list[PromptSet]:
+    found: list[PromptSet] = []
+    for i, row in enumerate(data_sets(config)):
+        prompt_set = build_prompts(
+            dataset=row.dataset,
+            path=row.path,
+            split=row.split,
+            keep_responses=config.rollout.on_policy_fraction < 1.0,
+            section=f"data.sets[{i}]" if config.data.sets else "data",
+            # As if the sets lay end to end.
+            first_index=sum(s.num_rows for s in found),
+            name=row.name,
+            teacher=teacher_role(row.teacher),
+            **options,
+        )
+        found.append(prompt_set)
+    return found
+
+
 def _at_odds(job: PreparedJob) -> Iterator[str]:
     """Where student and teacher were trained on other forms of prompts and responses."""
-    if "teacher" not in job.sources or job.config.watchdog.action == "off":
+    if job.config.watchdog.action == "off":
         return
-    student, teacher = job.sources["student"], job.sources["teacher"]
-    texts = [eos_warning(student.eos_ids, teacher.eos_ids, job.tokenizer)]
-    data = job.config.data
-    if data.template == "chat":
-        texts.append(template_warning(job.tokenizer, teacher.tokenizer, data.enable_thinking))
-    yield from filter(None, texts)
+    student, data = job.sources["student"], job.config.data
+    for role, teacher in job.sources.items():
+        if not is_teacher(role):
+            continue
+        texts = [eos_warning(student.eos_ids, teacher.eos_ids, job.tokenizer)]
+        if data.template == "chat":
+            texts.append(template_warning(job.tokenizer, teacher.tokenizer, data.enable_thinking))
+        named = "" if role == "teacher" else f"{role}: "
+        yield from (named + text for text in texts if text)
 
 
 def join_world(config: JobConfig) -> World:
     """Start the process group and lay out the mesh, where the recipe's options suit the device."""
+    enter("the meeting of all ranks")
     device = init_world(config.comm.init_timeout_seconds)
     _check_device_options(config, device)
     init_logging(None, dist.get_rank())
@@ -203,6 +230,7 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
 def _find_checkpoint(job: PreparedJob) -> PreparedJob:
     """Which step to go on from, and whether this recipe can; the loader is moved there."""
     c, folder = job.config.checkpoint, job.folder / "checkpoint"
+    enter(f"the check of {folder}")
     step = agree_on_step(folder, c.load_step if c.enable else 0)
     if step is None:
         why = "no complete checkpoint" if c.enable else "checkpoint.enable is false"
@@ -219,9 +247,9 @@ def _find_checkpoint(job: PreparedJob) -> PreparedJob:
 def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None:
     """Refuse another job's checkpoint, or say what differs; move the loader."""
     allow_changes = job.config.checkpoint.allow_changes
-    if "watchdog" not in state:  # the newest of its keys
+    if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path}: was made by an earlier version of this program; choose another "
+            f"{path}: was made by another version of this program; choose another "
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
     differ = differences(state["identity"], job.identity)
@@ -234,7 +262,7 @@ def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None
     if differ:
         logger.warning("%s was another job's (checkpoint.allow_changes): %s", path, told)
     try:
-        if "data.path" in differ:
+        if any(key.startswith("data.") for key in differ):
             raise CheckpointError("the data are others")
         job.loader.load_state_dict(state["loader"])
     except CheckpointError as error:
@@ -275,17 +303,24 @@ def _warn_of_others_files(folder: Path) -> None:
 
 
 def _say_what_was_found(job: PreparedJob) -> None:
-    found = job.prompt_set
-    logger.info(
-        "Data: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens); %s steps",
-        found.source,
-        len(found.prompts),
-        found.num_rows,
-        found.num_duplicates,
-        found.num_too_long,
-        job.config.data.max_prompt_tokens,
-        job.total_steps,
-    )
+    rows = data_sets(job.config)
+    for found, row in zip(job.prompt_sets, rows, strict=True):
+        share = ""
+        if row.name:
+            share = f", {row.weight / sum(r.weight for r in rows):.0%} of each step"
+            share += f", taught by {row.teacher}" if row.teacher else ""
+        logger.info(
+            "Data%s: %s: %s prompts kept of %s rows (%s duplicates, %s over %s tokens)%s; %s steps",
+            f" {row.name}" if row.name else "",
+            found.source,
+            len(found.prompts),
+            found.num_rows,
+            found.num_duplicates,
+            found.num_too_long,
+            job.config.data.max_prompt_tokens,
+            share,
+            job.total_steps,
+        )
     mesh = job.world.mesh
     shape = " x ".join(f"{name} {n}" for name, n in axes(mesh).items())
     logger.info("World: %s processes on %s: %s", mesh.size(), job.world.device.type, shape)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from opd_titan.config import load_config
-from opd_titan.errors import Fault, LostOthers, OneLineError, UserError
+from opd_titan.errors import Fault, LostOthers, OneLineError, UserError, tell
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +57,7 @@ def _tell(error: OneLineError) -> None:
         except OSError:  # no space there: said here, and half a file would be none
             with suppress(OSError):
                 Path(report).unlink(missing_ok=True)
-    print(f"opd_titan: {error}", file=sys.stderr)
+    tell(error)
 
 
 def _leave(code: int) -> None:

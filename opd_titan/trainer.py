@@ -19,11 +19,12 @@ from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.publish import link_latest
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
+from opd_titan.config.sets import is_teacher
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.prompts import given_response
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.inspection import inspect_student
-from opd_titan.distill.packing import Minibatch, plan_minibatches
+from opd_titan.distill.packing import Minibatch, plan_minibatches, taught_by
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.agreement import Stopped, StopRequest
@@ -39,7 +40,7 @@ from opd_titan.observability.recorder import Recorder
 from opd_titan.observability.watchdog import Watchdog
 from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.preflight import probe, report
-from opd_titan.prepare import prepare, sent_back
+from opd_titan.prepare import STATE_FORMAT, prepare, sent_back
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
@@ -75,9 +76,8 @@ class Trainer:
     def _build_models(self) -> None:
         c = self.config
         torch.use_deterministic_algorithms(c.training.deterministic)
-        self.student = self._load("student")
-        self.teacher = self._load("teacher")
-        self.reference = self._load("reference")
+        models = {role: self._load(role) for role in self.sources}
+        self.student, self.frozen = models.pop("student"), models
         self.optimizer = build_optimizer(self.student, c)
         self.checkpointer = Checkpointer(
             self.job.folder / "checkpoint",
@@ -89,12 +89,9 @@ class Trainer:
         self.weights, self.generator = self._generator("student", self.student)
 
     def _load(self, role: str) -> Any:
-        source = self.sources.get(role)
-        if source is None:
-            return None
         self.watch.enter(f"the loading of the {role}")
         self.stop.check()
-        return load_model(source, self.world, self.config, self.job.dtype)
+        return load_model(self.sources[role], self.world, self.config, self.job.dtype)
 
     def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
         return build_generator(self.sources[role], model, self.world, self.config, self.job.dtype)
@@ -111,14 +108,12 @@ class Trainer:
             vocab_size=common_vocab_size(self.sources),
         )
         self.rule = UpdateRule.of(c, self.sampling.distribution)
-        scored = {"teacher": self.teacher, "reference": self.reference}
-        self.scored = {role: model for role, model in scored.items() if model is not None}
 
     # ------------------------------------------------------------------- loop
 
     def train(self) -> int:
         """Run the job to its end, or to a signal. Returns the exit code, see `train.main`."""
-        report_job(self.config, self.total_steps, self.job.dtype, self.student, **self.scored)
+        report_job(self.config, self.total_steps, self.job.dtype, self.student, self.frozen)
         self._resume()
         if self.job.saved_state is not None:
             self.watchdog.load_state_dict(self.job.saved_state["watchdog"])
@@ -208,9 +203,11 @@ class Trainer:
                     self.generator.release()
             plan = self.plan(samples)
             with phase("teacher"):
-                self.score("teacher", plan)
+                for role in filter(is_teacher, self.frozen):
+                    self.score(role, "teacher", taught_by(role, plan))
             with phase("reference"):
-                self.score("reference", plan)
+                if "reference" in self.frozen:
+                    self.score("reference", "reference", plan)
             with phase("inspect"):
                 self.inspect(chosen)
             with phase("update"):
@@ -250,23 +247,26 @@ class Trainer:
             self.world.dp,
         )
 
-    def score(self, role: str, plan: list[Minibatch]) -> None:
-        """Give every sample of this rank the frozen model's log-probs, or what they follow from."""
-        if role not in self.scored:
-            return
+    def score(self, role: str, name: str, plan: list[Minibatch]) -> None:
+        """Give the plan's samples a frozen model's log-probs, or what they follow from.
+
+        Args:
+            role: whose model.
+            name: what samples call it: "teacher", whichever it is, or "reference".
+        """
         whole = self.rule.needs_vocabulary
         with self._sequence_bar(role, plan) as bar:
             scored = score(
-                self.scored[role],
+                self.frozen[role],
                 plan,
                 self.rule.dist.untruncated,
                 self.world,
                 self.watch.on_sequences(bar),
                 whole,
-                role,
+                name,
             )
         for sample, values in scored:
-            setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
+            setattr(sample, f"{name}_hidden" if whole else f"{name}_logprobs", values)
 
     def inspect(self, samples: list[Sample]) -> None:
         """For the file of rollouts: where their tokens stand with the student, as it is now."""
@@ -279,7 +279,7 @@ class Trainer:
         """Move the student."""
         rate = self.watchdog.slowdown * learning_rate(self.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
-        frozen = self.scored if self.rule.needs_vocabulary else {}
+        frozen = self.frozen if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
             # Once the weights have moved, the step has to be done to its end.
             on_sequences = self.watch.on_sequences(bar, stops=len(plan[0].microbatches))
@@ -296,24 +296,19 @@ class Trainer:
     # ----------------------------------------------------- before, after, end
 
     def _before_first_step(self) -> None:
-        c = self.config
-        if self.teacher is not None:
+        teachers = [role for role in self.frozen if is_teacher(role)]
+        if teachers:
+            self.watch.enter("the comparison of rollout and training")
             self.weights.sync()
-            result = probe(
-                self.student,
-                self.generator,
-                self.job.prompt_set.prompts,
-                self.sampling,
-                c.training.seed,
-                self.world,
-            )
-            report(result, self.job.dtype)
+            prompts, seed = self.job.prompt_sets[0].prompts, self.config.training.seed
+            found = probe(self.student, self.generator, prompts, self.sampling, seed, self.world)
+            report(found, self.job.dtype)
         if self.validator is not None and self.step == 0:
             with self._phase("validate"):
-                if self.teacher is not None:
-                    self._measure_teacher()
-                found = self._validate()
-            self.recorder.record_pauses(0, found)
+                for role in teachers:
+                    self._measure_teacher(role)
+                scalars = self._validate()
+            self.recorder.record_pauses(0, scalars)
         state = self.job.saved_state
         if state is not None and state["pauses_due"]:
             self.after_step()
@@ -322,14 +317,16 @@ class Trainer:
             if self.exported_at != self.step or not is_exported(self._export_folder()):
                 self._export()
 
-    def _measure_teacher(self) -> None:
+    def _measure_teacher(self, role: str) -> None:
         assert self.validator is not None
+        if role not in (s.teacher for s in self.validator.sets):
+            return
         # Two copies at once would be the peak of the whole run.
         self.weights.release()
         self.generator.release()
-        weights, generator = self._generator("teacher", self.teacher)
+        weights, generator = self._generator(role, self.frozen[role])
         weights.sync()
-        self.validator.measure_teacher(generator, self.watch.on_tokens)
+        self.validator.measure_teacher(generator, role, self.watch.on_tokens)
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
@@ -412,6 +409,7 @@ class Trainer:
         if self.job.saved_state is None:
             logger.info("Starting at step 1: %s in %s", self.job.why, self.checkpointer.folder)
             return
+        self.watch.enter(f"the loading of the checkpoint of step {self.job.resumed_at}")
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
         self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]
@@ -449,6 +447,7 @@ class Trainer:
 
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {
+            "format": STATE_FORMAT,
             "identity": self.job.identity,
             "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),

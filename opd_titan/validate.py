@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.validation_sets import validation_sets
+from opd_titan.config.sets import teacher_role, validation_sets
 from opd_titan.data.graders import Grade, Grader, load_grader
 from opd_titan.data.grading import after_prompt
 from opd_titan.data.prompts import build_prompts
@@ -64,7 +64,7 @@ class Validator:
     Args:
         sets: of prompts with answers. Each counts the same.
         seed: of the sampling, when it is not greedy.
-        teacher: what tells this job's teacher from another; None: it has none.
+        teacher: what tells this job's teachers from others; None: it has none.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Validator:
         self.sets, self.samples_per_prompt, self.params = sets, samples_per_prompt, params
         self.seed, self.decode, self.dp = seed, decode, dp
         self.baselines = Baselines()
+        self._of_teachers: dict[str, ByPrompt] = {}  # by set, as far as measured
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -125,8 +126,15 @@ class Validator:
             **asdict(self.params),
         }
 
-    def measure_teacher(self, generator: Generator, on_tokens: OnTokens = _only_the_bar) -> None:
-        self.baselines.teacher = self.measure(generator, "teacher", on_tokens).by_prompt
+    def measure_teacher(
+        self, generator: Generator, role: str = "teacher", on_tokens: OnTokens = _only_the_bar
+    ) -> None:
+        """On its own sets. There are baselines when every teacher has been measured."""
+        own = [s for s in self.sets if s.teacher == role]
+        for result in self.measure(generator, role, on_tokens, own).sets:
+            self._of_teachers[result.held_out.name] = result.by_prompt
+        if all(s.name in self._of_teachers for s in self.sets):
+            self.baselines.teacher = [self._of_teachers[s.name] for s in self.sets]
 
     def measure_student(
         self, generator: Generator, step: int, on_tokens: OnTokens = _only_the_bar
@@ -154,15 +162,22 @@ class Validator:
         return scalars
 
     def measure(
-        self, generator: Generator, name: str, on_tokens: OnTokens = _only_the_bar
+        self,
+        generator: Generator,
+        name: str,
+        on_tokens: OnTokens = _only_the_bar,
+        sets: Sequence[HeldOut] | None = None,
     ) -> Measurement:
         """Sample and grade; the same on all ranks, and all call.
+
+        Args:
+            sets: None: all.
 
         Raises:
             ConfigError: of a user's own grader.
         """
         results = []
-        for held_out in self.sets:
+        for held_out in self.sets if sets is None else sets:
             samples = self._sample(held_out, generator, name, on_tokens)
             results.append(SetResult(held_out, samples, self._grade(held_out, samples)))
         return Measurement(results)
@@ -219,7 +234,7 @@ def build_validator(
     """The validator that `[validation]` asks for.
 
     Args:
-        teacher: what tells this job's teacher from another; None: it has none.
+        teacher: what tells this job's teachers from others; None: it has none.
 
     Raises:
         ConfigError: a grader that is not there.
@@ -258,7 +273,7 @@ def _read_set(
             f"validation.enable = false"
         )
     known = sum(p.text in trained_on for p in prompts)
-    return HeldOut(row.name, prompts, grader, found.source, known)
+    return HeldOut(row.name, prompts, grader, found.source, known, teacher_role(row.teacher))
 
 
 def _answer_problem(grader: Grader, answer: str) -> str:

@@ -28,10 +28,15 @@ prepare_environment() {
         fi
     done
     echo "No Python here has everything that is needed; making one in $ROOT/.venv" >&2
-    [ -x "$ROOT/.venv/bin/python" ] || python3 -m venv "$ROOT/.venv"
     PYTHON="$ROOT/.venv/bin/python"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/constraints.txt" \
-        --editable "$ROOT${extra:+[$extra]}" >&2
+    (
+        # Of jobs that start at once in a new checkout one makes it, the others wait and find it.
+        command -v flock >/dev/null && flock 9
+        has_packages "$PYTHON" "${needed[@]}" && exit
+        [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+            --constraint "$ROOT/constraints.txt" --editable "$ROOT${extra:+[$extra]}" >&2
+    ) 9>"$ROOT/.venv.lock"
 }
 
 fail() {

@@ -47,17 +47,17 @@ def poison() -> None:
     trainer.update = poisoned
 
 
-def main() -> None:
+def go_wrong() -> None:
     rank, place, beats, what, *argv = sys.argv[1:]
     if os.environ.get("RANK", "0") == rank:
         acts = {"hang": lambda: time.sleep(3600), "nan": poison}
         act = acts.get(what) or (lambda: os.kill(os.getpid(), signal.Signals[what]))
         when(place, int(beats), act)
     sys.argv[1:] = argv
-    from opd_titan.train import _run_and_leave
+    from opd_titan.train import main, run_and_leave
 
-    _run_and_leave()
+    run_and_leave(main)
 
 
 if __name__ == "__main__":
-    main()
+    go_wrong()

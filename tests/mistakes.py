@@ -386,10 +386,6 @@ TABLE |= {
         given("--validation.grader", "choice"),
         ["validation.path: ", "test.jsonl, line 1: the answer '", "grader choice", 'as "B"'],
     ),
-    "the second set is missing": (
-        given("--validation.sets", "[{{name='a'}}, {{name='b', path='{new}/no.jsonl'}}]"),
-        ["validation.sets[1].path = ", "no.jsonl", "does not exist"],
-    ),
     "responses outgrow the model": (
         given("--rollout.max_new_tokens", 300),
         ["rollout.max_new_tokens: ", "31 tokens", "256 positions of the student"],
@@ -494,13 +490,5 @@ TABLE |= {
     "chat template that fails": (
         model(put("chat_template.jinja", "{{ 1 + messages[0].content }}")),
         ["model/chat_template.jinja: the chat template fails (TypeError", '"raw"'],
-    ),
-    "no hub": (
-        given("--student.hf_path", "org/name"),
-        ["student.hf_path = 'org/name' is no local folder and the hub gives no such model"],
-    ),
-    "no hub for data": (
-        given("--data.path", "org/name"),
-        ['data.path: "org/name" is no local path', "give a downloaded copy's folder"],
     ),
 }  # fmt: skip

@@ -206,6 +206,7 @@ def test_killed_or_stopped_in_the_middle(world: World, number: signal.Signals) -
             ["--distill.objective", "jsd"],
             ["objective was policy_gradient and is jsd with beta 0.5"],
         ),
+        (["--student.eos_token", "?"], ["student.eos_token was nothing and is ?"]),
         (["--reference.coef", 0], ["reference.coef was 0.5 and is 0.0", "allow_changes"]),
     ],
 )
@@ -270,7 +271,7 @@ def test_only_complete_checkpoints_count(
         assert agree_on_step(tmp_path, 2) == 2
         assert agree_on_step(tmp_path, 0) is None
         for step in (12, 16, 18, 3):
-            with pytest.raises(CheckpointError, match=r"complete steps: 2, 10$"):
+            with pytest.raises(CheckpointError, match=r"complete steps: 2, 10;"):
                 agree_on_step(tmp_path, step)
 
 

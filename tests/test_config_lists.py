@@ -9,7 +9,7 @@ from test_config import MODELS, load, refusal
 
 from opd_titan.config import load_config, to_toml
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.validation_sets import validation_sets
+from opd_titan.config.sets import validation_sets
 
 OWN = "my.module:grade"
 SETS = """
@@ -99,11 +99,11 @@ BAD_ARGUMENTS = [
     ("--validation.sets [{nme='a'}]", "--validation.sets[0].nme: unknown key; did you mean name?"),
     ("--validation.sets.name a", "--validation.sets.name: unknown option", "--validation.sets?"),
     # between keys
-    ("--validation.sets [{}]", 'validation.sets[0].name: "" is not the name of a set'),
-    ("--validation.sets [{name='a/b'}]", 'validation.sets[0].name: "a/b" is not the name'),
+    ("--validation.sets [{}]", 'validation.sets[0].name: "" is not a name'),
+    ("--validation.sets [{name='a/b'}]", 'validation.sets[0].name: "a/b" is not a name'),
     (
         "--validation.sets [{name='a'},{name='b'},{name='a'}]",
-        'validation.sets[2].name: "a" is the name of another set too',
+        'validation.sets[2].name: "a" is the name of another one too',
     ),
     (
         "--validation.sets [{name='a',dataset='prompts'}]",
@@ -111,7 +111,7 @@ BAD_ARGUMENTS = [
     ),
     (
         "--validation.sets [{name='a',path='outputs'}]",
-        'validation.sets[0].path: "outputs" is also [job] dump_folder',
+        '[job] dump_folder: "outputs" is also validation.sets[0].path',
     ),
 ]
 

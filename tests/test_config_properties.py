@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import get_args
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -11,6 +11,8 @@ from test_config import MODELS
 
 from opd_titan.config import ConfigError, JobConfig, checks, load_config, to_toml
 from opd_titan.config.checks import LISTS, OPTIONS, TABLES, VALUES
+from opd_titan.config.consistency import EXTRAPOLATES
+from opd_titan.config.job_config import DataSet
 
 STRINGS = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12
@@ -22,7 +24,7 @@ def values(name: str) -> st.SearchStrategy:
     kind = VALUES[name]
     if name.endswith(".grader"):
         return st.sampled_from([*checks.GRADERS, "my.module:grade"])
-    if name == "validation.sets.name":
+    if name in [f"{rows}.name" for rows in LISTS]:
         return st.text("abc-_.12", min_size=1, max_size=9).map("s{}".format)
     if get_args(kind):
         return st.sampled_from(get_args(kind))
@@ -62,6 +64,7 @@ def configs(draw) -> JobConfig:
         unique = st.lists(rows, max_size=3, unique_by=lambda r: r.name)
         tables[table][key] = draw(unique)
     c = JobConfig(**{table: cls(**tables[table]) for table, cls in TABLES.items()})
+    _route(draw, c)
     sft = c.distill.objective == "sft"
     c.data.enable_thinking &= c.data.template == "chat"
     c.validation.temperature += 1e-3
@@ -73,7 +76,7 @@ def configs(draw) -> JobConfig:
         c.rollout.temperature, c.rollout.top_p, c.rollout.top_k = 1.0, 1.0, 0
     c.reference.coef *= not sft
     d = c.distill
-    if d.objective not in checks.EXTRAPOLATES:
+    if d.objective not in EXTRAPOLATES:
         c.reference.coef = abs(c.reference.coef)
     if d.objective != "policy_gradient":
         d.baseline, d.reward_power = "none", 0.0
@@ -88,6 +91,28 @@ def configs(draw) -> JobConfig:
     return c
 
 
+def _route(draw, c: JobConfig) -> None:
+    """Every set has a teacher of its own, every teacher a set."""
+    names = [model.name for model in c.teacher.models]
+    c.data.sets += [DataSet(f"of-{i}", path="x") for i in range(len(c.data.sets), len(names))]
+    for i, row in enumerate(c.data.sets):
+        row.teacher = (
+            (names[i] if i < len(names) else draw(st.sampled_from(names))) if names else ""
+        )
+    if len(names) > 1 and not c.validation.sets:
+        c.validation.dataset = c.validation.path = ""
+    for row in c.validation.sets:
+        row.teacher = draw(st.sampled_from(names)) if names else ""
+    for row in (*c.data.sets, *c.validation.sets):
+        row.dataset, row.path = row.dataset or "gsm8k", row.path or "x"
+    for model in c.teacher.models:
+        model.hf_path = model.hf_path or "x"
+    if names:
+        c.teacher.hf_path = ""
+    if len(c.data.sets) > 1:
+        c.training.epochs = 0
+
+
 def changed(got: JobConfig, default: JobConfig) -> list[str]:
     """The differences between two configs, as arguments."""
     return [
@@ -98,11 +123,11 @@ def changed(got: JobConfig, default: JobConfig) -> list[str]:
     ]
 
 
-def inline(config: JobConfig) -> str:
-    """The validation sets as one TOML array."""
+def inline(rows: list[Any]) -> str:
+    """The rows of a list as one TOML array."""
     tables = [
         ", ".join(f"{key} = {checks.literal(value)}" for key, value in asdict(row).items())
-        for row in config.validation.sets
+        for row in rows
     ]
     return "[" + ", ".join(f"{{{table}}}" for table in tables) + "]"
 
@@ -115,10 +140,12 @@ def test_round_trip(tmp_path_factory, config: JobConfig) -> None:
     file.write_text(to_toml(config), encoding="utf-8", newline="")
     again = load_config(["--job.config_file", str(file)])
     assert again == config and to_toml(again) == to_toml(config)
-    assert (
-        load_config([*changed(config, JobConfig()), f"--validation.sets={inline(config)}"])
-        == config
-    )
+    lists = [
+        f"--{name}={inline(getattr(getattr(config, table), key))}"
+        for name in LISTS
+        for table, _, key in [name.partition(".")]
+    ]
+    assert load_config([*changed(config, JobConfig()), *lists]) == config
 
 
 def test_to_toml_writes_each_key_once() -> None:

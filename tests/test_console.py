@@ -105,7 +105,7 @@ def test_the_start_counts_the_bytes_of_the_models(caplog: pytest.LogCaptureFixtu
     student = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
     teacher = torch.nn.Linear(1024, 2048, bias=False, dtype=torch.bfloat16)  # 4 MiB
     with caplog.at_level("INFO", "opd_titan"):
-        report_job(config, 40, torch.bfloat16, student, teacher=teacher)
+        report_job(config, 40, torch.bfloat16, student, {"teacher": teacher})
     text = caplog.text
     assert "20.0 MiB a rank (student 4.0 MiB, gradients 4.0 MiB, Adam 8.0 MiB, teacher 4.0" in text
     assert "bfloat16, the student's masters in float32" in text and "out: tb/" in text

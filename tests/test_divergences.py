@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from opd_titan.config import load_config
-from opd_titan.config.checks import EXTRAPOLATES
+from opd_titan.config.consistency import EXTRAPOLATES
 from opd_titan.distill.head import FrozenHeads, loss_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import TokenScores

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
+import tiny_world
 from tiny_world import (
     REPO,
     TIMEOUT,
@@ -83,20 +83,7 @@ def run(world: World) -> Path:
 
 
 def evaluate(*options: Any) -> int:
-    """Run the program in this process, as `python -m opd_titan.evaluate` would."""
-    from tiny_world import _forget_meshes
-
-    from opd_titan.evaluate import main
-
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
-    try:
-        return main([str(word) for word in options])
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        _forget_meshes()
-        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), handlers, strict=True):
-            signal.signal(number, handler)
+    return tiny_world.evaluate([str(word) for word in options])
 
 
 def results(folder: Path) -> dict[str, Any]:

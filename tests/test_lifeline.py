@@ -1,4 +1,4 @@
-"""A process that stands still ends, whatever else hangs or is full; and the launcher tells why."""
+"""A process that stands still ends, whatever else hangs or is full."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from tiny_world import REPO
-
-from opd_titan.launch import _order
 
 SETUP = """
 import ctypes, logging, os, sys, time
@@ -93,31 +89,3 @@ def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(REPO), "OPD_TITAN_PLACES": str(tmp_path / "absent")}
     command = [sys.executable, "-c", SETUP + "line.close()"]
     assert subprocess.run(command, env=env, timeout=50).returncode == 0
-
-
-def failure(code: int, at: int = 0, **data: Any) -> SimpleNamespace:
-    return SimpleNamespace(exitcode=code, timestamp=at, error_file_data=data)
-
-
-LOST = failure(1, 30, message="another rank did not answer", follows=True)
-
-
-@pytest.mark.parametrize(
-    ("failures", "first"),
-    [
-        # The agent kills who does not hear its SIGTERM; what they all waited for is another's.
-        ([failure(-9, 30), failure(1, 0, message="no space")], 1),
-        ([failure(-9, 0), failure(75, 30)], 1),
-        ([failure(-15, 0), failure(2, 0, message="no such file")], 1),
-        ([failure(-9, 30), failure(-11, 30)], 1),
-        # For want of memory, the system does.
-        ([LOST, failure(-9, 30)], 1),
-        ([failure(-6, 0), failure(-9, 30)], 1),
-        ([LOST, failure(1, 40)], 1),  # a bug, with its traceback
-        ([failure(-15, 0), LOST], 1),
-    ],
-)
-def test_the_launcher_tells_what_the_others_follow_from(
-    failures: list[SimpleNamespace], first: int
-) -> None:
-    assert min(enumerate(failures), key=_order)[0] == first

@@ -185,6 +185,8 @@ def test_scalar_table_is_the_designs():
     validated += "gap_recovered_low gap_recovered_high response_tokens_mean"
     for group in ("validation", "validation/<set>"):
         expected |= {f"{group}/{name}" for name in validated.split()}
+    per_set = "share kl_student_teacher response_tokens_mean truncated_fraction"
+    expected |= {f"data/<set>/{name}" for name in per_set.split()}
     expected |= {"grad_norm", "skipped_updates", "lr"}
     phases = "data rollout teacher reference inspect update sync checkpoint validate step".split()
     expected |= {f"time/{phase}(s)" for phase in phases}

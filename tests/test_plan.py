@@ -224,7 +224,7 @@ def test_traffic_of_sharding(planned: Any) -> None:
 def test_every_microbatch_gathers_anew(planned: Any) -> None:
     _, once, _ = planned("wide", "tiny")
     _, twice, _ = planned("wide", "tiny", "--training.max_tokens_per_microbatch", 128)
-    assert (once.microbatches, twice.microbatches) == (1, 2)
+    assert (once.scored["teacher"], twice.scored["teacher"]) == (1, 2)
     for name, factor in (("update", 2), ("teacher", 2), ("sync", 1)):
         assert twice.phases[name].sent == {
             axis: factor * size for axis, size in once.phases[name].sent.items()
@@ -375,7 +375,7 @@ def test_several_updates_do_not_pile_up_gradients(planned: Any) -> None:
     budget = "--training.max_tokens_per_microbatch", 128
     _, several, _ = planned("wide", "tiny", *budget)
     _, updates, _ = planned("wide", "tiny", *budget, "--distill.minibatches", 2)
-    assert several.microbatches == updates.microbatches == 2
+    assert several.scored["teacher"] == updates.scored["teacher"] == 2
     assert several.phases["update"].peak > updates.phases["update"].peak
 
 

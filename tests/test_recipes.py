@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tiny_world import REPO, World, make_model, make_sums, read_log, read_scalars, train, write_rows
 
 from opd_titan.config import JobConfig, load_config
+from opd_titan.config.checks import literal
 from opd_titan.observability.metrics import is_scalar
 from opd_titan.plan.__main__ import main as plan
 
@@ -90,6 +92,11 @@ def test_it_fits_where_its_head_says(name: str, shapes: dict[str, Path], capsys:
     for role in ("student", "teacher"):
         if path := getattr(config, role).hf_path:
             argv += [f"--{role}.hf_path", str(shapes[path])]
+    if models := config.teacher.models:
+        argv += [
+            "--teacher.models",
+            inline([replace(m, hf_path=str(shapes[m.hf_path])) for m in models]),
+        ]
     assert plan(argv) == 0
     out = capsys.readouterr().out
     rows = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
@@ -116,6 +123,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+def inline(rows: list[Any]) -> str:
+    """Rows of a list as one TOML array, for the command line."""
+    pairs = [", ".join(f"{k} = {literal(v)}" for k, v in asdict(row).items()) for row in rows]
+    return "[" + ", ".join("{" + row + "}" for row in pairs) + "]"
+
+
 def shrunken(world: World, name: str) -> list[str]:
     """The recipe with tiny models and data and two steps; all else as it is written."""
     config = recipe(name)
@@ -139,6 +152,12 @@ def shrunken(world: World, name: str) -> list[str]:
     }
     if config.teacher.hf_path:
         options["teacher.hf_path"] = world.teacher
+    if models := config.teacher.models:
+        options["teacher.models"] = inline([replace(m, hf_path=str(world.teacher)) for m in models])
+    if sets := config.data.sets:
+        local = [world.folder / (row.dataset or config.data.dataset) for row in sets]
+        rows = [replace(row, path=str(path)) for row, path in zip(sets, local, strict=True)]
+        options["data.sets"] = inline(rows)
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return ["--job.config_file", str(FOLDER / name), *words]
 

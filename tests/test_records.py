@@ -27,9 +27,9 @@ from opd_titan.skipped import SkippedUpdates
 KEYS = (
     "step prompt_index sample_index prompt response prompt_tokens response_tokens "
     "student_logprobs teacher_logprobs reference_logprobs advantages finish_reason answer correct "
-    "response_pieces student_ranks teacher_ranks reference_ranks teacher_top"
+    "data_set response_pieces student_ranks teacher_ranks reference_ranks teacher_top"
 ).split()
-NEW = dict.fromkeys(KEYS[-5:])
+NEW = dict.fromkeys(KEYS[-6:])
 
 
 def make_sample(index: int, sample_index: int, answer: str | None = "4", **scores) -> Sample:

@@ -215,7 +215,7 @@ def roll_out_on_one_process_nodes() -> dict[str, Any]:
     seed_version = DistributedSampler(
         range(8), num_replicas=dist.get_world_size(), rank=local_rank, shuffle=False
     )
-    loader = PromptLoader(prompts(40), prompts_per_step=8, seed=0)
+    loader = PromptLoader([prompts(40)], prompts_per_step=8, seed=0)
     batch = [next(loader) for _ in range(3)][-1]
     sampled: list[int] = []
     samples = sample_responses(

@@ -301,6 +301,7 @@ def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
             out[f"save {background} {poor}"] = str(caught.value)
             dist.barrier()  # the one that clears away is done
             out[f"left {background} {poor}"] = names(folder)
+            dist.barrier()  # before the next save writes
         assert checkpointer.save(6, {"back": background})
         checkpointer.require(6)
         checkpointer.load(6)

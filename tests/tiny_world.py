@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +167,20 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def train(argv: list[str]) -> int:
     """Run the program in this process, as `python -m opd_titan.train` would."""
-    import torch.distributed as dist
-
     from opd_titan.train import main
+
+    return run_here(main, argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """The same for `python -m opd_titan.evaluate`."""
+    from opd_titan.evaluate import main
+
+    return run_here(main, argv)
+
+
+def run_here(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    import torch.distributed as dist
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]

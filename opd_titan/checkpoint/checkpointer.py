@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from opd_titan.checkpoint.dcp_io import LoadPlanner, Reader, Writer, read_metadata
+from opd_titan.checkpoint.dcp_io import BeatingPlanner, LoadPlanner, Reader, Writer, read_metadata
 from opd_titan.checkpoint.faults import met_by_all, naming
 from opd_titan.checkpoint.manifest import describe, write_manifest
 from opd_titan.checkpoint.publish import publish, tmp_of
@@ -207,7 +207,8 @@ class Checkpointer:
             StorageError: on all ranks, when one of them could not write.
         """
         folder, rank, group = Path(writer.path), dist.get_rank(), self._group
-        dcp.save(state, storage_writer=writer, process_group=group)
+        planner = BeatingPlanner()
+        dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
         mine: dict[str, Any] = {}
         with met_by_all(group):
             writer.raise_fault()

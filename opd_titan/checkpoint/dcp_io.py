@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
+    DefaultSavePlanner,
     FileSystemReader,
     FileSystemWriter,
     filesystem,
@@ -24,11 +25,12 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from opd_titan.checkpoint.faults import naming
+from opd_titan.distributed.lifeline import beat
 from opd_titan.errors import CheckpointError, first_line, reason
 from opd_titan.paths import is_plain_name
 
@@ -142,8 +144,20 @@ class Reader(FileSystemReader):
         return found
 
 
+class BeatingPlanner(DefaultSavePlanner):
+    """Says before each tensor that the work goes on."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        beat()
+        return super().resolve_data(write_item)
+
+
 class LoadPlanner(DefaultLoadPlanner):
     """Takes numbers, strings and their containers for what is not a tensor, and no other class."""
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        beat()
+        super().commit_tensor(read_item, tensor)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn

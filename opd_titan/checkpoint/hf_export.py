@@ -30,6 +30,7 @@ from opd_titan.checkpoint.hf_folder import (
 from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
 from opd_titan.checkpoint.manifest import describe, write_manifest
 from opd_titan.checkpoint.publish import fresh_tmp, publish, tmp_of
+from opd_titan.distributed.lifeline import beat
 from opd_titan.errors import ModelError, StorageError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, transformers 4
@@ -131,6 +132,7 @@ def _write_weights(
         content = {}
         for name in names:
             tensor = _gather(tensors[name], dtypes[name])
+            beat()
             if _writes():
                 content[name] = tensor
         # After each: the ranks need not gather what will not be written.
@@ -138,6 +140,7 @@ def _write_weights(
             if _writes():
                 with naming(folder / file_name):
                     save_file(content, folder / file_name, metadata={"format": "pt"})
+            beat()
     return plan
 
 

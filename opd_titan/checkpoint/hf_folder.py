@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from opd_titan.checkpoint.manifest import find_damage
+from opd_titan.distributed.lifeline import beat
 from opd_titan.errors import ModelError, first_line, reason
 from opd_titan.hub import hub_in_reach, looks_like_hub_id
 
@@ -59,12 +60,29 @@ def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = _HUB_
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    class BeatingBar(tqdm):
+        """By bytes in new versions of the library, by files in old ones."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            beat()
+            return super().update(n)
+
+        def __iter__(self) -> Iterator[Any]:
+            for file in super().__iter__():
+                beat()
+                yield file
 
     with hub_in_reach() as trouble:
         try:
-            return Path(
-                snapshot_download(path_or_id, allow_patterns=[*files], ignore_patterns="*/*")
+            found = snapshot_download(
+                path_or_id,
+                allow_patterns=[*files],
+                ignore_patterns="*/*",
+                tqdm_class=BeatingBar,
             )
+            return Path(found)
         except RepositoryNotFoundError as error:
             raise ModelError(
                 f"{key} = {path_or_id!r} is no local folder and the hub has no such model (or it "

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from opd_titan.checkpoint.hf_folder import check_unchanged, read_json
+from opd_titan.distributed.lifeline import beat
 from opd_titan.errors import ModelError, first_line
 from opd_titan.paths import is_plain_name
 
@@ -119,6 +120,7 @@ def load_hf_weights(model: nn.Module, files: dict[str, Path], key_table: dict[st
                 target, window = _local_window(tensors[key_table[name]])
                 if target.numel():
                     target.copy_(file.get_slice(name)[window])
+                beat()
 
 
 @torch.no_grad()
@@ -142,6 +144,7 @@ def random_init_weights(model: nn.Module, seed: int, std: float) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.empty(tensor.shape).normal_(0.0, std, generator=generator)
         target.copy_(full[window])
+        beat()
 
 
 def _local_window(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -217,6 +220,7 @@ def _check_equal(files: dict[str, Path], name: str, other: str) -> None:
     with _open(files[name]) as file_a, _open(files[other]) as file_b:
         a, b = file_a.get_slice(name), file_b.get_slice(other)
         for start in range(0, a.get_shape()[0], _ROWS_PER_COMPARE):
+            beat()
             rows = slice(start, start + _ROWS_PER_COMPARE)
             if not torch.equal(a[rows].float(), b[rows].float()):
                 raise ModelError(

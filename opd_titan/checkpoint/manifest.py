@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.faults import naming
+from opd_titan.distributed.lifeline import beat
 from opd_titan.errors import reason
 from opd_titan.paths import is_plain_name
 
@@ -122,6 +123,7 @@ def _crc32(path: Path, start: int, length: int) -> str:
                 if not got:
                     break
                 value, left = zlib.crc32(buffer[:got], value), left - got
+                beat()
     except OSError as error:  # read() does not say of which file
         raise OSError(error.errno, reason(error), str(path)) from error
     return f"{value:08x}"

@@ -1,7 +1,7 @@
 """Every option of opd_titan: one dataclass per TOML table, the docstring under a field is its help.
 
 Paths (`hf_path`, `path`, `dump_folder`) are used as written, relative to the working directory
-and not to the TOML file. Ranges and the rules between keys are in `checks.py`.
+and not to the TOML file. Ranges are in `checks.py`, the rules between keys in `consistency.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,28 @@ class Student:
 
 
 @dataclass
+class TeacherModel:
+    """One [[teacher.models]], or [[teacher]] in a file that has no [teacher]."""
+
+    name: str = ""
+    """What [[data.sets]] call it by: letters, digits, `_`, `-` and dots. Required."""
+    hf_path: str = ""
+    """The model: a local folder or a hub id. Required."""
+
+
+@dataclass
 class Teacher:
     hf_path: str = ""
-    """The model to learn from: a local folder or a hub id. Required unless the objective is sft."""
+    """The model to learn from: a local folder or a hub id. Required unless the objective is sft, or
+    [[teacher.models]] name several."""
     random_init: bool = False
     """Take the sizes from config.json but random weights. Off: the weights must exist."""
     cpu_offload: bool = False
     """Keep the weights on the host and stream them to the GPU layer by layer for scoring. To be
     validated the teacher is gathered on the GPU all the same: see validation.enable."""
+    models: list[TeacherModel] = field(default_factory=list)
+    """Several teachers, in the place of hf_path: each scores the responses to the [[data.sets]]
+    that name it, one after the other. docs/several_teachers.md."""
 
 
 @dataclass
@@ -55,6 +69,27 @@ class Reference:
     Negative ones go beyond the teacher; only where the objective is a KL from the student."""
     cpu_offload: bool = False
     """Keep the weights on the host and stream them to the GPU layer by layer."""
+
+
+@dataclass
+class DataSet:
+    """One [[data.sets]], or [[data]] in a file that has no [data]. What it leaves out is as in
+    [data]."""
+
+    name: str = ""
+    """What its figures are called: letters, digits, `_`, `-` and dots. Required."""
+    dataset: Literal["", "gsm8k", "openthoughts3", "prompts"] = ""
+    """What the rows look like. Empty: data.dataset."""
+    path: str = ""
+    """A local file, a save_to_disk folder or a hub id. Empty: data.path, or the hub id of this
+    row's own dataset."""
+    split: str = ""
+    """The split to train on. Empty: data.split."""
+    weight: float = 1.0
+    """Its share of the prompts, relative to the other sets' weights; > 0."""
+    teacher: str = ""
+    """The name of the [[teacher.models]] that scores its responses. Required where there are
+    several."""
 
 
 @dataclass
@@ -74,6 +109,9 @@ class Data:
     """Prompts with more tokens are dropped and counted."""
     shuffle: bool = True
     """Shuffle the prompts anew each epoch; the order depends only on training.seed."""
+    sets: list[DataSet] = field(default_factory=list)
+    """Several data sets, mixed in each step by their weights. Empty: the one that this table
+    names."""
 
 
 @dataclass
@@ -257,6 +295,9 @@ class ValidationSet:
     """Use the first so many prompts. 0: validation.max_prompts."""
     grader: str = ""
     """What tells right from wrong. Empty: validation.grader."""
+    teacher: str = ""
+    """The name of the [[teacher.models]] that the student is measured against. Required where there
+    are several."""
 
 
 @dataclass
@@ -284,7 +325,8 @@ class Validation:
     """Longest response. 0: rollout.max_new_tokens."""
     sets: list[ValidationSet] = field(default_factory=list)
     """Several sets at once, as [[validation.sets]] tables; accuracy is then their mean. A list
-    replaces the parent recipe's as a whole. Empty: the one that this table names."""
+    replaces the parent recipe's as a whole. Empty: the one that this table names; where that names
+    none either, the validation.split of each of [[data.sets]]."""
 
 
 @dataclass
@@ -292,8 +334,9 @@ class Evaluate:
     """For `python -m opd_titan.evaluate` alone; what it measures on is in [validation]."""
 
     model: str = ""
-    """The model to grade: student, teacher, a local Hugging Face folder, a hub id, or a training
-    checkpoint (`<dump_folder>/checkpoint/step-N`). Empty: student."""
+    """The model to grade: student, teacher (of several, teacher.<name>), a local Hugging Face
+    folder, a hub id, or a training checkpoint (`<dump_folder>/checkpoint/step-N`). Empty:
+    student."""
     folder: str = ""
     """Where the results go. Empty: `<dump_folder>/evaluation/<model>`, with a number behind it
     where an earlier result is there."""

@@ -20,7 +20,6 @@ from opd_titan.config.checks import (
     LISTS,
     OPTIONS,
     TABLES,
-    check_consistency,
     check_rows,
     check_value,
     config_error,
@@ -31,6 +30,7 @@ from opd_titan.config.checks import (
     show,
     wanted,
 )
+from opd_titan.config.consistency import check_consistency
 from opd_titan.config.job_config import JobConfig
 from opd_titan.errors import reason
 
@@ -41,6 +41,8 @@ else:
 
 _LARGEST = 1 << 20
 # tomllib's time grows with the square of the parts of a dotted key; no key here has more than two.
+# [[name]] -> the list that its rows are of, for a file without a table of that name.
+SHORT = {"teacher": "teacher.models", "data": "data.sets"}
 _PART = r"""(?:[^\s.="']+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"^[ \t]*{_PART}(?:[ \t]*\.[ \t]*{_PART}){{100}}", re.MULTILINE)
 
@@ -161,8 +163,11 @@ def _check_document(file: str, document: dict[str, Any]) -> dict[str, Any]:
     """The values of one file by `table.key`, each checked by itself and of its field's type."""
     found: dict[str, Any] = {}
     for table, values in document.items():
-        if table in LISTS:
-            found[table] = check_rows(f"{file}: {table}", table, values)
+        if table in LISTS or table in SHORT and isinstance(values, list):
+            name = SHORT.get(table, table)
+            found[name] = check_rows(f"{file}: {table}", name, values)
+            if name == "teacher.models":
+                found["teacher.hf_path"] = ""  # a parent's one teacher is replaced
             continue
         if table not in TABLES:
             raise _unknown_at_top(file, table, values)

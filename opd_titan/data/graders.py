@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from opd_titan.data import grading
 from opd_titan.data.math_judge import math_judge
+from opd_titan.distributed.lifeline import beat
 from opd_titan.errors import ConfigError, first_line
 
 
@@ -64,6 +65,7 @@ class Grader:
         Raises:
             ConfigError: of the user's own grader, whatever it raised or returned amiss.
         """
+        beat()  # a user's own may ask a model somewhere else
         if self.strips_thinking:
             after = without_thinking(response)
             if after is None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd_titan.data.loading import Rows, load_rows
 from opd_titan.data.sources import Record, RowError
 from opd_titan.data.templates import check_template, render
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.lifeline import beat, enter
 from opd_titan.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ class PromptSet:
     """The prompts that are left, in the source's order, and what became of the other rows.
 
     num_rows: rows read; num_duplicates and num_too_long: how many of them were dropped and why.
-    source: where they came from, for the log.
+    source: where they came from, for the log. name: empty for the only set.
     """
 
     source: str
+    name: str = ""
     prompts: list[Prompt] = field(default_factory=list)
     num_rows: int = 0
     num_duplicates: int = 0
@@ -55,6 +57,9 @@ def build_prompts(
     max_prompts: int = 0,
     answer_problem: Callable[[str], str] = lambda answer: "",
     section: str = "data",
+    first_index: int = 0,
+    name: str = "",
+    teacher: str = "teacher",
 ) -> PromptSet:
     """Load, render, tokenize and filter. `Prompt.index` is the row's number in the source.
 
@@ -63,31 +68,22 @@ def build_prompts(
     max_prompts: stop after this many prompts (0: take all).
     answer_problem: what is wrong with a gold answer, if anything; the row is then refused.
     section: the config table that errors name, "data" or "validation".
+    first_index: of the source's first row; name, teacher: of each prompt.
 
     Raises DataError for data that cannot be used, ModelError for a missing chat template.
     """
+    enter(f"the reading of {section}.path")
     check_template(template, tokenizer)
     with _naming_the_table(section):
         rows = load_rows(dataset, path, split)
-        result = PromptSet(rows.source)
-
-        def text_of(number: int, record: Record) -> str:
-            try:
-                return render(
-                    record,
-                    template=template,
-                    raw_format=rows.spec.raw_format,
-                    tokenizer=tokenizer,
-                    enable_thinking=enable_thinking,
-                )
-            except RowError as error:
-                raise rows.error(number, error) from error
-
+        result = PromptSet(rows.source, name)
+        how = {"template": template, "tokenizer": tokenizer, "enable_thinking": enable_thinking}
         shortest = None
         largest = max(LARGE_TEXT, max_prompt_tokens * max(map(len, tokenizer.get_vocab())))
         records = _unique(rows, result)
         while batch := list(islice(records, TOKENIZE_BATCH)):
-            read = [(*entry, text_of(*entry)) for entry in batch]
+            beat()
+            read = [(*entry, _text_of(rows, *entry, how)) for entry in batch]
             kept = [entry for entry in read if len(entry[-1]) <= largest]
             result.num_too_long += len(read) - len(kept)
             tokenized = _tokenize(tokenizer, [text for *_, text in kept])
@@ -103,12 +99,22 @@ def build_prompts(
                 if record.answer is not None and (problem := answer_problem(record.answer)):
                     raise rows.error(number, problem)
                 response = record.response if keep_responses else None
-                result.prompts.append(Prompt(number, text, tuple(ids), response, record.answer))
+                index = first_index + number
+                result.prompts.append(
+                    Prompt(index, text, tuple(ids), response, record.answer, name, teacher)
+                )
                 if len(result.prompts) == max_prompts:
                     return result
     if not result.prompts:
         raise _none_fits(rows, max_prompt_tokens, shortest, largest)
     return result
+
+
+def _text_of(rows: Rows, number: int, record: Record, how: dict[str, Any]) -> str:
+    try:
+        return render(record, raw_format=rows.spec.raw_format, **how)
+    except RowError as error:
+        raise rows.error(number, error) from error
 
 
 def _none_fits(rows: Rows, limit: int, shortest: int | None, largest: int) -> DataError:

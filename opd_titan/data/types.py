@@ -16,9 +16,11 @@ class Prompt:
     """One prompt, rendered and tokenized.
 
     index: row in the source, stable under filtering and shuffling; part of the key of every
-        random number drawn for this prompt.
+        random number drawn for this prompt. Of several sets: in these laid end to end.
     response: the data set's own answer text (SFT, offline distillation), None where it has none.
     answer: the gold final answer, None when there is nothing to grade.
+    data_set: the name of the set that it is of; empty for the only one.
+    teacher: among the job's models, who scores the responses.
     """
 
     index: int
@@ -26,6 +28,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     response: str | None = None
     answer: str | None = None
+    data_set: str = ""
+    teacher: str = "teacher"
 
 
 @dataclass

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -219,10 +221,19 @@ class Minibatch:
         microbatches: this rank's samples, by micro-batch; padded with empty ones so that every
             rank has the same number, because each forward and backward is collective.
         response_tokens: of the whole update, over all ranks.
+        teachers: of each micro-batch, whose its samples are; on every rank the same, and those of
+            one teacher follow each other.
     """
 
     microbatches: list[list[Sample]]
     response_tokens: int
+    teachers: list[str]
+
+    def by_teacher(self) -> Iterator[tuple[str, list[list[Sample]]]]:
+        """Each teacher's micro-batches."""
+        pairs = zip(self.teachers, self.microbatches, strict=True)
+        for teacher, part in groupby(pairs, key=itemgetter(0)):
+            yield teacher, [microbatch for _, microbatch in part]
 
 
 def plan_minibatches(
@@ -232,17 +243,27 @@ def plan_minibatches(
     plan = []
     for part in split_minibatches(len(samples), minibatches):
         chosen = [samples[i] for i in part]
-        bins_by_rank = []
-        for members in place(chosen, dp.size):
-            share = [chosen[i] for i in members]
-            bins = fill_microbatches(share, max_tokens)
-            bins_by_rank.append([[share[i] for i in b] for b in bins])
-        count = max(len(bins) for bins in bins_by_rank)
-        mine = bins_by_rank[dp.rank]
-        plan.append(
-            Minibatch(
-                microbatches=mine + [[] for _ in range(count - len(mine))],
-                response_tokens=sum(len(s.response_ids) for s in chosen),
-            )
-        )
+        mine: list[list[Sample]] = []
+        teachers: list[str] = []
+        for teacher in dict.fromkeys(s.prompt.teacher for s in chosen):
+            taught = [s for s in chosen if s.prompt.teacher == teacher]
+            mine += _microbatches(taught, max_tokens, dp)
+            teachers += [teacher] * (len(mine) - len(teachers))
+        plan.append(Minibatch(mine, sum(len(s.response_ids) for s in chosen), teachers))
     return plan
+
+
+def _microbatches(samples: Sequence[Sample], max_tokens: int, dp: Axis) -> list[list[Sample]]:
+    """This rank's share of the samples, as many micro-batches as every rank has."""
+    bins_by_rank = []
+    for members in place(samples, dp.size):
+        share = [samples[i] for i in members]
+        bins_by_rank.append([[share[i] for i in b] for b in fill_microbatches(share, max_tokens)])
+    count, mine = max(len(bins) for bins in bins_by_rank), bins_by_rank[dp.rank]
+    return mine + [[] for _ in range(count - len(mine))]
+
+
+def taught_by(teacher: str, plan: Sequence[Minibatch]) -> list[Minibatch]:
+    """What one teacher has to score of a plan; for no update."""
+    parts = [part for minibatch in plan for part in minibatch.by_teacher()]
+    return [Minibatch(own, 0, [name] * len(own)) for name, own in parts if name == teacher]

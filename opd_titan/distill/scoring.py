@@ -36,8 +36,8 @@ def score(
             temperature, whatever top-k and top-p the student sampled with.
         on_sequences: called with the number of sequences just done, for a progress bar.
         keep_hidden: leave the vocabulary to the update, which needs all of it.
-        role: of the model, under which samples that are to be inspected note what is seen; empty:
-            none are.
+        role: "teacher" or "reference", under which samples that are to be inspected note what is
+            seen; empty: none are.
 
     Returns:
         Each of this rank's samples with its log-probs, fp32 on the CPU; or with the hidden states

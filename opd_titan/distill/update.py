@@ -149,30 +149,31 @@ def update(
     Args:
         on_sequences: called by all ranks with the number of sequences just done. Until the first
             optimizer step it may raise, and nothing has changed.
-        frozen: by role ("teacher", "reference"), the models that the samples hold hidden states of;
+        frozen: by name, the teachers and the "reference" that the samples hold hidden states of;
             these are used up, and their log-probs filled in.
     """
     totals, made = _Totals(world), []
     done: list[list[tuple[Sequence[Sample], HeadStats]]] = []
     optimizer.zero_grad(set_to_none=True)  # of an update that was left half-way
-    with gathered_heads(frozen) as heads:
-        for i, minibatch in enumerate(plan):
-            done.append([])
-            totals.begin_update()
-            for samples in minibatch.microbatches:
-                stats, rollout_R = forward_backward(
-                    model, samples, minibatch.response_tokens, rule, world, heads
-                )
-                totals.add(stats, rollout_R if i == 0 else None, weight=int(bool(samples)))
-                if samples:
-                    done[-1].append((samples, stats))
-                on_sequences(len(samples))
-            norm = _clip(model, rule.max_grad_norm, totals.loss)
-            totals.grad_norms.append(norm)
-            made.append(math.isfinite(norm))
-            if made[-1]:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    for i, minibatch in enumerate(plan):
+        done.append([])
+        totals.begin_update()
+        for teacher, microbatches in minibatch.by_teacher():
+            with gathered_heads(models_of(teacher, frozen)) as heads:
+                for samples in microbatches:
+                    stats, rollout_R = forward_backward(
+                        model, samples, minibatch.response_tokens, rule, world, heads
+                    )
+                    totals.add(stats, rollout_R if i == 0 else None, weight=int(bool(samples)))
+                    if samples:
+                        done[-1].append((samples, stats))
+                    on_sequences(len(samples))
+        norm = _clip(model, rule.max_grad_norm, totals.loss)
+        totals.grad_norms.append(norm)
+        made.append(math.isfinite(norm))
+        if made[-1]:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     # Only now: a copy to the host waits for the device, which should be busy meanwhile.
     for part in done:
         for those, stats in part:
@@ -183,6 +184,12 @@ def update(
             suspects += _suspects(part, world)
     scalars = {**totals.metrics(), "skipped_updates": made.count(False)}
     return UpdateResult(scalars, made, suspects)
+
+
+def models_of(teacher: str, frozen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """By role, what one teacher's micro-batches are compared with."""
+    names = {"teacher": teacher, "reference": "reference"}
+    return {role: frozen[name] for role, name in names.items() if name in frozen}
 
 
 def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]], world: World) -> list[Sample]:

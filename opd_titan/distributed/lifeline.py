@@ -5,11 +5,13 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
+
+from opd_titan.errors import tell
 
 _SECONDS_TO_TELL = 5.0
 
@@ -28,6 +30,21 @@ def place_of(rank: int) -> str:
         return ""
 
 
+def enter(place: str) -> None:
+    """Say to this process's lifeline, where there is one, what begins: "the check of the data"."""
+    if Lifeline.current is not None:
+        Lifeline.current.enter(place)
+
+
+def beat() -> None:
+    """Say to this process's lifeline, where there is one, that the work goes on.
+
+    For loops deep down. Threads may call it: a write in the background, for which others wait.
+    """
+    if Lifeline.current is not None:
+        Lifeline.current.beat()
+
+
 class Lifeline:
     """Ends this process with one line when it has not moved for `limit_seconds`.
 
@@ -35,12 +52,16 @@ class Lifeline:
     wait for: it may hang in a file system or a library, where nobody else sees it.
     """
 
+    current: ClassVar[Lifeline | None] = None  # the newest of this process that is not closed
+
     def __init__(self, rank: int, limit_seconds: float) -> None:
         self.rank, self.limit, self.place = rank, limit_seconds, "the start"
         self._moved_at = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()
+        Lifeline.current = self
+        self.enter(self.place)
 
     def enter(self, place: str) -> None:
         """Say what begins: "the update of step 3"."""
@@ -56,6 +77,7 @@ class Lifeline:
         self._moved_at = time.monotonic()
 
     def close(self) -> None:
+        Lifeline.current = None
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -92,7 +114,7 @@ class Lifeline:
 
 def _tell(text: str) -> None:
     with suppress(OSError, ValueError):
-        print(f"opd_titan: {text}", file=sys.stderr, flush=True)
+        tell(text)
     logger.error("%s", text)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler) and handler.stream is not None:

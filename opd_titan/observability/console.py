@@ -122,7 +122,7 @@ def report_job(
     total_steps: int,
     dtype: torch.dtype,
     student: nn.Module,
-    **frozen: nn.Module,
+    frozen: Mapping[str, nn.Module],
 ) -> None:
     """Say what the job will do, what its models take on this rank, and where things land.
 

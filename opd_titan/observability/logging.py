@@ -11,7 +11,7 @@ from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from opd_titan.errors import reason
+from opd_titan.errors import reason, tell
 from opd_titan.observability.progress import Bar
 
 # A rank's log file becomes `.log.1`, in the place of the one before, when it is this long.
@@ -67,8 +67,7 @@ class _FileHandler(RotatingFileHandler):
             super().handleError(record)
         elif not self.told:
             self.told = True
-            text = f"opd_titan: {self.baseFilename}: lines are missing: {reason(error)}"
-            print(text, file=sys.stderr, flush=True)
+            tell(f"{self.baseFilename}: lines are missing: {reason(error)}")
 
     def close(self) -> None:
         with suppress(OSError):  # of the lines that are missing

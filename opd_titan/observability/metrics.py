@@ -55,6 +55,11 @@ SCALARS: dict[str, str] = {
     "rollout/preempted": "sequences that waited for memory of the KV cache, over all ranks",
     "rollout/repetition": "0..1, mean over responses of rollout_writer.repetition",
     "rollout/on_policy_fraction": "share of responses that the student sampled, not the data set",
+    # By data set, where there are several.
+    "data/<set>/share": "of the step's sampled responses",
+    "data/<set>/kl_student_teacher": "as kl/student_teacher, against the set's own teacher",
+    "data/<set>/response_tokens_mean": "as rollout/response_tokens_mean",
+    "data/<set>/truncated_fraction": "as rollout/truncated_fraction",
     "grad_norm": "total norm before clipping, mean over the step's updates",
     "skipped_updates": "updates of the step that were not made: loss or gradient was not finite",
     "lr": "learning rate",

@@ -26,6 +26,7 @@ from opd_titan.observability.step_scalars import (
     ForwardFlops,
     balance_scalars,
     cached_tokens_read,
+    data_set_scalars,
     kl_scalars,
     log_ratios,
     rollout_scalars,
@@ -112,6 +113,7 @@ class Recorder:
             scalars |= rollout_scalars(sampled, _sampled(mine), self.decode, self.world)
             scalars |= balance_scalars(seconds, preempted, self.world)
             scalars |= kl_scalars(mine, self.world)
+            scalars |= data_set_scalars(sampled, _sampled(mine), self.world)
         memory = memory_stats(self.world.device)
         scalars |= {name: max_scalar(value, self.world.device) for name, value in memory.items()}
         self.metrics.totals.tokens += sum(len(s.response_ids) for s in samples)

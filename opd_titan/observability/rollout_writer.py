@@ -128,6 +128,7 @@ def _row(
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
         "correct": None if prompt.answer is None else grade(graded, prompt.answer),
+        "data_set": prompt.data_set or None,
         "response_pieces": None if texts is None else texts.pieces(sample.response_ids),
         **_inspected(sample.inspection or {}, texts),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from opd_titan.config.sets import is_teacher
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_vector, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
@@ -39,6 +40,29 @@ def rollout_scalars(
         "rollout/eos_fraction": 1.0 - truncated,
         "rollout/repetition": total / len(samples),
     }
+
+
+def data_set_scalars(
+    samples: Sequence[Sample], mine: Sequence[Sample], world: World
+) -> dict[str, float]:
+    """`data/<set>/*`, where there are several sets. Arguments as for `rollout_scalars`."""
+    scalars: dict[str, float] = {}
+    local: dict[str, float] = {}
+    for name in sorted({s.prompt.data_set for s in samples} - {""}):
+        own = [s for s in samples if s.prompt.data_set == name]
+        scalars[f"data/{name}/share"] = len(own) / len(samples)
+        lengths = sum(len(s.response_ids) for s in own)
+        scalars[f"data/{name}/response_tokens_mean"] = lengths / len(own)
+        truncated = sum(s.finish_reason == "length" for s in own)
+        scalars[f"data/{name}/truncated_fraction"] = truncated / len(own)
+        ratios = _log_ratios([s for s in mine if s.prompt.data_set == name], "teacher_logprobs")
+        local[f"sum {name}"] = sum(r.double().sum().item() for r in ratios)
+        local[f"count {name}"] = sum(r.numel() for r in ratios)
+    total = sum_scalars(local, world.device, world.dp) if local else {}
+    for key in [key for key in total if key.startswith("count ") and total[key]]:
+        name = key.removeprefix("count ")
+        scalars[f"data/{name}/kl_student_teacher"] = total[f"sum {name}"] / total[key]
+    return scalars
 
 
 def balance_scalars(seconds: float, preempted: int, world: World) -> dict[str, float]:
@@ -121,13 +145,15 @@ def work(
         "update": 3.0 * packed_flops(samples, student, responses),
         "rollout": student(lengths, responses) - student(prefilled_once, 0),
     }
-    if "teacher" in forward_flops:
-        tokens["teacher"] = sum(lengths)
-        projected = 0 if whole else responses
-        flops["teacher"] = packed_flops(samples, forward_flops["teacher"], projected)
-    if whole:
-        frozen = (forward for role, forward in forward_flops.items() if role != "student")
-        flops["update"] += sum(forward([], responses) for forward in frozen)
+    for role, forward in forward_flops.items():
+        scored = [s for s in samples if not is_teacher(role) or s.prompt.teacher == role]
+        projected = sum(len(s.response_ids) for s in scored)
+        if is_teacher(role):
+            tokens["teacher"] = sum(lengths)
+            scoring = packed_flops(scored, forward, 0 if whole else projected)
+            flops["teacher"] = flops.get("teacher", 0.0) + scoring
+        if whole and role != "student":
+            flops["update"] += forward([], projected)
     return tokens, flops
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from opd_titan.config import JobConfig, to_toml
+from opd_titan.config.sets import data_sets, teachers
 from opd_titan.observability.events import Events
 
 # Steps of a run that leave samples and a histogram, its first and last one aside.
@@ -27,8 +29,8 @@ STACK = ("update", "teacher", "reference", "inspect", "rollout", "sync", "data")
 _TABLES = ("rollout", "distill", "reference", "optimizer", "lr_scheduler", "training")
 _OUTCOMES = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")
 
-# By group, the charts: their title and scalars. A margin is a value between its two ends. A name
-# that ends in * stands for all that begin so.
+# By group, the charts: their title and scalars. A margin is a value between its two ends. A * in a
+# name stands for anything.
 _MARGIN, _LINES = "Margin", "Multiline"
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "1. Distance to the teacher": {
@@ -45,6 +47,10 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
             tuple(f"validation/accuracy{end}" for end in ("", "_low", "_high")),
         ),
         "KL by position in the response": (_LINES, ("kl_by_position/*",)),
+        "KL to its teacher by data set, nats per token": (
+            _LINES,
+            ("data/*/kl_student_teacher",),
+        ),
         "log S - log T of single tokens: 1st and 99th percentile": (_LINES, ("kl/p1", "kl/p99")),
         "Agreement with the teacher": (
             _LINES,
@@ -128,16 +134,12 @@ def layout_of(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _there(tags: Sequence[str], names: Collection[str]) -> list[str]:
-    return [
-        tag
-        for tag in tags
-        if tag in names or any(n.startswith(tag[:-1]) for n in names) and tag.endswith("*")
-    ]
+    return [tag for tag in tags if any(fnmatchcase(name, tag) for name in names)]
 
 
 def _pattern(tag: str) -> str:
     """Lines are chosen by regular expressions, which match from the start."""
-    return tag[:-1] if tag.endswith("*") else f"{tag}$"
+    return tag.replace("*", ".*") + "$"
 
 
 def as_code(text: str, limit: int) -> str:
@@ -168,9 +170,9 @@ def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
     """What people compare runs by: models, data, and the options of learning."""
     found = {
         "student.hf_path": config.student.hf_path,
-        "teacher.hf_path": config.teacher.hf_path,
-        "data.dataset": config.data.dataset,
-        "data.path": config.data.path,
+        "teacher.hf_path": ", ".join(t.hf_path for t in teachers(config)),
+        "data.dataset": ", ".join(s.dataset for s in data_sets(config)),
+        "data.path": ", ".join(s.path for s in data_sets(config)),
     }
     for table in _TABLES:
         values = asdict(getattr(config, table))

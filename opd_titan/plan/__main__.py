@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from opd_titan.config import JobConfig, load_config
-from opd_titan.errors import ConfigError, UserError
+from opd_titan.errors import ConfigError, UserError, tell
 
 if TYPE_CHECKING:  # it imports torch
     from opd_titan.plan.cluster import Cluster
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
         config = load_config(rest)
         return _plan(config, options)
     except UserError as error:
-        print(f"opd_titan: {error}", file=sys.stderr)
+        tell(error)
         return 2
 
 

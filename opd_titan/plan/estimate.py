@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd_titan.build import cpu_offload
 from opd_titan.config import JobConfig
+from opd_titan.config.sets import is_teacher
 from opd_titan.data.types import Sample
 from opd_titan.observability.step_scalars import cached_tokens_read, packed_flops, work
 from opd_titan.plan.cluster import Cluster
@@ -110,10 +112,10 @@ def _seconds(
         reach = a.host_link
     moved = config.distill.minibatches * _OPTIMIZER_BYTES * simulation.trained
     seconds["optimizer"] = Seconds(busy=moved / reach)
-    for role, table in (("teacher", config.teacher), ("reference", config.reference)):
-        if role in seconds and table.cpu_offload:
-            streamed = simulation.weights[role] * simulation.microbatches
-            seconds[role].hidden += streamed / a.host_link
+    for role, times in simulation.scored.items():
+        if cpu_offload(role, config):
+            phase = "teacher" if is_teacher(role) else role
+            seconds[phase].hidden += simulation.weights[role] * times / a.host_link
     return seconds
 
 
@@ -124,10 +126,13 @@ def _packed_flops(simulation: Simulation, phase: str) -> float:
         phase: or "again", for what full checkpointing makes again.
     """
     role = "student" if phase in ("update", "again") else phase
-    forward = simulation.shapes[role].args.forward_flops
 
     def of(samples: list[Sample]) -> float:
+        if not samples:
+            return 0.0
+        model = samples[0].prompt.teacher if role == "teacher" else role
         responses = sum(len(s.response_ids) for s in samples)
+        forward = simulation.shapes[model].args.forward_flops
         return packed_flops(samples, forward, 0 if phase == "again" else responses)
 
     return sum(map(of, simulation.update_share)) * (3.0 if phase == "update" else 1.0)

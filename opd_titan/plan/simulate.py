@@ -29,10 +29,12 @@ from opd_titan.build import (
 )
 from opd_titan.checkpoint.hf_folder import resolve_model_folder
 from opd_titan.config import JobConfig
+from opd_titan.config.sets import data_sets, is_teacher, teacher_role, validation_sets
+from opd_titan.data.loader import share_out
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.packing import Minibatch, cost, plan_minibatches
+from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
 from opd_titan.distill.scoring import gathered_heads, score
-from opd_titan.distill.update import UpdateRule, forward_backward
+from opd_titan.distill.update import UpdateRule, forward_backward, models_of
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, axes, build_world
 from opd_titan.models.logits import Distribution
@@ -78,7 +80,7 @@ class Simulation:
         resident: what is there between phases, by name.
         weights: the frozen models' share of one rank, on its device or its host, by role.
         gradients: on the device; `trained` parameters have one in fp32.
-        microbatches: of one rank in the whole step.
+        scored: micro-batches of one rank in the whole step, by frozen model.
         kv_cache: with its `pages` of `page_size` tokens.
         runner: all that the rollout keeps for the next one, the cache among it.
         slots: sequences decoded at once, at most.
@@ -95,7 +97,7 @@ class Simulation:
     weights: dict[str, int] = field(default_factory=dict)
     gradients: int = 0
     trained: int = 0
-    microbatches: int = 0
+    scored: dict[str, int] = field(default_factory=dict)
     kv_cache: int = 0
     pages: int = 0
     page_size: int = 0
@@ -172,9 +174,16 @@ def _samples(config: JobConfig, prompt_tokens: int, response_tokens: int) -> lis
     if r.max_tokens_per_step:
         fair = r.max_tokens_per_step // (r.prompts_per_step * r.group_size)
         response_tokens = min(response_tokens, fair)
+    rows = data_sets(config)
+    shares = share_out([r.prompts_per_step] * len(rows), [row.weight for row in rows])
     return [
-        Sample(Prompt(i, "", (0,) * prompt_tokens), n, [0] * response_tokens, "stop")
-        for i in range(r.prompts_per_step)
+        Sample(
+            Prompt(i, "", (0,) * prompt_tokens, teacher=teacher_role(rows[number].teacher)),
+            n,
+            [0] * response_tokens,
+            "stop",
+        )
+        for i, number in zip(range(r.prompts_per_step), shares, strict=False)
         for n in range(r.group_size)
     ]
 
@@ -214,9 +223,11 @@ class _Step:
             self._validate()
         self.weights.release()
         plan = self._plan()
-        for role in ("teacher", "reference"):
-            if role in self.models:
-                self._score(role, plan)
+        for role in self.models:
+            if is_teacher(role):
+                self._score(role, "teacher", taught_by(role, plan))
+        if "reference" in self.models:
+            self._score("reference", "reference", plan)
         self._update(plan)
 
     def _load(self) -> None:
@@ -316,9 +327,12 @@ class _Step:
         ]
         weights = self.weights
         with self._phase("validation", 0):
-            if "teacher" in self.models:
+            asked = {teacher_role(s.teacher) for s in validation_sets(self.config)}
+            teachers = asked & self.models.keys()
+            if teachers:
                 self.weights.release()
-                weights = self._generator_weights("teacher")
+                largest = max(sorted(teachers), key=self.result.weights.__getitem__)
+                weights = self._generator_weights(largest)
             weights.sync()
         generator = self._generator(weights)
         params = SamplingParams(v.max_new_tokens or r.max_new_tokens, v.temperature)
@@ -358,20 +372,23 @@ class _Step:
                 s.student_logprobs = torch.zeros(len(s.response_ids))
         return plan
 
-    def _score(self, role: str, plan: list[Minibatch]) -> None:
+    def _score(self, role: str, name: str, plan: list[Minibatch]) -> None:
         first, count = _first_microbatch(plan)
+        if not count:
+            return
+        self.result.scored[role] = count
         model, rule = self.models[role], self._rule()
-        whole, part = rule.needs_vocabulary, [Minibatch([first], 1)]
-        with self._phase(role, count):
+        whole, part = rule.needs_vocabulary, [Minibatch([first], 1, [role])]
+        with self._phase(name, count):
             scored = score(model, part, rule.dist.untruncated, self.world, keep_hidden=whole)
         for sample, values in scored:
-            setattr(sample, f"{role}_hidden" if whole else f"{role}_logprobs", values)
+            setattr(sample, f"{name}_hidden" if whole else f"{name}_logprobs", values)
         if whole:  # those of the other micro-batches wait for the update as well
             like = scored[0][1]
-            for s in chain.from_iterable(self.result.update_share):
-                if getattr(s, f"{role}_hidden") is None:
+            for s in chain.from_iterable(m for part in plan for m in part.microbatches):
+                if getattr(s, f"{name}_hidden") is None:
                     shape = (len(s.response_ids), like.shape[1])
-                    setattr(s, f"{role}_hidden", like.new_empty(shape))
+                    setattr(s, f"{name}_hidden", like.new_empty(shape))
 
     def _rule(self) -> UpdateRule:
         r = self.config.rollout
@@ -383,7 +400,6 @@ class _Step:
         rule = self._rule()
         frozen = {r: m for r, m in self.models.items() if r != "student"}
         first, count = _first_microbatch(plan)
-        self.result.microbatches = count
         offloaded = self._is_on_host("student")
         # All micro-batches of an update but the first have its gradients beside them.
         if offloaded or any(len(m.microbatches) > 1 for m in plan):
@@ -391,7 +407,8 @@ class _Step:
         if offloaded:
             self.on_host += self.result.gradients
             self.result.gradients = 0
-        with gathered_heads(frozen if rule.needs_vocabulary else {}) as heads:
+        teacher = first[0].prompt.teacher if first else ""
+        with gathered_heads(models_of(teacher, frozen if rule.needs_vocabulary else {})) as heads:
             with self._phase("update", count):
                 forward_backward(self.student, first, 1, rule, self.world, heads)
         with self._phase("update", len(plan)):
@@ -402,4 +419,4 @@ class _Step:
 def _first_microbatch(plan: list[Minibatch]) -> tuple[list[Sample], int]:
     """The fullest one stands for all of them, and how many there are."""
     microbatches = [m for minibatch in plan for m in minibatch.microbatches]
-    return max(microbatches, key=cost), len(microbatches)
+    return max(microbatches, key=cost, default=[]), len(microbatches)

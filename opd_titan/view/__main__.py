@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from opd_titan.errors import ConfigError, UserError
+from opd_titan.errors import ConfigError, UserError, tell
 from opd_titan.view.page import write_page
 
 DESCRIPTION = """\
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         out = options.out or options.dump_folder / "rollouts.html"
         found = write_page(options.dump_folder, out)
     except UserError as error:
-        print(f"opd_titan: {error}", file=sys.stderr)
+        tell(error)
         return 2
     size = out.stat().st_size / 1e6
     print(f"{out}: {found.rollouts:,} rollouts of {found.steps:,} steps, {size:.1f} MB")

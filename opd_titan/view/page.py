@@ -75,12 +75,16 @@ def _run(dump_folder: Path) -> dict[str, str]:
     }
     for name, (table, key) in keys.items():
         value = config.get(table)
-        value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str) and value:
+        if not isinstance(value, dict):
+            continue
+        rows = value.get("models")
+        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        found = [text for row in rows or [value] if isinstance(text := row.get(key), str) and text]
+        if name in ("student", "teacher"):
             # A folder on this machine is nobody else's business; its last two names say enough.
-            run[name] = (
-                "/".join(Path(value).parts[-2:]) if name in ("student", "teacher") else value
-            )
+            found = ["/".join(Path(path).parts[-2:]) for path in found]
+        if found:
+            run[name] = ", ".join(found)
     return run
 
 

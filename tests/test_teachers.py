@@ -1,0 +1,278 @@
+"""Several teachers and data sets: who is asked what, who scores it, and what is reported of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_layouts import assert_same_rollouts, assert_same_weights
+from test_plan import H200
+from tiny_world import (
+    World,
+    assert_same_run,
+    evaluate,
+    hf_greedy,
+    hf_logprobs,
+    load_hf,
+    make_gradable,
+    make_model,
+    make_sums,
+    read_log,
+    read_rollouts,
+    read_scalars,
+    train,
+    train_on,
+    write_rows,
+)
+from transformers import AutoTokenizer
+
+from opd_titan.config import load_config
+from opd_titan.data.grading import extract_answer
+from opd_titan.plan.estimate import estimate
+from opd_titan.plan.simulate import simulate
+
+RECIPE = """
+[student]
+hf_path = "{folder}/student"
+[[teacher]]
+name = "small"
+hf_path = "{folder}/teacher"
+[[teacher]]
+name = "large"
+hf_path = "{folder}/large"
+[[data]]
+name = "sums"
+path = "{folder}/sums"
+weight = 2.0
+teacher = "small"
+[[data]]
+name = "words"
+dataset = "prompts"
+path = "{folder}/words"
+teacher = "large"
+[rollout]
+prompts_per_step = 6
+group_size = 2
+max_new_tokens = 12
+[optimizer]
+lr = 2e-3
+[training]
+steps = 4
+max_tokens_per_microbatch = 96
+[checkpoint]
+interval = 2
+keep_latest_k = 0
+[validation]
+interval = 2
+[metrics]
+sample_rollouts = -1
+"""
+TEACHERS = {"sums": "teacher", "words": "large"}  # by set, the folder
+TAUGHT_BY = {"sums": "small", "words": "large"}
+KINDS = {"sums": "gsm8k", "words": "prompts"}
+GRADES = ["--validation.enable", "false"]
+RUNS: dict[str, list[Any]] = {
+    "sampled": ["--reference.coef", 0.5, "--distill.minibatches", 2, *GRADES],
+    "exact": ["--distill.objective", "reverse_kl", *GRADES],
+    "exact-reference": ["--distill.objective", "forward_kl", "--reference.coef", 0.5, *GRADES],
+}
+TP = ["--parallelism.tensor_parallel_degree", 2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Of each set, the answers to validate with are mostly those of its own teacher."""
+    world = World(tmp_path_factory.mktemp("teachers"))
+    make_model(world.student, seed=1)
+    make_model(world.teacher, seed=2)
+    make_model(world.folder / "large", seed=3, hidden_size=48, num_hidden_layers=3)
+    for name, teacher in TEACHERS.items():
+        make_sums(world.folder / "data" / "test.jsonl", 8, seed=len(name))
+        make_gradable(world, world.folder / teacher)
+        (world.folder / name).mkdir()
+        shutil.move(world.folder / "graded.jsonl", world.folder / name / "test.jsonl")
+    make_sums(world.folder / "sums" / "train.jsonl", 11, seed=1)
+    words = [{"prompt": f"Say {n}."} for n in range(7)]
+    write_rows(world.folder / "words" / "train.jsonl", words)
+    rows = (world.folder / "words" / "test.jsonl").read_text().splitlines()
+    as_prompts = [
+        {"prompt": row["question"], "answer": row["answer"].removeprefix("#### ")}
+        for row in map(json.loads, rows)
+    ]
+    write_rows(world.folder / "words" / "test.jsonl", as_prompts)
+    world.recipe.write_text(RECIPE.format(folder=world.folder))
+    return world
+
+
+@pytest.fixture(scope="module")
+def runs(world: World) -> World:
+    """Each on one process, on two, and where a test wants it on two that split the layers."""
+    train_on(1, [world.argv(f"{name}-1", *options) for name, options in RUNS.items()])
+    both = [world.argv(f"{name}-2", *options) for name, options in RUNS.items()]
+    train_on(2, [*both, world.argv("exact-tp", *RUNS["exact"], *TP)])
+    return world
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return list(chain(*read_rollouts(out).values()))
+
+
+def test_each_response_is_scored_by_its_sets_teacher(runs: World) -> None:
+    models = {name: load_hf(runs.folder / folder) for name, folder in TEACHERS.items()}
+    for name in ("sampled-1", "sampled-2", "exact-1"):
+        rows = rows_of(runs.folder / name)
+        assert {row["data_set"] for row in rows} == {"sums", "words"}
+        for row in rows:
+            assert row["prompt"].startswith(
+                "<user>" + {"sums": "What", "words": "Say"}[row["data_set"]]
+            )
+            tokens = row["prompt_tokens"], row["response_tokens"]
+            expected = hf_logprobs(models[row["data_set"]], *tokens)
+            assert row["teacher_logprobs"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_the_exact_loss_and_gradient_are_those_of_each_sets_own_teacher(runs: World) -> None:
+    student = load_hf(runs.student)
+    models = {name: load_hf(runs.folder / folder) for name, folder in TEACHERS.items()}
+    total, tokens = torch.zeros(()), 0
+    for row in read_rollouts(runs.folder / "exact-1")[1]:
+        ids = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
+        at = slice(len(row["prompt_tokens"]) - 1, -1)
+        mine = student(ids).logits[0, at].log_softmax(-1)
+        with torch.no_grad():
+            other = models[row["data_set"]](ids).logits[0, at].log_softmax(-1)
+        total = total + (mine.exp() * (mine - other)).sum()
+        tokens += len(row["response_tokens"])
+    loss = total / tokens
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+    for out in ("exact-1", "exact-2", "exact-tp"):
+        scalars = read_scalars(runs.folder / out)
+        assert scalars["loss/policy"][1] == pytest.approx(loss.item(), rel=1e-4)
+        assert scalars["grad_norm"][1] == pytest.approx(norm.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [*RUNS, "tp"])
+def test_any_number_of_processes_is_the_same_run(runs: World, name: str) -> None:
+    one, many = (f"{name}-1", f"{name}-2") if name != "tp" else ("exact-1", "exact-tp")
+    assert_same_rollouts(runs.folder / many, runs.folder / one)
+    assert_same_weights(runs.folder / many, runs.folder / one, 4)
+
+
+def test_sets_have_their_shares_and_their_own_figures(runs: World) -> None:
+    out = runs.folder / "sampled-2"
+    scalars = read_scalars(out)
+    for step, rows in read_rollouts(out).items():
+        sums = []
+        for name, share in (("sums", 2 / 3), ("words", 1 / 3)):
+            own = [row for row in rows if row["data_set"] == name]
+            lengths = [len(row["response_tokens"]) for row in own]
+            gaps = [
+                s - t
+                for row in own
+                for s, t in zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)
+            ]
+            found = {key: scalars[f"data/{name}/{key}"][step] for key in FIGURES}
+            assert found == pytest.approx(
+                {
+                    "share": share,
+                    "response_tokens_mean": sum(lengths) / len(own),
+                    "truncated_fraction": sum(r["finish_reason"] == "length" for r in own)
+                    / len(own),
+                    "kl_student_teacher": sum(gaps) / len(gaps),
+                },
+                rel=1e-5,
+                abs=1e-6,
+            )
+            sums += gaps
+        assert scalars["kl/student_teacher"][step] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+
+
+FIGURES = ("share", "response_tokens_mean", "truncated_fraction", "kl_student_teacher")
+
+
+def test_no_prompt_comes_twice_in_an_epoch_of_its_set(runs: World) -> None:
+    seen: dict[str, list[int]] = {"sums": [], "words": []}
+    for rows in read_rollouts(runs.folder / "sampled-1").values():
+        for row in rows[::2]:
+            seen[row["data_set"]].append(row["prompt_index"])
+    assert len(set(seen["sums"][:8])) == 8 and len(set(seen["words"][:6])) == 6
+    assert set(seen["sums"]) <= set(range(11)) and set(seen["words"]) <= set(range(11, 18))
+
+
+def test_each_set_is_validated_against_its_own_teacher(world: World) -> None:
+    assert train(world.argv("graded")) == 0
+    assert train(world.argv("graded-2", "--training.steps", 2)) == 0
+    shutil.copytree(world.folder / "graded-2", world.folder / "resumed")
+    assert train(world.argv("resumed")) == 0
+    assert_same_run(world.folder / "resumed", world.folder / "graded", 4)
+    scalars, tokenizer = (
+        read_scalars(world.folder / "graded"),
+        AutoTokenizer.from_pretrained(world.student),
+    )
+    for name, folder in TEACHERS.items():
+        model, right = load_hf(world.folder / folder), []
+        for line in (world.folder / name / "test.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            asked = f"<user>{row.get('question') or row['prompt']}<assistant>()"
+            ids = hf_greedy(model, tokenizer(asked)["input_ids"], 12)
+            answer = row["answer"].removeprefix("#### ")
+            right.append(extract_answer(tokenizer.decode(ids)) == answer)
+        assert 0 < sum(right) < len(right)
+        expected = pytest.approx(sum(right) / len(right))
+        assert scalars[f"validation/{name}/teacher_accuracy"][4] == expected
+        assert accuracy_of("teacher." + TAUGHT_BY[name], name, world) == expected
+    log = read_log(world.folder / "graded")
+    assert "Data sums: " in log and "67% of each step, taught by small" in log
+    card = (world.folder / "graded" / "hf" / "step-4" / "README.md").read_text()
+    assert f"small: {world.teacher}, large: {world.folder / 'large'}" in card
+
+
+def accuracy_of(model: str, name: str, world: World) -> float:
+    """Its accuracy on one set, by the command for a single model."""
+    folder = world.folder / f"evaluation-{name}"
+    only = f"[{{name = 'a', path = '{world.folder / name}', dataset = '{KINDS[name]}'}}]"
+    argv = world.argv("evaluated", "--evaluate.model", model, "--evaluate.folder", folder)
+    assert evaluate([*argv, "--validation.sets", only]) == 0
+    return json.loads((folder / "results.json").read_text())["accuracy"]
+
+
+def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: Any) -> None:
+    argv = world.argv("changed", *GRADES, "--training.steps", 1)
+    assert train(argv) == 0
+    text = world.recipe.read_text()
+    changes = {
+        text.replace("weight = 2.0", "weight = 1.0"): "data.sets.weight was sums 2, words 1",
+        text.replace('teacher = "small"', 'teacher = "large"', 1).replace(
+            'words"\nteacher = "large"', 'words"\nteacher = "small"'
+        ): "taught by small and is",
+    }
+    for recipe, told in changes.items():
+        (world.folder / "other.toml").write_text(recipe)
+        assert train([argv[0], str(world.folder / "other.toml"), *argv[2:]]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_plan_holds_all_teachers_and_asks_each_its_own(world: World) -> None:
+    """Beside the plans with one of the teachers: weights add up, work is shared out."""
+    cluster = replace(H200, world_size=1)
+    found = {}
+    for name in ("teacher", "large"):
+        argv = ["--student.hf_path", world.student, "--teacher.hf_path", world.folder / name]
+        argv += ["--rollout.prompts_per_step", 6, "--rollout.group_size", 2]
+        argv += ["--training.max_tokens_per_microbatch", 96, "--rollout.max_new_tokens", 12]
+        config = load_config([str(word) for word in argv])
+        found[name] = simulate(config, cluster, 16, 12)
+    config = load_config(world.argv("plan"))
+    both = simulate(config, cluster, 16, 12)
+    one, other = (found[name].weights["teacher"] for name in ("teacher", "large"))
+    assert both.weights["teacher.small"] == one < both.weights["teacher.large"] == other
+    flops = [estimate(config, cluster, s).flops["teacher"] for s in (*found.values(), both)]
+    assert flops[2] == pytest.approx(flops[0] * 2 / 3 + flops[1] / 3)
+    assert both.scored.keys() == {"teacher.small", "teacher.large"}

@@ -60,8 +60,8 @@ VARIANTS: dict[str, str] = {
         --rollout.max_new_tokens 20 --training.steps 2 --validation.enable False""",
 }
 LAST = {"tied": 4, "untied": 3, "exact": 2, "sft": 2}
-# Not each variant under each layout: `test_train` has more of two FSDP ranks, and HSDP x TP is where
-# all axes meet.
+# Not each variant under each layout: `test_train` has more of two FSDP ranks, and HSDP x TP is
+# where all axes meet.
 RUNS = [
     *(("tied", layout) for layout in (*TWO, *FOUR)),
     *(("untied", layout) for layout in ("tp", "fsdp-tp", "hsdp")),

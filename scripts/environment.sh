@@ -78,6 +78,17 @@ check_processes() {
     [[ "$NGPU" =~ ^[1-9][0-9]*$ ]] || fail "NGPU is '$NGPU'; wanted a number of processes"
 }
 
+# Sets NGPU where the user did not, and the workers' environment. The arguments are the program's.
+choose_processes() {
+    if [ -z "${NGPU:-}" ]; then
+        NGPU=$(visible_gpus)
+        [ "$NGPU" -ge 1 ] || NGPU=1
+    fi
+    check_processes
+    if asks_for_help "$@"; then NGPU=1; fi # one help, not one from each process
+    set_worker_environment
+}
+
 # What NGPU workers on this machine get in their environment.
 set_worker_environment() {
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"

@@ -11,13 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment
 
-if [ -z "${NGPU:-}" ]; then
-    NGPU=$(visible_gpus)
-    [ "$NGPU" -ge 1 ] || NGPU=1
-fi
-check_processes
-if asks_for_help "$@"; then NGPU=1; fi # one help, not one from each process
-set_worker_environment
+choose_processes "$@"
 [ -z "${CONFIG_FILE:-}" ] || set -- --job.config_file "$CONFIG_FILE" "$@"
 
 if [ "$NGPU" = 1 ]; then

@@ -17,13 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment
 choose_recipe
 
-if [ -z "${NGPU:-}" ]; then
-    NGPU=$(visible_gpus)
-    [ "$NGPU" -ge 1 ] || NGPU=1
-fi
-check_processes
-if asks_for_help "$@"; then NGPU=1; fi # one help, not one from each process
-set_worker_environment
+choose_processes "$@"
 
 if [ "$NGPU" = 1 ]; then
     exec "$PYTHON" -m opd_titan.train --job.config_file "$CONFIG_FILE" "$@"

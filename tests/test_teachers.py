@@ -80,6 +80,8 @@ GRADES = ["--validation.enable", "false"]
 RUNS: dict[str, list[Any]] = {
     "sampled": ["--reference.coef", 0.5, "--distill.minibatches", 2, *GRADES],
     "exact": ["--distill.objective", "reverse_kl", *GRADES],
+    # A step has a response of one of the teachers, and one of the ranks has none.
+    "scarce": ["--rollout.prompts_per_step", 1, "--rollout.group_size", 1, *GRADES],
     "exact-reference": ["--distill.objective", "forward_kl", "--reference.coef", 0.5, *GRADES],
 }
 TP = ["--parallelism.tensor_parallel_degree", 2]

@@ -235,6 +235,19 @@ def test_sorting_and_filtering(browser: Browser, run: tuple[Path, Rows]) -> None
     assert 0 < wanted < len(every)
 
 
+def test_of_several_data_sets_one_can_be_looked_at(browser: Browser, tmp_path: Path) -> None:
+    sets = ["sums", "words", "sums"]
+    rows = [make_row(1, i, 0, ["4", "<eos>"], data_set=name) for i, name in enumerate(sets)]
+    write_step(tmp_path, 1, rows)
+    open_dump(browser, tmp_path)
+    browser.run("document.getElementById('filter').focus()")
+    for character in "words":
+        browser.press(character)
+    browser.wait("document.getElementById('count').textContent.startsWith('1 of 3')")
+    assert chosen(browser) == (1, 1, 0)
+    assert "datawords" in browser.text("#facts")
+
+
 def test_a_link_leads_to_its_rollout(browser: Browser, run: tuple[Path, Rows]) -> None:
     page, rows = run
     row = rows[3][5]

@@ -71,14 +71,17 @@ class _Packer:
     columns: dict[str, list[Any]] = field(default_factory=lambda: {c: [] for c in _COLUMNS})
     chunks: list[str] = field(default_factory=list)
     questions: dict[tuple[int, str], int] = field(default_factory=dict)
+    sets: list[str] = field(default_factory=list)
     responses: list[str] = field(default_factory=list)
     words: _Words = field(default_factory=_Words)
     rows: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
 
     def add(self, r: Rollout) -> None:
-        # The same row of several data sets is another prompt.
+        # A number may be another prompt's where the data have changed meanwhile.
         question = self.questions.setdefault((r.prompt_index, r.prompt), len(self.questions))
+        if question == len(self.sets):
+            self.sets.append(r.data_set or "")
         kl = r.kl
         values = {
             "step": r.step,
@@ -112,6 +115,7 @@ class _Packer:
         before = _common_start(prompts)
         steps = sorted(set(self.columns["step"]))
         self.columns["questions"] = [_preview(prompt[before:]) for prompt in prompts]
+        self.columns["sets"] = self.sets
         texts = {"prompts": prompts, "responses": self.responses}
         return Packed(self.columns, self.chunks, block(texts), len(self.responses), steps)
 

@@ -28,6 +28,7 @@ class Rollout:
     """A row of a rollout file. Per-token values have an entry for each response token.
 
     Attributes:
+        data_set: among several; None for the only one.
         pieces: text of each token; None in files of earlier versions.
         logprobs, ranks: by role, of the roles that are there; NaN where the file has null.
         advantages: None where there are none.
@@ -45,6 +46,7 @@ class Rollout:
     finish_reason: str
     answer: str | None
     correct: float | None
+    data_set: str | None
     pieces: list[str] | None
     advantages: np.ndarray | None
     logprobs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -130,6 +132,7 @@ class _Row:
             finish_reason=self._get("finish_reason", str, "a string"),
             answer=self._get("answer", str, "a string or null", null=True),
             correct=self._grade(),
+            data_set=self._data_set(),
             pieces=self._each("response_pieces", {str}, "strings"),
             advantages=self._numbers("advantages"),
         )
@@ -148,6 +151,11 @@ class _Row:
         if type(value) in (bool, int, float) and 0 <= value <= 1:
             return float(value)
         return self._get("correct", type(None), "true, false, a score from 0 to 1 or null")
+
+    def _data_set(self) -> str | None:
+        """Files of earlier versions have no such key."""
+        known = "data_set" in self.values
+        return self._get("data_set", str, "a string or null", null=True) if known else None
 
     def _read_top(self, row: Rollout) -> None:
         key, wanted = "teacher_top", "lists of [text, log-prob]"

@@ -29,7 +29,7 @@ async function start() {
     const { step, sort, query } = state;
     if (query && !searched) {
       const { prompts, responses } = await unpack("texts");
-      const lower = prompts.map((text) => text.toLowerCase());
+      const lower = prompts.map((text, q) => `${index.sets[q]} ${text}`.toLowerCase());
       const own = responses.map((text) => text.toLowerCase());
       searched = (i, words) =>
         words.every((word) => lower[index.question[i]].includes(word) || own[i].includes(word));
@@ -81,6 +81,7 @@ async function start() {
       fact("step", String(index.step[i])),
       fact("prompt", String(index.prompt[i])),
       fact("sample", String(index.sample[i])),
+      ...(index.sets[index.question[i]] ? [fact("data", index.sets[index.question[i]])] : []),
       fact("KL", nats(index.kl[i])),
       fact("finish", end, index.cut[i] ? "bad" : ""),
       fact(

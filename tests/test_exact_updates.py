@@ -325,6 +325,7 @@ def check_teacher(row: dict[str, Any], teacher: Any, temperature: float) -> None
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_split_vocabularies_of_different_sizes(world: World) -> None:
     tp = ["--parallelism.data_parallel_shard_degree", 1, "--parallelism.tensor_parallel_degree", 2]
     names = [name for name in RUNS if "padded" in name]

@@ -169,6 +169,7 @@ def test_a_rank_that_is_killed_is_named(world: World) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
     argv = world.argv("hangs", *OPTIONS, "--comm.train_timeout_seconds", 8)
     code, stderr = launch(argv, 1, "phase rollout of step 2", 1, "hang")
@@ -197,6 +198,7 @@ def test_one_ranks_nan_skips_the_update_on_both(world: World) -> None:
         assert "1 of 1 updates skipped" in read_log(out, rank)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_updates_end_the_run(world: World) -> None:
     argv = world.argv("nan-ends", *OPTIONS, "--training.max_skipped_updates", 0)
     code, stderr = launch(argv, 1, "phase update of step 2", 0, "nan")

@@ -35,6 +35,8 @@ from opd_titan.build import inspect_models
 from opd_titan.config import load_config
 from opd_titan.errors import ModelError
 
+pytestmark = pytest.mark.slow  # worlds of four processes
+
 # data_parallel_replicate_degree, data_parallel_shard_degree, tensor_parallel_degree
 Degrees = tuple[int, int, int]
 ONE: Degrees = (1, 1, 1)

@@ -45,6 +45,8 @@ from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.weights import GeneratorWeights
 
+pytestmark = pytest.mark.slow  # four processes
+
 # data_parallel_replicate_degree, data_parallel_shard_degree, tensor_parallel_degree
 LAYOUTS = [(1, 2, 2), (2, 1, 2), (1, 1, 4)]
 OBJECTIVES = {"policy_gradient": policy_gradient, "sft": sft}

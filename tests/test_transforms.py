@@ -220,6 +220,7 @@ def check_training(world: World, mode: str) -> None:
     assert graphs == [2] + [4] * (len(SHAPES) - 1)
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_a_compiled_student_trains_the_same_without_recompiling(world: World, fresh: None) -> None:
     check_training(world, "none")

@@ -14,7 +14,7 @@ import torch
 from tiny_vocabulary import random_logits, rows_of
 
 from opd_titan.data import sources
-from opd_titan.data.grading import grade
+from opd_titan.data.graders import GRADERS
 from opd_titan.data.prompts import build_prompts
 from opd_titan.distill import objectives
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
@@ -75,8 +75,8 @@ def test_the_data_set_gives_prompts_that_can_be_graded(arc, tiny, tmp_path) -> N
     (prompt,) = prompts(tmp_path / "train.jsonl", tiny, ROW)
     assert prompt.text.splitlines()[:3] == ["Which is a metal?", "A. wood", "B. iron"]
     assert prompt.text.endswith("\\boxed{}.") and prompt.response is None
-    assert grade("Iron is one. \\boxed{B}", prompt.answer)
-    assert not grade("Wood: \\boxed{A}", prompt.answer)
+    assert GRADERS["auto"].score("Iron is one. \\boxed{B}", prompt.answer)
+    assert not GRADERS["auto"].score("Wood: \\boxed{A}", prompt.answer)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
+"""The grader `auto`: numbers and words in the forms that models write them in."""
+
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from fractions import Fraction
 
@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_titan.data.grading import extract_answer, grade, normalize_number
+from opd_titan.data.graders import GRADERS
+from opd_titan.data.grading import normalize_number
 from opd_titan.data.sources import gsm8k
+
+grade = GRADERS["auto"].score
 
 CASES = [
     # response, gold, correct
@@ -121,7 +124,6 @@ CASES = [
 @pytest.mark.parametrize(("response", "gold", "correct"), CASES)
 def test_grade(response: str, gold: str, correct: bool) -> None:
     assert grade(response, gold) is correct
-    assert grade(response, None) is None
 
 
 @pytest.mark.parametrize(
@@ -171,13 +173,6 @@ def test_formatting_never_changes_a_number(value: int, other: int) -> None:
         assert grade(f"After {other} steps.\n#### {text}", str(value)) is True
 
 
-@given(st.text(alphabet="#\\boxed{}answr is$-0123456789,./ \n<think>", max_size=200))
-def test_no_response_breaks_the_grader(text: str) -> None:
-    extract_answer(text)
-    assert grade(text, "5") in (True, False)
-    assert grade(text, "yes") in (True, False)
-
-
 @pytest.mark.parametrize(
     "piece",
     ["\\boxed{", "answer is ", "1,", "1 ", "5 a-", "1 1/", "#### "]
@@ -188,9 +183,3 @@ def test_degenerate_responses_take_linear_time(piece: str) -> None:
     for text in (piece * 20_000, f"The answer is {piece * 20_000}", f"\\boxed{{{piece * 20_000}}}"):
         grade(text, "5")
     assert time.perf_counter() - start < 5
-
-
-def test_importing_the_grader_loads_nothing_heavy() -> None:
-    code = "import sys, opd_titan.data.grading; print({'torch','datasets'} & set(sys.modules))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "set()"

@@ -29,7 +29,7 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.data.grading import grade
+from opd_titan.data.graders import GRADERS
 
 ROW_KEYS = (
     "step prompt_index sample_index prompt response prompt_tokens response_tokens student_logprobs "
@@ -161,7 +161,7 @@ def test_rollout_rows_have_the_contracts_keys_and_lengths(base: Path, world: Wor
             assert row["finish_reason"] == ("stop" if stopped else "length")
             assert stopped or n == 12
             assert not {1, 60} & set(row["response_tokens"][:-1])
-            assert row["correct"] == grade(row["response"], row["answer"])
+            assert row["correct"] == GRADERS["auto"].score(row["response"], row["answer"])
             reasons.add(row["finish_reason"])
     assert reasons == {"stop", "length"}
 
@@ -311,7 +311,9 @@ def test_validation_is_transformers_own_greedy_accuracy(base: Path, world: World
         for row in rows:
             ids = tokenizer(f"<user>{row['question']}<assistant>()")["input_ids"]
             answer = hf_greedy(model, ids, 12)
-            right += grade(tokenizer.decode(answer), row["answer"].removeprefix("#### "))
+            right += GRADERS["auto"].score(
+                tokenizer.decode(answer), row["answer"].removeprefix("#### ")
+            )
             tokens += len(answer)
         return right / len(rows), tokens / len(rows)
 

@@ -67,7 +67,7 @@ class Grader:
         """
         beat()  # a user's own may ask a model somewhere else
         if self.strips_thinking:
-            after = without_thinking(response)
+            after = grading.without_thinking(response)
             if after is None:
                 return Grade(False)
             response = after
@@ -76,13 +76,6 @@ class Grader:
     def score(self, response: str, gold: str) -> bool | float | None:
         """None where the gold answer is none that this grader knows: of training prompts, say."""
         return self(response, gold).score if self.can_grade(gold) else None
-
-
-def without_thinking(response: str) -> str | None:
-    """What follows the last `</think>`; None if the thinking never ends."""
-    if "</think>" in response:
-        return response[response.rindex("</think>") + len("</think>") :]
-    return None if "<think>" in response else response
 
 
 GRADERS: dict[str, Grader] = {}
@@ -98,19 +91,18 @@ def grader(name: str, **traits: Any) -> Callable[[Callable], Callable]:
     return enter
 
 
+def _is_number(gold: str) -> bool:
+    return grading.normalize_number(gold) is not None
+
+
 @grader("auto", strips_thinking=False)
 def auto(response: str, gold: str) -> Grade:
     """Numbers, or words, in all the forms that `grading.extract_answer` knows."""
-    numeric = grading.normalize_number(gold) is not None
-    found = grading.extract_answer(response, numeric)
-    return Grade(bool(grading.grade(response, gold)), found)
+    found = grading.extract_answer(response, numeric=_is_number(gold))
+    return Grade(found is not None and grading.same_answer(found, gold), found)
 
 
 _STRICT = re.compile(rf"####[ \t]*(-?[$]?-?(?:{grading.WHOLE}(?:\.\d+)?|\.\d+))(?=%|[.,]*(?:\s|$))")
-
-
-def _is_number(gold: str) -> bool:
-    return grading.normalize_number(gold) is not None
 
 
 @grader("gsm8k", can_grade=_is_number, golds="a number")

@@ -57,6 +57,13 @@ def after_prompt(prompt: str, response: str) -> str:
     return "<think>" + response if prompt.rstrip().endswith("<think>") else response
 
 
+def without_thinking(response: str) -> str | None:
+    """What follows the last `</think>`; None if the thinking never ends."""
+    if "</think>" in response:
+        return response[response.rindex("</think>") + len("</think>") :]
+    return None if "<think>" in response else response
+
+
 def extract_answer(text: str, numeric: bool = True) -> str | None:
     """Return the final answer that a response gives, None if it gives none.
 
@@ -64,11 +71,10 @@ def extract_answer(text: str, numeric: bool = True) -> str | None:
     `numeric` off (the gold answer is text) an answer may be words, or a response of one line as it
     stands, but never just the last number.
     """
-    if "</think>" in text:
-        text = text[text.rindex("</think>") + len("</think>") :]
-    elif "<think>" in text:
+    after = without_thinking(text)
+    if after is None:
         return None
-
+    text = after
     boxed, boxed_at = _last_boxed(text)
     marker = text.rfind("####")
     # "####" can also be a Markdown heading, so a box below it has the last word.
@@ -116,19 +122,11 @@ def normalize_number(text: str) -> Fraction | None:
         return None
 
 
-def grade(response: str, gold: str | None) -> bool | None:
-    """Return whether the response's final answer is the gold one; None when there is no gold.
-
-    Two numbers must be equal; anything else must be the same text, case and spaces aside.
-    """
-    if gold is None:
-        return None
-    gold_number = normalize_number(gold)
-    answer = extract_answer(response, numeric=gold_number is not None)
-    if answer is None:
-        return False
-    if gold_number is not None:
-        return normalize_number(answer) == gold_number
+def same_answer(answer: str, gold: str) -> bool:
+    """Two numbers must be equal; anything else must be the same text, case and spaces aside."""
+    number = normalize_number(gold)
+    if number is not None:
+        return normalize_number(answer) == number
     return _bare(answer) == _bare(gold)
 
 

@@ -8,13 +8,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from opd_titan.config import JobConfig
 from opd_titan.observability.logging import paint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 logger = logging.getLogger("opd_titan")
 
@@ -132,7 +133,7 @@ def report_job(
     """
     r, folder = config.rollout, config.job.dump_folder
     name = str(dtype).removeprefix("torch.")
-    masters = "" if dtype == torch.float32 else ", the student's masters in float32"
+    masters = "" if name == "float32" else ", the student's masters in float32"
     logger.info(
         f"Job: {config.distill.objective}, {total_steps:,} steps of {r.prompts_per_step} prompts x "
         f"{r.group_size} responses of up to {r.max_new_tokens:,} tokens, in {name}{masters}"

@@ -115,7 +115,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def runs(world: World) -> World:
     """Each on one process, on two, and where a test wants it on two that split the layers."""
-    train_on(1, [world.argv(f"{name}-1", *options) for name, options in RUNS.items()])
+    for name, options in RUNS.items():
+        assert train(world.argv(f"{name}-1", *options)) == 0
     both = [world.argv(f"{name}-2", *options) for name, options in RUNS.items()]
     train_on(2, [*both, world.argv("exact-tp", *RUNS["exact"], *TP)])
     return world

@@ -147,11 +147,11 @@ def main() -> None:
         dump, page = Path(folder), Path(folder) / "rollouts.html"
         size = make_run(dump, options.rollouts, options.tokens)
         start, used = time.monotonic(), time.process_time()
-        found = write_page(dump, page)
+        packed = write_page(dump, page)
         made, used = time.monotonic() - start, time.process_time() - used
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         figures = {
-            "rollouts": f"{found.rollouts:,} of about {options.tokens} tokens",
+            "rollouts": f"{packed.count:,} of about {options.tokens} tokens",
             "rollout files": f"{size / 1e6:.0f} MB",
             "page": f"{page.stat().st_size / 1e6:.1f} MB",
             "making the page": f"{made:.1f} s, {used:.1f} of them computing; {peak:.0f} MB",

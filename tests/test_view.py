@@ -11,11 +11,9 @@ import hashlib
 import html.parser
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,22 +331,3 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         f"assert main([{str(tmp_path)!r}]) == 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
-
-
-def test_a_wheel_carries_the_pages_sources(tmp_path: Path) -> None:
-    # Built from a copy: a build leaves folders behind.
-    copy = tmp_path / "copy"
-    shutil.copytree(REPO / "opd_titan", copy / "opd_titan")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, copy / name)
-    build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", build, tmp_path], cwd=copy, capture_output=True, text=True
-    )
-    if "No module named 'setuptools'" in done.stderr:
-        pytest.skip("needs setuptools")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    for path in (REPO / "opd_titan" / "view" / "static").iterdir():
-        assert f"opd_titan/view/static/{path.name}" in names

@@ -35,12 +35,12 @@ def main(argv: list[str]) -> int:
     try:
         options = _arguments(argv)
         out = options.out or options.dump_folder / "rollouts.html"
-        found = write_page(options.dump_folder, out)
+        packed = write_page(options.dump_folder, out)
     except UserError as error:
         tell(error)
         return 2
     size = out.stat().st_size / 1e6
-    print(f"{out}: {found.rollouts:,} rollouts of {found.steps:,} steps, {size:.1f} MB")
+    print(f"{out}: {packed.count:,} rollouts of {len(packed.steps):,} steps, {size:.1f} MB")
     return 0
 
 

@@ -7,7 +7,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,11 @@ else:
 _SCRIPTS = ("data.js", "list.js", "answer.js", "token.js", "curves.js", "main.js")
 
 
-@dataclass(frozen=True)
-class Found:
-    """How much is on a page."""
-
-    rollouts: int
-    steps: int
-
-
-def write_page(dump_folder: Path, out: Path) -> Found:
+def write_page(dump_folder: Path, out: Path) -> Packed:
     """Read a run's rollouts and curves and write the page; it appears whole or not at all.
+
+    Returns:
+        The rollouts that are on it.
 
     Raises:
         DataError: a rollout file is missing, damaged, or no such file.
@@ -56,7 +50,7 @@ def write_page(dump_folder: Path, out: Path) -> Found:
         raise ConfigError(
             f"--out: {out} cannot be written ({error.strerror}); choose a file that can"
         ) from error
-    return Found(packed.count, len(packed.steps))
+    return packed
 
 
 def _run(dump_folder: Path) -> dict[str, str]:

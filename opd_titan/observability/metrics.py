@@ -95,16 +95,7 @@ SCALARS: dict[str, str] = {
     "validation/gap_recovered_low": "lower end of its 95 % interval",
     "validation/gap_recovered_high": "upper end of its 95 % interval",
     "validation/response_tokens_mean": "tokens",
-    # The same by set, where there are several.
-    "validation/<set>/accuracy": "as validation/accuracy",
-    "validation/<set>/accuracy_low": "as validation/accuracy_low",
-    "validation/<set>/accuracy_high": "as validation/accuracy_high",
-    "validation/<set>/pass_at_<k>": "as validation/pass_at_<k>",
-    "validation/<set>/teacher_accuracy": "as validation/teacher_accuracy",
-    "validation/<set>/gap_recovered": "as validation/gap_recovered",
-    "validation/<set>/gap_recovered_low": "as validation/gap_recovered_low",
-    "validation/<set>/gap_recovered_high": "as validation/gap_recovered_high",
-    "validation/<set>/response_tokens_mean": "tokens",
+    "validation/<set>/<figure>": "each of these of one set, where there are several",
     **{position_name(*p): "nats; kl/student_teacher of these tokens alone" for p in POSITIONS},
 }
 

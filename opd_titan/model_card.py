@@ -50,22 +50,23 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
     Args:
         scalars: the last values by TensorBoard name; absent ones are left out.
     """
+    r = config.rollout
     rows: list[tuple[str, object]] = [
         ("student", config.student.hf_path),
         ("teacher", _listed((t.name, t.hf_path) for t in teachers(config)) or "none"),
         ("objective", config.distill.objective),
         ("reference coefficient", config.reference.coef),
-        ("on-policy fraction", config.rollout.on_policy_fraction),
+        ("on-policy fraction", r.on_policy_fraction),
         ("data", _listed((s.name, f"{s.dataset} {s.path} {s.split}") for s in data_sets(config))),
         ("template", config.data.template),
         ("steps", step),
-        ("prompts x responses per step", _batch(config)),
-        ("temperature, top-p, top-k", _sampling(config)),
+        ("prompts x responses per step", f"{r.prompts_per_step} x {r.group_size}"),
+        ("temperature, top-p, top-k", f"{r.temperature}, {r.top_p}, {r.top_k}"),
         ("peak learning rate", config.optimizer.lr),
         ("seed", config.training.seed),
     ]
     names = [name for name in sorted(scalars) if name.startswith("validation/")]
-    names += [name for name in ("kl/student_teacher",) if name in scalars]
+    names += ["kl/student_teacher"] if "kl/student_teacher" in scalars else []
     rows += [(name, f"{scalars[name]:.4f}") for name in names]
     rows += [(name, version(name)) for name in ("torch", "transformers")]
     title = _title(config)
@@ -125,12 +126,3 @@ def _hub_id(path: str) -> str | None:
 
 def _data_id(dataset: str, path: str) -> str | None:
     return _hub_id(path) if path else DATASETS[dataset].hub_id or None
-
-
-def _batch(config: JobConfig) -> str:
-    return f"{config.rollout.prompts_per_step} x {config.rollout.group_size}"
-
-
-def _sampling(config: JobConfig) -> str:
-    r = config.rollout
-    return f"{r.temperature}, {r.top_p}, {r.top_k}"

@@ -29,74 +29,61 @@ STACK = ("update", "teacher", "reference", "inspect", "rollout", "sync", "data")
 _TABLES = ("rollout", "distill", "reference", "optimizer", "lr_scheduler", "training")
 _OUTCOMES = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")
 
-# By group, the charts: their title and scalars. A margin is a value between its two ends. A * in a
-# name stands for anything.
-_MARGIN, _LINES = "Margin", "Multiline"
-LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+# By group, each chart's scalars; * in a name stands for anything. A chart whose last name ends in
+# _high is a margin, a value between its two ends; the others are lines.
+LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "1. Distance to the teacher": {
         "KL(student || teacher), nats per token": (
-            _LINES,
-            ("kl/student_teacher", "kl/reverse", "kl/forward", "kl/student_reference"),
+            "kl/student_teacher",
+            "kl/reverse",
+            "kl/forward",
+            "kl/student_reference",
         ),
-        "Gap recovered, with its 95 % interval": (
-            _MARGIN,
-            tuple(f"validation/gap_recovered{end}" for end in ("", "_low", "_high")),
+        "Gap recovered, with its 95 % interval": tuple(
+            f"validation/gap_recovered{end}" for end in ("", "_low", "_high")
         ),
-        "Accuracy, with its 95 % interval": (
-            _MARGIN,
-            tuple(f"validation/accuracy{end}" for end in ("", "_low", "_high")),
+        "Accuracy, with its 95 % interval": tuple(
+            f"validation/accuracy{end}" for end in ("", "_low", "_high")
         ),
-        "KL by position in the response": (_LINES, ("kl_by_position/*",)),
-        "KL to its teacher by data set, nats per token": (
-            _LINES,
-            ("data/*/kl_student_teacher",),
-        ),
-        "log S - log T of single tokens: 1st and 99th percentile": (_LINES, ("kl/p1", "kl/p99")),
-        "Agreement with the teacher": (
-            _LINES,
-            ("policy/top_k_overlap", "policy/top_1_agreement"),
-        ),
+        "KL by position in the response": ("kl_by_position/*",),
+        "KL to its teacher by data set, nats per token": ("data/*/kl_student_teacher",),
+        "log S - log T of single tokens: 1st and 99th percentile": ("kl/p1", "kl/p99"),
+        "Agreement with the teacher": ("policy/top_k_overlap", "policy/top_1_agreement"),
     },
     "2. Health": {
-        "Response tokens": (
-            _LINES,
-            ("rollout/response_tokens_mean", "rollout/response_tokens_max"),
-        ),
-        "Truncated, repetitive": (_LINES, ("rollout/truncated_fraction", "rollout/repetition")),
-        "Entropy, nats per token": (_LINES, ("policy/entropy", "policy/teacher_entropy")),
-        "Gradient norm": (_LINES, ("grad_norm",)),
-        "Loss": (_LINES, ("loss/policy", "loss/total")),
+        "Response tokens": ("rollout/response_tokens_mean", "rollout/response_tokens_max"),
+        "Truncated, repetitive": ("rollout/truncated_fraction", "rollout/repetition"),
+        "Entropy, nats per token": ("policy/entropy", "policy/teacher_entropy"),
+        "Gradient norm": ("grad_norm",),
+        "Loss": ("loss/policy", "loss/total"),
         "Rollout against update log-probs, clipped share": (
-            _LINES,
-            ("policy/logprob_gap_max", "policy/clip_fraction"),
+            "policy/logprob_gap_max",
+            "policy/clip_fraction",
         ),
     },
     "3. Speed": {
-        "Tokens per second and device": (
-            _LINES,
-            tuple(f"charts/throughput_{p}" for p in ("rollout", "teacher", "update", "step")),
+        "Tokens per second and device": tuple(
+            f"charts/throughput_{p}" for p in ("rollout", "teacher", "update", "step")
         ),
         "Where a step's seconds go: lines stacked": (
-            _LINES,
-            (*(f"charts/stacked_{i}_{p}" for i, p in enumerate(STACK, 1)), "charts/time_step"),
+            *(f"charts/stacked_{i}_{p}" for i, p in enumerate(STACK, 1)),
+            "charts/time_step",
         ),
         "Percent of the device's peak": (
-            _LINES,
-            ("charts/mfu_rollout", "charts/mfu_teacher", "charts/mfu_update", "charts/mbu_rollout"),
+            "charts/mfu_rollout",
+            "charts/mfu_teacher",
+            "charts/mfu_update",
+            "charts/mbu_rollout",
         ),
-        "Pauses between steps, seconds": (
-            _LINES,
-            ("charts/time_validate", "charts/time_checkpoint"),
-        ),
+        "Pauses between steps, seconds": ("charts/time_validate", "charts/time_checkpoint"),
     },
     "4. Memory": {
-        "Peak, GiB": (_LINES, ("charts/memory_max_active", "charts/memory_max_reserved")),
-        "Sequences that waited for the KV cache": (_LINES, ("rollout/preempted",)),
+        "Peak, GiB": ("charts/memory_max_active", "charts/memory_max_reserved"),
+        "Sequences that waited for the KV cache": ("rollout/preempted",),
     },
 }
 
-
-_SHOWN = {tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags}
+_SHOWN = {tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags}
 
 
 def charted(scalars: Mapping[str, float]) -> dict[str, float]:
@@ -122,24 +109,19 @@ def charted(scalars: Mapping[str, float]) -> dict[str, float]:
 
 def layout_of(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
     """`LAYOUT` without what this run does not measure, for `SummaryWriter.add_custom_scalars`."""
-    groups = {}
-    for group, charts in LAYOUT.items():
-        kept = {title: [kind, _there(tags, names)] for title, (kind, tags) in charts.items()}
-        groups[group] = {
-            title: [kind, [_pattern(t) for t in tags] if kind == _LINES else tags]
-            for title, (kind, tags) in kept.items()
-            if tags and (kind == _LINES or len(tags) == 3)
-        }
+    groups = {
+        group: {title: chart for title, tags in charts.items() if (chart := _chart(tags, names))}
+        for group, charts in LAYOUT.items()
+    }
     return {group: charts for group, charts in groups.items() if charts}
 
 
-def _there(tags: Sequence[str], names: Collection[str]) -> list[str]:
-    return [tag for tag in tags if any(fnmatchcase(name, tag) for name in names)]
-
-
-def _pattern(tag: str) -> str:
-    """Lines are chosen by regular expressions, which match from the start."""
-    return tag.replace("*", ".*") + "$"
+def _chart(tags: Sequence[str], names: Collection[str]) -> list[Any] | None:
+    there = [tag for tag in tags if any(fnmatchcase(name, tag) for name in names)]
+    if tags[-1].endswith("_high"):
+        return ["Margin", there] if len(there) == 3 else None
+    # Lines are chosen by regular expressions, which match from the start.
+    return ["Multiline", [tag.replace("*", ".*") + "$" for tag in there]] if there else None
 
 
 def as_code(text: str, limit: int) -> str:

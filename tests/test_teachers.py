@@ -247,6 +247,13 @@ def accuracy_of(model: str, name: str, world: World) -> float:
     return json.loads((folder / "results.json").read_text())["accuracy"]
 
 
+def test_a_teacher_that_is_not_there_is_not_graded(world: World, capsys: Any) -> None:
+    for name in ("teacher", "teacher.smal"):
+        assert evaluate(world.argv("evaluated", "--evaluate.model", name)) == 2
+        told = f'[evaluate] model: "{name}" is none of the teachers; wanted teacher.small or'
+        assert told in capsys.readouterr().err
+
+
 def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: Any) -> None:
     argv = world.argv("changed", *GRADES, "--training.steps", 1)
     assert train(argv) == 0

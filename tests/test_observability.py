@@ -245,6 +245,15 @@ def test_windows_mean_max_and_last_step(tmp_path):
     }
 
 
+def test_a_data_set_may_be_called_anything(tmp_path):
+    logger = MetricLogger(tmp_path, log_freq=2)
+    for step, value in ((1, 0.0), (2, 1.0), (3, 2.0), (4, 4.0)):
+        logger.log(step, {"data/climax/kl_student_teacher": value})
+    logger.close()
+    [(_, values)] = read_scalars(tmp_path).items()
+    assert values == [(1, 0.0), (2, 1.0), (4, 3.0)]
+
+
 def test_validation_of_its_own_at_a_boundary_writes_nothing_twice(tmp_path):
     logger = MetricLogger(tmp_path, log_freq=2)
     logger.log(3, {"lr": 1.0})

@@ -122,6 +122,9 @@ def is_scalar(name: str) -> bool:
 
 UNKNOWN = Peaks()
 
+# Not by a part of the name: a data set may be called anything.
+LARGEST = frozenset(name for name in SCALARS if "max" in name)
+
 RARE = ("validation/", "time/validate", "time/checkpoint")
 
 PHASES = (
@@ -230,8 +233,8 @@ class MetricLogger:
     """Takes every step's scalars, writes them to TensorBoard every `log_freq` steps.
 
     Written are steps 0 and 1, each multiple of `log_freq` and the last step. A written value is
-    the mean over the steps since the last one that passed that scalar, but the maximum for names
-    with "max" in them. What few steps have (`RARE`) is written as it comes, at its own step.
+    the mean over the steps since the last one that passed that scalar, but the maximum of what is
+    a maximum itself (`LARGEST`). What few steps have (`RARE`) is written as it comes, at its own step.
 
     On resume the events go on in the same folder; those of steps that will be run again are
     purged, and a half-filled window comes back through `state_dict`. So log a step before its
@@ -325,6 +328,6 @@ class MetricLogger:
 
 
 def _aggregate(name: str, values: list[float]) -> float:
-    if "max" in name:
+    if name in LARGEST:
         return max(values, key=lambda value: (math.isnan(value), value))
     return sum(values) / len(values)

@@ -234,7 +234,8 @@ class MetricLogger:
 
     Written are steps 0 and 1, each multiple of `log_freq` and the last step. A written value is
     the mean over the steps since the last one that passed that scalar, but the maximum of what is
-    a maximum itself (`LARGEST`). What few steps have (`RARE`) is written as it comes, at its own step.
+    a maximum itself (`LARGEST`). What few steps have (`RARE`) is written as it comes, at its own
+    step.
 
     On resume the events go on in the same folder; those of steps that will be run again are
     purged, and a half-filled window comes back through `state_dict`. So log a step before its
@@ -263,6 +264,7 @@ class MetricLogger:
         self.total_steps = total_steps
         self.color = use_color(color)
         self.last: dict[str, float] = {}
+        self._validated_at: int | None = None
         self._window: dict[str, list[float]] = {}
         self._step_seconds: deque[float] = deque(maxlen=20)
         self.totals = Totals()
@@ -294,6 +296,19 @@ class MetricLogger:
                 self.events.layout(step, self.last)
             self.events.scalars(step, aggregates)
 
+    def validated(self, step: int, found: Mapping[str, float]) -> None:
+        """Know `validation/*` of a step's weights before `log` is told, which is after they are
+        exported. What was measured before may not compare with it, and is forgotten."""
+        self.last = {k: v for k, v in self.last.items() if not k.startswith("validation/")}
+        self.last |= found
+        self._validated_at = step
+
+    def results(self, step: int) -> dict[str, float]:
+        """The last values, but none of the validation of another step's weights."""
+        if step == self._validated_at:
+            return dict(self.last)
+        return {k: v for k, v in self.last.items() if not k.startswith("validation/")}
+
     def due(self, step: int) -> bool:
         """Whether the step ends a window: then it is written, and shown."""
         return step <= 1 or step % self.log_freq == 0 or step == self.total_steps
@@ -314,11 +329,17 @@ class MetricLogger:
     def state_dict(self) -> dict[str, Any]:
         """The half-filled window (plain numbers), so that a resumed run writes the same values."""
         window = {name: list(values) for name, values in self._window.items()}
-        return {"window": window, "last": dict(self.last), "totals": asdict(self.totals)}
+        return {
+            "window": window,
+            "last": dict(self.last),
+            "validated_at": self._validated_at,
+            "totals": asdict(self.totals),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window = {name: list(values) for name, values in state["window"].items()}
         self.last = dict(state["last"])  # an export's card shows them
+        self._validated_at = state.get("validated_at")
         self.totals = Totals(**state.get("totals", {}))
 
     def close(self) -> None:

@@ -265,8 +265,10 @@ class MetricLogger:
         self.color = use_color(color)
         self.last: dict[str, float] = {}
         self._validated_at: int | None = None
+        self._of_step: dict[str, float] = {}  # the last one, which may lack what others have
         self._window: dict[str, list[float]] = {}
         self._step_seconds: deque[float] = deque(maxlen=20)
+        self._steps, self._paused = 0, 0.0  # since the start; seconds
         self.totals = Totals()
         self.events: Dashboard | None = None
         if rank == 0 and enable_tensorboard:
@@ -284,17 +286,37 @@ class MetricLogger:
         values = {name: float(value) for name, value in scalars.items()}
         self.last.update(values)
         self.totals.add(values)
-        if "time/step(s)" in values:
-            self._step_seconds.append(values["time/step(s)"])
         for name, value in values.items():
             self._window.setdefault(name, []).append(value)
         rare = [name for name in values if name.startswith(RARE)]
-        due = list(self._window) if self.due(step) and len(rare) < len(values) else rare
+        of_a_step = len(rare) < len(values)
+        self._time(step, values)
+        if of_a_step:
+            self._of_step = values
+        due = list(self._window) if self.due(step) and of_a_step else rare
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
         if self.events is not None and aggregates:
-            if len(rare) < len(values):
+            if self._of_step:
                 self.events.layout(step, self.last)
             self.events.scalars(step, aggregates)
+
+    def _time(self, step: int, values: Mapping[str, float]) -> None:
+        if "time/step(s)" in values:
+            self._step_seconds.append(values["time/step(s)"])
+            self._steps += 1
+        elif step > 0:
+            self._paused += sum(s for name, s in values.items() if name.startswith("time/"))
+
+    def seconds_left(self, step: int, total_steps: int) -> float | None:
+        """By the mean of the last 20 steps, and the pauses between all of them since the start."""
+        if not self._step_seconds:
+            return None
+        left = total_steps - step
+        seconds = left * sum(self._step_seconds) / len(self._step_seconds)
+        if self._steps > 1 and left > 0:
+            # This step's own is still to come.
+            seconds += (left + 1) * self._paused / (self._steps - 1)
+        return seconds
 
     def validated(self, step: int, found: Mapping[str, float]) -> None:
         """Know `validation/*` of a step's weights before `log` is told, which is after they are
@@ -314,15 +336,14 @@ class MetricLogger:
         return step <= 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def console_line(self, step: int, total_steps: int) -> str:
-        """The last values in one line, with the time left by the mean of the last 20 steps."""
-        seconds = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else None
-        eta = None if seconds is None else seconds * (total_steps - step)
+        """The step's values in one line, with those of the last validation and the time left."""
+        rare = {name: v for name, v in self.last.items() if name.startswith(RARE)}
         return console_line(
             step,
             total_steps,
-            self.last,
+            {**rare, **self._of_step},
             color=self.color,
-            eta_seconds=eta,
+            eta_seconds=self.seconds_left(step, total_steps),
             columns=terminal_columns(),
         )
 
@@ -340,6 +361,8 @@ class MetricLogger:
         self._window = {name: list(values) for name, values in state["window"].items()}
         self.last = dict(state["last"])  # an export's card shows them
         self._validated_at = state.get("validated_at")
+        if self.events is not None:
+            self.events.has_layout_of(self.last)
         self.totals = Totals(**state.get("totals", {}))
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from opd_titan import __version__
-from opd_titan.errors import ConfigError, UserError, tell
+from opd_titan.errors import ConfigError, UserError, for_a_pipe, tell
 
 PROGRAMS = {
     "train": "distil a teacher into a student, on all GPUs of this machine (or NGPU processes)",
@@ -40,7 +40,8 @@ def main() -> int:
     name = argv[0] if argv else "--help"
     try:
         if name in ("-h", "--help"):
-            print(usage())
+            with for_a_pipe():
+                print(usage())
             return 0
         if name == "--version":
             print(__version__)
@@ -152,7 +153,9 @@ def complete(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise ConfigError(f"{COMPLETION}: wanted a shell, one of {', '.join(SHELLS)}")
     known = programs()
-    print(script(argv[0], [*known, COMPLETION], [n for n in known if n in TAKE_A_RECIPE]), end="")
+    text = script(argv[0], [*known, COMPLETION], [n for n in known if n in TAKE_A_RECIPE])
+    with for_a_pipe():
+        print(text, end="")
     return 0
 
 

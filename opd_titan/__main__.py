@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 
 from opd_titan import __version__
-from opd_titan.errors import ConfigError, UserError, tell
+from opd_titan.errors import ConfigError, UserError, for_a_pipe, tell
 
 PROGRAMS = {
     "train": "distil a teacher into a student, on all GPUs of this machine (or NGPU processes)",
@@ -39,7 +39,8 @@ def main() -> int:
     name = argv[0] if argv else "--help"
     try:
         if name in ("-h", "--help"):
-            print(usage())
+            with for_a_pipe():
+                print(usage())
             return 0
         if name == "--version":
             print(__version__)
@@ -145,7 +146,8 @@ def complete(argv: list[str]) -> int:
 
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise ConfigError(f"{COMPLETION}: wanted a shell, one of {', '.join(SHELLS)}")
-    print(script(argv[0], [*PROGRAMS, COMPLETION], TAKE_A_RECIPE), end="")
+    with for_a_pipe():
+        print(script(argv[0], [*PROGRAMS, COMPLETION], TAKE_A_RECIPE), end="")
     return 0
 
 

@@ -6,8 +6,11 @@ Anything else is a bug, keeps its traceback and exits with code 1.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What a terminal can show of one mistake; a list of columns or a path may be as long as it likes.
 _LONGEST = 1000
@@ -85,3 +88,21 @@ def tell(text: object) -> None:
     """One line on stderr, in one write: ranks share it, and Python may write a line's end apart."""
     sys.stderr.write(f"opd_titan: {text}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def for_a_pipe() -> Iterator[None]:
+    """Print, and end without a word where nobody reads on, as after `| head` or a pager.
+
+    Raises:
+        SystemExit: nobody does; 141, as of what dies of SIGPIPE.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

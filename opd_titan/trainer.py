@@ -335,7 +335,7 @@ class Trainer:
         self.weights.sync()
         scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
         self.generator.release()  # its cache suits no other phase
-        self.recorder.metrics.last |= scalars  # for the card and the state of what is saved next
+        self.recorder.metrics.validated(self.step, scalars)  # for what is exported or saved next
         return scalars
 
     def _report_compiling(self) -> None:
@@ -475,6 +475,7 @@ class Trainer:
 
     def _export(self) -> None:
         name, out, source = self.config.export.dtype, self._export_folder(), self.sources["student"]
+        results = self.recorder.metrics.results(self.step)
         self.export_fault = None
         try:
             with self._phase("checkpoint"):
@@ -485,7 +486,7 @@ class Trainer:
                     key_table=source.key_table,
                     dtype=None if name == "auto" else getattr(torch, name),
                     edits=source.edits,
-                    card=model_card(self.config, self.step, self.recorder.metrics.last),
+                    card=model_card(self.config, self.step, results),
                 )
             if dist.get_rank() == 0:
                 link_latest(out)

@@ -43,6 +43,25 @@ def test_help_lists_what_there_is_and_loads_nothing() -> None:
     assert run().stdout == done.stdout
 
 
+RECIPE = REPO / "train_configs" / "debug.toml"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--help", "train --help", f"config {RECIPE}", "completion bash"])
+def test_a_reader_that_leaves_is_no_error(words: str, unbuffered: str) -> None:
+    """As `opd-titan --help | head -1` and a pager do."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opd_titan", *words.split()],
+        env={**os.environ, "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
 def test_each_command_is_its_module() -> None:
     for name in command.PROGRAMS:
         own = subprocess.run(

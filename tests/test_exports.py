@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny_world import REPO, hf_greedy, load_hf, train
+from tiny_world import REPO, hf_greedy, load_hf, make_world, train
 from transformers import AutoTokenizer
 
 from opd_titan.config import JobConfig, load_config
@@ -73,6 +73,20 @@ def test_no_description_breaks_it(description: str, tmp_path: Path) -> None:
         assert card.data.library_name == "transformers"
         assert bool(card.data.eval_results) == bool(scalars)
         assert str(tmp_path) in card.text and "a\\|b.jsonl" in card.text
+
+
+def test_a_card_tells_no_accuracy_of_other_weights(tmp_path: Path) -> None:
+    """Validated are steps 0, 2 and 3, exported 1, 2 and 3: of step 1 no accuracy is known."""
+    argv = make_world(tmp_path).argv("run", "--training.steps", 2)
+    often = [*argv, "--export.interval", "1", "--validation.interval", "2"]
+    assert train(often) == 0
+    assert train([*often, "--training.steps", "3"]) == 0
+    for step, known in ((1, False), (2, True), (3, True)):
+        folder = tmp_path / "run" / "hf" / f"step-{step}"
+        card = ModelCard((folder / "README.md").read_text())
+        assert bool(card.data.eval_results) == known, step
+        assert ("validation/accuracy" in card.text) == known
+        assert "kl/student_teacher" in card.text
 
 
 # ------------------------------------------------------------------------------- vLLM

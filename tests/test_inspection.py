@@ -5,6 +5,7 @@ What a run writes is compared with transformers' own forward over the whole voca
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,17 @@ def test_bytes_that_are_no_character_are_shown_as_such() -> None:
     assert "".join(pieces) == tokenizer.decode(broken)
     assert len(pieces) == len(broken) and pieces[0] == "a" and pieces[3].endswith("b")
     assert len(TokenTexts(tokenizer).pieces(ids[1:2] * 50)) == 50
+
+
+def test_no_text_is_lost_beside_bytes_that_are_no_character() -> None:
+    """Whatever bytes a student that is falling apart writes, joined the pieces are its text."""
+    tokenizer, rng = byte_tokenizer(), random.Random(0)
+    euro, smile = tokenizer("\u20ac")["input_ids"], tokenizer("\U0001f600")["input_ids"]
+    for _ in range(500):
+        parts = [euro, smile, euro[:2], smile[:3], smile[:2], [rng.randrange(256)]]
+        ids = [i for part in rng.choices(parts, k=rng.randrange(1, 12)) for i in part]
+        pieces = TokenTexts(tokenizer).pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids), ids
 
 
 def test_spaces_between_words_are_kept() -> None:

@@ -245,6 +245,15 @@ def test_windows_mean_max_and_last_step(tmp_path):
     }
 
 
+def test_a_data_set_may_be_called_anything(tmp_path):
+    logger = MetricLogger(tmp_path, log_freq=2)
+    for step, value in ((1, 0.0), (2, 1.0), (3, 2.0), (4, 4.0)):
+        logger.log(step, {"data/climax/kl_student_teacher": value})
+    logger.close()
+    [(_, values)] = read_scalars(tmp_path).items()
+    assert values == [(1, 0.0), (2, 1.0), (4, 3.0)]
+
+
 def test_validation_of_its_own_at_a_boundary_writes_nothing_twice(tmp_path):
     logger = MetricLogger(tmp_path, log_freq=2)
     logger.log(3, {"lr": 1.0})
@@ -374,6 +383,29 @@ def test_console_line_of_the_logger_estimates_the_time_left(tmp_path):
     logger.log(1, {"time/step(s)": 10.0})
     logger.log(2, {"time/step(s)": 20.0})
     assert logger.console_line(2, 10).endswith("eta 0:02:00  20.00 s/step")
+
+
+def test_the_time_left_counts_the_pauses_between_steps(tmp_path):
+    """Each step takes 1 s, and every second one is followed by 60 s of validation."""
+    logger = MetricLogger(tmp_path, enable_tensorboard=False)
+    logger.log(0, {"time/validate(s)": 900.0})  # comes once
+    left = []
+    for step in range(1, 11):
+        logger.log(step, {"time/step(s)": 1.0})
+        left.append(logger.seconds_left(step, 10))
+        if step % 2 == 0:
+            logger.log(step, {"time/validate(s)": 50.0, "time/checkpoint(s)": 10.0})
+    assert left[2] == pytest.approx(7 + 4 * 60) and left[8] == pytest.approx(1 + 60)
+    assert left[9] == 0.0
+
+
+def test_a_step_does_not_show_what_another_one_had(tmp_path):
+    """With rollout.on_policy_fraction below 1 a step may have none of the student's samples."""
+    logger = MetricLogger(tmp_path, enable_tensorboard=False, color=False)
+    logger.log(1, {"loss/total": 1.0, "kl/student_teacher": 0.5, "kl/p99": math.inf})
+    logger.log(1, {"validation/gap_recovered": 0.25})
+    logger.log(2, {"loss/total": 2.0})
+    assert logger.console_line(2, 9) == "step 2/9  gap recovered 25.0%  loss 2.0000"
 
 
 def test_phase_clock_adds_up():

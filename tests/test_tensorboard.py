@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +42,15 @@ def read(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder / "tb"), size_guidance=sizes).Reload()
 
 
-def a_run(folder: Path, steps: range, start: int = 0) -> MetricLogger:
+def a_run(
+    folder: Path, steps: range, start: int = 0, state: dict[str, Any] | None = None
+) -> MetricLogger:
     config = load_config(MODELS)
     logger = MetricLogger(folder, start_step=start, total_steps=40)
     assert logger.events is not None
     logger.events.describe(config)
+    if state is not None:
+        logger.load_state_dict(state)
     if start == 0:
         logger.log(0, {"validation/accuracy": 0.2, "time/validate(s)": 1.0})
     for step in steps:
@@ -58,16 +63,16 @@ def a_run(folder: Path, steps: range, start: int = 0) -> MetricLogger:
     return logger
 
 
-def layout(events: EventAccumulator) -> layout_pb2.Layout:
-    (event,) = events.Tensors("custom_scalars__config__")
-    return layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+def layouts(events: EventAccumulator) -> list[layout_pb2.Layout]:
+    written = events.Tensors("custom_scalars__config__")
+    return [layout_pb2.Layout.FromString(e.tensor_proto.string_val[0]) for e in written]
 
 
 def test_the_layout_names_what_the_run_measures(tmp_path: Path) -> None:
     a_run(tmp_path, range(1, 3)).close()
     events = read(tmp_path)
     names = events.Tags()["scalars"]
-    found = layout(events)
+    (found,) = layouts(events)
     assert [c.title[3:] for c in found.category] == ["Distance to the teacher", "Speed"]
     charts = {chart.title: list(chart.multiline.tag) for c in found.category for chart in c.chart}
     patterns = [pattern for tags in charts.values() for pattern in tags]
@@ -75,6 +80,29 @@ def test_the_layout_names_what_the_run_measures(tmp_path: Path) -> None:
         if "checkpoint" not in pattern:  # comes at the end of every run
             assert any(re.match(pattern, name) for name in names), pattern
     assert "charts/throughput_rollout$" in patterns
+
+
+def test_the_layout_grows_with_what_is_measured(tmp_path: Path) -> None:
+    """The first step of a mixture may have none of the student's samples; a resumed run may be the
+    first to validate. TensorBoard shows the newest layout that there is."""
+    logger = MetricLogger(tmp_path)
+    logger.log(1, {"loss/total": 1.0})
+    logger.log(2, {"loss/total": 1.0, "kl/student_teacher": 0.5})
+    logger.log(3, {"loss/total": 1.0})
+    state = logger.state_dict()
+    logger.close()
+    resumed = MetricLogger(tmp_path, start_step=3)
+    resumed.load_state_dict(state)
+    resumed.log(4, {"loss/total": 1.0})
+    resumed.log(4, {f"validation/accuracy{end}": 0.5 for end in ("", "_low", "_high")})
+    resumed.log(5, {"loss/total": 1.0, "kl/student_teacher": 0.5})
+    resumed.close()
+    found = [
+        [chart.title.partition(",")[0] for group in each.category for chart in group.chart]
+        for each in layouts(read(tmp_path))
+    ]
+    kl = "KL(student || teacher)"
+    assert found == [["Loss"], [kl, "Loss"], [kl, "Accuracy", "Loss"]]
 
 
 def test_the_layout_knows_only_scalars_that_there_are() -> None:
@@ -93,7 +121,8 @@ def test_the_layout_knows_only_scalars_that_there_are() -> None:
 def test_nothing_is_doubled_or_missing_after_a_resume(tmp_path: Path) -> None:
     a_run(tmp_path / "whole", range(1, 41)).close()
     crashed = a_run(tmp_path / "resumed", range(1, 31))  # killed after step 30
-    a_run(tmp_path / "resumed", range(21, 41), start=20).close()
+    state = a_run(tmp_path / "other", range(1, 21)).state_dict()
+    a_run(tmp_path / "resumed", range(21, 41), 20, state).close()
     # TensorBoard's own process reads with this one, which purges texts too.
     whole, resumed = (
         PluginAccumulator(str(tmp_path / name / "tb"), size_guidance={"tensors": 0}).Reload()

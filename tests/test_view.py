@@ -229,7 +229,8 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "no JSON": ("hello\n", "line 1: is not JSON"),
     "second line": (json.dumps(GOOD) + "\n{}\n", "line 2: has no `response_tokens`"),
     "a list": ("[1]\n", "line 1: is no JSON object"),
-    "not UTF-8": (b'{"step": "\xff"}\n', "is not UTF-8"),
+    "not UTF-8": (json.dumps(GOOD).encode() + b'\n{"step": "\xff"}\n', "line 2: is not UTF-8"),
+    "nothing": ("", "files are empty"),
     "NaN": (json.dumps({**GOOD, "advantages": [float("nan"), 0.0]}), "NaN is no number"),
     "huge": (
         json.dumps(GOOD).replace("-0.5,", "1e999,", 1),
@@ -269,7 +270,7 @@ def test_a_damaged_file_is_named_in_one_line(
     path = write_step(tmp_path, 3, [])
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refused([str(tmp_path)], capsys)
-    assert str(path) in line and why in line
+    assert str(path if content else path.parent) in line and why in line
     assert not (tmp_path / "rollouts.html").exists()
 
 
@@ -294,6 +295,11 @@ def out_is_a_folder(dump: Path) -> list[str]:
     return [str(dump), "--out", str(dump / "rollouts")]
 
 
+def out_has_no_name(dump: Path) -> list[str]:
+    write_step(dump, 3, [GOOD])
+    return [str(dump), "--out", "."]
+
+
 def out_is_nowhere(dump: Path) -> list[str]:
     write_step(dump, 3, [GOOD])
     return [str(dump), "--out", str(dump / "no" / "page.html")]
@@ -304,6 +310,7 @@ MISTAKES: list[tuple[Callable[[Path], list[str]], str]] = [
     (a_file, "file: has no folder rollouts"),
     (no_rollouts, "holds no step-N.jsonl"),
     (out_is_a_folder, "--out: .*rollouts cannot be written"),
+    (out_has_no_name, "--out: . cannot be written"),
     (out_is_nowhere, "--out: .*page.html cannot be written"),
     (lambda dump: [], "arguments are required: dump_folder"),
     (lambda dump: [str(dump), "--output", "x"], "unrecognized arguments: --output"),
@@ -318,7 +325,7 @@ def test_a_mistake_is_said_in_one_line(
     why: str,
 ) -> None:
     assert re.search(why, refused(make(tmp_path), capsys))
-    assert not list(tmp_path.rglob("*.html*"))
+    assert not list(tmp_path.rglob("*.html*")) and not list(tmp_path.glob("*.tmp"))
 
 
 # ------------------------------------------------------------------------ the program

@@ -377,9 +377,13 @@ def test_no_text_does_anything(browser: Browser, tmp_path: Path) -> None:
         for t in (0, 1):
             browser.point(".piece", t)
         seen = attack.replace("\x00", "\u2400").replace("\ud83d", "\ufffd")
+        for hidden in "\u2028\u2029\u202e\ufeff":
+            seen = seen.replace(hidden, f"\u27e8U+{ord(hidden):04X}\u27e9")
         assert browser.text("#prompt").replace("\ud83d", "\ufffd") == seen
         assert browser.texts(".piece")[0].replace("\ud83d", "\ufffd") == seen
         assert browser.run(made) == 0
+        listed = browser.texts("#list [aria-selected=true]")[0] + browser.text("#facts")
+        assert not set(listed) & set("\u2028\u202e\ufeff\x00"), listed
         browser.press("j")
     assert ATTACKS[1] in browser.text("#run-about") and browser.text("#run-name") == dump.name
     assert browser.run("typeof hacked") == "undefined"

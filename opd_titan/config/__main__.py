@@ -7,6 +7,7 @@ import sys
 
 from opd_titan.config import ConfigError, load_config, to_toml
 from opd_titan.config.reference import markdown
+from opd_titan.errors import for_a_pipe
 
 
 def main() -> int:
@@ -20,7 +21,8 @@ def main() -> int:
             return 2
     # TOML is UTF-8 whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stdout is no bare TextIO
-    print(text, end="")
+    with for_a_pipe():
+        print(text, end="")
     return 0
 
 

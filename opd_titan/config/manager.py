@@ -32,7 +32,7 @@ from opd_titan.config.checks import (
 )
 from opd_titan.config.consistency import check_consistency
 from opd_titan.config.job_config import JobConfig
-from opd_titan.errors import reason
+from opd_titan.errors import for_a_pipe, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -264,11 +264,12 @@ def _from_text(name: str, text: str) -> Any:
 def _show_help(prog: str) -> None:
     import tyro  # costs more than the rest of this package, so only who asks pays for it
 
-    tyro.cli(
-        JobConfig,
-        prog=f"python -m {prog}",
-        args=["--help"],
-        default=JobConfig(),
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    with for_a_pipe():
+        tyro.cli(
+            JobConfig,
+            prog=f"python -m {prog}",
+            args=["--help"],
+            default=JobConfig(),
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )

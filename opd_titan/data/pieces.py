@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\ufffd"  # what decoders write for bytes that are no UTF-8
-# A character of UTF-8 has 4 bytes at most: more tokens than that can never complete one.
-_MOST_PARTS = 4
+# A character of UTF-8 has 4 bytes at most: up to 3 of them may wait for the next token.
+_MOST_WAITING = 3
+# Tokens before one that are decoded with it: so many that a character cut off at their start is
+# never among those that wait, even if all of them are broken.
+_CONTEXT = 16
 
 
 class TokenTexts:
@@ -29,16 +32,13 @@ class TokenTexts:
         if _BROKEN not in "".join(alone) and "".join(alone) == self._decode(ids):
             return alone
         # Tokens that are parts of characters, or whose text depends on their neighbours: each one
-        # adds what the text gains by it (as text-generation-inference streams).
+        # adds what the text so far gains by it. What ends in a broken character may still change.
         pieces = []
-        context = read = 0
-        for end in range(1, len(ids) + 1):
-            before = self._decode(ids[context:read])
-            text = self._decode(ids[context:end])
-            complete = not text.endswith(_BROKEN) or end - read >= _MOST_PARTS or end == len(ids)
-            pieces.append(text[len(before) :] if complete else "")
-            if complete:
-                context, read = read, end
+        for t in range(len(ids)):
+            start, last = max(0, t - _CONTEXT), t == len(ids) - 1
+            before = _settled(self._decode(ids[start:t]))
+            text = self._decode(ids[start : t + 1])
+            pieces.append((text if last else _settled(text))[len(before) :])
         return pieces
 
     def alone(self, token: int) -> str:
@@ -59,3 +59,9 @@ class TokenTexts:
         )
         assert isinstance(text, str)
         return text
+
+
+def _settled(text: str) -> str:
+    """Without what the next token may still complete."""
+    waiting = len(text) - len(text.rstrip(_BROKEN))
+    return text[: len(text) - min(waiting, _MOST_WAITING)]

@@ -113,6 +113,9 @@ def is_scalar(name: str) -> bool:
 
 UNKNOWN = Peaks()
 
+# Not by a part of the name: a data set may be called anything.
+LARGEST = frozenset(name for name in SCALARS if "max" in name)
+
 RARE = ("validation/", "time/validate", "time/checkpoint")
 
 PHASES = (
@@ -221,8 +224,9 @@ class MetricLogger:
     """Takes every step's scalars, writes them to TensorBoard every `log_freq` steps.
 
     Written are steps 0 and 1, each multiple of `log_freq` and the last step. A written value is
-    the mean over the steps since the last one that passed that scalar, but the maximum for names
-    with "max" in them. What few steps have (`RARE`) is written as it comes, at its own step.
+    the mean over the steps since the last one that passed that scalar, but the maximum of what is
+    a maximum itself (`LARGEST`). What few steps have (`RARE`) is written as it comes, at its own
+    step.
 
     On resume the events go on in the same folder; those of steps that will be run again are
     purged, and a half-filled window comes back through `state_dict`. So log a step before its
@@ -251,8 +255,11 @@ class MetricLogger:
         self.total_steps = total_steps
         self.color = use_color(color)
         self.last: dict[str, float] = {}
+        self._validated_at: int | None = None
+        self._of_step: dict[str, float] = {}  # the last one, which may lack what others have
         self._window: dict[str, list[float]] = {}
         self._step_seconds: deque[float] = deque(maxlen=20)
+        self._steps, self._paused = 0, 0.0  # since the start; seconds
         self.totals = Totals()
         self.events: Dashboard | None = None
         if rank == 0 and enable_tensorboard:
@@ -270,43 +277,83 @@ class MetricLogger:
         values = {name: float(value) for name, value in scalars.items()}
         self.last.update(values)
         self.totals.add(values)
-        if "time/step(s)" in values:
-            self._step_seconds.append(values["time/step(s)"])
         for name, value in values.items():
             self._window.setdefault(name, []).append(value)
         rare = [name for name in values if name.startswith(RARE)]
-        due = list(self._window) if self.due(step) and len(rare) < len(values) else rare
+        of_a_step = len(rare) < len(values)
+        self._time(step, values)
+        if of_a_step:
+            self._of_step = values
+        due = list(self._window) if self.due(step) and of_a_step else rare
         aggregates = {name: _aggregate(name, self._window.pop(name)) for name in due}
         if self.events is not None and aggregates:
-            if len(rare) < len(values):
+            if self._of_step:
                 self.events.layout(step, self.last)
             self.events.scalars(step, aggregates)
+
+    def _time(self, step: int, values: Mapping[str, float]) -> None:
+        if "time/step(s)" in values:
+            self._step_seconds.append(values["time/step(s)"])
+            self._steps += 1
+        elif step > 0:
+            self._paused += sum(s for name, s in values.items() if name.startswith("time/"))
+
+    def seconds_left(self, step: int, total_steps: int) -> float | None:
+        """By the mean of the last 20 steps, and the pauses between all of them since the start."""
+        if not self._step_seconds:
+            return None
+        left = total_steps - step
+        seconds = left * sum(self._step_seconds) / len(self._step_seconds)
+        if self._steps > 1 and left > 0:
+            # This step's own is still to come.
+            seconds += (left + 1) * self._paused / (self._steps - 1)
+        return seconds
+
+    def validated(self, step: int, found: Mapping[str, float]) -> None:
+        """Know `validation/*` of a step's weights before `log` is told, which is after they are
+        exported. What was measured before may not compare with it, and is forgotten."""
+        self.last = {k: v for k, v in self.last.items() if not k.startswith("validation/")}
+        self.last |= found
+        self._validated_at = step
+
+    def results(self, step: int) -> dict[str, float]:
+        """The last values, but none of the validation of another step's weights."""
+        if step == self._validated_at:
+            return dict(self.last)
+        return {k: v for k, v in self.last.items() if not k.startswith("validation/")}
 
     def due(self, step: int) -> bool:
         """Whether the step ends a window: then it is written, and shown."""
         return step <= 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def console_line(self, step: int, total_steps: int) -> str:
-        """The last values in one line, with the time left by the mean of the last 20 steps."""
-        seconds = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else None
-        eta = None if seconds is None else seconds * (total_steps - step)
+        """The step's values in one line, with those of the last validation and the time left."""
+        rare = {name: v for name, v in self.last.items() if name.startswith(RARE)}
         return console_line(
             step,
             total_steps,
-            self.last,
+            {**rare, **self._of_step},
             color=self.color,
-            eta_seconds=eta,
+            eta_seconds=self.seconds_left(step, total_steps),
             columns=terminal_columns(),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The half-filled window (plain numbers), so that a resumed run writes the same values."""
         window = {name: list(values) for name, values in self._window.items()}
-        return {"window": window, "last": dict(self.last), "totals": asdict(self.totals)}
+        return {
+            "window": window,
+            "last": dict(self.last),
+            "validated_at": self._validated_at,
+            "totals": asdict(self.totals),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window = {name: list(values) for name, values in state["window"].items()}
         self.last = dict(state["last"])  # an export's card shows them
+        self._validated_at = state.get("validated_at")
+        if self.events is not None:
+            self.events.has_layout_of(self.last)
         self.totals = Totals(**state.get("totals", {}))
 
     def close(self) -> None:
@@ -316,6 +363,6 @@ class MetricLogger:
 
 
 def _aggregate(name: str, values: list[float]) -> float:
-    if "max" in name:
+    if name in LARGEST:
         return max(values, key=lambda value: (math.isnan(value), value))
     return sum(values) / len(values)

@@ -124,6 +124,14 @@ def _chart(tags: Sequence[str], names: Collection[str]) -> list[Any] | None:
     return ["Multiline", [tag.replace("*", ".*") + "$" for tag in there]] if there else None
 
 
+def layout_to_come(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
+    """`layout_of` a run that has these scalars, and what follows from them or comes at its end."""
+    later = dict.fromkeys(names, 0.0)
+    if "time/step(s)" in names:
+        later["time/checkpoint(s)"] = 0.0
+    return layout_of({*names, *charted(later)})
+
+
 def as_code(text: str, limit: int) -> str:
     """Text as a block of Markdown that is shown as it stands, whatever it holds.
 
@@ -176,7 +184,8 @@ class Dashboard:
             start_step: the last step that was done, 0 for a new run.
         """
         self._new = start_step == 0 or not any(folder.glob("events.out.tfevents.*"))
-        self._layout_due = self._new
+        self._names: set[str] = set()
+        self._layout: dict[str, dict[str, list[Any]]] = {}  # of these
         # A new run starts with a validation at step 0, a resumed one after start_step.
         self._events = Events(folder, start_step + 1 if start_step else 0)
 
@@ -201,19 +210,26 @@ class Dashboard:
         self._events.add(step, {**values, **charted(values)})
 
     def layout(self, step: int, names: Collection[str]) -> None:
-        """Once, when it is known what the run measures.
+        """When a run's first step is known, and when it turns out to measure something more: some
+        steps have none of the student's samples, and a resumed run may validate for the first time.
+        TensorBoard shows the newest.
 
         Args:
             names: of the scalars so far; pauses come later.
         """
-        if self._layout_due:
-            self._layout_due = False
-            later = dict.fromkeys(names, 0.0)
-            if "time/step(s)" in names:
-                later["time/checkpoint(s)"] = 0.0  # at the end, if not before
-            layout = layout_of({*names, *charted(later)})
-            if layout:
-                self._events.record(step, lambda writer: writer.add_custom_scalars(layout))
+        if self._names.issuperset(names):
+            return
+        self._names.update(names)
+        found = layout_to_come(self._names)
+        if found and found != self._layout:
+            self._layout = found
+            self._events.record(step, lambda writer: writer.add_custom_scalars(found))
+
+    def has_layout_of(self, names: Collection[str]) -> None:
+        """Say what the part of the run before this one measured."""
+        if not self._new:
+            self._names = set(names)
+            self._layout = layout_to_come(names)
 
     def histogram(self, step: int, name: str, values_N: Tensor) -> None:
         """Of what is finite: `BINS` bins of one width from the least to the largest."""

@@ -7,11 +7,12 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from opd_titan.errors import ConfigError
+from opd_titan.errors import ConfigError, DataError
 from opd_titan.view.curves import read_curves
 from opd_titan.view.packing import Packed, block, pack
 from opd_titan.view.rollouts import Rollout, read_rollouts, rollout_files
@@ -31,7 +32,7 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
         The rollouts that are on it.
 
     Raises:
-        DataError: a rollout file is missing, damaged, or no such file.
+        DataError: a rollout file is missing, damaged, or no such file; all of them are empty.
         ConfigError: `out` cannot be written.
     """
 
@@ -40,13 +41,19 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
             yield from read_rollouts(step, path)
 
     packed = pack(rollouts())
+    if not packed.count:
+        raise DataError(f"{dump_folder / 'rollouts'}: its files are empty; wanted a rollout a line")
     curves = read_curves(dump_folder)
+    if out.is_dir():  # also because "." has no name to make a part's name of
+        raise ConfigError(f"--out: {out} cannot be written (Is a directory); choose a file")
     part = out.with_name(out.name + ".tmp")
     try:
         with part.open("w", encoding="ascii", newline="\n") as file:
             file.writelines(_parts(packed, curves, _run(dump_folder)))
         os.replace(part, out)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise ConfigError(
             f"--out: {out} cannot be written ({error.strerror}); choose a file that can"
         ) from error

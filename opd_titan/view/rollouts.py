@@ -94,25 +94,25 @@ def read_rollouts(step: int, path: Path) -> Iterator[Rollout]:
     Raises:
         DataError: in one line, which line of which file is wrong, and how.
     """
-    number = 0
     try:
-        # Only "\n" ends a line: a text may hold other characters that Python counts as such.
-        with path.open(encoding="utf-8", newline="\n") as file:
+        # As bytes, of which only "\n" ends a line: a text may hold other characters that Python
+        # counts as such. And a file is decoded in blocks, in which nobody knows the line.
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield _Row(path, number, line).rollout(step)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: line {number + 1}: is not UTF-8; damaged, or foreign") from error
 
 
 class _Row:
     """One line, and what may be wrong with it."""
 
-    def __init__(self, path: Path, number: int, line: str) -> None:
+    def __init__(self, path: Path, number: int, line: bytes) -> None:
         self.where = f"{path}: line {number}"
         try:
-            self.values = json.loads(line, parse_constant=self._constant)
+            self.values = json.loads(line.decode(), parse_constant=self._constant)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where}: is not UTF-8; damaged, or foreign") from error
         except (ValueError, RecursionError) as error:
             what = first_line(error)
             raise DataError(f"{self.where}: is not JSON ({what}); damaged, or cut off") from error

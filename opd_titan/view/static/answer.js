@@ -85,7 +85,7 @@ class Answer {
     this.data = data;
     this.chosen = null;
     const pieces = data.pieces.map((_, t) => drawPiece(data, t));
-    const whole = data.response === null ? [] : [element("p", { class: "whole" }, data.response)];
+    const whole = data.response === null ? [] : [element("p", { class: "whole" }, visible(data.response))];
     this.box.replaceChildren(...whole, ...pieces);
     this.pieces = pieces;
     this.box.scrollTop = 0;

@@ -107,11 +107,16 @@ function percent(logprob) {
   return p < 0.01 ? "<0.01%" : `${p.toFixed(p < 10 ? 2 : 1)}%`;
 }
 
-// Characters that cannot be seen, by their pictures.
+// Characters that cannot be seen, or that turn others around: by their pictures, or their numbers.
+const UNSEEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\u{e0000}-\u{e007f}]/gu;
 const visible = (text) =>
-  text.replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, (c) =>
-    c === "\u007f" ? "\u2421" : String.fromCharCode(0x2400 + c.charCodeAt(0)),
-  );
+  text.replace(UNSEEN, (c) => {
+    const code = c.codePointAt(0);
+    if (code < 0x20) return String.fromCharCode(0x2400 + code);
+    if (code === 0x7f) return "\u2421";
+    return `\u27e8U+${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
+  });
 // The same on one line, spaces too.
 const inOneLine = (text) =>
   visible(text).replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u2423");

@@ -101,8 +101,8 @@ function meter(index, i) {
 
 function drawRow(index, i) {
   return [
-    element("div", { class: "question" }, index.questions[index.question[i]] || "(empty prompt)"),
-    element("div", { class: "preview" }, index.preview[i] || "(empty response)"),
+    element("div", { class: "question" }, visible(index.questions[index.question[i]]) || "(empty prompt)"),
+    element("div", { class: "preview" }, visible(index.preview[i]) || "(empty response)"),
     element(
       "div",
       { class: "meta" },

@@ -76,7 +76,7 @@ async function start() {
       element("span", { class: `fact ${kind ?? ""}` }, element("i", {}, name), value);
     const [kind, sign, name] = index.correct[i] === null ? [] : gradeOf(index.correct[i]);
     const grade = kind === "partial" ? name : `${sign} ${name}`;
-    const end = `${index.cut[i] ? "truncated" : data.finish}, ${index.tokens[i]} tokens`;
+    const end = `${index.cut[i] ? "truncated" : visible(data.finish)}, ${index.tokens[i]} tokens`;
     byId("facts").replaceChildren(
       fact("step", String(index.step[i])),
       fact("prompt", String(index.prompt[i])),
@@ -89,7 +89,7 @@ async function start() {
         kind === undefined ? "not graded" : grade,
         { right: "good", wrong: "bad" }[kind],
       ),
-      ...(data.answer === null ? [] : [fact("gold", data.answer)]),
+      ...(data.answer === null ? [] : [fact("gold", visible(data.answer))]),
       ...(data.logprobs.student ? [] : [fact("written by", "the data set")]),
     );
   }

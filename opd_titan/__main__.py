@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 from opd_titan import __version__
 from opd_titan.errors import ConfigError, UserError, for_a_pipe, tell
@@ -48,8 +47,8 @@ def main() -> int:
             return 0
         if name == COMPLETION:
             return complete(argv[1:])
-        if name not in programs():
-            known = ", ".join((*programs(), COMPLETION))
+        if name not in PROGRAMS:
+            known = ", ".join((*PROGRAMS, COMPLETION))
             raise ConfigError(f"{name}: no such command; wanted one of {known}")
         rest = argv[1:]
         if name in TAKE_A_RECIPE and rest and re.fullmatch(r"[^-].*\.toml", rest[0]):
@@ -65,13 +64,8 @@ def main() -> int:
     return 0
 
 
-def programs() -> dict[str, str]:
-    """What there is, and what it does."""
-    return {name: does for name, does in PROGRAMS.items() if find_spec(f"opd_titan.{name}")}
-
-
 def usage() -> str:
-    lines = [f"  {name:<10}  {does}" for name, does in programs().items()]
+    lines = [f"  {name:<10}  {does}" for name, does in PROGRAMS.items()]
     evaluate = f'eval "$(opd-titan {COMPLETION} bash)"'
     lines.append(f"  {COMPLETION:<10}  print what bash or zsh completes: {evaluate}")
     return "\n".join(
@@ -152,10 +146,8 @@ def complete(argv: list[str]) -> int:
 
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise ConfigError(f"{COMPLETION}: wanted a shell, one of {', '.join(SHELLS)}")
-    known = programs()
-    text = script(argv[0], [*known, COMPLETION], [n for n in known if n in TAKE_A_RECIPE])
     with for_a_pipe():
-        print(text, end="")
+        print(script(argv[0], [*PROGRAMS, COMPLETION], TAKE_A_RECIPE), end="")
     return 0
 
 

@@ -259,11 +259,7 @@ def load_model(
     model = parallel_model(source, world, config, compute_dtype)
     model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
     if source.files is None:
-        # Teachers draw other weights than a student of the same shapes, and than each other; the
-        # default reference draws the student's.
-        names = ["", *(teacher_role(t.name) for t in teachers(config))]
-        seed = config.training.seed + (names.index(source.role) if source.role in names else 0)
-        random_init_weights(model, seed, source.args.init_std)
+        random_init_weights(model, random_seed(source.role, config), source.args.init_std)
     else:
         load_hf_weights(model, source.files, source.key_table)
     model.assert_tied()  # type: ignore[operator]  # of our own models
@@ -311,6 +307,16 @@ def build_generator(
         world.tp,
     )
     return weights, generator
+
+
+def random_seed(role: str, config: JobConfig) -> int:
+    """What the random weights of a model are drawn with.
+
+    Teachers draw other weights than a student of the same shapes, and than each other; the default
+    reference draws the student's.
+    """
+    names = ["", *(teacher_role(t.name) for t in teachers(config))]
+    return config.training.seed + (names.index(role) if role in names else 0)
 
 
 def cpu_offload(role: str, config: JobConfig) -> bool:

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opd_titan.build import ModelSource
+from opd_titan.build import ModelSource, random_seed
 from opd_titan.config import JobConfig
 from opd_titan.config.sets import data_sets
 from opd_titan.data.types import Prompt
@@ -68,7 +68,7 @@ def _model_digest(source: ModelSource, config: JobConfig) -> str:
     """Of sizes and weights; of a file of these its two ends, which are quick to read."""
     digest = hashlib.sha256(repr(source.args).encode())
     if source.files is None:
-        digest.update(f"random {config.training.seed}".encode())
+        digest.update(f"random {random_seed(source.role, config)}".encode())
     for path in sorted(set((source.files or {}).values())):
         digest.update(_ends(path))
     return digest.hexdigest()

@@ -105,6 +105,12 @@ def test_rows_of_teachers_and_data_in_both_spellings(tmp_path: Path) -> None:
         ("x", "test", "b"),
         ("y", "test", "a"),
     ]
+    # Without a teacher nobody is asked for, and nothing is loaded.
+    plain = short.replace('teacher = "a"', "").replace('teacher = "b"', "")
+    sft = '[distill]\nobjective = "sft"\n[rollout]\non_policy_fraction = 0\ngroup_size = 1\n'
+    for text in (plain, short):
+        c_sft = load(text + sft)
+        assert teachers(c_sft) == [] and {s.teacher for s in data_sets(c_sft)} == {""}
     long = short.replace("[[teacher]]", "[[teacher.models]]").replace("[[data]]", "[[data.sets]]")
     other = load(long + '[teacher]\nhf_path = ""\n')
     assert (other.teacher, other.data) == (c.teacher, c.data)

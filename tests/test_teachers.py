@@ -32,8 +32,10 @@ from tiny_world import (
 )
 from transformers import AutoTokenizer
 
+from opd_titan.build import inspect_models
 from opd_titan.config import load_config
 from opd_titan.data.grading import extract_answer
+from opd_titan.identity import differences, job_identity
 from opd_titan.plan.estimate import estimate
 from opd_titan.plan.simulate import simulate
 
@@ -245,6 +247,13 @@ def accuracy_of(model: str, name: str, world: World) -> float:
     return json.loads((folder / "results.json").read_text())["accuracy"]
 
 
+def test_a_teacher_that_is_not_there_is_not_graded(world: World, capsys: Any) -> None:
+    for name in ("teacher", "teacher.smal"):
+        assert evaluate(world.argv("evaluated", "--evaluate.model", name)) == 2
+        told = f'[evaluate] model: "{name}" is none of the teachers; wanted teacher.small or'
+        assert told in capsys.readouterr().err
+
+
 def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: Any) -> None:
     argv = world.argv("changed", *GRADES, "--training.steps", 1)
     assert train(argv) == 0
@@ -259,6 +268,17 @@ def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: An
         (world.folder / "other.toml").write_text(recipe)
         assert train([argv[0], str(world.folder / "other.toml"), *argv[2:]]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_random_teachers_in_another_order_are_another_job(world: World) -> None:
+    """They draw their weights by their place in the list."""
+    rows = [f"{{name = '{n}', hf_path = '{world.teacher}'}}" for n in ("small", "large")]
+    found = []
+    for models in (rows, rows[::-1]):
+        listed = ["--teacher.models", f"[{', '.join(models)}]", "--teacher.random_init"]
+        config = load_config([str(word) for word in world.argv("order", *listed)])
+        found.append(job_identity(config, inspect_models(config), {"sums": [], "words": []}))
+    assert set(differences(*found)) == {"teacher.small.hf_path", "teacher.large.hf_path"}
 
 
 def test_a_plan_holds_all_teachers_and_asks_each_its_own(world: World) -> None:

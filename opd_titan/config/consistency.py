@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_titan.config.checks import ROW_SOURCES, SOURCES, config_error, literal, show
 from opd_titan.config.job_config import JobConfig
-from opd_titan.config.sets import data_sets, teacher_role, validation_sets
+from opd_titan.config.sets import data_sets, is_teacher, teacher_role, teachers, validation_sets
 
 # Objectives that a negative reference.coef has an optimum with: what they charge for leaving the
 # teacher grows as fast as what the reference term pays.
@@ -65,10 +65,13 @@ def _evaluation_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
     model = c.evaluate.model
     if model in ("", "student") and not c.student.hf_path:
         yield "evaluate.model", f"required without [student] hf_path; {_NEED_MODEL}"
-    if model == "teacher" and not c.teacher.hf_path:
-        wish = " or ".join(teacher_role(t.name) for t in c.teacher.models)
-        if wish:
-            yield "evaluate.model", f'"teacher" is not one of several; wanted {wish}'
+    names = [teacher_role(t.name) for t in c.teacher.models]
+    if is_teacher(model) and names and model not in names and not os.path.exists(model):
+        yield (
+            "evaluate.model",
+            f"{show(model)} is none of the teachers; wanted {' or '.join(names)}",
+        )
+    elif model == "teacher" and not c.teacher.hf_path:
         yield "teacher.hf_path", f'required with [evaluate] model = "teacher"; {_NEED_MODEL}'
 
 
@@ -122,7 +125,7 @@ def _validation_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
 
 def _routing_problems(c: JobConfig) -> Iterator[tuple[str, str]]:
     """Which set is whose teacher's."""
-    known = [model.name for model in c.teacher.models]
+    known = [model.name for model in c.teacher.models] if teachers(c) else []
     taught = data_sets(c)
     rows = [("data", i, row.teacher) for i, row in enumerate(taught)]
     if c.validation.enable:

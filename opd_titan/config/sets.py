@@ -33,7 +33,7 @@ def data_sets(config: JobConfig) -> list[DataSet]:
             dataset=row.dataset or data.dataset,
             path=row.path or ("" if row.dataset not in ("", data.dataset) else data.path),
             split=row.split or data.split,
-            teacher=row.teacher or _only_teacher(config),
+            teacher=_teacher_of(row, config),
         )
         for row in data.sets or [DataSet()]
     ]
@@ -60,12 +60,14 @@ def validation_sets(config: JobConfig) -> list[ValidationSet]:
                 split=row.split or v.split,
                 max_prompts=row.max_prompts or v.max_prompts,
                 grader=row.grader or v.grader,
-                teacher=row.teacher or _only_teacher(config),
+                teacher=_teacher_of(row, config),
             )
         )
     return found
 
 
-def _only_teacher(config: JobConfig) -> str:
-    models = config.teacher.models
-    return models[0].name if len(models) == 1 else ""
+def _teacher_of(row: DataSet | ValidationSet, config: JobConfig) -> str:
+    names = [model.name for model in teachers(config)]
+    if not names:  # sft
+        return ""
+    return row.teacher or (names[0] if len(names) == 1 else "")

@@ -31,17 +31,6 @@ SLOWER = 0.5
 # rounding of half precision, where the largest of a million differences is far out.
 LARGEST_GAP = {torch.float32: 4e-3, torch.bfloat16: 1.0}
 
-READ = (
-    "rollout/repetition",
-    "rollout/truncated_fraction",
-    "rollout/response_tokens_mean",
-    "rollout/eos_fraction",
-    "policy/entropy",
-    "policy/logprob_gap_max",
-    "kl/student_teacher",
-    "kl/p99",
-)
-
 Readings = Mapping[str, float]
 
 
@@ -60,7 +49,7 @@ class Sign:
 
     shows: (readings now, readings at the start, limits) to whether it does. A reading that the run
         does not have is a KeyError, and no sign.
-    figures: the scalars to name.
+    figures: the scalars that `shows` reads, and a message names.
     cause: what it most likely comes from.
     remedy: the options to change.
     """
@@ -155,6 +144,9 @@ SIGNS = (
         'training.dtype = "float32" tells which; then lower optimizer.lr or report it',
     ),
 )
+
+# The scalars that signs are read from.
+READ = sorted({name for sign in SIGNS for name in sign.figures})
 
 
 class Watchdog:

@@ -17,6 +17,7 @@ import torch
 
 from opd_titan.config import JobConfig
 from opd_titan.observability.console import Totals, console_line, report_job, report_outcome
+from opd_titan.observability.metrics import MetricLogger
 
 SCALARS = {
     "kl/student_teacher": 0.0571,
@@ -127,3 +128,17 @@ def test_the_end_tells_what_was_reached_and_what_to_do(
     assert "Time: rollout 0:02:05; 1,234 response tokens" in caplog.text
     assert f"tensorboard --logdir {tmp_path}/tb" in caplog.text
     assert "--training.steps 80" in caplog.text
+
+
+def test_the_end_of_a_run_whose_first_validation_came_with_its_checkpoint(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Validation is turned on for the last step, and the job is started again when it is done."""
+    before = MetricLogger(tmp_path, enable_tensorboard=False)
+    before.log(1, {"kl/student_teacher": 0.5})
+    before.validated(1, {"validation/accuracy": 0.75})
+    again = MetricLogger(tmp_path, enable_tensorboard=False, start_step=1)
+    again.load_state_dict(before.state_dict())
+    with caplog.at_level("INFO", "opd_titan"):
+        report_outcome(JobConfig(), 1, again.totals, again.last)
+    assert "KL to the teacher 0.5000 -> 0.5000, accuracy 75.0%" in caplog.text

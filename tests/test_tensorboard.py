@@ -82,6 +82,12 @@ def test_the_layout_names_what_the_run_measures(tmp_path: Path) -> None:
     assert "charts/throughput_rollout$" in patterns
 
 
+def test_a_file_of_the_users_own_stops_no_run(tmp_path: Path) -> None:
+    a_run(tmp_path, range(1, 2)).close()
+    (tmp_path / "tb" / "events.out.tfevents.before").touch()
+    MetricLogger(tmp_path, start_step=1).close()
+
+
 def test_the_layout_grows_with_what_is_measured(tmp_path: Path) -> None:
     """The first step of a mixture may have none of the student's samples; a resumed run may be the
     first to validate. TensorBoard shows the newest layout that there is."""
@@ -173,6 +179,8 @@ def test_text_of_models_is_no_markup(tmp_path: Path) -> None:
     tags = set(re.findall(r"<(\w+)", page))
     assert tags <= {"p", "strong", "pre", "code"}, tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    # No response can write its own grade: each of the three is a block of its own.
+    assert page.count("<pre>") == 3
     events = Dashboard(tmp_path / "tb", 0)
     events.samples(1, [(HOSTILE, "x" * 100_000, "stop")] * 9)
     events.close()

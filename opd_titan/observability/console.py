@@ -209,9 +209,9 @@ def _achieved(totals: Totals, last: Mapping[str, float]) -> list[str]:
     first, kl, right = totals.first, "kl/student_teacher", "validation/accuracy"
     parts = []
     if kl in last:
-        parts.append(f"KL to the teacher {first[kl]:.4f} -> {last[kl]:.4f}")
+        parts.append(f"KL to the teacher {_began(first, kl, '.4f')}{last[kl]:.4f}")
     if right in last:
-        parts.append(f"accuracy {first[right]:.1%} -> {last[right]:.1%}")
+        parts.append(f"accuracy {_began(first, right, '.1%')}{last[right]:.1%}")
     if "validation/teacher_accuracy" in last:
         parts.append(f"teacher {last['validation/teacher_accuracy']:.1%}")
     if "validation/gap_recovered" in last:
@@ -223,6 +223,11 @@ def _achieved(totals: Totals, last: Mapping[str, float]) -> list[str]:
     if spent:
         lines.append(f"Time: {spent}; {totals.tokens:,} response tokens")
     return lines
+
+
+def _began(first: Mapping[str, float], name: str, form: str) -> str:
+    """A checkpoint knows what was found just before it was saved, but not as part of a step."""
+    return f"{first[name]:{form}} -> " if name in first else ""
 
 
 def _next_commands(config: JobConfig, step: int) -> list[str]:

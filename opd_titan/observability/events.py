@@ -102,7 +102,8 @@ def _wait_for_a_later_second(folder: Path) -> None:
     A run that is started again within the second, or on a host whose clock is a little behind,
     would be read before the run that it continues, and then purged by it.
     """
-    seconds = [int(p.name.split(".")[3]) for p in folder.glob("events.out.tfevents.*")]
+    names = [p.name.split(".")[3] for p in folder.glob("events.out.tfevents.*")]
+    seconds = [int(name) for name in names if name.isdecimal()]  # there may be a user's own
     behind = max(seconds, default=0) + 1 - time.time()
     if behind > 60:
         logger.warning(

@@ -152,7 +152,8 @@ def samples_text(rows: Sequence[tuple[str, str, str]]) -> str:
     parts = []
     for prompt, response, grade in rows:
         prompt, response = as_code(prompt, SHOWN_CHARACTERS), as_code(response, SHOWN_CHARACTERS)
-        parts += ["**Prompt**", prompt, "**Response**", response, as_code(grade, 200)]
+        # Each under its name: blocks of code that follow one another are shown as one.
+        parts += ["**Prompt**", prompt, "**Response**", response, "**Grade**", as_code(grade, 200)]
     return "\n\n".join(parts)
 
 

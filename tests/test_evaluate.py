@@ -158,8 +158,9 @@ def test_it_ends_responses_where_the_run_did(world: World, model: str) -> None:
     assert mean == expected[0] == expected[1] < 12
 
 
-def test_every_sample_is_written_with_what_it_was_judged_by(run: Path) -> None:
-    folder = run / "evaluation" / "teacher"
+def test_every_sample_is_written_with_what_it_was_judged_by(world: World, run: Path) -> None:
+    folder, recipe = world.folder / "judged", ["--job.config_file", run / "config.resolved.toml"]
+    assert evaluate("--evaluate.model", "teacher", "--evaluate.folder", folder, *recipe) == 0
     found, rows = results(folder), samples(folder)
     for s in found["sets"]:
         mine = [row for row in rows if row["set"] == s["name"]]
@@ -177,10 +178,12 @@ def test_every_sample_is_written_with_what_it_was_judged_by(run: Path) -> None:
 
 
 def test_an_earlier_result_stays(
-    world: World, run: Path, capfd: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--evaluate.model", run / "hf/step-2", "--validation.sets=[]", *SAMPLED[:0]]
-    folders = [run / "evaluation" / f"hf-step-2{end}" for end in ("", "-2", "-3")]
+    given = ["--evaluate.model", run / "hf/step-2", "--job.dump_folder", tmp_path]
+    options = [*given, "--validation.sets=[]"]
+    folders = [tmp_path / "evaluation" / f"hf-step-2{end}" for end in ("", "-2", "-3")]
+    assert evaluate(*given) == 0
     before = (folders[0] / "results.json").read_bytes()
     for _ in range(2):
         assert evaluate(*options, "--validation.max_prompts", 2) == 0
@@ -327,7 +330,8 @@ def test_two_processes_find_what_one_does(world: World, run: Path) -> None:
     out, err = done.communicate(timeout=TIMEOUT)
     assert done.returncode == 0, err
     assert "pass@3" in out and "graded" in out and str(folder) in out
-    alone = run / "evaluation" / "checkpoint-step-2"
+    alone = world.folder / "alone"
+    assert evaluate(*options[:2], "--evaluate.folder", alone) == 0
     assert samples(folder) == samples(alone)
     first, second = results(folder), results(alone)
     for key in ("accuracy", "interval", "sets", "pass_at_k"):

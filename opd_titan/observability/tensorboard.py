@@ -108,9 +108,17 @@ def charted(scalars: Mapping[str, float]) -> dict[str, float]:
 
 
 def layout_of(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
-    """`LAYOUT` without what this run does not measure, for `SummaryWriter.add_custom_scalars`."""
+    """For `SummaryWriter.add_custom_scalars`: `LAYOUT` without what a run does not measure.
+
+    Args:
+        names: of the run's scalars; what follows from them, or comes at its end, is there too.
+    """
+    later = dict.fromkeys(names, 0.0)
+    if "time/step(s)" in names:
+        later["time/checkpoint(s)"] = 0.0
+    there = {*names, *charted(later)}
     groups = {
-        group: {title: chart for title, tags in charts.items() if (chart := _chart(tags, names))}
+        group: {title: chart for title, tags in charts.items() if (chart := _chart(tags, there))}
         for group, charts in LAYOUT.items()
     }
     return {group: charts for group, charts in groups.items() if charts}
@@ -122,14 +130,6 @@ def _chart(tags: Sequence[str], names: Collection[str]) -> list[Any] | None:
         return ["Margin", there] if len(there) == 3 else None
     # Lines are chosen by regular expressions, which match from the start.
     return ["Multiline", [tag.replace("*", ".*") + "$" for tag in there]] if there else None
-
-
-def layout_to_come(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
-    """`layout_of` a run that has these scalars, and what follows from them or comes at its end."""
-    later = dict.fromkeys(names, 0.0)
-    if "time/step(s)" in names:
-        later["time/checkpoint(s)"] = 0.0
-    return layout_of({*names, *charted(later)})
 
 
 def as_code(text: str, limit: int) -> str:
@@ -221,7 +221,7 @@ class Dashboard:
         if self._names.issuperset(names):
             return
         self._names.update(names)
-        found = layout_to_come(self._names)
+        found = layout_of(self._names)
         if found and found != self._layout:
             self._layout = found
             self._events.record(step, lambda writer: writer.add_custom_scalars(found))
@@ -230,7 +230,7 @@ class Dashboard:
         """Say what the part of the run before this one measured."""
         if not self._new:
             self._names = set(names)
-            self._layout = layout_to_come(names)
+            self._layout = layout_of(names)
 
     def histogram(self, step: int, name: str, values_N: Tensor) -> None:
         """Of what is finite: `BINS` bins of one width from the least to the largest."""

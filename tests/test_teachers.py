@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import chain
@@ -85,7 +86,11 @@ RUNS: dict[str, list[Any]] = {
     # A step has a response of one of the teachers, and one of the ranks has none.
     "scarce": ["--rollout.prompts_per_step", 1, "--rollout.group_size", 1, *GRADES],
     "exact-reference": ["--distill.objective", "forward_kl", "--reference.coef", 0.5, *GRADES],
+    # Half of the prompts are answered by their data set.
+    "mixed": ["--distill.objective", "jsd", "--rollout.on_policy_fraction", 0.5, *GRADES],
 }
+OFFLOAD = ["--teacher.cpu_offload", "true", "--optimizer.cpu_offload", "true"]
+OFFLOAD += ["--reference.cpu_offload", "true"]
 TP = ["--parallelism.tensor_parallel_degree", 2]
 
 
@@ -102,7 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         (world.folder / name).mkdir()
         shutil.move(world.folder / "graded.jsonl", world.folder / name / "test.jsonl")
     make_sums(world.folder / "sums" / "train.jsonl", 11, seed=1)
-    words = [{"prompt": f"Say {n}."} for n in range(7)]
+    words = [{"prompt": f"Say {n}.", "response": f"{n} + {n}"} for n in range(7)]
     write_rows(world.folder / "words" / "train.jsonl", words)
     rows = (world.folder / "words" / "test.jsonl").read_text().splitlines()
     as_prompts = [
@@ -119,8 +124,10 @@ def runs(world: World) -> World:
     """Each on one process, on two, and where a test wants it on two that split the layers."""
     for name, options in RUNS.items():
         assert train(world.argv(f"{name}-1", *options)) == 0
+    assert train(world.argv("moved", *RUNS["sampled"], "--training.steps", 2)) == 0
     both = [world.argv(f"{name}-2", *options) for name, options in RUNS.items()]
-    train_on(2, [*both, world.argv("exact-tp", *RUNS["exact"], *TP)])
+    both += [world.argv("exact-tp", *RUNS["exact"], *TP), world.argv("moved", *RUNS["sampled"])]
+    train_on(2, both)
     return world
 
 
@@ -130,7 +137,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def test_each_response_is_scored_by_its_sets_teacher(runs: World) -> None:
     models = {name: load_hf(runs.folder / folder) for name, folder in TEACHERS.items()}
-    for name in ("sampled-1", "sampled-2", "exact-1"):
+    for name in ("sampled-1", "sampled-2", "exact-1", "mixed-1"):
         rows = rows_of(runs.folder / name)
         assert {row["data_set"] for row in rows} == {"sums", "words"}
         for row in rows:
@@ -168,6 +175,27 @@ def test_any_number_of_processes_is_the_same_run(runs: World, name: str) -> None
     one, many = (f"{name}-1", f"{name}-2") if name != "tp" else ("exact-1", "exact-tp")
     assert_same_rollouts(runs.folder / many, runs.folder / one)
     assert_same_weights(runs.folder / many, runs.folder / one, 4)
+
+
+def test_a_run_goes_on_in_another_world(runs: World) -> None:
+    """From one process to two, in the midst of the epochs of both sets."""
+    assert "Resumed from" in read_log(runs.folder / "moved")
+    assert_same_rollouts(runs.folder / "moved", runs.folder / "sampled-1")
+    assert_same_weights(runs.folder / "moved", runs.folder / "sampled-1", 4)
+
+
+def test_teachers_on_the_host_make_the_same_run(runs: World) -> None:
+    assert train(runs.argv("offloaded", *RUNS["sampled"], *OFFLOAD)) == 0
+    assert_same_run(runs.folder / "offloaded", runs.folder / "sampled-1", 4)
+
+
+def test_each_set_answers_its_own_prompts_where_the_student_does_not(runs: World) -> None:
+    answered = {name: 0 for name in TEACHERS}
+    for row in rows_of(runs.folder / "mixed-1"):
+        if row["student_logprobs"] is None:
+            answered[row["data_set"]] += 1
+            assert row["response"][0] == re.search(r"\d", row["prompt"])[0]
+    assert min(answered.values()) > 0
 
 
 def test_sets_have_their_shares_and_their_own_figures(runs: World) -> None:

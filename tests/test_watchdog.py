@@ -139,12 +139,23 @@ def test_rollback_goes_on_from_before_the_sign_with_smaller_steps(tmp_path: Path
     assert sorted((tmp_path / "checkpoint").glob("step-*.old"))
 
 
-@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
-def test_a_rollback_is_what_a_resume_would_be(tmp_path: Path, mode: str) -> None:
+TEACHERS = "[{{name = 'a', hf_path = '{0}/teacher'}}, {{name = 'b', hf_path = '{0}/student'}}]"
+SETS = "[{name = 'a', teacher = 'a', weight = 3.0}, {name = 'b', teacher = 'b', split = 'test'}]"
+TWO = ("--teacher.hf_path=", "--teacher.models", TEACHERS.format(DEBUG), "--data.sets", SETS)
+
+
+@pytest.mark.parametrize(
+    "mode, teachers",
+    [("disabled", ()), ("disabled", TWO), pytest.param("async", (), marks=pytest.mark.slow)],
+    ids=["sync", "two-teachers", "async"],
+)
+def test_a_rollback_is_what_a_resume_would_be(
+    tmp_path: Path, mode: str, teachers: tuple[str, ...]
+) -> None:
     """To the bit: what a fresh process makes of the checkpoint that the run went back to."""
     saves = ("--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
     often = ("--validation.enable", True, "--validation.interval", 1, "--metrics.log_freq", 3)
-    options = (*TOO_FAST, *saves, *often, "--validation.max_prompts", 10)
+    options = (*TOO_FAST, *teachers, *saves, *often, "--validation.max_prompts", 10)
     options += ("--distill.minibatches", 2, "--checkpoint.async_mode", mode)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train(argv(whole, *options)) == 0

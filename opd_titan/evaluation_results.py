@@ -22,9 +22,10 @@ from opd_titan.distributed.agreement import together
 from opd_titan.errors import ConfigError
 from opd_titan.measurement import Measurement, SetResult, percent
 from opd_titan.observability.rollout_writer import json_line
+from opd_titan.paths import RECIPE_FILE
 
 if TYPE_CHECKING:
-    from opd_titan.evaluate import Subject
+    from opd_titan.subject import Subject
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify")
@@ -85,8 +86,8 @@ def write_results(
     Raises:
         StorageError: a file could not be written.
     """
-    with naming(folder / "config.resolved.toml"):
-        (folder / "config.resolved.toml").write_text(to_toml(config), encoding="utf-8")
+    with naming(folder / RECIPE_FILE):
+        (folder / RECIPE_FILE).write_text(to_toml(config), encoding="utf-8")
     with naming(folder / SAMPLES):
         with (folder / SAMPLES).open(
             "w", encoding="utf-8", errors="backslashreplace", newline="\n"

@@ -1,9 +1,12 @@
-"""Names of files that others wrote down."""
+"""Names of files: the one that every folder of results has, and those that others wrote down."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+# The recipe as it was run, in a dump folder and beside an evaluation's results.
+RECIPE_FILE = "config.resolved.toml"
 
 
 def is_plain_name(name: Any) -> bool:

@@ -32,6 +32,7 @@ from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
 from opd_titan.identity import Identity, differences, job_identity
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
+from opd_titan.paths import RECIPE_FILE
 from opd_titan.validate import Validator, build_validator, prompt_options
 
 logger = logging.getLogger("opd_titan")
@@ -280,7 +281,7 @@ def _open_folder(job: PreparedJob) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         init_logging(job.folder, dist.get_rank())
         if dist.get_rank() == 0:
-            (job.folder / "config.resolved.toml").write_text(resolved, encoding="utf-8")
+            (job.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
             clear_leftovers(job.folder / "hf")
     if job.config.checkpoint.enable:
         open_folder(job.folder / "checkpoint")
@@ -289,8 +290,8 @@ def _open_folder(job: PreparedJob) -> None:
 
 
 def _warn_of_others_files(folder: Path) -> None:
-    """Every run of ours writes config.resolved.toml before anything else into its folder."""
-    if (folder / "config.resolved.toml").exists() or complete_steps(folder / "checkpoint"):
+    """Every run of ours writes its recipe before anything else into its folder."""
+    if (folder / RECIPE_FILE).exists() or complete_steps(folder / "checkpoint"):
         return
     found = [n for n in ("checkpoint", "rollouts", "hf") if any((folder / n).glob("*"))]
     if found:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
+from same_run import tensors
 from tiny_student import one_process_group
 from tiny_world import (
     TIMEOUT,
@@ -31,7 +32,6 @@ from tiny_world import (
     train,
 )
 from torch import nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
@@ -71,23 +71,6 @@ def copy_run(source: Path, name: str, *, keep: tuple[int, ...]) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
-    """Everything DCP saved, flattened."""
-    dcp_to_torch_save(checkpoint, scratch)
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, (dict, list)):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, inner in items:
-                walk(f"{prefix}/{key}", inner)
-        else:
-            flat[prefix] = value
-
-    walk("", torch.load(scratch, weights_only=False))
-    return flat
 
 
 # ------------------------------------------------------------------- resume

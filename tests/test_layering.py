@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_a_floor_imports_only_from_below(floor: str) -> None:
 def test_every_folder_is_on_a_floor() -> None:
     folders = {p.name for p in FOLDER.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
     assert folders <= set(FLOORS)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    sources = {module_name(path): path for path in FILES}
+    graph = {}
+    for module, path in sources.items():
+        tree, is_package = ast.parse(path.read_text("utf-8")), path.name == "__init__.py"
+        names = imported_names(tree, module, is_package)
+        # `from a.b import c`: of the module a.b.c where there is one, else of a.b.
+        found = {n if n in sources else n.rpartition(".")[0] for n in names}
+        graph[module] = (found & sources.keys()) - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize(

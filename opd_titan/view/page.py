@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.errors import ConfigError, DataError
+from opd_titan.paths import RECIPE_FILE
 from opd_titan.view.curves import read_curves
 from opd_titan.view.packing import Packed, block, pack
 from opd_titan.view.rollouts import Rollout, read_rollouts, rollout_files
@@ -64,7 +65,7 @@ def _run(dump_folder: Path) -> dict[str, str]:
     """What the run's own recipe says of it, as far as there is one."""
     run = {"name": dump_folder.resolve().name}
     try:
-        text = (dump_folder / "config.resolved.toml").read_text(encoding="utf-8")
+        text = (dump_folder / RECIPE_FILE).read_text(encoding="utf-8")
         config = tomllib.loads(text)
     except (OSError, ValueError):
         return run

@@ -86,9 +86,14 @@ def gradients(model: Qwen3Model, seq_lens: list[int]) -> dict[str, Tensor]:
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference, relative to the largest entry of the tensor that it is in."""
+    """The largest difference, relative to the largest entry of the tensor that it is in.
+
+    Or to a tenth of the largest gradient of all, where that is more: a token that attends to itself
+    alone has no gradient in q and k but rounding, which is another on every CPU.
+    """
     assert a.keys() == b.keys()
-    return max(((a[n] - b[n]).abs().max() / a[n].abs().max()).item() for n in a)
+    least = 0.1 * max(a[n].abs().max().item() for n in a if n != "loss")
+    return max(((a[n] - b[n]).abs().max() / a[n].abs().max().clamp(min=least)).item() for n in a)
 
 
 @pytest.fixture

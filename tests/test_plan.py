@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 
 from opd_titan.config import JobConfig, load_config
 from opd_titan.distill.head import CHUNK_BYTES
@@ -30,6 +32,7 @@ from opd_titan.plan.remedies import remedies
 from opd_titan.plan.simulate import Simulation, simulate
 
 REPO = Path(__file__).resolve().parent.parent
+HAS_PAGED_KERNEL = "block_table" in inspect.signature(varlen_attn).parameters  # torch 2.12
 H200 = Cluster(
     world_size=8,
     gpus_per_node=8,
@@ -156,11 +159,14 @@ def test_kv_cache(planned: Any, degree: int) -> None:
     # One page more, for rows without a sequence; keys and values of two bytes.
     tokens = 256 * (sequences + 1)
     assert simulation.kv_cache == 2 * layers * tokens * (heads // degree) * k * 2
-    # What is kept beside it: tokens and log-probs, and the logits, exponentiated.
     logits = 4 * sequences * SIZES["wide"][-2] // degree
+    assert simulation.phases["rollout"].peak > simulation.kv_cache + logits
+    if not HAS_PAGED_KERNEL:  # no graphs then, which are what keeps a rollout's tensors
+        assert simulation.runner == 0
+        return
+    # What is kept beside it: tokens and log-probs, and the logits, exponentiated.
     kept = simulation.runner - simulation.kv_cache
     assert sequences * (8 + 4) * 32 + logits < kept < 2**20
-    assert simulation.phases["rollout"].peak > simulation.kv_cache + logits
 
 
 def test_more_sequences_than_fit_take_turns(planned: Any) -> None:

@@ -87,7 +87,7 @@ def configs(draw) -> JobConfig:
     if c.rollout.on_policy_fraction == 0.0 or c.rollout.max_tokens_per_step < responses:
         c.rollout.max_tokens_per_step = 0
     c.job.dump_folder = "a folder of its own" + c.job.dump_folder.replace("/", "_")
-    c.checkpoint.enable |= c.checkpoint.load_step > 0
+    c.checkpoint.enable |= c.checkpoint.load_step > 0 or c.watchdog.action == "rollback"
     return c
 
 

@@ -10,11 +10,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd_titan.distill import head
 from opd_titan.models.attention import paged_varlen_attn
 from opd_titan.rollout import generator, sampler
 
+# Not cuDNN's: torch asks the device, which is not there, whether that would do, only to take flash.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Figures by kind of device, which the program looks up where it runs.
 _FIGURES: tuple[dict[str, int], ...] = (
     head.CHUNK_BYTES,
@@ -31,6 +34,7 @@ def like_cuda() -> Iterator[None]:
         patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
         patch("torch.nn.functional.rms_norm", _rms_norm),
         patch("opd_titan.rollout.kv_cache.paged_varlen_attn", _paged_varlen_attn),
+        sdpa_kernel(_ATTENTION),
         *(patch.dict(figures, cpu=figures["cuda"]) for figures in _FIGURES),
     ]
     with ExitStack() as stack:

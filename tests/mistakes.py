@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tiny_world import World, make_model, write_rows
 Options = list[Any]
 Mistake = Callable[[World, Path], Options]
 TABLE: dict[str, tuple[Mistake, list[str]]] = {}
+# Python's own words, of which 3.10 has one less.
+DIGITS = "(4300 digits)" if sys.version_info >= (3, 11) else "(4300)"
 
 
 def given(*options: Any) -> Mistake:
@@ -306,7 +309,7 @@ TABLE |= {
     ),
     "a number of 5,000 digits": (
         data("a.jsonl", LINE + '{"question": 1' + "0" * 5000 + "}\n"),
-        ["a.jsonl, line 2: Exceeds the limit (4300"],
+        [f"a.jsonl, line 2: Exceeds the limit {DIGITS}"],
     ),
     "a number without bounds": (
         data("a.jsonl", LINE + '{"question": 1e999, "answer": "#### 1"}\n'),

@@ -171,8 +171,8 @@ def test_what_watches_a_run_would_see_it_leak(benchmarks: dict[str, ModuleType])
     over = threading.Event()
     counted = count()  # first, for it frees what other tests have left behind
     before = sample(os.getpid())
-    # 40 MiB each: the allocator takes more than 32 from the system, whatever others left free.
-    held = [torch.ones(10 << 20) for _ in range(2)]
+    # Two of 40 MiB: the allocator takes more than 32 from the system, whatever others left free.
+    held = [torch.ones(10 << 20) for _ in range(2)] + [torch.ones(1) for _ in range(14)]
     ends = os.pipe()
     threads = [threading.Thread(target=over.wait) for _ in range(3)]
     for thread in threads:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from fractions import Fraction
 
@@ -183,3 +185,9 @@ def test_degenerate_responses_take_linear_time(piece: str) -> None:
     for text in (piece * 20_000, f"The answer is {piece * 20_000}", f"\\boxed{{{piece * 20_000}}}"):
         grade(text, "5")
     assert time.perf_counter() - start < 5
+
+
+def test_importing_the_grader_loads_nothing_heavy() -> None:
+    code = "import sys, opd_titan.data.grading; print({'torch','datasets'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from tiny_student import one_process_group
 from tiny_world import (
     World,
     assert_same_run,
@@ -27,7 +27,7 @@ from tiny_world import (
 
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.world import build_world, init_world
+from opd_titan.distributed.world import build_world
 from opd_titan.observability.recorder import Recorder
 from opd_titan.rollout.rollout import divide, in_order
 
@@ -337,9 +337,8 @@ def recorded(folder: str) -> dict[str, float]:
 
 
 def test_what_the_data_set_says_does_not_count_as_the_students(tmp_path: Path) -> None:
-    init_world(60)  # of this process alone
-    found = recorded(str(tmp_path))
-    dist.destroy_process_group()
+    with one_process_group():
+        found = recorded(str(tmp_path))
     assert found["rollout/repetition"] == 0.0
     assert found["rollout/on_policy_fraction"] == pytest.approx(1 / 3)
     assert found["kl/student_teacher"] == 1.0

@@ -29,6 +29,18 @@ def position_name(first: int, last: int | None) -> str:
     return f"kl_by_position/{first}-{last or ''}"
 
 
+# Of several sets: the plain mean of the sets' own figures. docs/evaluation.md has the formulas.
+_VALIDATION = {
+    "accuracy": "share of held-out responses that are right, or their mean score",
+    "accuracy_low": "lower end of its 95 % interval",
+    "accuracy_high": "upper end of its 95 % interval",
+    "pass_at_<k>": "probability that one of k samples of a prompt is right",
+    "teacher_accuracy": "accuracy of the teacher, measured once",
+    "gap_recovered": "(student - start) / (teacher - start)",
+    "gap_recovered_low": "lower end of its 95 % interval",
+    "gap_recovered_high": "upper end of its 95 % interval",
+    "response_tokens_mean": "tokens",
+}
 # Every scalar there is, in the order of the design. A new one is one row. What is between < and >
 # stands for a part of the name that has no slash.
 SCALARS: dict[str, str] = {
@@ -85,17 +97,8 @@ SCALARS: dict[str, str] = {
     "memory/max_active(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
     "memory/max_reserved(GiB)": "peak since the last step on CUDA; see memory_stats for CPU",
     "charts/<figure>": "a copy or a running sum that the layout shows, see tensorboard.charted",
-    # Of several sets: the plain mean of the sets' own figures. docs/evaluation.md has the formulas.
-    "validation/accuracy": "share of held-out responses that are right, or their mean score",
-    "validation/accuracy_low": "lower end of its 95 % interval",
-    "validation/accuracy_high": "upper end of its 95 % interval",
-    "validation/pass_at_<k>": "probability that one of k samples of a prompt is right",
-    "validation/teacher_accuracy": "accuracy of the teacher, measured once",
-    "validation/gap_recovered": "(student - start) / (teacher - start)",
-    "validation/gap_recovered_low": "lower end of its 95 % interval",
-    "validation/gap_recovered_high": "upper end of its 95 % interval",
-    "validation/response_tokens_mean": "tokens",
-    "validation/<set>/<figure>": "each of these of one set, where there are several",
+    **{f"validation/{figure}": meaning for figure, meaning in _VALIDATION.items()},
+    **{f"validation/<set>/{figure}": f"validation/{figure} of one set" for figure in _VALIDATION},
     **{position_name(*p): "nats; kl/student_teacher of these tokens alone" for p in POSITIONS},
 }
 

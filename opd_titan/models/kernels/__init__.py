@@ -1,0 +1,124 @@
+"""Operations that a device may have a fused kernel for, each with a plain PyTorch twin.
+
+Callers name the operation; which implementation runs follows from the tensors (`fused`). The twins
+in `plain` run everywhere and have gradients; they are what the kernels are tested against. The
+Triton kernels are registered as PyTorch operators, so that tensors without data know them too.
+Triton comes with CUDA builds of PyTorch; nothing imports it where it is absent.
+
+Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, K head size, P pages
+of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_titan.models.kernels import plain
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class CacheSlots(NamedTuple):
+    """Where the keys and values of T tokens go in one layer's cache.
+
+    Attributes:
+        keys_PSGK, values_PSGK: the layer's cache; K is contiguous.
+        page_T, offset_T: int64, the page of each token and its place there.
+    """
+
+    keys_PSGK: Tensor
+    values_PSGK: Tensor
+    page_T: Tensor
+    offset_T: Tensor
+
+
+@functools.cache
+def _have_triton() -> bool:
+    """Import the Triton kernels, which registers them. False without Triton."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    from opd_titan.models.kernels import attention, layers, logits  # noqa: F401
+
+    return True
+
+
+@functools.cache
+def why_unavailable(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the fused kernels cannot run on this device and type; empty where they can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype not in HALF:
+        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    if not _have_triton():
+        return "Triton is not installed"
+    return ""
+
+
+def fused(x: Tensor) -> bool:
+    """Return whether operations on `x` run in fused kernels.
+
+    The kernels have no gradients, and code that is compiled is fused by the compiler.
+    """
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not why_unavailable(torch.device("cuda"), x.dtype)
+    )
+
+
+def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """Return silu(gate) * up, [T, F]. Rows may be strided."""
+    if fused(gate_TF):
+        return torch.ops.opd_titan.silu_mul(gate_TF, up_TF)
+    return plain.silu_mul(gate_TF, up_TF)
+
+
+def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + y and its RMSNorm, [T, D] each."""
+    if fused(x_TD):
+        return torch.ops.opd_titan.add_norm(x_TD, y_TD, weight_D, eps)
+    return plain.add_norm(x_TD, y_TD, weight_D, eps)
+
+
+def norm_rope(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    q_weight_K: Tensor,
+    k_weight_K: Tensor,
+    eps: float,
+    cos_T1K: Tensor,
+    sin_T1K: Tensor,
+    slots: CacheSlots | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys after the RMSNorm of each head and the rotary embedding.
+
+    Args:
+        cos_T1K, sin_T1K: fp32 tables of the rotate-half convention; both halves of K are equal.
+        slots: where the keys and `v_TGK` are written as well.
+    """
+    if fused(q_THK):
+        return torch.ops.opd_titan.norm_rope(
+            q_THK,
+            k_TGK,
+            v_TGK,
+            q_weight_K,
+            k_weight_K,
+            eps,
+            cos_T1K,
+            sin_T1K,
+            *(slots or [None] * 4),
+        )
+    q_THK, k_TGK = plain.norm_rope(q_THK, k_TGK, q_weight_K, k_weight_K, eps, cos_T1K, sin_T1K)
+    if slots is not None:
+        plain.write(slots, k_TGK, v_TGK)
+    return q_THK, k_TGK

@@ -1,0 +1,84 @@
+"""The plain PyTorch twins of the fused kernels: any device, with gradients.
+
+Shapes: see the package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from opd_titan.models.kernels import CacheSlots
+
+
+def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return F.silu(gate_TF) * up_TF
+
+
+def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    sum_TD = x_TD + y_TD
+    return sum_TD, F.rms_norm(sum_TD, weight_D.shape, weight_D, eps)
+
+
+def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotate each (i, i + K/2) pair by its position's angle; fp32 inside, x's dtype outside."""
+    x = x_THK.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_T1K + torch.cat((-second, first), dim=-1) * sin_T1K).to(x_THK.dtype)
+
+
+def norm_rope(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    q_weight_K: Tensor,
+    k_weight_K: Tensor,
+    eps: float,
+    cos_T1K: Tensor,
+    sin_T1K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    size = q_weight_K.shape
+    q_THK = F.rms_norm(q_THK, size, q_weight_K, eps)
+    k_TGK = F.rms_norm(k_TGK, size, k_weight_K, eps)
+    return rotate(q_THK, cos_T1K, sin_T1K), rotate(k_TGK, cos_T1K, sin_T1K)
+
+
+def write(slots: CacheSlots, k_TGK: Tensor, v_TGK: Tensor) -> None:
+    """Write tokens' keys and values into a layer's cache."""
+    slots.keys_PSGK[slots.page_T, slots.offset_T] = k_TGK
+    slots.values_PSGK[slots.page_T, slots.offset_T] = v_TGK
+
+
+def paged_attention(
+    q_THK: Tensor,
+    keys_PSGK: Tensor,
+    values_PSGK: Tensor,
+    table_NM: Tensor,
+    used_N: Tensor,
+    starts_N1: Tensor,
+) -> Tensor:
+    """Attention of each sequence's last queries over all of its keys; for tests, not for speed.
+
+    Args:
+        table_NM: int32, pages of each sequence, in order.
+        used_N: int32, keys of each sequence, those of its own queries included.
+        starts_N1: int32 [N + 1], where each sequence's queries begin in T; the last of them sees
+            the last key.
+    """
+    repeats = q_THK.shape[1] // keys_PSGK.shape[2]
+    outs = []
+    bounds = starts_N1.tolist()
+    for row_M, used, start, end in zip(table_NM, used_N.tolist(), bounds, bounds[1:], strict=False):
+        k, v = (
+            x[row_M.long()].flatten(0, 1)[:used].float().repeat_interleave(repeats, dim=1)
+            for x in (keys_PSGK, values_PSGK)
+        )
+        q = q_THK[start:end].float()
+        seen = torch.ones(end - start, used, dtype=torch.bool, device=q.device)
+        seen = seen.tril(used - (end - start))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1))
+    return torch.cat(outs).to(q_THK.dtype)

@@ -257,7 +257,7 @@ def load_model(
     """
     start = time.perf_counter()
     model = parallel_model(source, world, config, compute_dtype)
-    model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
+    allocate(model, torch.device("cpu") if cpu_offload(source.role, config) else world.device)
     if source.files is None:
         random_init_weights(model, random_seed(source.role, config), source.args.init_std)
     else:
@@ -274,6 +274,12 @@ def load_model(
     return model
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters storage without values; `to_empty` alone unties plain ones."""
+    model.to_empty(device=device)
+    model.tie_weights()  # type: ignore[operator]  # of our own models
+
+
 def parallel_model(
     source: ModelShape, world: World, config: JobConfig, compute_dtype: torch.dtype
 ) -> nn.Module:
@@ -281,6 +287,8 @@ def parallel_model(
     trained = source.role == "student"
     with torch.device("meta"):
         model = source.build().to(torch.float32 if trained else compute_dtype)
+    if not trained:
+        model.requires_grad_(False).eval()
     source.family.parallelize(
         model,
         world,
@@ -289,7 +297,7 @@ def parallel_model(
         compile=config.compile.enable,
         cpu_offload=cpu_offload(source.role, config),
     )
-    return model if trained else model.requires_grad_(False).eval()
+    return model
 
 
 def build_generator(

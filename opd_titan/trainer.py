@@ -497,4 +497,3 @@ class Trainer:
             logger.error("Storage: %s", error)
             if self.step == self.total_steps:
                 self.export_fault = error
-        self.student.reshard()

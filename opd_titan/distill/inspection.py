@@ -16,6 +16,7 @@ from opd_titan.data.types import Sample, Standing
 from opd_titan.distill.head import inspect_head
 from opd_titan.distill.packing import STAND_IN, PackedBatch, pack, plan_minibatches
 from opd_titan.distributed.collectives import gather_lists
+from opd_titan.distributed.sharding import resharding
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
@@ -49,12 +50,12 @@ def inspect_student(
         return
     (minibatch,) = plan_minibatches(samples, 1, max_tokens, world.dp)
     mine: list[tuple[tuple[int, int], Standing]] = []
-    for microbatch in minibatch.microbatches:
-        batch = pack(microbatch or STAND_IN, world)
-        columns = model(batch.tokens_T, batch.attend, _head(batch, dist, 0))
-        mine += [(_key(s), standing) for s, standing in standings(microbatch, columns)]
-        on_sequences(len(microbatch))
-    model.reshard()  # type: ignore[operator]  # FSDP's
+    with resharding(model):
+        for microbatch in minibatch.microbatches:
+            batch = pack(microbatch or STAND_IN, world)
+            columns = model(batch.tokens_T, batch.attend, _head(batch, dist, 0))
+            mine += [(_key(s), standing) for s, standing in standings(microbatch, columns)]
+            on_sequences(len(microbatch))
     by_key = dict(gather_lists(mine, world.dp))
     for sample in samples:
         assert sample.inspection is not None

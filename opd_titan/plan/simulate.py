@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opd_titan.build import (
     ModelShape,
+    allocate,
     common_vocab_size,
     cpu_offload,
     inspect_shape,
@@ -233,7 +234,8 @@ class _Step:
     def _load(self) -> None:
         for role, model in self.models.items():
             before = self.tracker.live
-            for parameter in model.to_empty(device="cpu").parameters():
+            allocate(model, self.world.device)
+            for parameter in model.parameters():
                 self.tracker.add(local(parameter))
             self.result.weights[role] = self.tracker.live - before
             self._hold(f"{role} weights", self.tracker.live - before, role)

@@ -31,6 +31,7 @@ from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
 from opd_titan.errors import OneLineError, StorageError
+from opd_titan.gathering import keep_what_fits
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.console import report_job
@@ -77,6 +78,7 @@ class Trainer:
         c = self.config
         torch.use_deterministic_algorithms(c.training.deterministic)
         models = {role: self._load(role) for role in self.sources}
+        self.kept = keep_what_fits(c, models, self.sources, self.world, self.job.dtype)
         self.student, self.frozen = models.pop("student"), models
         self.optimizer = build_optimizer(self.student, c)
         self.checkpointer = Checkpointer(
@@ -284,7 +286,14 @@ class Trainer:
             # Once the weights have moved, the step has to be done to its end.
             on_sequences = self.watch.on_sequences(bar, stops=len(plan[0].microbatches))
             result = update(
-                self.student, self.optimizer, plan, self.rule, self.world, on_sequences, frozen
+                self.student,
+                self.optimizer,
+                plan,
+                self.rule,
+                self.world,
+                on_sequences,
+                frozen,
+                exchange_once=self.kept.gradients,
             )
         result.scalars["lr"] = rate
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +24,16 @@ def never_used_bytes(device: torch.device) -> int:
     Of a host: what is free now.
     """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes(device)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of this rank's GPU, or its share of the host's, whatever is in use of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no container, or none with a limit
+        host = min(host, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _host_bytes(root: Path = Path("/")) -> int:

@@ -34,21 +34,23 @@ _GiB = 2**30
 
 @dataclass(frozen=True)
 class Gathering:
-    """What is kept, the same on all ranks.
+    """What is kept, the same on all ranks; nothing, by default.
 
     Attributes:
         frozen: roles of the models that stay gathered while they score.
         weights: of the student, through all micro-batches of an update.
         gradients: of the student: exchanged once per update, and whole on every rank until then.
-        needed: bytes of a device in the update, with what is kept.
+        extra: bytes that the update keeps on a device for this.
+        needed: bytes of a device in the update, those included.
         usable: bytes of the smallest device that may be planned for.
     """
 
-    frozen: frozenset[str]
-    weights: bool
-    gradients: bool
-    needed: float
-    usable: float
+    frozen: frozenset[str] = frozenset()
+    weights: bool = False
+    gradients: bool = False
+    extra: float = 0.0
+    needed: float = 0.0
+    usable: float = 0.0
 
     def __str__(self) -> str:
         kept = ["the student's weights"] * self.weights + ["its gradients"] * self.gradients
@@ -111,13 +113,14 @@ def choose(
     needed = resident + activations("student", config.activation_checkpoint.mode)
     # The head's gradient in fp32, and cast to the type that it goes on in.
     needed += (4 + 2 * dtype.itemsize) * args.dim * args.vocab_size / tp
+    extra = 0.0
     size = dtype.itemsize * whole["student"]
     weights = "student" in here and needed + size <= usable
-    needed += size * weights
+    extra += size * weights
     size = 4 * whole["student"] * (1 - 1 / shards)  # beyond the sums' shards, counted above
-    gradients = weights and needed + size <= usable
-    needed += size * gradients
-    return Gathering(frozen, weights, gradients, needed, usable)
+    gradients = weights and needed + extra + size <= usable
+    extra += size * gradients
+    return Gathering(frozen, weights, gradients, extra, needed + extra, usable)
 
 
 def _whole_distributions(

@@ -14,6 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from opd_titan.models.kernels import CacheSlots
 
+LOGITS_BLOCK = 128
+
 
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
@@ -82,3 +84,13 @@ def paged_attention(
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1))
     return torch.cat(outs).to(q_THK.dtype)
+
+
+def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    padding = -logits_NV.shape[1] % LOGITS_BLOCK
+    scaled_NV = F.pad(logits_NV / temperature, (0, padding), value=-torch.inf)
+    scaled_NBC = scaled_NV.unflatten(1, (-1, LOGITS_BLOCK))
+    maxima_NB = scaled_NBC.amax(dim=2)
+    # -inf - -inf is NaN: a block of nothing else keeps its exponentials of 0.
+    shift_NB = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)
+    return (scaled_NBC - shift_NB[..., None]).exp().sum(dim=2), maxima_NB

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="needs a CUDA build of PyTorch (no GPU)"
 )
 CUDA = torch.device("cuda", 0)
+PROMPTS = prompts([9])
 SIZES = replace(ARGS, head_dim=64, dim=256, ffn_dim=512, vocab_size=2048)
 # Operators that launch nothing, and those that launch more than one kernel.
 FREE = {
@@ -129,7 +130,7 @@ def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
     runner = runner_of(SamplingParams(8))
     runner.prefill([Chunk([1] * 70, 0, [0, 1]), Chunk([2] * 5, 0, [2])])
     runner.prefill([Chunk([1] * 20, 70, [0, 1]), Chunk([2] * 5, 0, [2])])
-    scheduler = Scheduler([requests(prompts([9]), 3)], 8, 100, 64, 8)
+    scheduler = Scheduler([requests(PROMPTS, 3)], 8, 100, 64, 8)
     with torch.device("cpu"):
         scheduler.prefill(100)
         runner.start(*scheduler.admit())

@@ -21,6 +21,7 @@ from opd_titan.models.kernels import plain
 from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
 HALF = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (32, 64, 128)
 
 
 @functools.cache
@@ -36,12 +37,10 @@ def _have_triton() -> bool:
 
 
 @functools.cache
-def why_unavailable(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the fused kernels cannot run on this device and type; empty where they can."""
+def why_unavailable(device: torch.device) -> str:
+    """Return why the fused kernels cannot run on this device; empty where they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
-    if dtype not in HALF:
-        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
     if not _have_triton():
@@ -62,7 +61,7 @@ def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
         and x.dtype in dtypes
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not why_unavailable(torch.device("cuda"), HALF[0])
+        and not why_unavailable(torch.device("cuda"))
     )
 
 
@@ -97,7 +96,7 @@ def norm_rope(
         cos_T1K, sin_T1K: fp32 tables of the rotate-half convention; both halves of K are equal.
         slots: where the keys and `v_TGK` are written as well.
     """
-    if fused(q_THK):
+    if fused(q_THK) and q_THK.shape[-1] in HEAD_SIZES:
         return torch.ops.opd_titan.norm_rope(
             q_THK,
             k_TGK,

@@ -6,34 +6,22 @@ Triton kernels are registered as PyTorch operators, so that tensors without data
 Triton comes with CUDA builds of PyTorch; nothing imports it where it is absent.
 
 Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, K head size, P pages
-of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence.
+of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence, V vocabulary, B
+blocks of 128 of its tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_titan.models.kernels import plain
+from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-class CacheSlots(NamedTuple):
-    """Where the keys and values of T tokens go in one layer's cache.
-
-    Attributes:
-        keys_PSGK, values_PSGK: the layer's cache; K is contiguous.
-        page_T, offset_T: int64, the page of each token and its place there.
-    """
-
-    keys_PSGK: Tensor
-    values_PSGK: Tensor
-    page_T: Tensor
-    offset_T: Tensor
+HEAD_SIZES = (32, 64, 128)
 
 
 @functools.cache
@@ -49,12 +37,10 @@ def _have_triton() -> bool:
 
 
 @functools.cache
-def why_unavailable(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the fused kernels cannot run on this device and type; empty where they can."""
+def why_unavailable(device: torch.device) -> str:
+    """Return why the fused kernels cannot run on this device; empty where they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
-    if dtype not in HALF:
-        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
     if not _have_triton():
@@ -62,16 +48,20 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def fused(x: Tensor) -> bool:
+def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     """Return whether operations on `x` run in fused kernels.
 
     The kernels have no gradients, and code that is compiled is fused by the compiler.
+
+    Args:
+        dtypes: those that the operation's kernel takes.
     """
     return (
         x.is_cuda
+        and x.dtype in dtypes
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not why_unavailable(torch.device("cuda"), x.dtype)
+        and not why_unavailable(torch.device("cuda"))
     )
 
 
@@ -106,7 +96,7 @@ def norm_rope(
         cos_T1K, sin_T1K: fp32 tables of the rotate-half convention; both halves of K are equal.
         slots: where the keys and `v_TGK` are written as well.
     """
-    if fused(q_THK):
+    if fused(q_THK) and q_THK.shape[-1] in HEAD_SIZES:
         return torch.ops.opd_titan.norm_rope(
             q_THK,
             k_TGK,
@@ -122,3 +112,35 @@ def norm_rope(
     if slots is not None:
         plain.write(slots, k_TGK, v_TGK)
     return q_THK, k_TGK
+
+
+def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the sums of exp(x - maximum) over blocks of 128 columns, and the maxima.
+
+    Args:
+        logits_NV: fp32; x is logits / temperature. Rows may be strided.
+
+    Returns:
+        fp32 [N, B] each; 0 and -inf for a block in which all logits are -inf.
+    """
+    if fused(logits_NV, (torch.float32,)):
+        return torch.ops.opd_titan.block_stats(logits_NV, temperature)
+    return plain.block_stats(logits_NV, temperature)
+
+
+def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return what top-k and then top-p leave of each row: its lowest logit, and how many of those.
+
+    Logits above the threshold are kept, and of those equal to it the first so many by token id.
+
+    Args:
+        logits_NV: fp32. Rows may be strided.
+        top_k: 0 keeps all.
+        top_p: the smallest set of most likely tokens with this mass is kept; 1.0 keeps all.
+
+    Returns:
+        fp32 [N] and int64 [N].
+    """
+    if fused(logits_NV, (torch.float32,)):
+        return torch.ops.opd_titan.truncation_threshold(logits_NV, top_k, top_p)
+    return plain.truncation_threshold(logits_NV, top_k, top_p)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.operators import operator
+from opd_titan.models.kernels.ops import implement
 
 _DECODE_BLOCK = 64
 # 128 rows read keys and values half as often as 64 do; blocks of 64 would spill on Ampere.
@@ -221,14 +221,7 @@ def _prefill(
     tl.store(out + place_QK, out_QK.to(out.dtype.element_ty), mask=is_row_Q1)
 
 
-def _empty_like(q, *args):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@operator(
-    "paged_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used) -> Tensor",
-    _empty_like,
-)
+@implement("paged_decode")
 def paged_decode(
     q_NHK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, table_NM: Tensor, used_N: Tensor
 ) -> Tensor:
@@ -291,11 +284,7 @@ def paged_decode(
     return out_NHK
 
 
-@operator(
-    "paged_prefill(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used, Tensor starts,"
-    " int max_queries) -> Tensor",
-    _empty_like,
-)
+@implement("paged_prefill")
 def paged_prefill(
     q_THK: Tensor,
     keys_PSGK: Tensor,

@@ -240,10 +240,8 @@ def paged_decode(
     _check(q_NHK, keys_PSGK, values_PSGK)
     splits = min(triton.cdiv(table_NM.shape[1] * S, _SPLIT), _MAX_SPLITS)
     out_NHK = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
-    partial = normalisers = out_NHK  # not written where all sequences are of one part
-    if splits > 1:
-        partial = q_NHK.new_empty((N, H, splits, K), dtype=torch.float32)
-        normalisers = q_NHK.new_empty((N, H, splits), dtype=torch.float32)
+    partial = q_NHK.new_empty((N, H, splits, K), dtype=torch.float32)
+    normalisers = q_NHK.new_empty((N, H, splits), dtype=torch.float32)
     _decode[(splits, G, N)](
         q_NHK,
         keys_PSGK,

@@ -72,9 +72,9 @@ def test_kv_cache(planned: Any, degree: int) -> None:
     assert simulation.kv_cache == 2 * layers * tokens * (heads // degree) * k * 2
     logits = 4 * sequences * SIZES["wide"][-2] // degree
     assert simulation.phases["rollout"].peak > simulation.kv_cache + logits
-    # What is kept beside it: tokens and log-probs, and the logits, exponentiated.
+    # What is kept beside it: tokens and log-probs, and the logits.
     kept = simulation.runner - simulation.kv_cache
-    assert sequences * (8 + 4) * 32 + logits < kept < 2**20
+    assert sequences * (4 + 4) * 32 + logits < kept < 2**20
 
 
 def test_more_sequences_than_fit_take_turns(planned: Any) -> None:
@@ -89,7 +89,8 @@ def test_shorter_responses_take_fewer_steps_and_the_same_cache(arguments: Any) -
     full, half = (simulate(config, H200, 32, tokens) for tokens in (32, 16))
     config.rollout.max_tokens_per_step = 32 * 16
     assert simulate(config, H200, 32, 32).decode_forwards == half.decode_forwards
-    assert half.decode_forwards == full.decode_forwards / 2
+    # Two rounds of responses. Those that end before the limit are seen to have a step late.
+    assert half.decode_forwards == full.decode_forwards / 2 + 2
     assert half.kv_cache == full.kv_cache and half.slots == full.slots
 
 
@@ -100,7 +101,7 @@ def test_where_memory_is_short_some_are_preempted(arguments: Any, response: int)
     config = load_config(arguments("tiny", "tiny", *options))
     cluster = replace(H200, memory=5e7, reserve=0.0)
     simulation = simulate(config, cluster, 24, response)
-    assert 1 < simulation.slots < 64 and simulation.pages // simulation.slots == 2
+    assert 1 < simulation.slots < 64 and simulation.pages // simulation.slots == 8
     again = sum(end - start for start, end in simulation.prefilled) - 2 * 23
     if response == 480:
         assert simulation.preempted == again == 0

@@ -54,9 +54,9 @@ def test_what_further_microbatches_send(
 
 
 def test_weights_may_stay_where_gradients_do_not_fit(planned: Any) -> None:
-    _, simulation, _ = planned("wide", "tiny")
-    short = replace(H200, memory=(simulation.kept.needed - 1) / USABLE, reserve=0.0)
     budget = ("--training.max_tokens_per_microbatch", 64)
+    _, simulation, _ = planned("wide", "tiny", *budget)
+    short = replace(H200, memory=(simulation.kept.needed - 1) / USABLE, reserve=0.0)
     _, found, _ = planned("wide", "tiny", *budget, cluster=short)
     assert found.kept.weights and not found.kept.gradients
     (_, anew, _), (_, both, _) = (
@@ -87,7 +87,7 @@ def test_what_is_decided_on_covers_what_the_update_takes(planned: Any, case: str
     tokens = 128 * ranks // (2 if "tp" in case else 1)
     options = (*ESTIMATED[case], "--rollout.prompts_per_step", tokens, "--rollout.group_size", 1)
     options += ("--training.max_tokens_per_microbatch", 4096, "--rollout.max_concurrent", 8)
-    _, simulation, _ = planned("shallow", "tiny", *options, cluster=replace(H200, world_size=ranks))
+    _, simulation, _ = planned("shallow", "shallow", *options, cluster=replace(H200, world_size=ranks))
     assert simulation.kept.weights and simulation.kept.gradients
     peak = simulation.phases["update"].peak
     assert peak < simulation.kept.needed < 1.7 * peak

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from scale_phases import recipe, rule
-from scale_setting import Setting, fed_in, relative_error
+from gpu_phases import recipe, rule
+from gpu_setting import Setting, fed_in, relative_error
 from torch import Tensor
 
 from opd_titan.distill.head import loss_head
@@ -33,7 +33,7 @@ SIZE = "0.6B"
 HALF = torch.bfloat16  # what CUDA computes in; on a CPU it rounds alike
 
 
-def measure_numerics(s: Setting) -> None:
+def measure_numerics(s: Setting, compile: bool = True) -> None:
     checks: dict[str, Callable[[Setting], Checked]] = {
         "attention: packed and padded against fp32": attention,
         "log-probs: packed and padded against fp32": logprobs,
@@ -42,7 +42,7 @@ def measure_numerics(s: Setting) -> None:
         "sampler: device against CPU": sampler,
         "rollout against update": rollout,
     }
-    if s.compile:
+    if compile:
         checks["compiled against eager"] = compiled
     for name, check in checks.items():
         try:
@@ -133,8 +133,8 @@ def logits(s: Setting) -> Checked:
     hidden_ND, weight_VD = _head_operands(s)
     found_NV = project(hidden_ND, weight_VD)
     error = relative_error(found_NV, hidden_ND.double() @ weight_VD.double().t())
-    # A CPU rounds its product to bf16 once: 2^-9 at most.
-    limit = 1e-5 if s.on_cuda else 4e-3
+    # A CPU rounds its product to bf16 once: 2^-9 at most. CUDA adds up in fp32, in some order.
+    limit = 3e-5 if s.on_cuda else 4e-3
     is_fp32 = found_NV.dtype == torch.float32
     figures = {"relative_error": error, "limit": limit, "fp32": is_fp32}
     return figures, is_fp32 and error < limit
@@ -217,8 +217,9 @@ def compiled(s: Setting) -> Checked:
             f"{name}_loss_error": abs(loss - exact_loss),
             f"{name}_gradient_error": relative_error(gradient, exact),
         }
+    # By itself eager's error may be tiny: bf16 rounds by 4e-3.
     good = all(
-        figures[f"compiled_{what}"] <= 1.5 * figures[f"eager_{what}"] + 1e-4
+        figures[f"compiled_{what}"] <= 1.5 * figures[f"eager_{what}"] + 2e-3
         for what in ("loss_error", "gradient_error")
     )
     return figures, good

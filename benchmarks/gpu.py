@@ -35,7 +35,7 @@ sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]  # a script's children may 
 
 from apart import Journal, Task, commit, machine, print_record, run_apart, write_json  # noqa: E402
 from gpu_setting import Setting  # noqa: E402
-from gpu_stages import ENVIRONMENT, PLANS, Stage  # noqa: E402
+from gpu_stages import COMPILED, ENVIRONMENT, PLANS, Stage  # noqa: E402
 from gpu_summary import summary  # noqa: E402
 
 SHORTEST = 8.0  # seconds: a stage with less than that left does not start
@@ -53,7 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=REPO / "outputs" / "gpu" / now)
     parser.add_argument("--miniature", action="store_true", help="tiny models")
     a = parser.parse_args()
-    chosen = a.only.split(",") if a.only else [stage.name for stage in PLANS[a.plan]]
+    chosen = [stage.name for stage in PLANS[a.plan]]
+    if a.miniature:
+        chosen = [name for name in chosen if not name.endswith(COMPILED)]
+    if a.only:
+        chosen = a.only.split(",")
     unknown = set(chosen).difference(names)
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: wanted some of {', '.join(names)}")
@@ -83,11 +87,14 @@ class Session:
     def run(self, start: str, stages: Sequence[Stage], s: Setting) -> None:
         for stage in stages:
             self._run(start, stage, s)
-            write_json(self.out / "stages.json", {**self.state, "seconds": self.seconds})
+            self.write()
+
+    def write(self) -> None:
+        write_json(self.out / "stages.json", {**self.state, "seconds": self.seconds})
 
     def _run(self, start: str, stage: Stage, s: Setting) -> None:
         left, begun, problems = self.total - self.seconds, self.seconds, 0
-        found: dict[str, Any] = {"stage": stage.name}
+        found: dict[str, Any] = {"stage": stage.name, "ended": "not finished"}
         self.state["stages"].append(found)
         if left < SHORTEST:
             found["ended"] = "not started: out of time"
@@ -102,6 +109,7 @@ class Session:
 
     def finish(self) -> int:
         """Print and write the summary; 1 if anything failed."""
+        self.write()
         ended = {f["stage"]: f["ended"] for f in self.state["stages"]}
         lines = [f"    {self.state['command']}", ""]
         about = "{device}, Python {python}, torch {torch}, {date}, commit {commit}."

@@ -33,7 +33,7 @@ SIZE = "0.6B"
 HALF = torch.bfloat16  # what CUDA computes in; on a CPU it rounds alike
 
 
-def measure_numerics(s: Setting, compile: bool = True) -> None:
+def measure_numerics(s: Setting) -> None:
     checks: dict[str, Callable[[Setting], Checked]] = {
         "attention: packed and padded against fp32": attention,
         "log-probs: packed and padded against fp32": logprobs,
@@ -42,8 +42,6 @@ def measure_numerics(s: Setting, compile: bool = True) -> None:
         "sampler: device against CPU": sampler,
         "rollout against update": rollout,
     }
-    if compile:
-        checks["compiled against eager"] = compiled
     for name, check in checks.items():
         try:
             figures, good = check(s)
@@ -207,7 +205,7 @@ def rollout(s: Setting) -> Checked:
     return {**figures, "limit": limit}, abs(figures["kl"]) <= limit and figures["gap"] <= limit
 
 
-def compiled(s: Setting) -> Checked:
+def check_compiled(s: Setting) -> None:
     """One micro-batch's loss and gradient, compiled and not, each against eager fp32."""
     exact_loss, exact = _loss_and_gradient(s, False, torch.float32)
     figures: dict[str, Any] = {}
@@ -222,7 +220,7 @@ def compiled(s: Setting) -> Checked:
         figures[f"compiled_{what}"] <= 1.5 * figures[f"eager_{what}"] + 2e-3
         for what in ("loss_error", "gradient_error")
     )
-    return figures, good
+    s.emit({"figure": "compiled against eager", **figures, "ok": good})
 
 
 def _loss_and_gradient(s: Setting, compile: bool, dtype: torch.dtype) -> tuple[float, Tensor]:

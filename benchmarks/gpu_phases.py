@@ -188,7 +188,8 @@ def measure_step(s: Setting, compile: bool, objective: str) -> None:
     flops_of = {role: shape.args.forward_flops for role, shape in step.shapes.items()}
     tokens, flops = work(samples, flops_of, step.rule.needs_vocabulary)
     for name in ("rollout", "teacher", "update"):
-        s.emit({"figure": name, **s.rates(median[name], flops[name], tokens[name])})
+        rates = s.rates(median[name], flops[name], tokens[name])
+        s.emit({"figure": f"the step's {name}", **rates})
     args, forwards = step.shapes["student"].args, step.generator.stats.decode_forwards
     read = args.decode_bytes(forwards, cached_tokens_read(samples), s.dtype.itemsize)
     bandwidth = {"gb_per_s": read / median["rollout"] / 1e9}
@@ -196,7 +197,13 @@ def measure_step(s: Setting, compile: bool, objective: str) -> None:
         peak = s.peaks.bandwidth
         bandwidth["mbu_percent"] = percent_of_peak(read, median["rollout"], peak)
     per_forward = median["rollout"] / max(1, forwards) * 1e3
-    s.emit({"figure": "decoding", "forwards": forwards, "ms_per_forward": per_forward, **bandwidth})
+    s.emit(
+        {
+            "figure": "the step's decoding",
+            "forwards": forwards,
+            "ms_per_forward": per_forward,
+            **bandwidth,
+        }
+    )
     gap = {"logprob_gap_max": step.scalars["policy/logprob_gap_max"]}
-    how = {"objective": objective, "compiled": compile}
-    s.emit({"figure": "step", **how, **median, **s.peak_memory(), **gap})
+    s.emit({"figure": "step", **median, **s.peak_memory(), **gap})

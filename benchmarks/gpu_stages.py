@@ -19,12 +19,12 @@ from gpu_kernels import (
     measure_operators,
     measure_splits,
 )
-from gpu_numerics import measure_numerics
+from gpu_numerics import check_compiled, measure_numerics
 from gpu_phases import measure_score, measure_step, measure_update
 from gpu_products import measure_grouped_heads, measure_products
 from gpu_setting import Setting
 from gpu_trainer import train_debug_recipe
-from rollout_cases import RolloutSetting, measure_curve, measure_ours, measure_sampler
+from rollout_cases import BATCHES, RolloutSetting, measure_curve, measure_ours, measure_sampler
 
 
 class Stage(NamedTuple):
@@ -39,12 +39,16 @@ def _rollout(s: Setting, measure: Callable[..., None], repeats: int = 3, **optio
     measure(RolloutSetting(s.miniature, 1, repeats, device_name=kind, emit=s.emit), **options)
 
 
-def _curve(size: str, batches: Sequence[int] = (1, 64, 256), **options: Any) -> Work:
+def _curve(size: str, batches: Sequence[int] = (1, 64, 256), **options: bool) -> Work:
     return partial(_rollout, measure=measure_curve, size=size, batches=batches, **options)
 
 
 def _ours(size: str, workload: str) -> Work:
     return partial(_rollout, measure=measure_ours, repeats=1, size=size, workload=workload)
+
+
+def _sampler(size: str) -> Work:
+    return partial(_rollout, measure=measure_sampler, size=size)
 
 
 def _step(objective: str, compile: bool = False) -> Work:
@@ -77,7 +81,7 @@ FIRST = (
 )  # fmt: skip
 
 SECOND = (
-    Stage("update-compiled", 110, (_update("1.7B", compile=True),)),
+    Stage("update-compiled", 110, (check_compiled, _update("1.7B", compile=True))),
     Stage("step", 70, (_step("policy_gradient"),)),
     Stage("step-exact", 70, (_step("reverse_kl"),)),
     Stage("score", 50, (_score("4B"),)),
@@ -91,10 +95,9 @@ SECOND = (
 MORE = (
     Stage("decode-compiled", 90, (_curve("0.6B", compile=True), _curve("8B", compile=True))),
     Stage("decode-eager", 60, (_curve("0.6B", graphs=False), _curve("8B", (64,), graphs=False))),
-    Stage("decode-all", 300, tuple(_curve(n, (1, 2, 4, 8, 16, 32, 64, 128, 256), stop_tokens=False)
+    Stage("decode-all", 300, tuple(_curve(n, BATCHES, stop_tokens=False)
                                    for n in ("0.6B", "1.7B", "8B"))),
-    Stage("sampler", 60, tuple(partial(_rollout, measure=measure_sampler, size=n)
-                               for n in ("0.6B", "8B"))),
+    Stage("sampler", 60, (_sampler("0.6B"), _sampler("8B"))),
     Stage("nano-8B", 120, (_ours("8B", "nano"),)),
     Stage("step-compiled", 180, (_step("policy_gradient", compile=True),)),
     *(Stage(f"update-{n}", 180, (_update(n),)) for n in ("4B", "8B")),
@@ -105,4 +108,6 @@ MORE = (
     *(Stage(f"ceiling-{n}", 60, (partial(measure_ceiling, size=n),)) for n in ("4B", "8B")),
 )  # fmt: skip
 
+# In miniature these take longer than all others together.
+COMPILED = "-compiled"
 PLANS = {"first": FIRST, "second": SECOND, "all": (*FIRST, *SECOND, *MORE)}

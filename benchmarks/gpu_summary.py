@@ -43,7 +43,7 @@ def rows(records: Sequence[Record]) -> Iterator[Row]:
     yield from _passes(records)
     yield from _steps(records)
     for r in find(records, "recipe"):
-        share, goal = r["gap_recovered"], GOALS["recovered"]
+        share, goal = r.get("gap_recovered", 0.0), GOALS["recovered"]
         good = share >= goal and r["resumed"]
         resumed = "resumed" if r["resumed"] else "not resumed"
         yield Row("debug recipe", f"{share:.0%} of the gap, {resumed}", "", f"{goal:.0%}", good)

@@ -7,7 +7,7 @@ graph is: played again it does the same to whatever is then in them, and nothing
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,56 +18,39 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import opd_titan.rollout.generator as generator_module
-import opd_titan.rollout.kv_cache as kv_cache_module
+from opd_titan.models.kernels import plain
+from opd_titan.rollout.attention_path import AttentionPath, choose_path
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.runner import Runner, bucket
+from opd_titan.rollout.limit import cut
+from opd_titan.rollout.runner import LAG, Runner, bucket
 from opd_titan.rollout.sampler import SamplingParams
-
-
-def read_through_table(
-    q_NHK: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    seqused_k: Tensor,
-    block_table: Tensor,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    """What torch says of `varlen_attn` with pages, for one query a sequence, or one sequence."""
-    n, page_size = seqused_k.numel(), keys.shape[1]
-    assert keys.shape[2:] == values.shape[2:] == (ARGS.n_kv_heads, ARGS.head_dim)
-    assert keys.is_contiguous() and block_table.dtype == cu_q.dtype == torch.int32
-    assert cu_q.shape == cu_k.shape == (n + 1,) and block_table.shape[0] == n
-    k, v = (x[block_table.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))
-    if window_size == (-1, 0):
-        assert n == 1 and (max_q, max_k) == (q_NHK.shape[0], int(seqused_k))
-        seen = torch.ones(max_q, max_k, dtype=torch.bool).tril(max_k - max_q)
-        q, k, v = q_NHK.transpose(0, 1)[None], k[:, :, :max_k], v[:, :, :max_k]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        return out[0].transpose(0, 1)
-    assert window_size == (-1, -1)
-    assert (max_q, max_k, n) == (1, block_table.shape[1] * page_size, q_NHK.shape[0])
-    seen = torch.arange(max_k) < seqused_k[:, None]
-    out = F.scaled_dot_product_attention(
-        q_NHK[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True
-    )
-    return out[:, :, 0]
 
 
 class Recorded:
     def __init__(self, runner: Runner, n: int) -> None:
-        state = (runner.token_B, runner.position_B, runner.count_B, runner.done_B)
-        kept = [tensor.clone() for tensor in state]
         self.play = make_fx(lambda: runner._step(n))()
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
 
     def replay(self) -> None:
         self.play()
+
+
+def through_table(*_: Any) -> AttentionPath:
+    """A kernel that reads pages through a table, as a GPU has."""
+
+    def kernel(q_THK: Tensor, *args: Any) -> Tensor:
+        keys, values, table_NM, used_N, starts_N1, max_queries = args
+        if max_queries > 1:
+            assert max_queries == int(starts_N1.diff().max())
+            return plain.paged_attention(q_THK, keys, values, table_NM, used_N, starts_N1)
+        assert starts_N1.shape == (q_THK.shape[0] + 1,)
+        k, v = (x[table_NM.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        seen_N11L = (torch.arange(k.shape[2]) < used_N[:, None])[:, None, None]
+        q = q_THK[:, :, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_N11L, enable_gqa=True)[
+            :, :, 0
+        ]
+
+    return AttentionPath("varlen", 64, kernel)
 
 
 @pytest.fixture
@@ -79,25 +62,29 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         sizes.append(n)
         return Recorded(runner, n)
 
-    def kernel(dtype: torch.dtype, device: torch.device, page_size: int) -> Callable[..., Tensor]:
-        return read_through_table
-
     monkeypatch.setattr(Runner, "_capture", capture)
-    monkeypatch.setattr(kv_cache_module, "paged_varlen_attn", kernel)
+    monkeypatch.setattr(generator_module, "choose_path", through_table)
     yield sizes
 
 
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
-def test_steps_played_again_sample_the_same(recorded: list[int], temperature: float) -> None:
-    """Ragged ends, idle rows, pages that come and go, preemptions, and a runner that stays."""
+def test_steps_played_again_sample_the_same(
+    recorded: list[int], temperature: float, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged ends, idle rows, pages that come and go, preemptions, and a runner that stays.
+
+    With a lag the host learns of a stop token when the next step has been launched.
+    """
+    monkeypatch.setitem(LAG, "cpu", lag)
     model, params = tiny(), SamplingParams(20, temperature=temperature)
     graphs = Generator(model, EOS, 11, 64, page_size=4, max_pages=40)
     runners, buffers = set(), set()
     for stream in (1, 2, 3):
         wanted = requests(prompts(), 2, (9, stream))
         samples = graphs.generate(wanted, params)
-        with pytest.MonkeyPatch.context() as plain:
-            plain.setattr(kv_cache_module, "paged_varlen_attn", lambda *_: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generator_module, "choose_path", choose_path)
             expected = Generator(model, EOS).generate(wanted, params)
         assert summary(samples) == summary(expected)
         for a, b in zip(samples, expected, strict=True):
@@ -110,6 +97,43 @@ def test_steps_played_again_sample_the_same(recorded: list[int], temperature: fl
     assert set(recorded) <= {1, 2, 4, 8, 11}
     graphs.release()
     assert graphs.num_bytes == 0
+
+
+@pytest.mark.parametrize("max_tokens", [100, 151, 260])
+def test_a_limit_on_all_tokens_cuts_alike_when_stop_tokens_are_read_late(
+    max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, params = requests(prompts(), 2), SamplingParams(20, max_tokens=max_tokens)
+    found = []
+    for lag in (0, 1):
+        monkeypatch.setitem(LAG, "cpu", lag)
+        samples = Generator(tiny(), EOS, 11, 64, page_size=4, max_pages=40).generate(wanted, params)
+        found.append(summary(cut(samples, max_tokens)))
+    assert found[0] == found[1] and "stop" in {reason for *_, reason in found[0]}
+
+
+def test_a_capture_that_fails_is_one_warning(
+    recorded: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It fails at the second size, when steps of the first have been played already."""
+    capture = Runner._capture
+
+    def fails(runner: Runner, n: int) -> Any:
+        graph = capture(runner, n)
+        if n < 8:
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel ...")
+        return graph
+
+    monkeypatch.setattr(Runner, "_capture", fails)
+    wanted, params = requests(prompts(), 2), SamplingParams(20, temperature=0.7)
+    generator = Generator(tiny(), EOS, 11, 64, page_size=4)
+    with caplog.at_level("WARNING", "opd_titan"):
+        samples = generator.generate(wanted, params)
+        assert summary(generator.generate(wanted, params)) == summary(samples)
+    (warning,) = caplog.messages
+    assert "not permitted when stream is capturing" in warning and "\n" not in warning
+    monkeypatch.setattr(generator_module, "choose_path", choose_path)
+    assert summary(samples) == summary(Generator(tiny(), EOS).generate(wanted, params))
 
 
 def test_weights_that_changed_in_place_are_read_and_moved_ones_are_recorded_anew(

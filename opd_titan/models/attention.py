@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd_titan.models.kernels import CacheSlots
+
 # Padding that a group of sequences may hold: about what starting another group costs (in tokens),
 # and a share of its tokens.
 _PADDED_TOKENS, _PADDED_SHARE = 32, 1 / 32
@@ -37,28 +39,13 @@ def _varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def paged_varlen_attn(
-    dtype: torch.dtype, device: torch.device, page_size: int
-) -> Callable[..., Tensor] | None:
-    """torch's packed attention over pages of keys and values, from 2.12 on; None where it is not.
-
-    Its flash kernel takes pages of a multiple of 256 tokens.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or not half or page_size % 256:
-        return None
-    kernel, options = _varlen_attn()
-    if kernel is None:
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0) or "block_table" not in options:
-        return None
-    return functools.partial(kernel, enable_gqa=True)
-
-
 class Attend(Protocol):
     """What a model needs to know of attention: where each token stands, and how to mix values."""
 
     positions_T: Tensor
+
+    def slots(self, layer: int) -> CacheSlots | None:
+        """Return where keys and values are to be written before the call, if anywhere."""
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor: ...
 
@@ -88,6 +75,9 @@ class PackedAttention:
         self.offsets = [0 if c is None else self.seq_lens[c] for c in self.continues]
         spans = zip(self.offsets, self.seq_lens, strict=True)
         self.positions_T = torch.cat([torch.arange(a, a + n) for a, n in spans]).to(device)
+
+    def slots(self, layer: int) -> CacheSlots | None:
+        return None
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         if self._has_packed_kernel(q_THK):
@@ -141,17 +131,11 @@ class PackedAttention:
         assert varlen_attn is not None
         if self._key_rows is not None:
             k_TGK, v_TGK = (x.index_select(0, self._key_rows) for x in (k_TGK, v_TGK))
-        # torch 2.10 says is_causal, later ones say it with a window; 2.12 brought grouped heads.
-        # Of fewer queries than keys, either lets the last query see the last key.
+        # torch 2.10 says is_causal, later ones say it with a window. Either lets the last query see
+        # the last key where there are fewer queries than keys.
         causal = {"is_causal": True} if "is_causal" in options else {"window_size": (-1, 0)}
-        grouped = {}
-        if q_THK.shape[1] != k_TGK.shape[1]:
-            if "enable_gqa" in options:
-                grouped = {"enable_gqa": True}
-            else:
-                repeats = q_THK.shape[1] // k_TGK.shape[1]
-                k_TGK = k_TGK.repeat_interleave(repeats, dim=1)
-                v_TGK = v_TGK.repeat_interleave(repeats, dim=1)
+        # The kernel takes grouped heads as they are; from 2.12 on its wrapper wants to be asked.
+        grouped = {"enable_gqa": True} if "enable_gqa" in options else {}
         longest = max(self.seq_lens)
         longest_keys = max(a + n for a, n in zip(self.offsets, self.seq_lens, strict=True))
         cu_q, cu_k = self._cu_seqlens

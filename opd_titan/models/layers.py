@@ -8,6 +8,8 @@ Shapes: T packed tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +18,15 @@ from opd_titan.distributed.tensor_parallel import local, locate_rows
 
 
 class Linear(nn.Linear):
-    """`packed`: the weight in a CPU's own layout for half-precision products, see `pack`."""
+    """A product with a weight, which may be laid out for products without gradients.
+
+    Attributes:
+        packed: the weight in a CPU's own layout for half-precision products, see `pack`.
+        joined: this weight and those of the layers after it, see `join`.
+    """
 
     packed: Tensor | None = None
+    joined: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
@@ -32,6 +40,28 @@ class Linear(nn.Linear):
         half the memory's bandwidth, and from this layout at nearly all of it.
         """
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+
+def join(layers: Sequence[Linear]) -> Tensor:
+    """Lay the weights of layers with one input one after another, so that `products` makes one.
+
+    Each layer's weight becomes a view of its rows. Returns the tensor of all rows.
+    """
+    first = layers[0]
+    rows = [layer.weight.shape[0] for layer in layers]
+    joined = first.weight.new_empty(sum(rows), first.weight.shape[1])
+    for layer, part in zip(layers, joined.split(rows), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    first.joined = joined
+    return joined
+
+
+def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Return each layer's product with `x`, from one product where their weights are joined."""
+    joined = layers[0].joined
+    if joined is None:
+        return tuple(layer(x) for layer in layers)
+    return F.linear(x, joined).split([layer.weight.shape[0] for layer in layers], dim=-1)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd_titan.distill import head
-from opd_titan.models.attention import paged_varlen_attn
-from opd_titan.rollout import generator, sampler
+from opd_titan.models import kernels
+from opd_titan.rollout import attention_path, generator, runner, sampler
 
 # Not cuDNN's: torch asks the device, which is not there, whether that would do, only to take flash.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -22,7 +22,7 @@ _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 _FIGURES: tuple[dict[str, int], ...] = (
     head.CHUNK_BYTES,
     sampler.CHUNK_BYTES,
-    generator.PAGE_SIZE,
+    runner.LAG,
 )
 
 
@@ -33,7 +33,8 @@ def like_cuda() -> Iterator[None]:
         patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True),
         patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
         patch("torch.nn.functional.rms_norm", _rms_norm),
-        patch("opd_titan.rollout.kv_cache.paged_varlen_attn", _paged_varlen_attn),
+        patch.object(kernels, "why_unavailable", lambda device: ""),
+        patch.object(generator, "choose_path", _choose_path),
         sdpa_kernel(_ATTENTION),
         *(patch.dict(figures, cpu=figures["cuda"]) for figures in _FIGURES),
     ]
@@ -43,10 +44,8 @@ def like_cuda() -> Iterator[None]:
         yield
 
 
-def _paged_varlen_attn(
-    dtype: torch.dtype, device: torch.device, page_size: int
-) -> Callable[..., Tensor] | None:
-    return paged_varlen_attn(dtype, torch.device("cuda"), page_size)
+def _choose_path(head_dim: int, dtype: torch.dtype, device: torch.device) -> Any:
+    return attention_path.choose_path(head_dim, dtype, torch.device("cuda"))
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.kv_cache import PageParts
+from opd_titan.rollout.generator import Answers, Generator
+from opd_titan.rollout.page_parts import PageParts
 from opd_titan.rollout.runner import Runner, bucket
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import (
@@ -55,8 +55,8 @@ class PlannedGenerator(Generator):
         self.runner = runner
         return runner
 
-    def begin_round(self, runner: Runner, scheduler: Scheduler) -> None:
-        super().begin_round(runner, scheduler)
+    def begin_round(self, runner: Runner, scheduler: Scheduler, answers: Answers) -> None:
+        super().begin_round(runner, scheduler, answers)
         assert isinstance(runner, PlannedRunner)
         runner.see(scheduler, self.response_tokens)
 
@@ -82,7 +82,7 @@ class PlannedRunner(Runner):
         self.fullest: Sequence[Chunk] = ()
         self.widest: list[list[int]] = []
         self._most = (0, 0)
-        self._ended: list[int] = []
+        self._last: list[bool] = []
 
     @property
     def num_prefilled(self) -> int:
@@ -100,14 +100,14 @@ class PlannedRunner(Runner):
         """Note the sequences that run, and whose next token is the last one."""
         running = scheduler.running
         # What a kernel takes does not depend on the pages that it reads.
-        pages = 0 if self.cache.kernel is not None else sum(len(s.pages) for s in running)
+        pages = 0 if self.cache.path.kernel is not None else sum(len(s.pages) for s in running)
         if (len(running), pages) > self._most:
             self._most = len(running), pages
             self.widest = [list(s.pages) for s in running]
-        self._ended = []
+        self._last = [False] * len(running)
         if response_tokens < self.params.max_new_tokens:
             last = response_tokens - 1
-            self._ended = [s.slot for s in running if scheduler.num_tokens(s) == last]
+            self._last = [scheduler.num_tokens(s) == last for s in running]
 
     def start(
         self, sequences: Sequence[RunningSequence], copies: Sequence[tuple[int, int]]
@@ -124,11 +124,11 @@ class PlannedRunner(Runner):
     def _width(self, n: int) -> int:
         return bucket(n, self.slots) if self.static else n
 
-    def ended(self, n: int) -> list[int]:
-        return self._ended
+    def stop_flags(self, n: int) -> Any:
+        return _Known(array("b", self._last))
 
-    def response(self, slot: int, count: int) -> tuple[list[int], Any]:
-        return [0] * count, array("f", bytes(4 * count))
+    def responses(self, slots: Sequence[int], counts: Sequence[int]) -> Any:
+        return _Known([([0] * n, array("f", bytes(4 * n))) for n in counts])
 
     # ------------------------------------------------------------- what it runs
 
@@ -146,7 +146,7 @@ class PlannedRunner(Runner):
 
     def _page_parts(self, n: int) -> PageParts | None:
         """Which pages to read is data, which tensors here do not have: planned beside them."""
-        if self.cache.kernel is not None:
+        if self.cache.path.kernel is not None:
             return None
         with unset_fake_temporarily():
             table_NM = torch.full((n, self.table_BM.shape[1]), self.cache.idle_page)
@@ -161,6 +161,16 @@ class PlannedRunner(Runner):
 
     def _weight_addresses(self) -> list[int]:
         return []
+
+
+class _Known:
+    """Stands for what a run would fetch from its device."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def get(self) -> Any:
+        return self.value
 
 
 def _num_tokens(chunks: Sequence[Chunk]) -> int:

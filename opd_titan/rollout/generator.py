@@ -7,9 +7,11 @@ What to run is the `scheduler`'s part, running it the `runner`'s, on pages of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +20,14 @@ from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.logits import VocabHead
+from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
 from opd_titan.rollout.limit import common_length
 from opd_titan.rollout.memory import free_bytes
-from opd_titan.rollout.runner import Runner
+from opd_titan.rollout.runner import Fetched, Responses, Runner
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
 from opd_titan.rollout.share import Share
-
-# The flash kernel that reads through a page table wants a multiple of 256.
-PAGE_SIZE = {"cpu": 64, "cuda": 256}
 
 
 @dataclass
@@ -43,6 +43,45 @@ class RolloutStats:
     decode_forwards: int = 0
     preempted: int = 0
     seconds: float = 0.0
+
+
+class Answers:
+    """Responses of sequences that ended, which become samples once the host has them.
+
+    Args:
+        stop_ids: tokens that end a response.
+
+    Attributes:
+        samples: by prompt's and sample's index.
+        lengths: of all responses, also of those that are on their way.
+    """
+
+    def __init__(self, stop_ids: set[int]) -> None:
+        self.stop_ids = stop_ids
+        self.samples: dict[tuple[int, int], Sample] = {}
+        self.lengths: list[int] = []
+        self._coming: list[tuple[list[RunningSequence], Responses]] = []
+
+    def expect(self, runner: Runner, counts: Mapping[RunningSequence, int]) -> None:
+        """Fetch the responses of these sequences, of so many tokens each."""
+        if counts:
+            slots = [s.slot for s in counts]
+            self._coming.append(([*counts], runner.responses(slots, [*counts.values()])))
+            self.lengths += counts.values()
+
+    def collect(self) -> None:
+        """Make samples of what was fetched. Best after the next step was launched: no wait then."""
+        for sequences, responses in self._coming:
+            for sequence, (tokens, logprobs) in zip(sequences, responses.get(), strict=True):
+                request = sequence.request
+                self.samples[request.prompt.index, request.sample_index] = Sample(
+                    prompt=request.prompt,
+                    sample_index=request.sample_index,
+                    response_ids=tokens,
+                    finish_reason="stop" if tokens[-1] in self.stop_ids else "length",
+                    student_logprobs=logprobs,
+                )
+        self._coming = []
 
 
 class Generator:
@@ -76,14 +115,18 @@ class Generator:
         max_pages: int = 0,
     ) -> None:
         self.model, self.eos_ids = model, eos_ids
+        self._sizes: Any = model.args
         self.head = VocabHead(model.get_parameter("lm_head.weight"), tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
-        self.page_size = page_size or PAGE_SIZE[self.device.type]
+        self.path = choose_path(self._sizes.head_dim, self.dtype, self.device)
+        self.page_size = page_size or self.path.page_size
         self.max_pages = max_pages
         self.stats = RolloutStats()
         self._runner: Runner | None = None
         self._asked = 0  # sequences that it was to have slots for
+        # Steps that the host has not looked at: which of these sequences got a stop token.
+        self._flags: deque[tuple[list[RunningSequence], Fetched | None]] = deque()
 
     @torch.no_grad()
     def generate(
@@ -109,32 +152,35 @@ class Generator:
         if not requests:
             return []
         runner, scheduler = self._prepare(requests, params, share)
-        answers: dict[tuple[int, int], Sample] = {}
-        sampled = 0
+        answers, sampled = Answers(set() if params.ignore_eos else self.eos_ids), 0
+        self._flags.clear()
         while scheduler.has_work:
-            self.begin_round(runner, scheduler)
+            self.begin_round(runner, scheduler, answers)
             n = len(scheduler.running)
             if n == 0:
                 continue  # a prefix takes several rounds
             runner.decode(n)
+            self._flags.append(([*scheduler.running], runner.stop_flags(n)))
             self.stats.decode_forwards += 1
             on_tokens(n)
-            ended = {*scheduler.advance(), *runner.ended(n)}
             sampled += n
+            answers.collect()
+            ended = self._ended(runner, scheduler)
             if params.max_tokens and sampled > params.max_tokens:
-                ended |= self._beyond_limit(scheduler, answers.values(), params)
-            for slot in ended:
-                sample = self._sample(runner, scheduler, scheduler.running[slot])
-                answers[sample.prompt.index, sample.sample_index] = sample
+                ended = {**self._beyond_limit(runner, scheduler, answers, params), **ended}
+            answers.expect(runner, ended)
             if ended:
-                runner.move(*scheduler.release(ended), len(scheduler.running))
+                slots = [s.slot for s in ended]
+                runner.move(*scheduler.release(slots), len(scheduler.running))
+        answers.collect()
         if not runner.static:
+            self.use_cuda_graphs = False  # a capture that failed would fail again
             self.release()
         self.stats.seconds = time.perf_counter() - start
         keys = [(r.prompt.index, r.sample_index) for r in requests]
-        return [answers[key] for key in keys if key in answers]
+        return [answers.samples[key] for key in keys if key in answers.samples]
 
-    def begin_round(self, runner: Runner, scheduler: Scheduler) -> None:
+    def begin_round(self, runner: Runner, scheduler: Scheduler, answers: Answers) -> None:
         """All that comes before a decoding step: prefills, starts, new pages, preemptions."""
         chunks = scheduler.prefill(self.max_prefill_tokens)
         if chunks:
@@ -142,34 +188,48 @@ class Generator:
         runner.start(*scheduler.admit())
         growth = scheduler.grow()
         runner.grow(growth)
-        for sequence in growth.preempted:
-            tokens, logprobs = runner.response(sequence.slot, scheduler.num_tokens(sequence))
-            scheduler.requeue(sequence, tokens, logprobs.tolist())
         if growth.preempted:
-            self.stats.preempted += len(growth.preempted)
-            slots = [s.slot for s in growth.preempted]
-            runner.move(*scheduler.release(slots), len(scheduler.running))
+            self._preempt(growth.preempted, runner, scheduler, answers)
 
-    def _sample(self, runner: Runner, scheduler: Scheduler, sequence: RunningSequence) -> Sample:
-        tokens, logprobs = runner.response(sequence.slot, scheduler.num_tokens(sequence))
-        stopped = tokens[-1] in self.eos_ids and not runner.params.ignore_eos
-        return Sample(
-            prompt=sequence.request.prompt,
-            sample_index=sequence.request.sample_index,
-            response_ids=tokens,
-            finish_reason="stop" if stopped else "length",
-            student_logprobs=logprobs,
-        )
+    def _preempt(
+        self,
+        sequences: Sequence[RunningSequence],
+        runner: Runner,
+        scheduler: Scheduler,
+        answers: Answers,
+    ) -> None:
+        """Put sequences that lost their pages back in line, unless they got their stop token."""
+        stopped = {s for step in self._flags for s in _stopped(*step)}
+        counts = {s: scheduler.num_tokens(s) for s in sequences}
+        answers.expect(runner, {s: n for s, n in counts.items() if s in stopped})
+        again = {s: n for s, n in counts.items() if s not in stopped}
+        found = runner.responses([s.slot for s in again], [*again.values()]).get() if again else []
+        for sequence, (tokens, logprobs) in zip(again, found, strict=True):
+            scheduler.requeue(sequence, tokens, logprobs.tolist())
+        self.stats.preempted += len(again)
+        runner.move(*scheduler.release([s.slot for s in sequences]), len(scheduler.running))
+
+    def _ended(self, runner: Runner, scheduler: Scheduler) -> dict[RunningSequence, int]:
+        """Count a step. The sequences that ended, as far as the host knows, and their tokens."""
+        slots = scheduler.advance()
+        ended = {s: scheduler.num_tokens(s) for s in (scheduler.running[slot] for slot in slots)}
+        while len(self._flags) > runner.lag:
+            step = self._flags.popleft()
+            late = len(self._flags)  # tokens that came after the stop token, and do not count
+            for s in _stopped(*step):
+                if s.pages:  # else it has ended before
+                    ended[s] = scheduler.num_tokens(s) - late
+        return ended
 
     @staticmethod
     def _beyond_limit(
-        scheduler: Scheduler, answers: Iterable[Sample], params: SamplingParams
-    ) -> set[int]:
-        """Slots of sequences that will be cut to what they have already, or to less."""
-        running = {s.slot: scheduler.num_tokens(s) for s in scheduler.running}
-        known = [*(len(s.response_ids) for s in answers), *running.values()]
-        limit = common_length(known, params.max_tokens)
-        return {slot for slot, length in running.items() if length >= limit}
+        runner: Runner, scheduler: Scheduler, answers: Answers, params: SamplingParams
+    ) -> dict[RunningSequence, int]:
+        """Sequences that will be cut to what they have already, or to less."""
+        # The tokens of the last steps count only if there was no stop token before them.
+        known = {s: scheduler.num_tokens(s) - runner.lag for s in scheduler.running}
+        limit = common_length([*answers.lengths, *known.values()], params.max_tokens)
+        return {s: n for s, n in known.items() if n >= limit}
 
     # ------------------------------------------------------------------ memory
 
@@ -220,8 +280,8 @@ class Generator:
     def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
         """A runner for so many sequences of so many pages, as far as memory for them is there."""
         slots, pages = self.count_slots_and_pages(wanted, width, params)
-        cache = KVCache(self.model.args, pages, self.page_size, self.dtype, self.device)
-        static = self.use_cuda_graphs and cache.kernel is not None
+        cache = KVCache(self._sizes, pages, self.page_size, self.path, self.dtype, self.device)
+        static = self.use_cuda_graphs and self.path.kernel is not None
         return Runner(
             self.model, self.head, cache, slots, width, self.eos_ids, params, static=static
         )
@@ -234,7 +294,7 @@ class Generator:
         Responses are seldom as long as they may be: there are slots as long as each could have half
         of its pages, and who needs more than there are waits.
         """
-        per_page = self.page_size * bytes_per_token(self.model.args, self.dtype)
+        per_page = self.page_size * bytes_per_token(self._sizes, self.dtype)
         # Per row: its logits, exponentiated, and a chunk of them beside; or whole logits, and where
         # they are truncated their sort with its int64 order, softmax, prefix sums and masks.
         copies = 8 if params.distribution.truncates else 3
@@ -248,3 +308,10 @@ class Generator:
     def free_bytes(self) -> int:
         """Memory that a rollout may count on, the same on ranks that must schedule alike."""
         return min_integer(free_bytes(self.device), self.device, self.head.tp)
+
+
+def _stopped(sequences: Sequence[RunningSequence], flags: Fetched | None) -> list[RunningSequence]:
+    """Those with a flag. Waits until the step has been done."""
+    if flags is None:
+        return []
+    return [s for s, flag in zip(sequences, flags.get().tolist(), strict=True) if flag]

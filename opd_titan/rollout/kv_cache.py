@@ -1,8 +1,7 @@
-"""Keys and values in pages, and attention over them.
+"""Keys and values in pages, and what attends to them.
 
-Shapes: L layers, P pages, S tokens of a page, M pages of the longest sequence, N sequences being
-decoded, T tokens of a prefill, H query heads, G key/value heads, R query heads of one of them, K
-head size, E partial results: one for each page of each sequence.
+Shapes: P pages, S tokens of a page, M pages of the longest sequence, N sequences, T tokens, H query
+heads, G key/value heads, K head size.
 
 Which page is whose is the scheduler's part. A sequence's row in a *table* [N, M] lists its pages.
 """
@@ -16,60 +15,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_titan.models.attention import Attend, PackedAttention, paged_varlen_attn
+from opd_titan.models.attention import Attend, PackedAttention
+from opd_titan.models.kernels import CacheSlots, plain
+from opd_titan.rollout.attention_path import AttentionPath
+from opd_titan.rollout.page_parts import PageParts
 from opd_titan.rollout.scheduler import Chunk
 
 
 class KVCache:
-    """One [P, S, G, K] tensor of keys and one of values per layer.
+    """A tensor [P, S, G, K] of keys and one of values for each layer.
 
     Args:
         args: the model's sizes: `n_layers`, `n_kv_heads`, `head_dim`.
         num_pages: those the scheduler gives out. There is one more, at the end, for rows of a
             batch that no sequence is in.
+        path: what reads the pages.
     """
 
     def __init__(
-        self, args: Any, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        args: Any,
+        num_pages: int,
+        page_size: int,
+        path: AttentionPath,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.page_size, self.num_pages, self.idle_page = page_size, num_pages, num_pages
-        self.kernel = paged_varlen_attn(dtype, device, page_size)
-        shape = (args.n_layers, num_pages + 1, page_size, args.n_kv_heads, args.head_dim)
-        if self.kernel is None:  # a head's keys side by side, as products of a head want them
-            shape = (*shape[:2], shape[3], shape[2], shape[4])
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        if self.kernel is None:
-            self.keys, self.values = self.keys.transpose(2, 3), self.values.transpose(2, 3)
+        self.path, self.device, self.dtype = path, device, dtype
+        by_head = path.kernel is None  # a head's keys side by side, as products of a head want them
+        shape = (num_pages + 1, page_size, args.n_kv_heads, args.head_dim)
+        if by_head:
+            shape = (shape[0], shape[2], shape[1], shape[3])
 
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
+        def pages() -> Tensor:
+            # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            return zeros.transpose(1, 2) if by_head else zeros
+
+        # One tensor a layer: pieces of this size find room between what else is allocated.
+        self.keys = [pages() for _ in range(args.n_layers)]
+        self.values = [pages() for _ in range(args.n_layers)]
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
-    def write(
-        self, layer: int, page_T: Tensor, offset_T: Tensor, k_TGK: Tensor, v_TGK: Tensor
-    ) -> None:
-        self.keys[layer][page_T, offset_T] = k_TGK
-        self.values[layer][page_T, offset_T] = v_TGK
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to) in all layers."""
-        sources, targets = (list(pages) for pages in zip(*copies, strict=True))
-        for tensor in (self.keys, self.values):
-            tensor[:, targets] = tensor[:, sources]
+        sources, targets = torch.tensor(copies).to(self.device).unbind(1)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
 
 def bytes_per_token(args: Any, dtype: torch.dtype) -> int:
-    """Cache bytes that one token of one sequence takes."""
+    """Return the cache bytes that one token of one sequence takes."""
     return 2 * args.n_layers * args.n_kv_heads * args.head_dim * dtype.itemsize
 
 
-class PrefillAttention:
+class _Writing:
+    """Attention that begins with writing new tokens' keys and values into the cache.
+
+    Args:
+        page_T: int64, the page of each token.
+    """
+
+    def __init__(self, cache: KVCache, positions_T: Tensor, page_T: Tensor) -> None:
+        self.cache, self.positions_T = cache, positions_T
+        self.page_T, self.offset_T = page_T, positions_T % cache.page_size
+
+    def _slots(self, layer: int) -> CacheSlots:
+        cache = self.cache
+        return CacheSlots(cache.keys[layer], cache.values[layer], self.page_T, self.offset_T)
+
+    def slots(self, layer: int) -> CacheSlots | None:
+        return self._slots(layer) if self.cache.path.writes_early else None
+
+    def write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
+        if not self.cache.path.writes_early:
+            plain.write(self._slots(layer), k_TGK, v_TGK)
+
+
+class PrefillAttention(_Writing):
     """Causal attention of chunks of prefixes, whose keys and values also go into the cache.
 
     Args:
@@ -78,12 +105,14 @@ class PrefillAttention:
     """
 
     def __init__(self, cache: KVCache, chunks: Sequence[Chunk]) -> None:
-        self.cache, device = cache, cache.device
+        device = cache.device
         places = [(c, p) for c in chunks for p in range(c.start, c.start + len(c.tokens))]
-        self.positions_T = torch.tensor([p for _, p in places], device=device)
         pages = [c.pages[p // cache.page_size] for c, p in places]
-        self.page_T = torch.tensor(pages, device=device)
-        self.offset_T = self.positions_T % cache.page_size
+        super().__init__(
+            cache,
+            torch.tensor([p for _, p in places], device=device),
+            torch.tensor(pages, device=device),
+        )
         # Masks and indices are made here, once for all layers.
         goes_on, begin = [c for c in chunks[:1] if c.start], [c for c in chunks if not c.start]
         assert [*goes_on, *begin] == list(chunks)
@@ -93,7 +122,7 @@ class PrefillAttention:
         self.lengths = [part.positions_T.numel() for part in self.parts]
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
-        self.cache.write(layer, self.page_T, self.offset_T, k_TGK, v_TGK)
+        self.write(layer, k_TGK, v_TGK)
         split = (x.split(self.lengths) for x in (q_THK, k_TGK, v_TGK))
         outs = [part(*qkv, layer) for part, *qkv in zip(self.parts, *split, strict=True)]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -103,31 +132,34 @@ class ContinuedAttention:
     """A chunk that goes on with its prefix attends to what is in the cache, itself included."""
 
     def __init__(self, cache: KVCache, chunk: Chunk) -> None:
-        self.cache, n, end = cache, len(chunk.tokens), chunk.start + len(chunk.tokens)
+        self.cache, self.num_tokens = cache, len(chunk.tokens)
+        end = chunk.start + self.num_tokens
         self.positions_T = torch.arange(chunk.start, end, device=cache.device)
 
         def int32(*values: int) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=cache.device)
 
-        self.pages = int32(*chunk.pages)
-        if cache.kernel is None:
-            self.seen = torch.ones(n, end, dtype=torch.bool, device=cache.device).tril(chunk.start)
-        else:
-            self.lengths = int32(0, n), int32(0, end), n, end
-            self.used = int32(end)
+        self.pages, self.used, self.starts = (
+            int32(*chunk.pages),
+            int32(end),
+            int32(0, len(chunk.tokens)),
+        )
+        if cache.path.kernel is None:
+            seen = torch.ones(self.num_tokens, end, dtype=torch.bool, device=cache.device)
+            self.seen = seen.tril(chunk.start)
+
+    def slots(self, layer: int) -> CacheSlots | None:
+        return None
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.cache.kernel is not None:
-            return self.cache.kernel(
-                q_THK,
-                keys,
-                values,
-                *self.lengths,
-                window_size=(-1, 0),  # causal: the last query sees the last key
-                seqused_k=self.used,
-                block_table=self.pages[None],
-            )
+        keys, values, kernel = (
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            self.cache.path.kernel,
+        )
+        if kernel is not None:
+            table_1M = self.pages[None]
+            return kernel(q_THK, keys, values, table_1M, self.used, self.starts, self.num_tokens)
         # Repeated here: with a mask and fewer key/value heads, CUDA has no kernel that keeps the
         # scores out of memory.
         end, repeats = self.seen.shape[1], q_THK.shape[1] // k_TGK.shape[1]
@@ -140,7 +172,7 @@ class ContinuedAttention:
         return out[0].transpose(0, 1)
 
 
-class DecodeAttention:
+class DecodeAttention(_Writing):
     """One new token per sequence, attending to all that came before it.
 
     Args:
@@ -156,109 +188,25 @@ class DecodeAttention:
         table_NM: Tensor,
         parts: PageParts | None = None,
     ) -> None:
-        self.cache, self.positions_T, self.table_NM = cache, positions_N, table_NM
-        number_N = positions_N // cache.page_size
-        self.page_T = table_NM.gather(1, number_N[:, None]).squeeze(1).long()
-        self.offset_T = positions_N % cache.page_size
-        if cache.kernel is None:
+        number_N1 = (positions_N // cache.page_size)[:, None]
+        super().__init__(cache, positions_N, table_NM.gather(1, number_N1).squeeze(1).long())
+        self.table_NM = table_NM
+        if cache.path.kernel is None:
             assert parts is not None
-            self.parts, self.masks = parts, parts.masks(positions_N, cache.keys.dtype)
+            self.parts, self.masks = parts, parts.masks(positions_N, cache.dtype)
         else:
-            n = positions_N.numel()
-            self.cu_q = torch.arange(n + 1, dtype=torch.int32, device=positions_N.device)
+            n, device = positions_N.numel(), positions_N.device
+            self.starts_N1 = torch.arange(n + 1, dtype=torch.int32, device=device)
             self.used_N = (positions_N + 1).to(torch.int32)
-            self.cu_k = F.pad(self.used_N.cumsum(0, dtype=torch.int32), (1, 0))
 
     def __call__(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layer: int) -> Tensor:
-        self.cache.write(layer, self.page_T, self.offset_T, k_NGK, v_NGK)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.cache.kernel is None:
-            q_NGRK = q_NHK.unflatten(1, (k_NGK.shape[1], -1))
-            return self.parts.attend(q_NGRK, keys, values, self.masks).flatten(1, 2)
-        longest = self.table_NM.shape[1] * self.cache.page_size
-        return self.cache.kernel(
-            q_NHK,
-            keys,
-            values,
-            self.cu_q,
-            self.cu_k,
-            1,
-            longest,
-            seqused_k=self.used_N,
-            block_table=self.table_NM,
+        self.write(layer, k_NGK, v_NGK)
+        keys, values, kernel = (
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            self.cache.path.kernel,
         )
-
-
-class PageParts:
-    """Attention page by page, for devices without a kernel that reads through a table.
-
-    A softmax over a sequence is put together from softmaxes over its pages and their normalisers
-    (Milakov and Gimelshein 2018, arXiv 1805.02867). The pages in use are read where they are, each
-    with the query of one sequence that has it; where several share a page, the others read a copy.
-
-    Args:
-        table_NM: pages of each sequence, on the host.
-        counts_N: how many of them are in use, on the host.
-        page_size: tokens in a page.
-    """
-
-    def __init__(
-        self, table_NM: Tensor, counts_N: Tensor, page_size: int, device: torch.device
-    ) -> None:
-        self.page_size = page_size
-        used_NM = torch.arange(int(counts_N.max())) < counts_N[:, None]
-        row_E, number_E = used_NM.nonzero(as_tuple=True)
-        page_E = table_NM[row_E, number_E].long()
-        self.in_place = int(page_E.max()) + 1
-        # Of the sequences that share a page, the last one reads it where it is.
-        entry_E = torch.arange(page_E.numel())
-        owner_P = torch.zeros(self.in_place, dtype=torch.int64)
-        owner_P.scatter_reduce_(0, page_E, entry_E, "amax")
-        copied = owner_P[page_E] != entry_E
-        result_E = page_E.clone()
-        result_E[copied] = self.in_place + torch.arange(int(copied.sum()))
-        result_NM = torch.zeros(used_NM.shape, dtype=torch.int64)
-        result_NM[used_NM] = result_E
-        self.result_NM = result_NM.to(device)
-        self.unused_NM = (~used_NM).to(device)
-        # What each result is about: pages in place that nobody has stand for the first sequence.
-        self.row_E = torch.cat((row_E[owner_P], row_E[copied])).to(device)
-        self.first_E = torch.cat((number_E[owner_P], number_E[copied])).to(device) * page_size
-        self.copied_E = page_E[copied].to(device)
-
-    def masks(self, positions_N: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of each result: [E, 1, 1, S], 0 or -inf."""
-        column_S = torch.arange(self.page_size, device=positions_N.device)
-        left_E = positions_N[self.row_E] - self.first_E
-        hidden_ES = column_S > left_E[:, None]
-        masks_ES = torch.zeros(hidden_ES.shape, dtype=dtype, device=positions_N.device)
-        return masks_ES.masked_fill_(hidden_ES, -torch.inf)[:, None, None, :]
-
-    def attend(
-        self, q_NGRK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, masks_E11S: Tensor
-    ) -> Tensor:
-        """The attention's output [N, G, R, K]."""
-        q_EGRK, n = q_NGRK.index_select(0, self.row_E), self.in_place
-        keys, values = keys_PSGK.transpose(1, 2), values_PSGK.transpose(1, 2)
-        out_EGRK, lse_EGR = _attend_page(q_EGRK[:n], keys[:n], values[:n], masks_E11S[:n])
-        if self.copied_E.numel():
-            k, v = (x.index_select(0, self.copied_E) for x in (keys, values))
-            more_out, more_lse = _attend_page(q_EGRK[n:], k, v, masks_E11S[n:])
-            out_EGRK, lse_EGR = torch.cat((out_EGRK, more_out)), torch.cat((lse_EGR, more_lse))
-        shape = self.result_NM.shape
-        lse_NMGR = lse_EGR.index_select(0, self.result_NM.flatten()).unflatten(0, shape)
-        lse_NMGR.masked_fill_(self.unused_NM[:, :, None, None], -torch.inf)
-        out_NMGRK = out_EGRK.index_select(0, self.result_NM.flatten()).unflatten(0, shape)
-        share_NMGR1 = lse_NMGR.softmax(dim=1)[..., None]
-        # A page that nobody reads may hold NaN, and 0 x NaN is NaN.
-        out_NMGRK = out_NMGRK.masked_fill(self.unused_NM[:, :, None, None, None], 0.0)
-        return (out_NMGRK * share_NMGR1).sum(dim=1).to(q_NGRK.dtype)
-
-
-def _attend_page(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention [E, G, R, K] and the logarithm of its normaliser [E, G, R], in fp32."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5 + mask
-    lse = scores.logsumexp(dim=3)
-    return (scores - lse[..., None]).exp() @ v.float(), lse
+        if kernel is not None:
+            return kernel(q_NHK, keys, values, self.table_NM, self.used_N, self.starts_N1, 1)
+        q_NGRK = q_NHK.unflatten(1, (k_NGK.shape[1], -1))
+        return self.parts.attend(q_NGRK, keys, values, self.masks).flatten(1, 2)

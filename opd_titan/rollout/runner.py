@@ -1,11 +1,13 @@
 """Runs what the scheduler says: prefills, and decoding steps over the slots.
 
 Shapes: B slots, N rows of a decoding step (the sequences in slots 0 to N-1, and maybe idle ones),
-M pages of the longest sequence, R response tokens.
+M pages of the longest sequence, R response tokens, E sequences that ended.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,16 +15,52 @@ import torch
 from torch import Tensor, nn
 
 from opd_titan.models.logits import VocabHead
-from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PageParts, PrefillAttention
+from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from opd_titan.rollout.page_parts import PageParts
 from opd_titan.rollout.sampler import Sampler, SamplingParams, uniforms
 from opd_titan.rollout.scheduler import Chunk, Growth, RunningSequence
+
+logger = logging.getLogger("opd_titan")
+
+# Steps that have been launched since, when the host reads which sequences got a stop token: a GPU
+# should not wait for the host meanwhile.
+LAG = {"cpu": 0, "cuda": 1}
+# Columns of what the host sends for each slot before a decoding step.
+_SOURCE, _TOKEN, _POSITION, _COUNT, _KEY, _RUNS, _PAGES = range(7)
+
+
+class Fetched:
+    """A copy of a tensor on its way to the host, which waits only in `get`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if not tensor.is_cuda:
+            self._host = tensor.clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def get(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on the device. The host does not wait, and may change the tensor at once."""
+    if device.type != "cuda":
+        return tensor.clone()
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Runner:
     """The model, the cache, and what is known of each slot, in tensors that stay where they are.
 
     A decoding step reads and writes nothing else, so that a CUDA graph of it can be replayed; and
-    no row of it is touched by Python.
+    no row of it is touched by Python. What the host changes between two steps goes to the device in
+    one copy before the next.
 
     Args:
         model: the decoder; its parameters are read, never written.
@@ -44,27 +82,34 @@ class Runner:
         static: bool = False,
     ) -> None:
         self.model, self.cache, self.slots, self.params = model, cache, slots, params
+        self.device, self.lag = cache.device, LAG[cache.device.type]
         self.sampler = Sampler(head, params, slots)
-        device = cache.device
         eos = () if params.ignore_eos else sorted(eos_ids)
-        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
 
         def per_slot(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+            return torch.zeros(slots, *shape, dtype=dtype, device=self.device)
 
         self.token_B = per_slot()
         self.position_B = per_slot()
         self.count_B = per_slot()
         self.key_B = per_slot()
-        self.runs_B = per_slot()  # 1, or 0 where no sequence is
+        self.runs_B = per_slot()  # 1; 0 where no sequence is, or one that has got its stop token
         self.done_B = per_slot(dtype=torch.bool)
         self.table_BM = per_slot(max_pages, dtype=torch.int32).fill_(cache.idle_page)
-        self.tokens_BR = per_slot(params.max_new_tokens)
-        self.logprobs_BR = per_slot(params.max_new_tokens, dtype=torch.float32)
-        self.slot_B = torch.arange(slots, device=device)
-        # What attention by parts is planned from, on the host.
-        self._host_table_BM = torch.full((slots, max_pages), cache.idle_page, dtype=torch.int32)
+        # Tokens and, in the same bits, their log-probs: one copy brings both to the host.
+        self.answers_B2R = per_slot(2, params.max_new_tokens, dtype=torch.int32)
+        self.tokens_BR = self.answers_B2R[:, 0]
+        self.logprobs_BR = self.answers_B2R.view(torch.float32)[:, 1]
+        self.slot_B = torch.arange(slots, device=self.device)
+        # For each slot: which slot's contents go on here, or -1 and what a sequence starts with;
+        # and its pages.
+        self._host_BX = torch.zeros(slots, _PAGES + max_pages, dtype=torch.int64)
+        self._host_BX[:, _SOURCE] = torch.arange(slots)
+        self._host_table_BM = self._host_BX[:, _PAGES:].fill_(cache.idle_page)
         self._num_pages_B = torch.zeros(slots, dtype=torch.int64)
+        self._changed: set[str] = set()
+        self._resumed: list[RunningSequence] = []
         self._parts: PageParts | None = None
         self.static = static
         self._addresses = self._weight_addresses()
@@ -73,16 +118,24 @@ class Runner:
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache, the responses and the logits."""
-        own = (self.tokens_BR, self.logprobs_BR, self.sampler.values)
-        return self.cache.num_bytes + sum(t.numel() * t.element_size() for t in own)
+        """Of the cache, the responses, the logits and the graphs."""
+        own = (self.answers_B2R, self.sampler.values)
+        tensors = sum(t.numel() * t.element_size() for t in own)
+        return self.cache.num_bytes + tensors + self._graph_bytes()
+
+    def _graph_bytes(self) -> int:
+        if self._graph_memory is None:
+            return 0
+        segments = torch.cuda.memory_snapshot()
+        mine = [s for s in segments if s.get("segment_pool_id") == self._graph_memory]
+        return sum(s["total_size"] for s in mine)
 
     # ------------------------------------------------------------ what changes
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Put the keys and values of prefixes into the cache."""
         tokens = [t for chunk in chunks for t in chunk.tokens]
-        tokens_T = torch.tensor(tokens, device=self.cache.device)
+        tokens_T = send(torch.tensor(tokens), self.device)
         self.model(tokens_T, PrefillAttention(self.cache, chunks))
 
     def start(
@@ -91,94 +144,102 @@ class Runner:
         """Fill the slots of sequences that the scheduler has admitted."""
         if copies:
             self.cache.copy_pages(copies)
-        if not sequences:
-            return
-        rows = slice(sequences[0].slot, sequences[-1].slot + 1)
-
-        def fill(tensor_B: Tensor, values: list[int]) -> None:
-            tensor_B[rows] = torch.tensor(values, dtype=tensor_B.dtype).to(tensor_B.device)
-
-        fill(self.token_B, [s.tokens[-1] for s in sequences])
-        fill(self.position_B, [s.start_position for s in sequences])
-        fill(self.count_B, [len(s.response) for s in sequences])
-        fill(self.key_B, [s.request.key for s in sequences])
-        self.runs_B[rows] = 1
         for s in sequences:
-            self._host_table_BM[s.slot, : len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
+            begin = (-1, s.tokens[-1], s.start_position, len(s.response), s.request.key, 1)
+            self._host_BX[s.slot, : _PAGES + len(s.pages)] = torch.tensor([*begin, *s.pages])
             self._num_pages_B[s.slot] = len(s.pages)
+            self._changed.add("slots")
             if s.response:  # it was preempted: what it had comes back
-                had = len(s.response)
-                self.tokens_BR[s.slot, :had] = torch.tensor(s.response)
-                self.logprobs_BR[s.slot, :had] = torch.tensor(s.logprobs)
-        self._send_table(rows)
+                self._resumed.append(s)
 
     def grow(self, growth: Growth) -> None:
         for slot, number, page in growth.pages:
             self._host_table_BM[slot, number] = page
             self._num_pages_B[slot] = number + 1
-        if growth.pages:
-            slots = [slot for slot, _, _ in growth.pages]
-            self._send_table(slice(min(slots), max(slots) + 1))
+            self._changed.add("pages")
 
     def move(self, sources: Sequence[int], targets: Sequence[int], running: int) -> None:
         """Move slots' contents, and leave those from `running` on idle."""
         if sources:
-            for tensor in (
-                self.token_B,
-                self.position_B,
-                self.count_B,
-                self.key_B,
-                self.tokens_BR,
-                self.logprobs_BR,
-                self._host_table_BM,
-                self._num_pages_B,
-            ):
-                tensor[targets] = tensor[sources]
-        self.runs_B[running:] = 0
-        self.position_B[running:] = 0
-        self.count_B[running:] = 0
+            self._host_BX[targets] = self._host_BX[sources]
+            self._num_pages_B[targets] = self._num_pages_B[sources]
+            self._changed.add("answers")
+        self._host_BX[running:, :_PAGES] = 0
+        self._host_BX[running:, _SOURCE] = -1
         self._host_table_BM[running:] = self.cache.idle_page
         self._num_pages_B[running:] = 0
-        self._send_table(slice(0, self.slots))
+        self._changed.add("slots")
 
-    def _send_table(self, rows: slice) -> None:
-        self.table_BM[rows] = self._host_table_BM[rows].to(self.table_BM.device)
+    def _send_changes(self) -> None:
+        """Bring the device's part of the slots up to date, in one copy."""
+        changed, self._changed = self._changed, set()
+        if not changed:
+            return
         self._parts = None
+        if changed == {"pages"}:
+            self.table_BM.copy_(send(self._host_table_BM, self.device))
+            return
+        sent_BX = send(self._host_BX, self.device)
+        self._host_BX[:, _SOURCE] = torch.arange(self.slots)
+        source_B = sent_BX[:, _SOURCE]
+        kept_B, starts_B = source_B.clamp(min=0), source_B < 0
+        columns = {
+            _TOKEN: self.token_B,
+            _POSITION: self.position_B,
+            _COUNT: self.count_B,
+            _KEY: self.key_B,
+            _RUNS: self.runs_B,
+        }
+        for column, tensor_B in columns.items():
+            tensor_B.copy_(torch.where(starts_B, sent_BX[:, column], tensor_B[kept_B]))
+        self.table_BM.copy_(sent_BX[:, _PAGES:])
+        if "answers" in changed:
+            self.answers_B2R.copy_(self.answers_B2R[kept_B])
+        for s in self._resumed:
+            had = len(s.response)
+            self.tokens_BR[s.slot, :had] = torch.tensor(s.response, dtype=torch.int32)
+            self.logprobs_BR[s.slot, :had] = torch.tensor(s.logprobs)
+        self._resumed = []
 
     # ----------------------------------------------------------------- a step
 
     def decode(self, n: int) -> None:
         """Give every sequence in slots 0 to n-1 its next token."""
-        if not self.static:
-            self._step(n)
-            return
-        n = bucket(n, self.slots)
-        if n not in self._graphs:
-            self._graphs[n] = self._capture(n)
-        self._graphs[n].replay()
+        self._send_changes()
+        if self.static:
+            rows = bucket(n, self.slots)
+            if rows not in self._graphs:
+                self._try_capture(rows)
+            if rows in self._graphs:
+                self._graphs[rows].replay()
+                return
+        self._step(n)
 
     def _step(self, n: int) -> None:
-        count_N = self.count_B[:n]
+        count_N, runs_N = self.count_B[:n], self.runs_B[:n]
         attend = DecodeAttention(
             self.cache, self.position_B[:n].clone(), self.table_BM[:n], self._page_parts(n)
         )
         hidden_ND = self.model(self.token_B[:n], attend)
         tokens_N, logprobs_N = self.sampler(hidden_ND, uniforms(self.key_B[:n], count_N))
-        self.tokens_BR[self.slot_B[:n], count_N] = tokens_N
+        self.tokens_BR[self.slot_B[:n], count_N] = tokens_N.int()
         self.logprobs_BR[self.slot_B[:n], count_N] = logprobs_N
         self.token_B[:n] = tokens_N
-        self.done_B[:n] = (tokens_N[:, None] == self.eos).any(dim=1)
-        count_N += self.runs_B[:n]
-        self.position_B[:n] += self.runs_B[:n]
+        done_N = (tokens_N[:, None] == self.eos).any(dim=1)
+        self.done_B[:n] = done_N
+        count_N += runs_N
+        self.position_B[:n] += runs_N
+        # It stays where it is until the host knows.
+        runs_N *= ~done_N
 
     def _page_parts(self, n: int) -> PageParts | None:
-        if self.cache.kernel is not None:
+        if self.cache.path.kernel is not None:
             return None
         if self._parts is None or self._parts.result_NM.shape[0] != n:
             # An idle row attends to the page that is there for it.
             counts_N = self._num_pages_B[:n].clamp(min=1)
             self._parts = PageParts(
-                self._host_table_BM[:n], counts_N, self.cache.page_size, self.cache.device
+                self._host_table_BM[:n], counts_N, self.cache.page_size, self.device
             )
         return self._parts
 
@@ -189,36 +250,69 @@ class Runner:
     def _weight_addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.model.parameters()]
 
-    def _capture(self, n: int) -> torch.cuda.CUDAGraph:
-        """Record a step of n rows. Running it for that, as CUDA wants, changes no sequence."""
-        state = (self.token_B, self.position_B, self.count_B, self.done_B)
+    def _try_capture(self, n: int) -> None:
+        """Capture a step of n rows. Where that fails, say so once and go on without graphs."""
+        state = (self.token_B, self.position_B, self.count_B, self.runs_B, self.done_B)
         kept = [tensor.clone() for tensor in state]
-        side = torch.cuda.Stream()
+        try:
+            self._graphs[n] = self._capture(n)
+        except RuntimeError as error:
+            self.static = False
+            self._graphs.clear()
+            logger.warning(
+                "Rollouts: a CUDA graph could not be captured, going on without (slower): %s",
+                str(error).split("\n", 1)[0],
+            )
+        for tensor, value in zip(state, kept, strict=True):
+            tensor.copy_(value)
+
+    def _capture(self, n: int) -> torch.cuda.CUDAGraph:
+        """Record a step of n rows, after running it once, as CUDA wants."""
+        side = _capture_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._step(n)
         torch.cuda.current_stream().wait_stream(side)
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a checkpoint being written) may use CUDA meanwhile.
         mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=side, capture_error_mode=mode):
             self._step(n)
         self._graph_memory = graph.pool()
         return graph
 
     # ---------------------------------------------------------------- results
 
-    def ended(self, n: int) -> list[int]:
-        """Slots whose last token was a stop token: the one wait of a step, unless none can be."""
-        if not self.eos.numel():
-            return []
-        return self.done_B[:n].cpu().nonzero().squeeze(1).tolist()
+    def stop_flags(self, n: int) -> Fetched | None:
+        """Which of the first n rows got a stop token in the last step; None where none can."""
+        return Fetched(self.done_B[:n]) if self.eos.numel() else None
 
-    def response(self, slot: int, count: int) -> tuple[list[int], Tensor]:
-        """The first `count` tokens of this slot's response, and their log-probs."""
-        return self.tokens_BR[slot, :count].tolist(), self.logprobs_BR[slot, :count].cpu().clone()
+    def responses(self, slots: Sequence[int], counts: Sequence[int]) -> Responses:
+        """The first tokens of these slots' responses and their log-probs, so many of each."""
+        self._send_changes()
+        longest = max(counts)
+        rows = [self.answers_B2R[slot, :, :longest] for slot in slots]
+        return Responses(Fetched(torch.stack(rows)), counts)
+
+
+class Responses:
+    """Tokens and log-probs of several sequences, on their way to the host."""
+
+    def __init__(self, fetched: Fetched, counts: Sequence[int]) -> None:
+        self._fetched, self._counts = fetched, counts
+
+    def get(self) -> list[tuple[list[int], Tensor]]:
+        answers_E2R = self._fetched.get()
+        tokens, logprobs = answers_E2R[:, 0], answers_E2R.view(torch.float32)[:, 1]
+        return [
+            (tokens[i, :n].tolist(), logprobs[i, :n].clone()) for i, n in enumerate(self._counts)
+        ]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def bucket(n: int, slots: int) -> int:

@@ -8,6 +8,7 @@ Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_titan.distributed.collectives import broadcast_tokens
+from opd_titan.models.kernels import block_stats, fused
 from opd_titan.models.logits import Distribution, VocabHead, project, whole_logits
 
 _MASK = (1 << 64) - 1
@@ -84,18 +86,12 @@ class Sampler:
         return broadcast_tokens(*chosen, self.head.tp)
 
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
-        """`sample` of the whole logits, which are written once and read again only where needed.
-
-        Every chunk of the vocabulary is exponentiated while it is in cache. Ranks exchange a
-        maximum and a sum for each row.
-        """
-        values, sums, maxima = self._exponentiate(hidden_ND)
-        highest_N = maxima.amax(dim=0)
-        shift = (maxima - highest_N).double()
-        # In the unit of the row's maximum.
-        blocks_NB = (sums.double() * shift.exp()[..., None]).transpose(0, 1).flatten(1)
-        mine_N, target_N, log_total_N = self._share(highest_N, blocks_NB.sum(dim=1), uniforms_N)
-        tokens_N, logs_N = _invert_blocks(values, blocks_NB, shift, target_N)
+        """`sample` of the whole logits. Ranks exchange a maximum and a sum for each row."""
+        blocks = self._fused_blocks(hidden_ND) if fused(hidden_ND) else self._blocks(hidden_ND)
+        highest_N = blocks.units_NB.amax(dim=1)
+        weights_NB = blocks.weights(highest_N)
+        mine_N, target_N, log_total_N = self._share(highest_N, weights_NB.sum(dim=1), uniforms_N)
+        tokens_N, logs_N = blocks.invert(weights_NB, highest_N, target_N)
         # Numbers that are not finite must not make a token that there is not.
         tokens_N = tokens_N.clamp(max=self.head.rows - 1) + self.head.tp.rank * self.head.rows
         logprobs_N = (logs_N - log_total_N).float()
@@ -105,12 +101,23 @@ class Sampler:
             tokens_N, logprobs_N = both[0].long(), both[1].float()
         return tokens_N, logprobs_N
 
-    def _exponentiate(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(logits - maximum of their chunk), the sums of its blocks, and the maxima.
+    def _fused_blocks(self, hidden_ND: Tensor) -> Blocks:
+        """Read the logits once for their blocks, and once more where a token is drawn."""
+        n, t = hidden_ND.shape[0], self.params.temperature
+        logits_Nv = self.values[: n * self.head.rows].view(n, self.head.rows)
+        logits_Nv = project(hidden_ND, self.head.weight_vD, logits_Nv)
+        sums_NB, units_NB = block_stats(logits_Nv, t)
 
-        Returns:
-            fp32 [chunks, N, C], [chunks, N, C / 128] and [chunks, N]; 0 where the last chunk ends.
-        """
+        def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
+            column_NC = block_N[:, None] * _BLOCK + torch.arange(_BLOCK, device=block_N.device)
+            inside_NC = column_NC < logits_Nv.shape[1]
+            logits_NC = logits_Nv.gather(1, column_NC.clamp(max=logits_Nv.shape[1] - 1))
+            return (logits_NC / t - unit_N[:, None]).exp() * inside_NC
+
+        return Blocks(sums_NB, units_NB, weigh)
+
+    def _blocks(self, hidden_ND: Tensor) -> Blocks:
+        """Exponentiate each chunk of the vocabulary while it is in the cache of the core."""
         n = hidden_ND.shape[0]
         width, count = self._chunks(n)
         values = self.values[: count * n * width].view(count, n, width)
@@ -122,8 +129,8 @@ class Sampler:
             if self.params.temperature != 1.0:
                 values_NC.div_(self.params.temperature)
             parts.append(_exponentiate_(values_NC))
-        sums, maxima = (torch.stack(x) for x in zip(*parts, strict=True))
-        return values, sums, maxima
+        sums, maxima = (torch.stack(x, dim=1) for x in zip(*parts, strict=True))
+        return _exponentiated(values, sums, maxima)
 
     def _chunks(self, n: int) -> tuple[int, int]:
         """Width of a chunk, in whole blocks, and how many there are."""
@@ -206,11 +213,46 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     """
     vocab = logits_NV.shape[1]
     values_NV = F.pad(logits_NV, (0, -vocab % _BLOCK), value=-torch.inf)
-    blocks_NB = _exponentiate_(values_NV)[0].double()
-    total_N = blocks_NB.sum(dim=1)
-    shift = torch.zeros_like(total_N)[None]
-    tokens_N, logs_N = _invert_blocks(values_NV[None], blocks_NB, shift, uniforms_N * total_N)
+    sums_NB, maxima_N = _exponentiate_(values_NV)
+    blocks = _exponentiated(values_NV[None], sums_NB[:, None], maxima_N[:, None])
+    weights_NB = blocks.weights(maxima_N)
+    total_N = weights_NB.sum(dim=1)
+    tokens_N, logs_N = blocks.invert(weights_NB, maxima_N, uniforms_N * total_N)
     return tokens_N.clamp(max=vocab - 1), (logs_N - total_N.log()).float()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Weights of tokens, exp(logit), by blocks of 128 tokens.
+
+    Attributes:
+        sums_NB: fp32 sums of each block's weights, in units of exp(`units_NB`).
+        units_NB: fp32.
+        weigh: called with a block of each row and its unit; the block's weights [N, 128].
+    """
+
+    sums_NB: Tensor
+    units_NB: Tensor
+    weigh: Callable[[Tensor, Tensor], Tensor]
+
+    def weights(self, unit_N: Tensor) -> Tensor:
+        """The sums in units of exp(`unit_N`), fp64."""
+        # A block without any token that can be drawn has the unit exp(-inf).
+        return self.sums_NB.double() * (self.units_NB - unit_N[:, None]).double().exp()
+
+    def invert(self, weights_NB: Tensor, unit_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N] at which the running sums exceed the target, and logarithms of their weights.
+
+        Args:
+            weights_NB: the sums in units of exp(`unit_N`), as the target and the results are.
+        """
+        block_N, rest_N = _invert(weights_NB, target_N)
+        own_N = self.units_NB.gather(1, block_N[:, None]).squeeze(1)
+        shift_N = (own_N - unit_N).double()
+        within_NC = self.weigh(block_N, own_N).double()
+        offset_N, _ = _invert(within_NC, rest_N / shift_N.exp())
+        log_N = within_NC.gather(1, offset_N[:, None]).squeeze(1).log()
+        return block_N * _BLOCK + offset_N, log_N + shift_N
 
 
 def _exponentiate_(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,24 +263,21 @@ def _exponentiate_(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
     return logits_NC.unflatten(1, (-1, _BLOCK)) @ logits_NC.new_ones(_BLOCK), maxima_N
 
 
-def _invert_blocks(
-    values: Tensor, blocks_NB: Tensor, shift: Tensor, target_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens [N] at which the running sums exceed the target, and the logarithms of their weights.
+def _exponentiated(values: Tensor, sums: Tensor, maxima_NX: Tensor) -> Blocks:
+    """Blocks of weights that are there.
 
     Args:
-        values: weights [chunks, N, C], each chunk's in a unit of its own.
-        blocks_NB: sums of all their blocks of 128, in the row's unit, as the target is.
-        shift: logarithms of the chunks' units in the row's, [chunks, N].
+        values: weights [X, N, C] of X chunks of the vocabulary, in units of their maxima.
+        sums: of their blocks, [N, X, C / 128].
     """
-    block_N, rest_N = _invert(blocks_NB, target_N)
-    row_N = torch.arange(block_N.numel(), device=block_N.device)
-    values = values.unflatten(2, (-1, _BLOCK))
-    chunk_N, inner_N = block_N // values.shape[2], block_N % values.shape[2]
-    shift_N, within = shift[chunk_N, row_N], values[chunk_N, row_N, inner_N].double()
-    offset_N, _ = _invert(within, rest_N / shift_N.exp())
-    log_N = within.gather(1, offset_N[:, None]).squeeze(1).log()
-    return block_N * _BLOCK + offset_N, log_N + shift_N
+    units_NB = maxima_NX[:, :, None].expand(sums.shape).flatten(1)
+    row_N = torch.arange(values.shape[1], device=values.device)
+    blocks = values.unflatten(2, (-1, _BLOCK))
+
+    def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
+        return blocks[block_N // blocks.shape[2], row_N, block_N % blocks.shape[2]]
+
+    return Blocks(sums.flatten(1), units_NB, weigh)
 
 
 def _invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd_titan.models.kernels import plain
 
-HALF = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (32, 64, 128)
 
 
 class CacheSlots(NamedTuple):
@@ -49,12 +49,10 @@ def _have_triton() -> bool:
 
 
 @functools.cache
-def why_unavailable(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the fused kernels cannot run on this device and type; empty where they can."""
+def why_unavailable(device: torch.device) -> str:
+    """Return why the fused kernels cannot run on this device; empty where they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
-    if dtype not in HALF:
-        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
     if not _have_triton():
@@ -71,7 +69,7 @@ def fused(x: Tensor) -> bool:
         x.is_cuda
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not why_unavailable(torch.device("cuda"), x.dtype)
+        and not why_unavailable(torch.device("cuda"))
     )
 
 
@@ -106,7 +104,7 @@ def norm_rope(
         cos_T1K, sin_T1K: fp32 tables of the rotate-half convention; both halves of K are equal.
         slots: where the keys and `v_TGK` are written as well.
     """
-    if fused(q_THK):
+    if fused(q_THK) and q_THK.shape[-1] in HEAD_SIZES:
         return torch.ops.opd_titan.norm_rope(
             q_THK,
             k_TGK,
@@ -122,3 +120,17 @@ def norm_rope(
     if slots is not None:
         plain.write(slots, k_TGK, v_TGK)
     return q_THK, k_TGK
+
+
+def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return, for each block of 128 columns, its sum of exp(x - maximum) and its maximum.
+
+    Args:
+        logits_NV: fp32; x are the logits divided by the temperature.
+
+    Returns:
+        fp32 [N, blocks] each; the last block may be shorter.
+    """
+    if fused(logits_NV):
+        return torch.ops.opd_titan.block_stats(logits_NV, temperature)
+    return plain.block_stats(logits_NV, temperature)

@@ -82,3 +82,11 @@ def paged_attention(
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1))
     return torch.cat(outs).to(q_THK.dtype)
+
+
+def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    missing = -logits_NV.shape[1] % 128
+    x = F.pad(logits_NV / temperature, (0, missing), value=-torch.inf).unflatten(1, (-1, 128))
+    maxima_NB = x.amax(dim=2)
+    shift_NB1 = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)[:, :, None]
+    return (x - shift_NB1).exp().sum(dim=2), maxima_NB

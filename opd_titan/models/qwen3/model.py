@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opd_titan.distributed.tensor_parallel import local
+from opd_titan.models import kernels
 from opd_titan.models.attention import Attend
-from opd_titan.models.layers import Embedding, Linear, RMSNorm
+from opd_titan.models.kernels import CacheSlots
+from opd_titan.models.layers import Embedding, Linear, RMSNorm, products
 from opd_titan.models.qwen3.args import Qwen3Args
 
 Rope = tuple[Tensor, Tensor]
@@ -30,18 +32,10 @@ def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> Rope:
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_THK: Tensor, rope: Rope) -> Tensor:
-    """Rotate each (i, i + K/2) pair by its position's angle; fp32 inside, x's dtype outside."""
-    cos, sin = rope
-    x = x_THK.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_THK.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, args: Qwen3Args) -> None:
         super().__init__()
-        self.head_dim = args.head_dim
+        self.head_dim, self.eps = args.head_dim, args.norm_eps
         self.wq = Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -49,13 +43,23 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
         self.k_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be mixed: queries [T, H, K], keys and values [T, G, K]."""
+    def forward(
+        self, x_TD: Tensor, rope: Rope, slots: CacheSlots | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be mixed: queries [T, H, K], keys and values [T, G, K].
+
+        Args:
+            slots: where the keys and values are written as well.
+        """
         # -1 heads: under tensor parallelism a rank holds only its share of them.
-        q_THK = self.wq(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TGK = self.wk(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TGK = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
-        return apply_rope(self.q_norm(q_THK), rope), apply_rope(self.k_norm(k_TGK), rope), v_TGK
+        q_THK, k_TGK, v_TGK = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in products(x_TD, self.wq, self.wk, self.wv)
+        )
+        q_weight, k_weight = local(self.q_norm.weight), local(self.k_norm.weight)
+        q_THK, k_TGK = kernels.norm_rope(
+            q_THK, k_TGK, v_TGK, q_weight, k_weight, self.eps, *rope, slots
+        )
+        return q_THK, k_TGK, v_TGK
 
 
 class FeedForward(nn.Module):
@@ -66,7 +70,8 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
+        gate_TF, up_TF = products(x_TD, self.w1, self.w3)
+        return self.w2(kernels.silu_mul(gate_TF, up_TF))
 
 
 class Block(nn.Module):
@@ -78,21 +83,25 @@ class Block(nn.Module):
 
     def __init__(self, args: Qwen3Args, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.eps = layer, args.norm_eps
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.attention = Attention(args)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def before_mixing(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attention(self.attention_norm(x_TD), rope)
+    def before_mixing(
+        self, x_TD: Tensor, rope: Rope, slots: CacheSlots | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention(self.attention_norm(x_TD), rope, slots)
 
     def after_mixing(self, x_TD: Tensor, mixed_THK: Tensor) -> Tensor:
-        h_TD = x_TD + self.attention.wo(mixed_THK.flatten(1))
-        return h_TD + self.feed_forward(self.ffn_norm(h_TD))
+        added_TD = self.attention.wo(mixed_THK.flatten(1))
+        weight_D = local(self.ffn_norm.weight)
+        h_TD, normed_TD = kernels.add_norm(x_TD, added_TD, weight_D, self.eps)
+        return h_TD + self.feed_forward(normed_TD)
 
     def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        q_THK, k_TGK, v_TGK = self.before_mixing(x_TD, rope)
+        q_THK, k_TGK, v_TGK = self.before_mixing(x_TD, rope, attend.slots(self.layer))
         return self.after_mixing(x_TD, attend(q_THK, k_TGK, v_TGK, self.layer))
 
 
@@ -107,6 +116,16 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
         self.tie_weights()
+
+    def layers_with_one_input(self) -> list[list[Linear]]:
+        """Layers that multiply the same input, which one product can serve, see `layers.join`."""
+        block: Any
+        found: list[list[Linear]] = []
+        for block in self.layers:
+            attention, feed_forward = block.attention, block.feed_forward
+            found.append([attention.wq, attention.wk, attention.wv])
+            found.append([feed_forward.w1, feed_forward.w3])
+        return found
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter, where the config says so."""

@@ -119,23 +119,25 @@ def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
             made and scattered in one collective. Otherwise every rank holds all of them.
     """
 
-    def gather(_module: nn.Module, _args: Any, out_TD: torch.Tensor) -> torch.Tensor:
+    def gather(out_TD: torch.Tensor) -> torch.Tensor:
         return gather_tokens(out_TD, tp)
+
+    def gather_input(_module: nn.Module, args: Any) -> tuple[Any, ...]:
+        return gather(args[0]), *args[1:]
 
     def reduce(_module: nn.Module, _args: Any, out_TD: torch.Tensor) -> torch.Tensor:
         return scatter_tokens(out_TD, tp) if sequence_parallel else sum_ranks(out_TD, tp)
 
-    gathered_after: list[nn.Module] = [model.norm]
-    summed_after: list[nn.Module] = [model.tok_embeddings]
     block: Any
     for block in model.layers:
-        gathered_after += [block.attention_norm, block.ffn_norm]
-        summed_after += [block.attention.wo, block.feed_forward.w2]
-    for module in summed_after:
-        module.register_forward_hook(reduce)
+        if sequence_parallel:
+            block.attention.register_forward_pre_hook(gather_input)
+            block.feed_forward.register_forward_pre_hook(gather_input)
+        block.attention.wo.register_forward_hook(reduce)
+        block.feed_forward.w2.register_forward_hook(reduce)
+    model.tok_embeddings.register_forward_hook(reduce)
     if sequence_parallel:
-        for module in gathered_after:
-            module.register_forward_hook(gather)
+        model.norm.register_forward_hook(lambda _module, _args, out_TD: gather(out_TD))
     model.tok_embeddings.first_row = tp.rank * local(model.tok_embeddings.weight).shape[0]
 
 

@@ -24,6 +24,7 @@ from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
 from opd_titan.models.logits import Distribution
 from opd_titan.preflight import TOLERANCE
+from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request
@@ -74,7 +75,7 @@ def check_engine(s: Setting, size: str) -> None:
         without = without or samples
         found = {
             "graphs": graphs,
-            "static": generator._runner is not None and generator._runner.static,
+            "path": str(choose_path(generator.model.args.head_dim, s.dtype, s.device)),
             "captured": sorted(generator._runner._graphs) if generator._runner else [],
             "same_twice": _tokens(samples) == _tokens(second["samples"]),
             "same_as_without": _share(samples, without),
@@ -153,8 +154,12 @@ def _check_failed_capture(
     student: _Student, eos: set[int], requests: Sequence[Request], params: SamplingParams
 ) -> None:
     """A step that waits for the device cannot be captured; the rollout goes on without graphs."""
+
+    def wait(module: nn.Module, inputs: Any, hidden_ND: Tensor) -> None:
+        hidden_ND[0, 0].item()
+
     generator = Generator(student.weights.model, eos, CONCURRENT)
-    hook = student.weights.model.register_forward_hook(lambda m, i, out: out.sum().item() and None)
+    hook = student.weights.model.register_forward_hook(wait)
     try:
         samples = generator.generate(requests, params)
     finally:

@@ -86,16 +86,21 @@ def measure_ceilings(s: Setting) -> None:
 
 def launcher(s: Setting, module: str, name: str) -> Callable[..., Any]:
     """The operator where there is a GPU, else what launches its kernel, interpreted."""
-    os.environ.setdefault("TRITON_INTERPRET", "0" if s.on_cuda else "1")
+    if not s.on_cuda:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     loaded = importlib.import_module(f"{PACKAGE}.{module}")
     return getattr(torch.ops.opd_titan if s.on_cuda else loaded, name)
 
 
-def measure_operators(s: Setting, module: str) -> None:
-    """The operators of one module; one that fails hides none."""
-    for name, make in OPERATORS[module].items():
-        # bf16 products are wrong in the interpreter.
-        for dtype in HALF if s.on_cuda else HALF[1:]:
+def measure_operators(s: Setting, makes: dict[str, Make], half: bool = True) -> None:
+    """Each operator in each type; one that fails hides none.
+
+    Args:
+        half: in half precision, where bf16 products are wrong in the interpreter; else in fp32.
+    """
+    dtypes = (torch.float32,) if not half else HALF if s.on_cuda else HALF[1:]
+    for name, make in makes.items():
+        for dtype in dtypes:
             how = {"figure": "operator", "operator": name, "dtype": str(dtype)[6:]}
             try:
                 for check in make(s, dtype):
@@ -128,7 +133,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _sizes(s: Setting) -> Sizes:
+def sizes_of(s: Setting) -> Sizes:
     return SMALL if s.miniature else LARGE
 
 
@@ -137,7 +142,7 @@ def _normal(s: Setting, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _silu_mul(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "silu_mul"), _sizes(s)
+    run, size = launcher(s, "layers", "silu_mul"), sizes_of(s)
 
     def check(T: int) -> Check:
         gate_TF, up_TF = _normal(s, T, 2 * size.mlp, dtype=dtype).chunk(2, dim=1)
@@ -153,7 +158,7 @@ def _silu_mul(s: Setting, dtype: torch.dtype) -> list[Check]:
 
 
 def _add_norm(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "add_norm"), _sizes(s)
+    run, size = launcher(s, "layers", "add_norm"), sizes_of(s)
 
     def check(T: int) -> Check:
         x_TD, y_TD = (_normal(s, T, size.width, dtype=dtype) for _ in range(2))
@@ -171,7 +176,7 @@ def _add_norm(s: Setting, dtype: torch.dtype) -> list[Check]:
 
 
 def _norm_rope(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "norm_rope"), _sizes(s)
+    run, size = launcher(s, "layers", "norm_rope"), sizes_of(s)
     H, G, K = size.heads, size.groups, size.head_size
 
     def check(T: int) -> Check:
@@ -247,7 +252,7 @@ class _Pages(NamedTuple):
 
 
 def _pages(s: Setting, used: Sequence[int], queries: int, heads: int, dtype: Any) -> _Pages:
-    size = _sizes(s)
+    size = sizes_of(s)
     width = -(-max(used) // PAGE_SIZE)
     count = len(used) * width
     shape = (count, PAGE_SIZE, size.groups, size.head_size)
@@ -291,7 +296,7 @@ def _paged_decode(s: Setting, dtype: torch.dtype) -> list[Check]:
 
 def _paged_prefill(s: Setting, dtype: torch.dtype) -> list[Check]:
     """The last queries of sequences that begin in the cache, and a whole one."""
-    run, size = launcher(s, "attention", "paged_prefill"), _sizes(s)
+    run, size = launcher(s, "attention", "paged_prefill"), sizes_of(s)
     lengths = ((70, 9), (65, 65)) if s.miniature else ((4096, 1024), (1000, 1000), (8192, 17))
     starts = [*accumulate((queries for _, queries in lengths), initial=0)]
     pages = _pages(s, [used for used, _ in lengths], starts[-1], size.heads, dtype)
@@ -340,7 +345,9 @@ def measure_splits(s: Setting) -> None:
     attention._SPLIT = own
 
 
-OPERATORS: dict[str, dict[str, Make]] = {
-    "layers": {"silu_mul": _silu_mul, "add_norm": _add_norm, "norm_rope": _norm_rope},
-    "attention": {"paged_decode": _paged_decode, "paged_prefill": _paged_prefill},
+LAYERS: dict[str, Make] = {
+    "silu_mul": _silu_mul,
+    "add_norm": _add_norm,
+    "norm_rope": _norm_rope,
 }
+ATTENTION: dict[str, Make] = {"paged_decode": _paged_decode, "paged_prefill": _paged_prefill}

@@ -14,6 +14,8 @@ from apart import Work
 from gpu_ceiling import measure_ceiling, measure_head
 from gpu_engine import check_engine, measure_gap
 from gpu_kernels import (
+    ATTENTION,
+    LAYERS,
     check_independence,
     measure_ceilings,
     measure_operators,
@@ -67,12 +69,12 @@ ENVIRONMENT = Stage("env", 45, (measure_ceilings,))
 
 FIRST = (
     Stage("attention", 45, (
-        partial(measure_operators, module="attention"),
+        partial(measure_operators, makes=ATTENTION),
         check_independence,
         measure_splits,
         measure_grouped_heads,
     )),
-    Stage("layers", 30, (partial(measure_operators, module="layers"),)),
+    Stage("layers", 30, (partial(measure_operators, makes=LAYERS),)),
     Stage("engine", 50, (partial(check_engine, size="0.6B"),)),
     Stage("trainer", 90, (train_debug_recipe,)),
     Stage("decode", 90, (_curve("0.6B"), _curve("1.7B"), _curve("8B"))),

@@ -374,13 +374,8 @@ def measure_curve(
     model = random_model(shape, s.device)
     if compile:
         apply_compile(model.layers)
-    # All prompts in one prefill, so that all sequences are of one length.
-    engine = Ours(
-        model,
-        max_prefill_tokens=prompt * max(batches),
-        cuda_graphs=graphs,
-        checks_stop=stop_tokens,
-    )
+    # In few rounds of prefills, so that sequences are nearly of one length.
+    engine = Ours(model, max_prefill_tokens=16384, cuda_graphs=graphs, checks_stop=stop_tokens)
     s.reset_memory()
     for batch in sorted(batches, reverse=True):  # the largest first: its cache has room for all
         prompts = [tuple(row) for row in torch.randint(args.vocab_size, (batch, prompt)).tolist()]

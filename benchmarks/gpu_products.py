@@ -81,10 +81,9 @@ def _weight_gradient(s: Setting, hidden_CD: Tensor, vocab: int) -> None:
 
 
 def _passes(s: Setting, logits_CV: Tensor) -> None:
-    """Plain passes over a chunk of fp32 logits, and two that a compiler fuses."""
+    """Plain passes over a chunk of fp32 logits."""
     probs_CV, gb = torch.empty_like(logits_CV), logits_CV.nbytes / 1e9
-    target_C1 = torch.randint(logits_CV.shape[1], (logits_CV.shape[0], 1), device=s.device)
-    plain: dict[str, Callable[[], Any]] = {
+    passes: dict[str, Callable[[], Any]] = {
         "logsumexp": lambda: logits_CV.logsumexp(dim=1),
         "sub_": lambda: logits_CV.sub_(0.1),
         "exp": lambda: torch.exp(logits_CV, out=probs_CV),
@@ -92,29 +91,8 @@ def _passes(s: Setting, logits_CV: Tensor) -> None:
         "mul_": lambda: probs_CV.mul_(0.999),
         "to_bf16": lambda: probs_CV.to(HALF),
     }
-    found = {name: 1e3 * s.device_seconds(work) for name, work in plain.items()}
+    found = {name: 1e3 * s.device_seconds(work) for name, work in passes.items()}
     s.emit({"figure": "passes over logits, ms", "gb": gb, **found})
-    if not s.on_cuda:
-        return
-
-    def statistics(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        top = x.amax(1, keepdim=True)
-        powers = (x - top).exp()
-        total = powers.sum(1, keepdim=True)
-        lse = (top + total.log()).squeeze(1)
-        return lse, x.gather(1, target).squeeze(1), (powers * x).sum(1) / total.squeeze(1)
-
-    def gradient(x: Tensor, lse: Tensor, g: Tensor) -> Tensor:
-        return ((x - lse[:, None]).exp() * -g[:, None]).to(HALF)
-
-    fused = torch.compile(statistics), torch.compile(gradient)
-    lse_C = fused[0](logits_CV, target_C1)[0]
-    figures = {
-        "relative_error": relative_error(lse_C, logits_CV.logsumexp(1)),
-        "statistics": 1e3 * s.device_seconds(lambda: fused[0](logits_CV, target_C1)),
-        "gradient": 1e3 * s.device_seconds(lambda: fused[1](logits_CV, lse_C, lse_C)),
-    }
-    s.emit({"figure": "compiled passes over logits, ms", "gb": gb, **figures})
 
 
 def measure_grouped_heads(s: Setting) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from gpu_setting import Setting
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
 
 REPO = Path(__file__).resolve().parent.parent
 STEPS = 40  # as in train_configs/debug.toml
@@ -65,6 +63,8 @@ def _run(options: dict[str, Any]) -> None:
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder))
     events.Reload()
     names = events.Tags()["scalars"]
@@ -72,5 +72,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def exports_load(folder: Path) -> bool:
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder)
     return all(bool(p.isfinite().all()) for p in model.parameters())

@@ -32,6 +32,7 @@ from opd_titan.distributed.lifeline import enter
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
 from opd_titan.models import ModelFamily, get_family
+from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.transforms import apply_compile
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.weights import GeneratorWeights
@@ -296,16 +297,20 @@ def build_generator(
     source: ModelSource, model: nn.Module, world: World, config: JobConfig, dtype: torch.dtype
 ) -> tuple[GeneratorWeights, Generator]:
     """What samples from a loaded model; its weights have to be synced before."""
-    build = partial(source.build_share, world.tp, config.compile.enable)
-    packs = not config.compile.enable
-    weights = GeneratorWeights(model, build, dtype, world.device, packs)
+    # Where there are fused kernels they do what the compiler would.
+    compiled = config.compile.enable and bool(why_unavailable(world.device))
+    build = partial(source.build_share, world.tp, compiled)
+    weights = GeneratorWeights(model, build, dtype, world.device, pack=not compiled)
     generator = Generator(
         weights.model,
         source.eos_ids,
         config.rollout.max_concurrent,
         config.training.max_tokens_per_microbatch,
         world.tp,
+        room=lambda: weights.cache_room,
     )
+    log = logger.warning if generator.path.why else logger.info
+    log("Rollouts of the %s: %s", source.role, generator.path)
     return weights, generator
 
 

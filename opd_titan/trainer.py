@@ -199,8 +199,7 @@ class Trainer:
             with phase("rollout"):
                 samples = self.rollout(prompts)
                 chosen = self.recorder.choose(samples)
-                if self.weights.release_if_short(self.generator.num_bytes):
-                    self.generator.release()
+                self.weights.release_if_short(self.generator)
             plan = self.plan(samples)
             with phase("teacher"):
                 for role in filter(is_teacher, self.frozen):

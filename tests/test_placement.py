@@ -105,10 +105,10 @@ def check_ranks_agree() -> int:
     """One rank alone is short of memory; the next sync is collective."""
     model = sharded(build_world(CPU), tied=True)
     weights = follow(model, torch.bfloat16)
-    weights.outdate()
-    weights.sync()
     spare = 0 if dist.get_rank() == 1 else 1 << 40
     weights_module.never_used_bytes = lambda device: spare
+    weights.outdate()
+    weights.sync()
     weights.release_if_short()
     held = held_bytes(weights)
     weights.sync()

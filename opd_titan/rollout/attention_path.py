@@ -17,7 +17,6 @@ from torch import Tensor
 
 from opd_titan.models import kernels
 
-HALF = (torch.bfloat16, torch.float16)
 # (q_THK, keys_PSGK, values_PSGK, table_NM, used_N, starts_N1, max_queries) -> [T, H, K]; see
 # `kernels.plain.paged_attention`.
 PagedKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -64,7 +63,7 @@ def choose_path(head_dim: int, dtype: torch.dtype, device: torch.device) -> Atte
     if device.type == "cpu":
         return AttentionPath("pages", 64)
     why = kernels.why_unavailable(device)
-    if not why and dtype not in HALF:
+    if not why and dtype not in kernels.HALF:
         why = f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if not why and head_dim not in kernels.HEAD_SIZES:
         sizes = ", ".join(map(str, kernels.HEAD_SIZES))
@@ -94,7 +93,7 @@ def _triton(
 
 def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | None, str]:
     """Return torch's kernel, from 2.12 on, or why there is none."""
-    if dtype not in HALF or torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype not in kernels.HALF or torch.cuda.get_device_capability(device) < (8, 0):
         return None, "torch's paged kernel does not take it either"
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -29,6 +29,9 @@ from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
 from opd_titan.rollout.share import Share
 
+# A cache that is made once may hold this share of the sequences that one made every step would.
+_ENOUGH = 0.75
+
 
 @dataclass
 class RolloutStats:
@@ -96,6 +99,7 @@ class Generator:
             part of every sum and sees the same tokens.
         page_size: tokens in a page of the cache; 0 takes what suits the device.
         max_pages: of the cache; 0 takes what fits into the free memory.
+        room: bytes that may be kept while other phases run; None while nobody knows.
 
     Attributes:
         stats: of the last `generate`.
@@ -113,7 +117,9 @@ class Generator:
         tp: Axis = ALONE,
         page_size: int = 0,
         max_pages: int = 0,
+        room: Callable[[], int | None] = lambda: None,
     ) -> None:
+        self.room = room
         self.model, self.eos_ids = model, eos_ids
         self._sizes: Any = model.args
         self.head = VocabHead(model.get_parameter("lm_head.weight"), tp)
@@ -299,8 +305,16 @@ class Generator:
         # they are truncated their sort with its int64 order, softmax, prefix sums and masks.
         copies = 8 if params.distribution.truncates else 3
         per_slot = 4 * copies * self.head.vocab_size
-        budget = self.free_bytes() * 3 // 4
-        slots = max(1, min(wanted, budget // (per_slot + per_page * -(-width // 2))))
+        per_sequence = per_slot + per_page * -(-width // 2)
+
+        def slots_in(budget: int) -> int:
+            return max(1, min(wanted, budget // per_sequence))
+
+        budget, room = self.free_bytes() * 3 // 4, self.room()
+        # A cache that can stay costs no step its time; but not where it holds far fewer sequences.
+        if room is not None and slots_in(min(room, budget)) >= _ENOUGH * slots_in(budget):
+            budget = min(room, budget)
+        slots = slots_in(budget)
         pages = (budget - slots * per_slot) // per_page
         pages = max(width, min(slots * width, pages, self.max_pages or pages))
         return slots, pages

@@ -17,6 +17,11 @@ def free_bytes(device: torch.device) -> int:
     return _host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def total_bytes(device: torch.device) -> int:
+    """The GPU's memory; of a host nothing, which is shared with others anyway."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+
+
 def never_used_bytes(device: torch.device) -> int:
     """Memory of a GPU that not even the allocator's cache holds: beyond the peak of all so far.
 

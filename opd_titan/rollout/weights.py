@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,14 @@ from torch.distributed.tensor import DTensor
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import axes
-from opd_titan.models.layers import Linear, can_pack
-from opd_titan.rollout.memory import never_used_bytes
+from opd_titan.models.layers import Linear, can_pack, join
+from opd_titan.rollout.memory import never_used_bytes, total_bytes
+
+if TYPE_CHECKING:
+    from opd_titan.rollout.generator import Generator
+
+# Share of the memory that is left alone: later updates may take a little more than the first.
+_SPARE = 0.05
 
 
 class GeneratorWeights:
@@ -58,7 +64,10 @@ class GeneratorWeights:
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
         if pack and can_pack(dtype, device):
             self._pack_layers()
-        self._current = self._updated = False
+        self._owners: list[Tensor] = []  # of the copies' memory
+        self._join_layers()
+        self._current = False
+        self._room: int | None = None
         self.release()
 
     def _pack_layers(self) -> None:
@@ -69,6 +78,18 @@ class GeneratorWeights:
                 if self._copies.pop(weight, None) is not None:
                     module.weight.untyped_storage().resize_(0)
                     self._packed[weight] = module
+
+    def _join_layers(self) -> None:
+        """Copies of layers with one input lie together, so that one product serves them."""
+        names = {module: f"{name}.weight" for name, module in self.model.named_modules()}
+        apart = dict(self._copies)
+        for layers in self.model.layers_with_one_input():  # type: ignore[operator]
+            if all(names[layer] in apart for layer in layers):
+                self._owners.append(join(layers))
+                for layer in layers:
+                    self._copies[names[layer]] = layer.weight
+                    del apart[names[layer]]
+        self._owners += apart.values()
 
     @property
     def num_bytes(self) -> int:
@@ -94,7 +115,7 @@ class GeneratorWeights:
         if self._current:
             return
         self._current = True
-        for tensor in self._copies.values():
+        for tensor in self._owners:
             tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
         left: dict[str, Tensor | Linear] = {**self._copies, **self._packed}
         for prefix, module in _innermost_first(self.source):
@@ -113,33 +134,44 @@ class GeneratorWeights:
         assert not left, f"not gathered: {list(left)}"
 
     def outdate(self) -> None:
-        """Say that the source has changed."""
-        self._current, self._updated = False, True
+        """Say that the source has changed. All ranks call."""
+        self._current = False
+        if self._room is None:
+            # Scoring and update have just shown what they need: what they left can be kept.
+            spare = _SPARE * total_bytes(self.device)
+            free = max(0, int(never_used_bytes(self.device) - spare))
+            self._room = -int(max_scalar(-free, self.device))
 
-    def release_if_short(self, cache_bytes: int = 0) -> bool:
-        """Free the copies for scoring and update, where these may need the memory. All ranks call.
+    @property
+    def cache_room(self) -> int | None:
+        """Bytes that a cache beside the copies may keep for good; None before the first update."""
+        return None if self._room is None else max(0, self._room - self.num_bytes)
+
+    def release_if_short(self, generator: Generator | None = None) -> bool:
+        """Free the copies and the generator's memory if scoring and update need it.
 
         They may before the first update, when nobody knows what it takes; and from then on unless
-        as many bytes again have never been used by anything.
-
-        Args:
-            cache_bytes: that the generator keeps besides.
+        what they left free then holds all of it. All ranks call.
 
         Returns:
-            Whether memory is short: then the generator should give back its own as well.
+            Whether memory is short.
         """
-        kept = self.num_bytes + cache_bytes
-        short = not self._updated or never_used_bytes(self.device) < kept
+        cache_bytes = 0 if generator is None else generator.num_bytes
+        short = self._room is None or self.num_bytes + cache_bytes > self._room
         # Together: the next `sync` is collective.
         short = bool(max_scalar(float(short), self.device))
         if short:
             self.release()
+            if generator is not None:
+                generator.release()
+            if self._room is None and self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what is in use after the update is what it took
         return short
 
     def release(self) -> None:
         """Give the copies' memory back until the next `sync`."""
         self._current = False
-        for tensor in self._copies.values():
+        for tensor in self._owners:
             tensor.untyped_storage().resize_(0)
         for layer in self._packed.values():
             layer.packed = None

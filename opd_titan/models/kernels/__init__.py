@@ -6,7 +6,8 @@ Triton kernels are registered as PyTorch operators, so that tensors without data
 Triton comes with CUDA builds of PyTorch; nothing imports it where it is absent.
 
 Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, K head size, P pages
-of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence.
+of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence, V vocabulary, B
+blocks of 128 of its tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from opd_titan.models.kernels import plain
 
+HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 128)
 
 
@@ -60,13 +62,17 @@ def why_unavailable(device: torch.device) -> str:
     return ""
 
 
-def fused(x: Tensor) -> bool:
+def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     """Return whether operations on `x` run in fused kernels.
 
     The kernels have no gradients, and code that is compiled is fused by the compiler.
+
+    Args:
+        dtypes: those that the operation's kernel takes.
     """
     return (
         x.is_cuda
+        and x.dtype in dtypes
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not why_unavailable(torch.device("cuda"))
@@ -123,14 +129,14 @@ def norm_rope(
 
 
 def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return, for each block of 128 columns, its sum of exp(x - maximum) and its maximum.
+    """Return the sums of exp(x - maximum) over blocks of 128 columns, and the maxima.
 
     Args:
-        logits_NV: fp32; x are the logits divided by the temperature.
+        logits_NV: fp32; x is logits / temperature. Rows may be strided.
 
     Returns:
-        fp32 [N, blocks] each; the last block may be shorter.
+        fp32 [N, B] each; 0 and -inf for a block in which all logits are -inf.
     """
-    if fused(logits_NV):
+    if fused(logits_NV, (torch.float32,)):
         return torch.ops.opd_titan.block_stats(logits_NV, temperature)
     return plain.block_stats(logits_NV, temperature)

@@ -14,6 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from opd_titan.models.kernels import CacheSlots
 
+LOGITS_BLOCK = 128
+
 
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
@@ -85,8 +87,10 @@ def paged_attention(
 
 
 def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    missing = -logits_NV.shape[1] % 128
-    x = F.pad(logits_NV / temperature, (0, missing), value=-torch.inf).unflatten(1, (-1, 128))
-    maxima_NB = x.amax(dim=2)
-    shift_NB1 = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)[:, :, None]
-    return (x - shift_NB1).exp().sum(dim=2), maxima_NB
+    padding = -logits_NV.shape[1] % LOGITS_BLOCK
+    scaled_NV = F.pad(logits_NV / temperature, (0, padding), value=-torch.inf)
+    scaled_NBC = scaled_NV.unflatten(1, (-1, LOGITS_BLOCK))
+    maxima_NB = scaled_NBC.amax(dim=2)
+    # -inf - -inf is NaN: a block of nothing else keeps its exponentials of 0.
+    shift_NB = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)
+    return (scaled_NBC - shift_NB[..., None]).exp().sum(dim=2), maxima_NB

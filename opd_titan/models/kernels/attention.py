@@ -1,0 +1,353 @@
+"""Attention over keys and values in pages, in Triton.
+
+Shapes: N sequences, T queries of all sequences, H query heads, G key/value heads, R query heads of
+one of them, K head size, P pages of a KV cache, S tokens of a page, M pages of the longest
+sequence. In kernels, Q rows of a tile and B tokens of a block.
+
+A program takes one key/value head of one sequence and goes over tokens in blocks, with a running
+softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) in powers of 2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opd_titan.models.kernels.operators import operator
+
+_DECODE_BLOCK = 64
+# 128 rows read keys and values half as often as 64 do; blocks of 64 would spill on Ampere.
+_PREFILL_ROWS, _PREFILL_BLOCK = 128, 32
+# A sequence is split into parts of this many tokens, or of a multiple that gives at most 32 parts.
+_SPLIT, _MAX_SPLITS = 256, 32
+
+
+@triton.jit
+def _attend(
+    q_QK,
+    last_Q,
+    keys,
+    values,
+    pages,
+    start,
+    end,
+    scale,
+    page_stride,
+    token_stride,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Attend to the tokens from `start` to `end`, of which row i sees those up to `last_Q[i]`.
+
+    Returns the maxima of the scaled scores, the sums of their powers of 2, and the values' sums.
+    """
+    token_B = tl.arange(0, B)
+    place_BK = (token_B * token_stride)[:, None] + tl.arange(0, K)[None, :]
+    max_Q = tl.full([q_QK.shape[0]], float("-inf"), tl.float32)
+    sum_Q = tl.zeros([q_QK.shape[0]], tl.float32)
+    out_QK = tl.zeros([q_QK.shape[0], K], tl.float32)
+    # Looked up one block ahead. Otherwise each block's keys wait for it, and Triton's pipeline
+    # spends half of its stages on it.
+    page = tl.load(pages + start // S)
+    for first in range(start, end, B):
+        next_page = tl.load(pages + (first + B) // S, mask=first + B < end, other=0)
+        block = page.to(tl.int64) * page_stride + first % S * token_stride
+        # Not read beyond the end: 0 x NaN is NaN.
+        used_B1 = (first + token_B < end)[:, None]
+        keys_BK = tl.load(keys + block + place_BK, mask=used_B1, other=0.0)
+        scores_QB = tl.dot(q_QK, tl.trans(keys_BK)) * scale
+        seen_QB = (first + token_B)[None, :] <= last_Q[:, None]
+        scores_QB = tl.where(seen_QB, scores_QB, float("-inf"))
+        new_max_Q = tl.maximum(max_Q, tl.max(scores_QB, 1))
+        powers_QB = tl.exp2(scores_QB - new_max_Q[:, None])
+        decay_Q = tl.exp2(max_Q - new_max_Q)
+        sum_Q = sum_Q * decay_Q + tl.sum(powers_QB, 1)
+        values_BK = tl.load(values + block + place_BK, mask=used_B1, other=0.0)
+        out_QK = out_QK * decay_Q[:, None]
+        out_QK = tl.dot(powers_QB.to(values_BK.dtype), values_BK, out_QK)
+        max_Q = new_max_Q
+        page = next_page
+    return max_Q, sum_Q, out_QK
+
+
+@triton.jit(do_not_specialize=["splits", "table_stride"])
+def _decode(
+    q,
+    keys,
+    values,
+    table,
+    used,
+    out,
+    partial,
+    normalisers,
+    scale,
+    splits,
+    q_stride,
+    q_head_stride,
+    page_stride,
+    token_stride,
+    head_stride,
+    table_stride,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    Q: tl.constexpr,
+    B: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    split, g, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(used + n)
+    size = tl.cdiv(length, SPLIT * MAX_SPLITS) * SPLIT
+    start = split * size
+    if start >= length:
+        return
+    row_Q, k = tl.arange(0, Q), tl.arange(0, K)
+    head_Q, is_row_Q1 = g * R + row_Q, (row_Q < R)[:, None]
+    place_QK = n * q_stride + (head_Q * q_head_stride)[:, None] + k[None, :]
+    q_QK = tl.load(q + place_QK, mask=is_row_Q1, other=0.0)
+    max_Q, sum_Q, out_QK = _attend(
+        q_QK,
+        tl.zeros([Q], tl.int32) + (length - 1),
+        keys + g * head_stride,
+        values + g * head_stride,
+        table + n * table_stride,
+        start,
+        tl.minimum(start + size, length),
+        scale,
+        page_stride,
+        token_stride,
+        K,
+        S,
+        B,
+    )
+    out_QK /= sum_Q[:, None]
+    place_Q = n * (tl.num_programs(1) * R) + head_Q
+    if size >= length:
+        place_QK = (place_Q * K)[:, None] + k[None, :]
+        tl.store(out + place_QK, out_QK.to(out.dtype.element_ty), mask=is_row_Q1)
+    else:
+        place_Q = place_Q * splits + split
+        place_QK = (place_Q * K)[:, None] + k[None, :]
+        tl.store(partial + place_QK, out_QK, mask=is_row_Q1)
+        tl.store(normalisers + place_Q, max_Q + tl.log2(sum_Q), mask=row_Q < R)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    partial,
+    normalisers,
+    used,
+    out,
+    splits,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Average the parts of a sequence, by weights that are powers of 2 of their normalisers."""
+    h, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(used + n)
+    count = tl.cdiv(length, tl.cdiv(length, SPLIT * MAX_SPLITS) * SPLIT)
+    if count == 1:
+        return
+    # All the parts that there may be, whatever the table's width: so sums have one order.
+    split, k = tl.arange(0, MAX_SPLITS), tl.arange(0, K)
+    row = n * tl.num_programs(0) + h
+    place = row * splits + split
+    normaliser = tl.load(normalisers + place, mask=split < count, other=float("-inf"))
+    weight = tl.exp2(normaliser - tl.max(normaliser, 0))
+    part = tl.load(
+        partial + (place * K)[:, None] + k[None, :], mask=(split < count)[:, None], other=0.0
+    )
+    out_K = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + row * K + k, out_K.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _prefill(
+    q,
+    keys,
+    values,
+    table,
+    used,
+    starts,
+    out,
+    scale,
+    q_stride,
+    q_head_stride,
+    page_stride,
+    token_stride,
+    head_stride,
+    table_stride,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    Q: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Rows of a tile are (query, head) pairs of one key/value head."""
+    tile, g, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = tl.load(starts + n)
+    count = tl.load(starts + n + 1) - begin
+    if tile * Q >= count * R:
+        return
+    row_Q, k = tile * Q + tl.arange(0, Q), tl.arange(0, K)
+    query_Q, head_Q = row_Q // R, g * R + row_Q % R
+    token_Q, is_row_Q1 = (begin + query_Q).to(tl.int64), (query_Q < count)[:, None]
+    place_QK = (token_Q * q_stride + head_Q * q_head_stride)[:, None] + k[None, :]
+    q_QK = tl.load(q + place_QK, mask=is_row_Q1, other=0.0)
+    length = tl.load(used + n)
+    before = length - count  # tokens that all queries see
+    _, sum_Q, out_QK = _attend(
+        q_QK,
+        before + query_Q,
+        keys + g * head_stride,
+        values + g * head_stride,
+        table + n * table_stride,
+        0,
+        tl.minimum(before + (tile * Q + Q - 1) // R + 1, length),
+        scale,
+        page_stride,
+        token_stride,
+        K,
+        S,
+        B,
+    )
+    out_QK /= sum_Q[:, None]
+    place_QK = ((token_Q * (tl.num_programs(1) * R) + head_Q) * K)[:, None] + k[None, :]
+    tl.store(out + place_QK, out_QK.to(out.dtype.element_ty), mask=is_row_Q1)
+
+
+def _empty_like(q, *args):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@operator(
+    "paged_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used) -> Tensor",
+    _empty_like,
+)
+def paged_decode(
+    q_NHK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, table_NM: Tensor, used_N: Tensor
+) -> Tensor:
+    """Return the attention of one query of each sequence to the first tokens of its pages.
+
+    A sequence's result depends on nothing but its own query, keys, values and length: neither the
+    other rows nor the width of the table change a bit of it. Nothing is read on the host.
+
+    Args:
+        table_NM: int32, pages of each sequence, in order.
+        used_N: int32, tokens of each sequence, at least 1.
+    """
+    N, H, K = q_NHK.shape
+    S, G = keys_PSGK.shape[1:3]
+    R = H // G
+    _check(q_NHK, keys_PSGK, values_PSGK)
+    splits = min(triton.cdiv(table_NM.shape[1] * S, _SPLIT), _MAX_SPLITS)
+    out_NHK = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
+    partial = normalisers = out_NHK  # not written where all sequences are of one part
+    if splits > 1:
+        partial = q_NHK.new_empty((N, H, splits, K), dtype=torch.float32)
+        normalisers = q_NHK.new_empty((N, H, splits), dtype=torch.float32)
+    _decode[(splits, G, N)](
+        q_NHK,
+        keys_PSGK,
+        values_PSGK,
+        table_NM,
+        used_N,
+        out_NHK,
+        partial,
+        normalisers,
+        _scale(K),
+        splits,
+        q_NHK.stride(0),
+        q_NHK.stride(1),
+        *keys_PSGK.stride()[:3],
+        table_NM.stride(0),
+        R=R,
+        K=K,
+        S=S,
+        Q=max(16, triton.next_power_of_2(R)),
+        B=_DECODE_BLOCK,
+        SPLIT=_SPLIT,
+        MAX_SPLITS=_MAX_SPLITS,
+        num_warps=4,
+        num_stages=3,
+    )
+    if splits > 1:
+        _combine[(H, N)](
+            partial,
+            normalisers,
+            used_N,
+            out_NHK,
+            splits,
+            K=K,
+            SPLIT=_SPLIT,
+            MAX_SPLITS=_MAX_SPLITS,
+            num_warps=4,
+        )
+    return out_NHK
+
+
+@operator(
+    "paged_prefill(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used, Tensor starts,"
+    " int max_queries) -> Tensor",
+    _empty_like,
+)
+def paged_prefill(
+    q_THK: Tensor,
+    keys_PSGK: Tensor,
+    values_PSGK: Tensor,
+    table_NM: Tensor,
+    used_N: Tensor,
+    starts_N1: Tensor,
+    max_queries: int,
+) -> Tensor:
+    """Return the causal attention of each sequence's last queries to the tokens of its pages.
+
+    Args:
+        table_NM: int32, pages of each sequence, in order.
+        used_N: int32, tokens of each sequence, those of its queries included.
+        starts_N1: int32 [N + 1], where each sequence's queries begin in T.
+        max_queries: of one sequence; at least as many as any has.
+    """
+    T, H, K = q_THK.shape
+    S, G = keys_PSGK.shape[1:3]
+    R = H // G
+    _check(q_THK, keys_PSGK, values_PSGK)
+    out_THK = torch.empty((T, H, K), dtype=q_THK.dtype, device=q_THK.device)
+    _prefill[(triton.cdiv(max_queries * R, _PREFILL_ROWS), G, used_N.numel())](
+        q_THK,
+        keys_PSGK,
+        values_PSGK,
+        table_NM,
+        used_N,
+        starts_N1,
+        out_THK,
+        _scale(K),
+        q_THK.stride(0),
+        q_THK.stride(1),
+        *keys_PSGK.stride()[:3],
+        table_NM.stride(0),
+        R=R,
+        K=K,
+        S=S,
+        Q=_PREFILL_ROWS,
+        B=_PREFILL_BLOCK,
+        num_warps=8,
+        num_stages=3,
+    )
+    return out_THK
+
+
+def _scale(head_size: int) -> float:
+    """Return what scores are multiplied by, so that powers of 2 stand for those of e."""
+    return head_size**-0.5 * math.log2(math.e)
+
+
+def _check(q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor) -> None:
+    assert q_THK.stride(2) == keys_PSGK.stride(3) == 1
+    assert keys_PSGK.stride() == values_PSGK.stride()
+    assert keys_PSGK.shape[1] % _DECODE_BLOCK == 0, "a block of tokens lies in one page"

@@ -1,0 +1,153 @@
+"""The kernels between a layer's products, and over logits, in Triton's interpreter.
+
+`test_kernels.py` runs this file in a process of its own: the interpreter is chosen before Triton is
+imported. Shapes: see `opd_titan.models.kernels`.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_titan.models.kernels import CacheSlots, attention, layers, logits, plain
+
+TYPES = [torch.float16, torch.float32]
+# Two steps of the type at 1: an exponential that is rounded otherwise may cross a rounding's edge.
+TOLERANCE = {torch.float16: 2e-3, torch.float32: 1e-6}
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype == expected.dtype
+    tolerance = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("T", "F"), [(1, 7), (3, 1024), (5, 1500)])
+def test_silu_mul(T: int, F: int, dtype: torch.dtype) -> None:
+    both = torch.randn(T, 2 * F).mul_(3.0).to(dtype)
+    both[0, 0], both[0, 1] = -100.0, 100.0  # exp(-x) is infinite, exp(x) would be
+    gate_TF, up_TF = both.chunk(2, dim=1)
+    out_TF = layers.silu_mul(gate_TF, up_TF)
+    assert out_TF.is_contiguous()
+    assert_close(out_TF, plain.silu_mul(gate_TF, up_TF))
+    assert_close(layers.silu_mul(gate_TF.contiguous(), up_TF), plain.silu_mul(gate_TF, up_TF))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("T", "D"), [(1, 64), (3, 1024), (5, 1000), (2, 5120)])
+def test_add_norm(T: int, D: int, dtype: torch.dtype) -> None:
+    x_TD, weight_D = torch.randn(T, D).to(dtype), torch.rand(D).to(dtype)
+    y_TD = torch.randn(T, 2 * D).mul_(4.0).to(dtype)[:, :D]
+    sum_TD, normed_TD = layers.add_norm(x_TD, y_TD, weight_D, EPS)
+    expected = plain.add_norm(x_TD, y_TD, weight_D, EPS)
+    assert torch.equal(sum_TD, expected[0])
+    assert_close(normed_TD, expected[1])
+
+
+class Heads:
+    """The heads of T tokens, as views of one product, and what turns them."""
+
+    def __init__(self, T: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
+        heads = torch.randn(T, (H + 2 * G) * K).to(dtype).unflatten(1, (-1, K))
+        self.q_THK, self.k_TGK, self.v_TGK = heads.split([H, G, G], dim=1)
+        angles_T1K = torch.rand(T, 1, K // 2).mul_(100.0).repeat(1, 1, 2)
+        weights = torch.rand(2, K).to(dtype)
+        self.rest = (*weights, EPS, angles_T1K.cos(), angles_T1K.sin())
+
+    @property
+    def all(self) -> tuple:
+        return (self.q_THK, self.k_TGK, self.v_TGK, *self.rest)
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        return plain.norm_rope(self.q_THK, self.k_TGK, *self.rest)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("T", "H", "G", "K"), [(1, 1, 1, 32), (5, 4, 2, 64), (3, 14, 2, 128), (2, 16, 1, 128)]
+)
+def test_norm_rope(T: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
+    heads = Heads(T, H, G, K, dtype)
+    got = layers.norm_rope(*heads.all, None, None, None, None)
+    for x, expected in zip(got, heads.plain(), strict=True):
+        assert x.is_contiguous()
+        assert_close(x, expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("S", [64, 128, 256])
+def test_norm_rope_writes_into_its_slots_and_nowhere_else(S: int, dtype: torch.dtype) -> None:
+    G, K = 2, 32
+    heads = Heads(4, 4, G, K, dtype)
+    for heads_first in (False, True):
+        before = torch.randn(2, 3, *((G, S, K) if heads_first else (S, G, K))).to(dtype)
+        expected, got = (
+            x.transpose(2, 3) if heads_first else x for x in (before.clone(), before.clone())
+        )
+        page_T, offset_T = torch.tensor([2, 0, 2, 0]), torch.tensor([0, S - 1, S // 2, 5])
+        q_THK, k_TGK = layers.norm_rope(*heads.all, *got, page_T, offset_T)
+        plain.write(CacheSlots(*expected, page_T, offset_T), k_TGK, heads.v_TGK)
+        assert torch.equal(got, expected)
+        alone = layers.norm_rope(*heads.all, None, None, None, None)
+        assert torch.equal(q_THK, alone[0]) and torch.equal(k_TGK, alone[1])
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_block_stats(vocab: int, temperature: float) -> None:
+    logits_NV = torch.randn(3, vocab + 5).mul_(5.0)[:, :vocab]
+    logits_NV[1, 128:400] = -torch.inf  # two blocks of nothing else, and a part of one
+    logits_NV[2] = -torch.inf
+    sums_NB, maxima_NB = logits.block_stats(logits_NV, temperature)
+    expected = plain.block_stats(logits_NV, temperature)
+    torch.testing.assert_close(sums_NB, expected[0], rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(maxima_NB, expected[1], rtol=2e-7, atol=0.0)
+    assert sums_NB[2].eq(0.0).all() and maxima_NB[2].eq(-torch.inf).all()
+    total_N = (sums_NB.double().log() + maxima_NB).logsumexp(dim=1)[:2]
+    exact_N = (logits_NV.double() / temperature).logsumexp(dim=1)[:2]
+    torch.testing.assert_close(total_N, exact_N, rtol=1e-6, atol=1e-6)
+
+
+def samples(dtype: torch.dtype) -> dict[str, list[tuple]]:
+    """Arguments of every operator."""
+    heads, x_TD = Heads(3, 4, 2, 32, dtype), torch.randn(3, 64).to(dtype)
+    cache = torch.randn(2, 2, 64, 2, 32).to(dtype)
+    slots = torch.tensor([0, 1, 0]), torch.tensor([3, 0, 2])
+    q_THK, table, used = heads.q_THK, torch.zeros(3, 2, dtype=torch.int32), torch.tensor([1, 9, 64])
+    paged = (q_THK, *cache, table, used.int())
+    return {
+        "silu_mul": [tuple(x_TD.chunk(2, dim=1))],
+        "add_norm": [(x_TD, x_TD * 2, x_TD[0], EPS)],
+        "norm_rope": [(*heads.all, None, None, None, None), (*heads.all, *cache, *slots)],
+        "paged_decode": [paged],
+        "paged_prefill": [(*paged, torch.arange(4).int(), 1)],
+        "block_stats": [(torch.randn(3, 300), 0.5)],
+    }
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> torch.library.Library:
+    """The operators with their launchers on a CPU, where the package has none."""
+    library = torch.library.Library("opd_titan", "IMPL")
+    for name, module in product(samples(torch.float32), (attention, layers, logits)):
+        if hasattr(module, name):
+            library.impl(name, getattr(module, name), "CPU")
+    return library
+
+
+@pytest.mark.parametrize("name", samples(torch.float32))
+def test_operators_do_what_their_schemas_say(name: str, on_cpu: torch.library.Library) -> None:
+    """What they write to and which shapes they give, by torch's own check."""
+    for args in samples(torch.float16)[name]:
+        operator = getattr(torch.ops.opd_titan, name).default
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))

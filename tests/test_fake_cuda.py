@@ -1,0 +1,149 @@
+"""What a GPU would be asked to do, without one: the program on tensors of a GPU without data.
+
+Needs a CUDA build of PyTorch, which imports without a GPU; CONTRIBUTING.md has the command.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from tiny_rollout import ARGS, EOS, prompts, requests
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opd_titan.models.layers import join
+from opd_titan.models.qwen3.model import Qwen3Model
+from opd_titan.rollout.attention_path import choose_path
+from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.runner import Runner
+from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import Chunk, Growth, Scheduler
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="needs a CUDA build of PyTorch (no GPU)"
+)
+CUDA = torch.device("cuda", 0)
+PROMPTS = prompts([9])
+SIZES = replace(ARGS, head_dim=64, dim=256, ffn_dim=512, vocab_size=2048)
+# Operators that launch nothing, and those that launch more than one kernel.
+FREE = {
+    *("view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "unsqueeze"),
+    *("squeeze", "expand", "t", "transpose", "permute", "unbind", "alias", "detach", "device"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "as_strided"),
+}
+SEVERAL = {"paged_decode": 2}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that are launched on the device.
+
+    Attributes:
+        names: of operators, with the number of their launches.
+        waits: operators that copy between host and device, or make the host wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in tensors if x.dim() or x.device.type == "cuda"}
+        if len(devices) > 1 or name in ("_local_scalar_dense", "nonzero"):
+            self.waits.append(name)
+        if "cuda" in devices and name not in FREE:
+            self.names[name] += SEVERAL.get(name, 1)
+        return out
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """A Hopper without data."""
+    with (
+        patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
+        patch.object(Tensor, "pin_memory", lambda tensor: tensor),  # tensors without data have none
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def runner_of(params: SamplingParams, joined: bool = True, **sizes: Any) -> Runner:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(CUDA):
+            model = Qwen3Model(replace(SIZES, **sizes)).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if joined:
+        for layers in model.layers_with_one_input():
+            join(layers)
+    generator = Generator(model, EOS)
+    assert generator.path.name == "triton" and not generator.path.why
+    generator.free_bytes = lambda: 1 << 34
+    with patch.object(Runner, "_weight_addresses", lambda self: []):
+        return generator.make_runner(8, 4, params)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.7}, {"top_k": 9}])
+def test_a_decoding_step_never_waits_for_the_host(gpu, options: dict[str, Any]) -> None:
+    runner = runner_of(SamplingParams(8, **options))
+    with Launches() as launches:
+        runner._step(8)
+    assert launches.waits == []
+
+
+@pytest.mark.parametrize("joined, most", [(True, 11), (False, 14)])
+def test_launches_of_a_layer(gpu, joined: bool, most: int) -> None:
+    counts = []
+    for layers in (2, 3):
+        runner = runner_of(SamplingParams(8), joined, n_layers=layers)
+        with Launches() as launches:
+            runner._step(8)
+        counts.append(launches.names)
+    layer = counts[1] - counts[0]
+    assert sum(layer.values()) <= most, layer
+
+
+def test_launches_of_a_step_beside_its_layers(gpu) -> None:
+    runner = runner_of(SamplingParams(8), n_layers=1)
+    with Launches() as launches:
+        runner._step(8)
+    beside = sum(launches.names.values()) - 11
+    assert beside <= 120, launches.names
+
+
+def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
+    """Prefill, continued prefill, starts, growth, moves: no operator mixes devices by mistake."""
+    runner = runner_of(SamplingParams(8))
+    runner.prefill([Chunk([1] * 70, 0, [0, 1]), Chunk([2] * 5, 0, [2])])
+    runner.prefill([Chunk([1] * 20, 70, [0, 1]), Chunk([2] * 5, 0, [2])])
+    scheduler = Scheduler([requests(PROMPTS, 3)], 8, 100, 64, 8)
+    with torch.device("cpu"):
+        scheduler.prefill(100)
+        runner.start(*scheduler.admit())
+        runner.grow(Growth([(0, 1, 7)], []))
+        runner._send_changes()
+        runner.grow(Growth([(0, 2, 8)], []))
+        runner._send_changes()
+        runner.move([2], [0], 2)
+        runner._send_changes()
+
+
+@pytest.mark.parametrize("head_dim, dtype", [(96, torch.bfloat16), (64, torch.float32)])
+def test_a_slower_path_says_why(gpu, head_dim: int, dtype: torch.dtype) -> None:
+    path = choose_path(head_dim, dtype, CUDA)
+    assert path.name != "triton"
+    assert f"(slow: {path.why})" in str(path) and re.search(r"head sizes .*96|float32", path.why)

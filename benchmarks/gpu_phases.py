@@ -15,6 +15,7 @@ from opd_titan.data.types import Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, forward_backward, update
+from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
@@ -131,9 +132,15 @@ class _Step:
         self.student = s.model(self.shapes["student"], self.config)
         self.teacher = s.model(self.shapes["teacher"], self.config, seed=1)
         self.optimizer = build_optimizer(self.student, self.config)
-        build = partial(self.shapes["student"].build_share, s.world.tp, compile)
-        self.weights = GeneratorWeights(self.student, build, s.dtype, s.device)
-        self.generator = Generator(self.weights.model, {0}, max_prefill_tokens=max(s.budgets))
+        compiled = compile and bool(why_unavailable(s.device))  # as `build_generator` does
+        build = partial(self.shapes["student"].build_share, s.world.tp, compiled)
+        self.weights = GeneratorWeights(self.student, build, s.dtype, s.device, not compiled)
+        self.generator = Generator(
+            self.weights.model,
+            {0},
+            max_prefill_tokens=max(s.budgets),
+            room=lambda: self.weights.cache_room,
+        )
         self.prompts = s.prompts(s.step_sequences, self.shapes["student"].args.vocab_size)
 
     def run(self, new_tokens: int, number: int) -> tuple[dict[str, float], list[Sample]]:
@@ -154,8 +161,7 @@ class _Step:
         stream = (42, number)
         sampling = (self.generator, self.prompts, 1, params, stream, s.world.dp)
         samples = phase("rollout", sample_responses, *sampling)
-        if self.weights.release_if_short(self.generator.num_bytes):
-            self.generator.release()
+        self.weights.release_if_short(self.generator)
         budget = self.config.training.max_tokens_per_microbatch
         plan = plan_minibatches(samples, 1, budget, s.world.dp)
         self.rule = rule(self.config)

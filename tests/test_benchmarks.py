@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 STAGES = (
-    *("attention", "layers", "engine", "trainer", "decode", "products", "update", "step"),
+    *("attention", "layers", "logits", "engine", "trainer", "decode", "products", "update", "step"),
     *("step-exact", "score", "nano", "burst", "gap", "numerics", "decode-eager", "sampler"),
     *("update-8B", "head-8B", "ceiling-8B"),
 )
@@ -73,6 +73,7 @@ def test_every_stage_gives_its_figures(found: list[dict[str, Any]]) -> None:
         "env": ["ceilings"],
         "attention": ["operator", "independence", "split lengths", "grouped heads"],
         "layers": ["operator"],
+        "logits": ["operator", "truncation"],
         "engine": ["engine", "engine, weights changed in place", "engine, capture fails"],
         "trainer": ["recipe"],
         "products": ["projection", "passes over logits, ms"],
@@ -115,10 +116,10 @@ def test_figures_agree_with_each_other(found: list[dict[str, Any]]) -> None:
 
 @needs_triton
 def test_operators_beside_their_twins(repo: Path, tmp_path: Path) -> None:
-    done = run(repo, tmp_path, "--only", "attention,layers")
+    done = run(repo, tmp_path, "--only", "attention,layers,logits")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = [r for r in records(tmp_path) if r["figure"] == "operator"]
-    names = {"silu_mul", "add_norm", "norm_rope", "paged_decode", "paged_prefill"}
+    names = {"silu_mul", "add_norm", "norm_rope", "paged_decode", "paged_prefill", "block_stats"}
     assert {r["operator"] for r in found} == names and all(r["ok"] for r in found)
     assert "| norm_rope | float16 |" in (tmp_path / "summary.md").read_text()
 

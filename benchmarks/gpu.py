@@ -24,6 +24,7 @@ import argparse  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from datetime import datetime, timezone  # noqa: E402
@@ -101,9 +102,12 @@ class Session:
             print(f"[{begun:5.0f} s] {stage.name}: {found['ended']}", flush=True)
             return
         task = Task({"stage": stage.name}, stage.works, self.out / f"{stage.name}.log")
-        for record in run_apart(start, task, s, min(stage.limit, left - 2.0), self.journal):
-            problems += "error" in record or record.get("ok") is False
-            print_record(stage.name, record, self.seconds)
+        # What a compiler was writing when its stage was stopped must not be another's.
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            for record in run_apart(start, task, s, min(stage.limit, left - 2.0), self.journal):
+                problems += "error" in record or record.get("ok") is False
+                print_record(stage.name, record, self.seconds)
         found |= {"ended": f"{problems} problems" if problems else "well"}
         found["seconds"] = self.seconds - begun
 

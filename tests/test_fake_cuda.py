@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opd_titan.models.attention import PackedAttention
 from opd_titan.models.layers import join
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.attention_path import choose_path
@@ -140,6 +141,15 @@ def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
         runner._send_changes()
         runner.move([2], [0], 2)
         runner._send_changes()
+
+
+def test_training_attends_with_grouped_heads_as_they_are(gpu) -> None:
+    attend = PackedAttention([3, 5], CUDA)
+    q, k = (torch.empty(8, n, 64, dtype=torch.bfloat16, device=CUDA) for n in (4, 2))
+    attend(q, k, k, 0)
+    with Launches() as launches:
+        assert attend(q, k, k, 0).shape == q.shape
+    assert launches.names == {"_varlen_attn": 1}
 
 
 @pytest.mark.parametrize("head_dim, dtype", [(96, torch.bfloat16), (64, torch.float32)])

@@ -97,7 +97,6 @@ SECOND = (
 
 # For whoever has a card for longer.
 MORE = (
-    Stage("decode-compiled", 90, (_curve("0.6B", compile=True), _curve("8B", compile=True))),
     Stage("decode-eager", 60, (_curve("0.6B", graphs=False), _curve("8B", (64,), graphs=False))),
     Stage("decode-all", 300, tuple(_curve(n, BATCHES, stop_tokens=False)
                                    for n in ("0.6B", "1.7B", "8B"))),

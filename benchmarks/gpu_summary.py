@@ -56,8 +56,7 @@ def rows(records: Sequence[Record]) -> Iterator[Row]:
 def _decoding(records: Sequence[Record]) -> Iterator[Row]:
     goal = GOALS["share of floor"]
     for r in find(records, "decoding step"):
-        how = "".join(f", {k}" for k in ("compile",) if r.get(k))
-        how += ", no graphs" if r.get("graphs") is False else ""
+        how = ", no graphs" if r.get("graphs") is False else ""
         work = f"decoding step, {r['size']}, batch {r['batch']}, context {r['context']}{how}"
         share = r["share_of_bandwidth"]
         measured = f"{r['ms_per_step']:.2f} ms, {share:.0%} of the floor"

@@ -34,7 +34,6 @@ from rollout_engines import (
 
 from opd_titan.build import ModelShape, inspect_shape
 from opd_titan.models.logits import VocabHead, project
-from opd_titan.models.transforms import apply_compile
 from opd_titan.observability.step_scalars import cached_tokens_read
 from opd_titan.rollout.generator import SamplingParams
 from opd_titan.rollout.sampler import Sampler
@@ -356,7 +355,6 @@ def measure_curve(
     batches: Sequence[int] = BATCHES,
     context: int = 1000,
     graphs: bool = True,
-    compile: bool = False,
     stop_tokens: bool = True,
 ) -> None:
     """Milliseconds of a decoding step at every batch size, with sequences of one length.
@@ -370,10 +368,8 @@ def measure_curve(
     new = 64
     if s.miniature:
         batches, context, new = (1, 2, 4), 24, 16
-    prompt, skipped = context - new // 2, new // 8  # the first steps capture or compile
+    prompt, skipped = context - new // 2, new // 8  # the first steps capture
     model = random_model(shape, s.device)
-    if compile:
-        apply_compile(model.layers)
     # In few rounds of prefills, so that sequences are nearly of one length.
     engine = Ours(model, max_prefill_tokens=16384, cuda_graphs=graphs, checks_stop=stop_tokens)
     s.reset_memory()

@@ -179,3 +179,10 @@ def test_silu_mul(compile_launches: Callable, F: int) -> None:
 def test_block_stats(compile_launches: Callable) -> None:
     (kernel,) = compile_launches(logits.block_stats, torch.zeros(2, 151_936), 0.7)
     assert_fits(kernel, warps=32)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.9), (0, 0.9)])
+def test_truncation_threshold(compile_launches: Callable, top_k: int, top_p: float) -> None:
+    args = (torch.zeros(2, 151_936), top_k, top_p)
+    (kernel,) = compile_launches(logits.truncation_threshold, *args)
+    assert_fits(kernel, warps=16)

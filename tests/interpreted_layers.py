@@ -6,7 +6,8 @@ imported. Shapes: see `opd_titan.models.kernels`.
 
 from __future__ import annotations
 
-from itertools import product
+import math
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -118,6 +119,46 @@ def test_block_stats(vocab: int, temperature: float) -> None:
     torch.testing.assert_close(total_N, exact_N, rtol=1e-6, atol=1e-6)
 
 
+def kept(row: list[float], top_k: int, top_p: float) -> set[int]:
+    """Tokens that are kept: most likely first, ties by lower id, until the mass is reached."""
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))[: top_k or None]
+    weights = [math.exp(row[i] - row[order[0]]) for i in order]
+    before = [0.0, *accumulate(weights)]
+    target = top_p * before[-1] if top_p < 1.0 else math.inf
+    return {i for i, mass in zip(order, before, strict=False) if mass < target}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "top_k", "top_p"),
+    [
+        (1, 0, 0.5),
+        (5, 4, 1.0),
+        (5, 5000, 0.5),
+        (130, 1, 1.0),
+        (130, 50, 0.9),
+        (130, 0, 1e-9),
+        (2049, 4, 0.6),
+        (3000, 50, 1.0),
+        (3000, 0, 0.95),
+    ],
+)
+def test_truncation_threshold(vocab: int, top_k: int, top_p: float) -> None:
+    logits_NV = torch.randn(4, vocab + 3).mul_(3.0)[:, :vocab]
+    logits_NV[1].round_()  # many ties, 0 and -0 among them
+    logits_NV[2, 1::2] = -torch.inf
+    logits_NV[3] = logits_NV[3].mul(1e-6).round().mul(0.0)  # all are 0 or -0
+    for module in (logits, plain):
+        threshold_N, ties_N = module.truncation_threshold(logits_NV, top_k, top_p)
+        for row_V, threshold, ties in zip(logits_NV, threshold_N, ties_N, strict=True):
+            tied_V = row_V == threshold
+            kept_V = (row_V > threshold) | (tied_V & (tied_V.cumsum(0) <= ties))
+            kept_V &= row_V > -torch.inf
+            expected = {i for i in kept(row_V.tolist(), top_k, top_p) if row_V[i] > -torch.inf}
+            wrong = expected ^ set(kept_V.nonzero()[:, 0].tolist())
+            # Of thousands that are alike, fp32 does not tell which is the last.
+            assert len(wrong) <= len(expected) // 1000, module
+
+
 def samples(dtype: torch.dtype) -> dict[str, list[tuple]]:
     """Arguments of every operator."""
     heads, x_TD = Heads(3, 4, 2, 32, dtype), torch.randn(3, 64).to(dtype)
@@ -132,6 +173,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple]]:
         "paged_decode": [paged],
         "paged_prefill": [(*paged, torch.arange(4).int(), 1)],
         "block_stats": [(torch.randn(3, 300), 0.5)],
+        "truncation_threshold": [(torch.randn(3, 300), 7, 0.5)],
     }
 
 

@@ -78,6 +78,8 @@ def test_operators_know_the_shapes_of_tensors_without_data() -> None:
             (ops.paged_decode(q, *cache, table, used), ((5, 16, 128), torch.bfloat16)),
             (ops.paged_prefill(q, *cache, table, used, starts, 1), ((5, 16, 128), torch.bfloat16)),
             (ops.block_stats(fp32, 1.0), ((5, 8), torch.float32)),
+            (ops.truncation_threshold(fp32, 9, 0.9)[:1], ((5,), torch.float32)),
+            (ops.truncation_threshold(fp32, 9, 0.9)[1:], ((5,), torch.int64)),
         ]
     for tensors, (shape, dtype) in results:
         for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
@@ -94,6 +96,7 @@ x = torch.randn(3, 8)
 assert kernels.silu_mul(x, x).shape == (3, 8)
 assert kernels.add_norm(x, x, x[0], 1e-6)[1].shape == (3, 8)
 assert kernels.block_stats(x, 1.0)[0].shape == (3, 1)
+assert kernels.truncation_threshold(x, 2, 0.5)[0].shape == (3,)
 q, k, table = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 1, 8)
 cache = torch.zeros(2, 1, 4, 2, 8)
 slots = kernels.CacheSlots(*cache, torch.zeros(3).long(), torch.arange(3))

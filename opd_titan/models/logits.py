@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from opd_titan.distributed.tensor_parallel import concat_ranks, local, locate_rows
 from opd_titan.distributed.world import ALONE, Axis
+from opd_titan.models.kernels import truncation_threshold
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,12 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
         return logits_NV
     keep_N1 = None if keep_N is None else keep_N[:, None]
     kept = None if keep_N1 is None else logits_NV.gather(1, keep_N1)
-    k = min(top_k, logits_NV.shape[1]) if top_k > 0 else logits_NV.shape[1]
-    # Sorted once; a stable order makes ties fall to the lower token id everywhere.
-    values, order = logits_NV.sort(dim=1, descending=True, stable=True)
-    values[:, k:] = -torch.inf
-    if top_p < 1.0:
-        probs = values.softmax(dim=1)
-        mass_before = probs.cumsum(dim=1) - probs
-        values[mass_before >= top_p] = -torch.inf
-    logits_NV.scatter_(1, order, values)
+    threshold_N, ties_N = truncation_threshold(logits_NV, top_k, top_p)
+    threshold_N1, ties_N1 = threshold_N[:, None], ties_N[:, None]
+    # Ties fall to the lower token id everywhere.
+    tied_NV = logits_NV == threshold_N1
+    surplus_NV = tied_NV & (tied_NV.cumsum(dim=1, dtype=torch.int32) > ties_N1)
+    logits_NV.masked_fill_((logits_NV < threshold_N1) | surplus_NV, -torch.inf)
     if keep_N1 is not None and kept is not None:
         logits_NV.scatter_(1, keep_N1, kept)
     return logits_NV

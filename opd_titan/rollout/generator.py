@@ -18,13 +18,14 @@ from torch import nn
 
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import min_integer
+from opd_titan.distributed.transfer import Fetched
 from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
 from opd_titan.rollout.limit import common_length
 from opd_titan.rollout.memory import free_bytes
-from opd_titan.rollout.runner import Fetched, Responses, Runner
+from opd_titan.rollout.runner import Responses, Runner
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
 from opd_titan.rollout.share import Share

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd_titan.distributed.transfer import send
 from opd_titan.models.attention import Attend, PackedAttention
 from opd_titan.models.kernels import CacheSlots, plain
 from opd_titan.rollout.attention_path import AttentionPath
@@ -63,7 +64,7 @@ class KVCache:
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to) in all layers."""
-        sources, targets = torch.tensor(copies).to(self.device).unbind(1)
+        sources, targets = send(torch.tensor(copies), self.device).unbind(1)
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
@@ -108,11 +109,8 @@ class PrefillAttention(_Writing):
         device = cache.device
         places = [(c, p) for c in chunks for p in range(c.start, c.start + len(c.tokens))]
         pages = [c.pages[p // cache.page_size] for c, p in places]
-        super().__init__(
-            cache,
-            torch.tensor([p for _, p in places], device=device),
-            torch.tensor(pages, device=device),
-        )
+        positions = [p for _, p in places]
+        super().__init__(cache, *send(torch.tensor([positions, pages]), device))
         # Masks and indices are made here, once for all layers.
         goes_on, begin = [c for c in chunks[:1] if c.start], [c for c in chunks if not c.start]
         assert [*goes_on, *begin] == list(chunks)
@@ -137,7 +135,7 @@ class ContinuedAttention:
         self.positions_T = torch.arange(chunk.start, end, device=cache.device)
 
         def int32(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=cache.device)
+            return send(torch.tensor(values, dtype=torch.int32), cache.device)
 
         self.pages, self.used, self.starts = (
             int32(*chunk.pages),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_titan.distributed.transfer import Fetched, send
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention
 from opd_titan.rollout.page_parts import PageParts
@@ -27,32 +28,6 @@ logger = logging.getLogger("opd_titan")
 LAG = {"cpu": 0, "cuda": 1}
 # Columns of what the host sends for each slot before a decoding step.
 _SOURCE, _TOKEN, _POSITION, _COUNT, _KEY, _RUNS, _PAGES = range(7)
-
-
-class Fetched:
-    """A copy of a tensor on its way to the host, which waits only in `get`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._copied: torch.cuda.Event | None = None
-        if not tensor.is_cuda:
-            self._host = tensor.clone()
-            return
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-    def get(self) -> Tensor:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._host
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device. The host does not wait, and may change the tensor at once."""
-    if device.type != "cuda":
-        return tensor.clone()
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Runner:

@@ -13,29 +13,15 @@ blocks of 128 of its tokens.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_titan.models.kernels import plain
+from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
 HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 128)
-
-
-class CacheSlots(NamedTuple):
-    """Where the keys and values of T tokens go in one layer's cache.
-
-    Attributes:
-        keys_PSGK, values_PSGK: the layer's cache; K is contiguous.
-        page_T, offset_T: int64, the page of each token and its place there.
-    """
-
-    keys_PSGK: Tensor
-    values_PSGK: Tensor
-    page_T: Tensor
-    offset_T: Tensor
 
 
 @functools.cache
@@ -140,3 +126,21 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if fused(logits_NV, (torch.float32,)):
         return torch.ops.opd_titan.block_stats(logits_NV, temperature)
     return plain.block_stats(logits_NV, temperature)
+
+
+def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return what top-k and then top-p leave of each row: its lowest logit, and how many of those.
+
+    Logits above the threshold are kept, and of those equal to it the first so many by token id.
+
+    Args:
+        logits_NV: fp32. Rows may be strided.
+        top_k: 0 keeps all.
+        top_p: the smallest set of most likely tokens with this mass is kept; 1.0 keeps all.
+
+    Returns:
+        fp32 [N] and int64 [N].
+    """
+    if fused(logits_NV, (torch.float32,)):
+        return torch.ops.opd_titan.truncation_threshold(logits_NV, top_k, top_p)
+    return plain.truncation_threshold(logits_NV, top_k, top_p)

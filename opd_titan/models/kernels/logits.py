@@ -1,7 +1,7 @@
 """Reductions over the logits of a vocabulary, in Triton.
 
 Shapes: N rows, V vocabulary, B blocks of 128 columns. In kernels, b blocks of a program, c columns
-of a block.
+of a block or of a step, d values that a digit may have.
 """
 
 import torch
@@ -13,6 +13,8 @@ from opd_titan.models.kernels.operators import operator
 from opd_titan.models.kernels.plain import LOGITS_BLOCK
 
 _BLOCKS = 32
+# Columns that a search looks at in one step, and values of a digit: 8 passes over the row.
+_STEP, _DIGITS = 2048, 16
 
 
 @triton.jit
@@ -61,3 +63,148 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         num_warps=4,
     )
     return sums_NB, maxima_NB
+
+
+@triton.jit
+def _key(x):
+    """Return int32 numbers in the order of these fp32 ones; 0 and -0 are equal."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    """Return the fp32 number of a key; -inf for what is below its key."""
+    key = tl.maximum(key, -0x7F800001)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_weighted(row, first, V, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr):
+    """Return keys and weights of columns: 1, or exp(x - highest) cut at a key.
+
+    Of those below `edge` it is 0; those at it share what is left of them.
+    """
+    column_c = first + tl.arange(0, c)
+    x_c = tl.load(row + column_c, mask=column_c < V, other=float("-inf"))
+    key_c = _key(x_c)
+    weight_c = tl.where(column_c < V, 1.0, 0.0)
+    if MASS:
+        weight_c *= tl.where(key_c > edge, 1.0, tl.where(key_c == edge, share, 0.0))
+        weight_c *= tl.exp(x_c - highest)
+    return key_c, weight_c
+
+
+@triton.jit
+def _search(
+    row, V, target, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr, d: tl.constexpr
+):
+    """Return the largest key such that what is at or above it weighs at least `target`.
+
+    Found digit by digit from the highest one, a pass over the row for each.
+    """
+    low = tl.full([], -0x80000000, tl.int32)
+    digit_d = tl.arange(0, d)
+    for digit in range(8):
+        shift = 28 - 4 * digit
+        candidate_d1 = (low + (digit_d << shift))[:, None]
+        sums_dc = tl.zeros([d, c], tl.float32)
+        for first in tl.range(0, V, c, num_stages=4):
+            key_c, weight_c = _load_weighted(row, first, V, highest, edge, share, MASS, c)
+            sums_dc += tl.where(key_c[None, :] >= candidate_d1, weight_c[None, :], 0.0)
+        reached = tl.sum((tl.sum(sums_dc, 1) >= target).to(tl.int32), 0)
+        # The lowest candidate reaches the target but for rounding.
+        low += (tl.maximum(reached, 1) - 1) << shift
+    return low
+
+
+@triton.jit
+def _split_at(row, V, key, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr):
+    """Return the weight above a key, and how many columns are at it."""
+    above_c, at_c = tl.zeros([c], tl.float32), tl.zeros([c], tl.float32)
+    for first in tl.range(0, V, c, num_stages=4):
+        key_c, weight_c = _load_weighted(row, first, V, highest, edge, share, MASS, c)
+        above_c += tl.where(key_c > key, weight_c, 0.0)
+        at_c += tl.where((key_c == key) & (first + tl.arange(0, c) < V), 1.0, 0.0)
+    return tl.sum(above_c, 0), tl.sum(at_c, 0)
+
+
+@triton.jit
+def _truncation_threshold(
+    logits,
+    threshold,
+    ties,
+    top_k,
+    top_p,
+    V,
+    stride,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    c: tl.constexpr,
+    d: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    row = logits + n * stride
+    # Without top-k all are above the edge.
+    edge, share, kept_at_edge = (
+        tl.full([], -0x80000000, tl.int32),
+        0.0,
+        tl.full([], 0.0, tl.float32),
+    )
+    key, kept = edge, kept_at_edge
+    if TOP_K:
+        edge = _search(row, V, top_k, 0.0, edge, share, False, c, d)
+        above, at = _split_at(row, V, edge, 0.0, edge, share, False, c)
+        kept_at_edge = top_k - above
+        share = kept_at_edge / at
+        key, kept = edge, kept_at_edge
+    if TOP_P:
+        highest_c = tl.full([c], float("-inf"), tl.float32)
+        for first in tl.range(0, V, c, num_stages=4):
+            column_c = first + tl.arange(0, c)
+            x_c = tl.load(row + column_c, mask=column_c < V, other=float("-inf"))
+            highest_c = tl.maximum(highest_c, x_c)
+        highest = tl.max(highest_c, 0)
+        above, at = _split_at(row, V, edge, highest, edge, share, True, c)
+        target = top_p * (above + kept_at_edge * tl.exp(_value(edge) - highest))
+        key = _search(row, V, target, highest, edge, share, True, c, d)
+        above, at = _split_at(row, V, key, highest, edge, share, True, c)
+        kept = tl.ceil(tl.div_rn(target - above, tl.exp(_value(key) - highest)))
+        kept = tl.minimum(tl.maximum(kept, 1.0), tl.where(key == edge, kept_at_edge, at))
+    tl.store(threshold + n, _value(key))
+    tl.store(ties + n, kept.to(tl.int64))
+
+
+def _fake_truncation_threshold(logits, *args):
+    N = logits.shape[0]
+    return logits.new_empty(N), logits.new_empty(N, dtype=torch.int64)
+
+
+@operator(
+    "truncation_threshold(Tensor logits, int top_k, float top_p) -> (Tensor, Tensor)",
+    _fake_truncation_threshold,
+)
+def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the lowest logit that truncation keeps, and how many of that value it keeps.
+
+    Rows may be strided. A program searches a row, which fits into the second-level cache with those
+    of its neighbours where a sort would move it many times.
+    """
+    N, V = logits_NV.shape
+    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
+    threshold_N, ties_N = _fake_truncation_threshold(logits_NV)
+    _truncation_threshold[(N,)](
+        logits_NV,
+        threshold_N,
+        ties_N,
+        float(min(top_k, V)),
+        float(top_p),
+        V,
+        logits_NV.stride(0),
+        TOP_K=0 < top_k < V,
+        TOP_P=top_p < 1.0,
+        c=_STEP,
+        d=_DIGITS,
+        num_warps=16,
+    )
+    return threshold_N, ties_N

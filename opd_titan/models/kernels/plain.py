@@ -5,16 +5,27 @@ Shapes: see the package.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from opd_titan.models.kernels import CacheSlots
-
 LOGITS_BLOCK = 128
+
+
+class CacheSlots(NamedTuple):
+    """Where the keys and values of T tokens go in one layer's cache.
+
+    Attributes:
+        keys_PSGK, values_PSGK: the layer's cache; K is contiguous.
+        page_T, offset_T: int64, the page of each token and its place there.
+    """
+
+    keys_PSGK: Tensor
+    values_PSGK: Tensor
+    page_T: Tensor
+    offset_T: Tensor
 
 
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -94,3 +105,20 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     # -inf - -inf is NaN: a block of nothing else keeps its exponentials of 0.
     shift_NB = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)
     return (scaled_NBC - shift_NB[..., None]).exp().sum(dim=2), maxima_NB
+
+
+def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    vocab = logits_NV.shape[1]
+    k = top_k if 0 < top_k < vocab else vocab
+    if k < vocab:
+        values_Nk = logits_NV.topk(k, dim=1).values
+    else:
+        values_Nk = logits_NV.sort(dim=1, descending=True).values
+    count_N1 = torch.full_like(values_Nk[:, :1], k, dtype=torch.int64)
+    if top_p < 1.0:
+        probs_Nk = values_Nk.softmax(dim=1)
+        count_N1 = (probs_Nk.cumsum(dim=1) - probs_Nk < top_p).sum(dim=1, keepdim=True)
+        count_N1.clamp_(min=1)  # 0 where a logit is NaN
+    threshold_N1 = values_Nk.gather(1, count_N1 - 1)
+    kept_Nk = torch.arange(k, device=logits_NV.device) < count_N1
+    return threshold_N1[:, 0], (kept_Nk & (values_Nk == threshold_N1)).sum(dim=1)

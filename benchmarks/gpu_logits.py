@@ -43,6 +43,7 @@ def _block_stats(s: Setting, dtype: torch.dtype) -> list[Check]:
     ]
 
 
+@torch.no_grad()  # as where fused operators are taken
 def check_truncation(s: Setting) -> None:
     """Which tokens top-k and top-p keep, on the device and on a CPU."""
     logits_NV = _logits(s, torch.float32)

@@ -68,9 +68,9 @@ class Setting:
     def device(self) -> torch.device:
         return self.world.device
 
-    @property
+    @cached_property
     def on_cuda(self) -> bool:
-        return torch.cuda.is_available()
+        return torch.cuda.is_available()  # which takes long enough to be seen in what is timed
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class RolloutSetting(Setting):
     def device(self) -> torch.device:
         return torch.device(self.device_name)
 
-    @property
+    @cached_property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 

@@ -32,6 +32,7 @@ from opd_titan.distributed.lifeline import enter
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
 from opd_titan.models import ModelFamily, get_family
+from opd_titan.models.attention import why_padded
 from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.transforms import apply_compile
 from opd_titan.rollout.generator import Generator
@@ -257,6 +258,9 @@ def load_model(
     The student is stored in fp32, the masters of what is trained; frozen models as they compute.
     """
     start = time.perf_counter()
+    why = why_padded(compute_dtype, world.device)
+    if why and world.device.type == "cuda" and source.role == "student":
+        logger.warning("Attention of training and scoring: on padded sequences (slow: %s)", why)
     model = parallel_model(source, world, config, compute_dtype)
     model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
     if source.files is None:

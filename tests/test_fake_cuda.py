@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 CUDA = torch.device("cuda", 0)
 PROMPTS = prompts([9])
+PAGE = Growth([(0, 1, 7)], [])
 SIZES = replace(ARGS, head_dim=64, dim=256, ffn_dim=512, vocab_size=2048)
 # Operators that launch nothing, and those that launch more than one kernel.
 FREE = {
@@ -132,15 +134,24 @@ def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
     runner.prefill([Chunk([1] * 70, 0, [0, 1]), Chunk([2] * 5, 0, [2])])
     runner.prefill([Chunk([1] * 20, 70, [0, 1]), Chunk([2] * 5, 0, [2])])
     scheduler = Scheduler([requests(PROMPTS, 3)], 8, 100, 64, 8)
-    with torch.device("cpu"):
-        scheduler.prefill(100)
-        runner.start(*scheduler.admit())
-        runner.grow(Growth([(0, 1, 7)], []))
-        runner._send_changes()
-        runner.grow(Growth([(0, 2, 8)], []))
-        runner._send_changes()
-        runner.move([2], [0], 2)
-        runner._send_changes()
+    scheduler.prefill(100)
+    starts, copies = scheduler.admit()
+    # What changes in a round reaches the device in one copy.
+    changes = {
+        "starts and a page": [partial(runner.start, starts, ()), partial(runner.grow, PAGE)],
+        "a page": [partial(runner.grow, PAGE)],
+        "a move and a start": [
+            partial(runner.move, [2], [0], 2),
+            partial(runner.start, starts, ()),
+        ],
+    }
+    for name, calls in changes.items():
+        with Launches() as launches:
+            for call in calls:
+                call()
+            runner._send_changes()
+        assert len(launches.waits) == 1, name
+    runner.cache.copy_pages(copies)
 
 
 def test_training_attends_with_grouped_heads_as_they_are(gpu) -> None:

@@ -15,6 +15,7 @@ from tiny_world import World, assert_same_run, make_world, read_weights, train
 
 import opd_titan.rollout.weights as weights_module
 from opd_titan.distributed.world import build_world
+from opd_titan.models.layers import products
 from opd_titan.rollout.weights import GeneratorWeights
 
 OFFLOAD = (
@@ -131,6 +132,34 @@ def check_one_rank_has_no_copy() -> tuple[int, bool]:
 
 def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
     assert run_distributed(check_one_rank_has_no_copy, 1) == [(0, True)]
+
+
+def check_joined_copies() -> None:
+    """They are one tensor, which follows the training weights and is given back."""
+    model = sharded(build_world(CPU))
+    weights = follow(model, torch.bfloat16, pack=False)
+    source = {n: p for n, p in model.named_parameters()}
+    for shift in (0.0, 1.0):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(shift)
+        weights.outdate()
+        weights.sync()
+        names = {module: name for name, module in weights.model.named_modules()}
+        for layers in weights.model.layers_with_one_input():
+            rows = [source[f"{names[layer]}.weight"].full_tensor() for layer in layers]
+            joined = layers[0].joined
+            assert torch.equal(joined, torch.cat(rows).bfloat16())
+            x_TD = torch.randn(3, joined.shape[1], dtype=torch.bfloat16)
+            for found, layer in zip(products(x_TD, *layers), layers, strict=True):
+                torch.testing.assert_close(found, layer(x_TD))
+        weights.release()
+        assert held_bytes(weights) == joined.untyped_storage().nbytes() == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_copies_of_layers_with_one_input_lie_together(ranks: int) -> None:
+    run_distributed(check_joined_copies, ranks)
 
 
 def check_resumed_trainer_gives_back(argv: list[str]) -> list[int]:

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from opd_titan.config import JobConfig, load_config
 from opd_titan.distill.head import CHUNK_BYTES
 from opd_titan.errors import UserError
-from opd_titan.models.attention import paged_varlen_attn
 from opd_titan.plan.__main__ import main
 from opd_titan.plan.cluster import Cluster, GiB
 from opd_titan.plan.estimate import Estimate, estimate
@@ -152,21 +151,16 @@ def test_kv_cache(planned: Any, degree: int) -> None:
     _, simulation, _ = planned("wide", "tiny", *tp(degree))
     _, layers, _, heads, k, *_ = SIZES["wide"]
     sequences = 16 * 2 // (8 // degree)
-    assert simulation.slots == simulation.pages == sequences and simulation.page_size == 256
+    assert simulation.slots == simulation.pages == sequences and simulation.page_size == 64
     assert simulation.resident["generator weights"] == 2 * rank_share("wide", degree, degree)
     # One page more, for rows without a sequence; keys and values of two bytes.
-    tokens = 256 * (sequences + 1)
+    tokens = 64 * (sequences + 1)
     assert simulation.kv_cache == 2 * layers * tokens * (heads // degree) * k * 2
     logits = 4 * sequences * SIZES["wide"][-2] // degree
     assert simulation.phases["rollout"].peak > simulation.kv_cache + logits
-    with like_cuda():
-        kernel = paged_varlen_attn(torch.bfloat16, torch.device("cuda"), 256)
-    if kernel is None:  # no graphs then, which are what keeps a rollout's tensors
-        assert simulation.runner == 0
-        return
-    # What is kept beside it: tokens and log-probs, and the logits, exponentiated.
+    # What is kept beside it: tokens and log-probs, and the logits.
     kept = simulation.runner - simulation.kv_cache
-    assert sequences * (8 + 4) * 32 + logits < kept < 2**20
+    assert sequences * (4 + 4) * 32 + logits < kept < 2**20
 
 
 def test_more_sequences_than_fit_take_turns(planned: Any) -> None:
@@ -181,7 +175,8 @@ def test_shorter_responses_take_fewer_steps_and_the_same_cache(arguments: Any) -
     full, half = (simulate(config, H200, 32, tokens) for tokens in (32, 16))
     config.rollout.max_tokens_per_step = 32 * 16
     assert simulate(config, H200, 32, 32).decode_forwards == half.decode_forwards
-    assert half.decode_forwards == full.decode_forwards / 2
+    # Two rounds of responses. Those that end before the limit are seen to have a step late.
+    assert half.decode_forwards == full.decode_forwards / 2 + 2
     assert half.kv_cache == full.kv_cache and half.slots == full.slots
 
 
@@ -192,7 +187,7 @@ def test_where_memory_is_short_some_are_preempted(arguments: Any, response: int)
     config = load_config(arguments("tiny", "tiny", *options))
     cluster = replace(H200, memory=5e7, reserve=0.0)
     simulation = simulate(config, cluster, 24, response)
-    assert 1 < simulation.slots < 64 and simulation.pages // simulation.slots == 2
+    assert 1 < simulation.slots < 64 and simulation.pages // simulation.slots == 8
     again = sum(end - start for start, end in simulation.prefilled) - 2 * 23
     if response == 480:
         assert simulation.preempted == again == 0

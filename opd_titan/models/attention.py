@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_titan.models.kernels import CacheSlots
+from opd_titan.models.kernels import HALF, CacheSlots
 
 # Padding that a group of sequences may hold: about what starting another group costs (in tokens),
 # and a share of its tokens.
@@ -37,6 +37,19 @@ def _varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
     except ImportError:
         return None, frozenset()
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def why_padded(dtype: torch.dtype, device: torch.device) -> str:
+    """Return why packed sequences have to be padded for attention; empty where they need not."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype not in HALF:
+        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    if _varlen_attn()[0] is None:
+        return f"torch {torch.__version__} has no varlen_attn"
+    return ""
 
 
 class Attend(Protocol):
@@ -86,9 +99,7 @@ class PackedAttention:
 
     @staticmethod
     def _has_packed_kernel(q_THK: Tensor) -> bool:
-        half = q_THK.dtype in (torch.bfloat16, torch.float16)
-        capable = q_THK.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
-        return half and capable and _varlen_attn()[0] is not None
+        return q_THK.is_cuda and not why_padded(q_THK.dtype, torch.device("cuda"))
 
     @functools.cached_property
     def _rows(self) -> list[list[int]]:

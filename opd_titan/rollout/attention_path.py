@@ -48,7 +48,7 @@ class AttentionPath:
         names = {
             "triton": "Triton kernels",
             "varlen": "torch's paged flash kernel",
-            "pages": "page by page in PyTorch",
+            "pages": "PyTorch, page by page",
         }
         slow = f" (slow: {self.why})" if self.why else ""
         return f"attention by {names[self.name]}, pages of {self.page_size} tokens{slow}"

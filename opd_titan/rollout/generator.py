@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -122,7 +122,7 @@ class Generator:
     ) -> None:
         self.room = room
         self.model, self.eos_ids = model, eos_ids
-        self._sizes: Any = model.args
+        self._sizes = cast(Any, model.args)
         self.head = VocabHead(model.get_parameter("lm_head.weight"), tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens

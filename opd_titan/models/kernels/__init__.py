@@ -2,8 +2,8 @@
 
 Callers name the operation; which implementation runs follows from the tensors (`fused`). The twins
 in `plain` run everywhere and have gradients; they are what the kernels are tested against. The
-Triton kernels are registered as PyTorch operators, so that tensors without data know them too.
-Triton comes with CUDA builds of PyTorch; nothing imports it where it is absent.
+Triton kernels are PyTorch operators (`ops`), so that tensors without data know them too. Triton
+comes with CUDA builds of PyTorch; nothing imports it where it is absent.
 
 Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, K head size, P pages
 of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence, V vocabulary, B
@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from opd_titan.models.kernels import plain
+from opd_titan.models.kernels import ops, plain  # noqa: F401 - ops defines the operators
 from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
 HALF = (torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ HEAD_SIZES = (32, 64, 128)
 
 @functools.cache
 def _have_triton() -> bool:
-    """Import the Triton kernels, which registers them. False without Triton."""
+    """Import the Triton kernels, which are the operators' implementation. False without Triton."""
     try:
         import triton  # noqa: F401
     except ImportError:

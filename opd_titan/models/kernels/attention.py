@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.operators import operator
+from opd_titan.models.kernels.ops import implement
 
 _DECODE_BLOCK = 64
 # 128 rows read keys and values half as often as 64 do; blocks of 64 would spill on Ampere.
@@ -221,14 +221,7 @@ def _prefill(
     tl.store(out + place_QK, out_QK.to(out.dtype.element_ty), mask=is_row_Q1)
 
 
-def _empty_like(q, *args):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@operator(
-    "paged_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used) -> Tensor",
-    _empty_like,
-)
+@implement("paged_decode")
 def paged_decode(
     q_NHK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, table_NM: Tensor, used_N: Tensor
 ) -> Tensor:
@@ -247,10 +240,8 @@ def paged_decode(
     _check(q_NHK, keys_PSGK, values_PSGK)
     splits = min(triton.cdiv(table_NM.shape[1] * S, _SPLIT), _MAX_SPLITS)
     out_NHK = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
-    partial = normalisers = out_NHK  # not written where all sequences are of one part
-    if splits > 1:
-        partial = q_NHK.new_empty((N, H, splits, K), dtype=torch.float32)
-        normalisers = q_NHK.new_empty((N, H, splits), dtype=torch.float32)
+    partial = q_NHK.new_empty((N, H, splits, K), dtype=torch.float32)
+    normalisers = q_NHK.new_empty((N, H, splits), dtype=torch.float32)
     _decode[(splits, G, N)](
         q_NHK,
         keys_PSGK,
@@ -291,11 +282,7 @@ def paged_decode(
     return out_NHK
 
 
-@operator(
-    "paged_prefill(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used, Tensor starts,"
-    " int max_queries) -> Tensor",
-    _empty_like,
-)
+@implement("paged_prefill")
 def paged_prefill(
     q_THK: Tensor,
     keys_PSGK: Tensor,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.operators import operator
+from opd_titan.models.kernels.ops import implement, two_empty
 
 _MLP_BLOCK = 1024
 
@@ -25,10 +25,7 @@ def _silu_mul(gate, up, out, F, gate_stride, up_stride, B: tl.constexpr):
     tl.store(out + t * F + f_B, (silu_B * up_B).to(gate_B.dtype), mask=f_B < F)
 
 
-@operator(
-    "silu_mul(Tensor gate, Tensor up) -> Tensor",
-    lambda gate, up: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
-)
+@implement("silu_mul")
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """Return silu(gate) * up. Rows may be strided."""
     T, F = gate_TF.shape
@@ -55,19 +52,12 @@ def _add_norm(
     tl.store(normed + t * D + d_B, (total_B * scale * weight_B).to(x_B.dtype), mask=d_B < D)
 
 
-def _fake_add_norm(x, y, weight, eps):
-    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return total, normed
-
-
-@operator(
-    "add_norm(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)", _fake_add_norm
-)
+@implement("add_norm")
 def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + y and its RMSNorm. Rows may be strided."""
     T, D = x_TD.shape
     assert x_TD.stride(1) == y_TD.stride(1) == weight_D.stride(0) == 1
-    total_TD, normed_TD = _fake_add_norm(x_TD, y_TD, weight_D, eps)
+    total_TD, normed_TD = two_empty(x_TD, y_TD)
     B = triton.next_power_of_2(D)
     _add_norm[(T,)](
         x_TD,
@@ -163,16 +153,7 @@ def _norm_rope(
         tl.store(values + slot + head, tl.load(v + t * v_stride + g * K + head))
 
 
-def _fake_norm_rope(q, k, *args):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-
-
-@operator(
-    "norm_rope(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, float eps,"
-    " Tensor cos, Tensor sin, Tensor(a!)? keys, Tensor(b!)? values, Tensor? page, Tensor? offset)"
-    " -> (Tensor, Tensor)",
-    _fake_norm_rope,
-)
+@implement("norm_rope")
 def norm_rope(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -200,7 +181,7 @@ def norm_rope(
     if keys_PSGK is not None and values_PSGK is not None:
         assert keys_PSGK.stride() == values_PSGK.stride() and keys_PSGK.stride(3) == 1
         cache_strides = keys_PSGK.stride()[:3]
-    q_out_THK, k_out_TGK = _fake_norm_rope(q_THK, k_TGK)
+    q_out_THK, k_out_TGK = two_empty(q_THK, k_TGK)
     _norm_rope[(T, G)](
         q_THK,
         k_TGK,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.operators import operator
+from opd_titan.models.kernels.ops import empty_block_stats, empty_threshold, implement
 from opd_titan.models.kernels.plain import LOGITS_BLOCK
 
 _BLOCKS = 32
@@ -35,12 +35,7 @@ def _block_stats(
     tl.store(maxima + place_b, max_b, mask=block_b < N_BLOCKS)
 
 
-def _fake_block_stats(logits, temperature):
-    shape = (logits.shape[0], -(-logits.shape[1] // LOGITS_BLOCK))
-    return logits.new_empty(shape), logits.new_empty(shape)
-
-
-@operator("block_stats(Tensor logits, float temperature) -> (Tensor, Tensor)", _fake_block_stats)
+@implement("block_stats")
 def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the sums of exp(x - maximum) of blocks of x = logits / temperature, and the maxima.
 
@@ -48,7 +43,7 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """
     N, V = logits_NV.shape
     assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
-    sums_NB, maxima_NB = _fake_block_stats(logits_NV, temperature)
+    sums_NB, maxima_NB = empty_block_stats(logits_NV, temperature)
     B = sums_NB.shape[1]
     _block_stats[(N, triton.cdiv(B, _BLOCKS))](
         logits_NV,
@@ -175,15 +170,7 @@ def _truncation_threshold(
     tl.store(ties + n, kept.to(tl.int64))
 
 
-def _fake_truncation_threshold(logits, *args):
-    N = logits.shape[0]
-    return logits.new_empty(N), logits.new_empty(N, dtype=torch.int64)
-
-
-@operator(
-    "truncation_threshold(Tensor logits, int top_k, float top_p) -> (Tensor, Tensor)",
-    _fake_truncation_threshold,
-)
+@implement("truncation_threshold")
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Return the lowest logit that truncation keeps, and how many of that value it keeps.
 
@@ -192,7 +179,7 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
     """
     N, V = logits_NV.shape
     assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
-    threshold_N, ties_N = _fake_truncation_threshold(logits_NV)
+    threshold_N, ties_N = empty_threshold(logits_NV)
     _truncation_threshold[(N,)](
         logits_NV,
         threshold_N,

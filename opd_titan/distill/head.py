@@ -9,22 +9,24 @@ few numbers per token, never logits (except where top-k or top-p have to see the
 
 Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width, E a frozen
 model's, v the part of the vocabulary that this rank holds (all of it without tensor parallelism),
-P tensor-parallel ranks, K likeliest tokens.
+P tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_titan.distill.inspection import Columns, Watch
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import Rows, TokenScores
 from opd_titan.distributed.tensor_parallel import sum_ranks
-from opd_titan.models.logits import Distribution, VocabHead, local_logits
+from opd_titan.models.logits import Distribution, VocabHead, scaled_logits, truncated_logits
 
 # fp32 logits of one chunk. On a CPU larger chunks reach the same matmul speed and only cost memory.
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
@@ -48,17 +50,30 @@ def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> li
 
 
 class _Projection:
-    """One model's head, and the place of its logits: one allocation serves all chunks."""
+    """One model's head, and the place of its logits: one allocation serves all chunks.
 
-    def __init__(self, head: VocabHead, dist: Distribution, chunks: Sequence[slice]) -> None:
-        self.head, self.dist = head, dist
+    Args:
+        watch: looks at the logits of some rows before they are truncated.
+    """
+
+    def __init__(
+        self,
+        head: VocabHead,
+        dist: Distribution,
+        chunks: Sequence[slice],
+        watch: Watch | None = None,
+    ) -> None:
+        self.head, self.dist, self.watch = head, dist, watch
         # Half-precision operands cannot write an fp32 product in place.
         fits = head.weight_vD.dtype == torch.float32
         self.buffer = buffer_like(head, chunks) if fits else None
 
-    def __call__(self, h_CD: Tensor, targets_C: Tensor) -> Tensor:
+    def __call__(self, h_CD: Tensor, targets_C: Tensor, chunk: slice) -> Tensor:
         out_Cv = None if self.buffer is None else self.buffer[: h_CD.shape[0]]
-        return local_logits(h_CD, self.head, self.dist, targets_C, out_Cv)
+        logits_Cv = scaled_logits(h_CD, self.head, self.dist, out_Cv)
+        if self.watch is not None:
+            self.watch.look(chunk, logits_Cv, targets_C, self.head)
+        return truncated_logits(logits_Cv, self.head, self.dist, targets_C)
 
 
 def buffer_like(head: VocabHead, chunks: Sequence[slice]) -> Tensor:
@@ -69,7 +84,12 @@ def buffer_like(head: VocabHead, chunks: Sequence[slice]) -> Tensor:
 
 @torch.no_grad()
 def score_head(
-    hidden_TD: Tensor, weight: Tensor, predict_R: Tensor, targets_R: Tensor, dist: Distribution
+    hidden_TD: Tensor,
+    weight: Tensor,
+    predict_R: Tensor,
+    targets_R: Tensor,
+    dist: Distribution,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Log-probs [R] fp32 of the targets, without gradients. Give it to the model's forward.
 
@@ -77,15 +97,18 @@ def score_head(
         weight: of the head [V, D], as the model's forward has it.
         predict_R: for each target, the packed position whose hidden state predicts it.
         targets_R: token ids.
+        watch: notes where some of the targets stand.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
     chunks = _chunks(targets_R.numel(), head, dist)
-    project = _Projection(head, dist, chunks)
+    project = _Projection(head, dist, chunks, watch)
     for chunk in chunks:
         targets_C = targets_R[chunk]
-        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C)
+        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C, chunk)
         out_R[chunk] = _target_logprobs([logits_Cv], targets_C, head)[0][0]
+    if watch is not None:
+        watch.finish(out_R)
     return out_R
 
 
@@ -100,56 +123,6 @@ def _logsumexp(logits_Cv: Tensor) -> Tensor:
         return logits_Cv.logsumexp(dim=1)
     parts = [part.logsumexp(dim=1) for part in logits_Cv.split(_CACHED_COLUMNS, dim=1)]
     return torch.stack(parts).logsumexp(dim=0)
-
-
-@torch.no_grad()
-def inspect_head(
-    hidden_TD: Tensor,
-    weight: Tensor,
-    predict_R: Tensor,
-    targets_R: Tensor,
-    dist: Distribution,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the targets stand in a model's distribution. Give it to the model's forward.
-
-    Args:
-        weight, predict_R, targets_R: see `score_head`.
-        k: likeliest tokens to return, 0 for none; as many as there are, if fewer.
-
-    Returns:
-        The rank [R] of each target, from 1, equally likely tokens sharing the best of theirs; 0
-        where the numbers are not finite. Ids [R, K] and log-probs [R, K] fp32 of the likeliest
-        tokens, likeliest first.
-    """
-    head = VocabHead.of(weight).first(dist.vocab_size)
-    chunks = _chunks(targets_R.numel(), head, dist)
-    project = _Projection(head, dist, chunks)
-    parts = []
-    for chunk in chunks:
-        targets_C = targets_R[chunk]
-        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C)
-        parts.append(_stand(logits_Cv, targets_C, head, k))
-    ranks, ids, logprobs = zip(*parts, strict=True)
-    return torch.cat(ranks), torch.cat(ids), torch.cat(logprobs)
-
-
-def _stand(
-    logits_Cv: Tensor, targets_C: Tensor, head: VocabHead, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`inspect_head` of one chunk, with two exchanges between the ranks."""
-    ((target_C, normaliser_C),) = _targets([logits_Cv], targets_C, head)
-    ahead_C1 = (logits_Cv > target_C[:, None]).sum(dim=1, keepdim=True)
-    values_CK, ids_CK = logits_Cv.topk(min(k, head.rows), dim=1)
-    ids_CK = ids_CK + head.tp.rank * head.rows
-    # fp64 holds all of them exactly: one exchange.
-    own = torch.cat((ahead_C1.double(), values_CK.double(), ids_CK.double()), dim=1)
-    ahead_PC1, values_PCK, ids_PCK = head.stack(own).split([1, *[values_CK.shape[1]] * 2], dim=2)
-    rank_C = 1 + ahead_PC1.sum(dim=(0, 2)).long()
-    rank_C = rank_C.masked_fill(~(target_C - normaliser_C).isfinite(), 0)
-    values, ids = (x.transpose(0, 1).flatten(1) for x in (values_PCK, ids_PCK))
-    values_CK, best_CK = values.topk(min(k, values.shape[1]), dim=1)
-    return rank_C, ids.gather(1, best_CK).long(), values_CK.float() - normaliser_C[:, None]
 
 
 def _target_logprobs(
@@ -188,6 +161,7 @@ class HeadStats:
         teacher_R, reference_R: log-probs, where they were found only here.
         probe: by name, values of the tokens that `probed` chooses; where the teacher's whole
             distribution is there.
+        seen: by role, what watches found.
     """
 
     logprob_R: Tensor
@@ -199,6 +173,7 @@ class HeadStats:
     teacher_R: Tensor | None = None
     reference_R: Tensor | None = None
     probe: dict[str, Tensor] = field(default_factory=dict)
+    seen: Mapping[str, Columns] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,6 +182,12 @@ class FrozenHeads:
 
     teacher: VocabHead | None = None
     reference: VocabHead | None = None
+
+    @property
+    def by_role(self) -> dict[str, VocabHead]:
+        """Those that are there."""
+        heads = {"teacher": self.teacher, "reference": self.reference}
+        return {role: head for role, head in heads.items() if head is not None}
 
 
 NONE_FROZEN = FrozenHeads()
@@ -237,6 +218,7 @@ def loss_head(
     dist: Distribution,
     frozen: FrozenHeads = NONE_FROZEN,
     probe_from: int = 0,
+    watches: Mapping[str, Watch] = MappingProxyType({}),
 ) -> tuple[Tensor, HeadStats]:
     """The objective summed over response tokens, times `scale`, with its diagnostics.
 
@@ -245,10 +227,12 @@ def loss_head(
 
     `probe_from` differs from one micro-batch to another, so that not the same positions of their
     responses are probed.
+
+    `watches` note where some of the targets stand with the "student" and the frozen models here.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
     chunked = _ChunkedLoss(
-        head.tp, targets_R, scores, scale, objective, settings, dist, frozen, probe_from
+        head.tp, targets_R, scores, scale, objective, settings, dist, frozen, probe_from, watches
     )
     loss = _FusedLoss.apply(hidden_TD.index_select(0, predict_R), head.weight_vD, chunked)
     return loss, chunked.stats()
@@ -289,14 +273,12 @@ class _ChunkedLoss:
         dist: Distribution,
         frozen: FrozenHeads,
         probe_from: int,
+        watches: Mapping[str, Watch],
     ) -> None:
-        self.probe_from = probe_from
+        self.probe_from, self.watches = probe_from, watches
         self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale
         self.objective, self.settings, self.dist = objective, settings, dist
-        heads = {"teacher": frozen.teacher, "reference": frozen.reference}
-        self.frozen = {
-            role: head.first(dist.vocab_size) for role, head in heads.items() if head is not None
-        }
+        self.frozen = {role: head.first(dist.vocab_size) for role, head in frozen.by_role.items()}
         self.columns: dict[str, list[Tensor]] = {}
         self.probe: dict[str, list[Tensor]] = {}
 
@@ -310,9 +292,10 @@ class _ChunkedLoss:
         # Everybody's logits, the student's probabilities, and the objective's own.
         tensors = 2 + len(self.frozen) + self.objective.temporaries(self.settings)
         chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
-        project = {"student": _Projection(head, self.dist, chunks)}
+        project = {"student": _Projection(head, self.dist, chunks, self.watches.get("student"))}
         for role, frozen in self.frozen.items():
-            project[role] = _Projection(frozen, self.dist.untruncated, chunks)
+            watch = self.watches.get(role)
+            project[role] = _Projection(frozen, self.dist.untruncated, chunks, watch)
         probs_buffer = buffer_like(head, chunks)
         for chunk in chunks:
             rows = self._rows(hidden_RD, chunk, project, head, probs_buffer)
@@ -341,15 +324,15 @@ class _ChunkedLoss:
         self,
         hidden_RD: Tensor,
         chunk: slice,
-        project: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+        project: Mapping[str, _Projection],
         head: VocabHead,
         probs_buffer: Tensor,
     ) -> Rows:
         targets_C, scores = self.targets_R[chunk], self.scores[chunk]
-        logits = {"student": project["student"](hidden_RD[chunk], targets_C)}
+        logits = {"student": project["student"](hidden_RD[chunk], targets_C, chunk)}
         for role in self.frozen:
             hidden_CE = getattr(scores, f"{role}_hidden")
-            logits[role] = project[role](hidden_CE, targets_C)
+            logits[role] = project[role](hidden_CE, targets_C, chunk)
         found = _target_logprobs(list(logits.values()), targets_C, head)
         logprobs = {}
         for (role, logits_Cv), (target_C, normaliser_C) in zip(logits.items(), found, strict=True):
@@ -419,7 +402,11 @@ class _ChunkedLoss:
     def stats(self) -> HeadStats:
         columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
         sum_ranks(columns["entropy_R"], self.tp)
-        return HeadStats(**columns, probe={k: torch.cat(parts) for k, parts in self.probe.items()})
+        probe = {name: torch.cat(parts) for name, parts in self.probe.items()}
+        for role, watch in self.watches.items():
+            watch.finish(columns["logprob_R" if role == "student" else f"{role}_R"])
+        seen = {role: watch.columns for role, watch in self.watches.items()}
+        return HeadStats(**columns, probe=probe, seen=seen)
 
 
 def _add_product_(weight_grad_vD: Tensor, dlogits_Cv: Tensor, h_CD: Tensor) -> None:

@@ -130,45 +130,45 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
     return logits_NV
 
 
-def _scaled(
-    hidden_ND: Tensor, head: VocabHead, distribution: Distribution, out_Nv: Tensor | None
+def scaled_logits(
+    hidden_ND: Tensor, head: VocabHead, distribution: Distribution, out_Nv: Tensor | None = None
 ) -> Tensor:
+    """Return this rank's fp32 logits [N, v], divided by the temperature, before truncation.
+
+    Args:
+        out_Nv: a buffer for the product. Without one, a large vocabulary pays for fresh pages at
+            every call, which on a CPU costs as much as the product itself.
+    """
     logits_Nv = project(hidden_ND, head.weight_vD, out_Nv)
     if distribution.temperature != 1.0:
         logits_Nv.div_(distribution.temperature)
     return logits_Nv
 
 
-def whole_logits(
-    hidden_ND: Tensor,
-    head: VocabHead,
-    distribution: Distribution,
-    keep_N: Tensor | None = None,
-    out_Nv: Tensor | None = None,
+def _whole(
+    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None
 ) -> Tensor:
-    """fp32 logits [N, V] of the distribution, on every rank: divided by its temperature, truncated.
-
-    Args:
-        keep_N: see `truncate_`.
-        out_Nv: a buffer for this rank's product. Without one, a large vocabulary pays for fresh
-            pages at every call, which on a CPU costs as much as the product itself.
-    """
-    logits_Nv = _scaled(hidden_ND, head, distribution, out_Nv)
+    """Return every rank's logits side by side [N, V], truncated; in place where there is one."""
     if head.tp.size > 1:
         logits_Nv = head.stack(logits_Nv).transpose(0, 1).flatten(1)
     return truncate_(logits_Nv, distribution.top_k, distribution.top_p, keep_N)
 
 
-def local_logits(
-    hidden_ND: Tensor,
-    head: VocabHead,
-    distribution: Distribution,
-    keep_N: Tensor | None = None,
-    out_Nv: Tensor | None = None,
+def whole_logits(hidden_ND: Tensor, head: VocabHead, distribution: Distribution) -> Tensor:
+    """Return the distribution's fp32 logits [N, V] on every rank: scaled, then truncated."""
+    return _whole(scaled_logits(hidden_ND, head, distribution), head, distribution, None)
+
+
+def truncated_logits(
+    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None = None
 ) -> Tensor:
-    """This rank's columns [N, v] of `whole_logits`; see there."""
+    """Return this rank's columns [N, v] of `whole_logits` from its own scaled ones.
+
+    Args:
+        logits_Nv: of `scaled_logits`; overwritten on a single rank.
+        keep_N: see `truncate_`.
+    """
     if not distribution.truncates:
-        return _scaled(hidden_ND, head, distribution, out_Nv)
-    logits_NV = whole_logits(hidden_ND, head, distribution, keep_N, out_Nv)
+        return logits_Nv
     first = head.tp.rank * head.rows
-    return logits_NV[:, first : first + head.rows]
+    return _whole(logits_Nv, head, distribution, keep_N)[:, first : first + head.rows]

@@ -14,6 +14,7 @@ P tensor-parallel ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -24,15 +25,20 @@ from torch import Tensor
 
 from opd_titan.distill.inspection import Columns, Watch
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
-from opd_titan.distill.vocabulary import Rows, TokenScores
-from opd_titan.distributed.tensor_parallel import sum_ranks
-from opd_titan.models.logits import Distribution, VocabHead, scaled_logits, truncated_logits
+from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
+from opd_titan.models import kernels
+from opd_titan.models.logits import (
+    Distribution,
+    VocabHead,
+    projects_in_place,
+    scaled_logits,
+    truncated_logits,
+)
 
 # fp32 logits of one chunk. On a CPU larger chunks reach the same matmul speed and only cost memory.
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
 # 64 MiB that traffic would be three times the products' own time).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
-_CACHED_COLUMNS = 8192
 # Diagnostics that need passes of their own over the vocabulary look at one of so many tokens.
 PROBE_EVERY = 8
 _GOLDEN = 2654435769  # 2**32 over the golden ratio
@@ -64,22 +70,29 @@ class _Projection:
         watch: Watch | None = None,
     ) -> None:
         self.head, self.dist, self.watch = head, dist, watch
-        # Half-precision operands cannot write an fp32 product in place.
-        fits = head.weight_vD.dtype == torch.float32
-        self.buffer = buffer_like(head, chunks) if fits else None
+        self.buffer = Buffer(head, chunks) if projects_in_place(head.weight_vD) else None
 
     def __call__(self, h_CD: Tensor, targets_C: Tensor, chunk: slice) -> Tensor:
-        out_Cv = None if self.buffer is None else self.buffer[: h_CD.shape[0]]
+        out_Cv = None if self.buffer is None else self.buffer.first(h_CD.shape[0])
         logits_Cv = scaled_logits(h_CD, self.head, self.dist, out_Cv)
         if self.watch is not None:
             self.watch.look(chunk, logits_Cv, targets_C, self.head)
         return truncated_logits(logits_Cv, self.head, self.dist, targets_C)
 
 
-def buffer_like(head: VocabHead, chunks: Sequence[slice]) -> Tensor:
-    """fp32 [C, v] that holds any of the chunks."""
-    rows = max((c.stop - c.start for c in chunks), default=0)
-    return torch.empty(rows, head.rows, device=head.weight_vD.device)
+class Buffer:
+    """fp32 [C, v] that holds any of the chunks; made when it is used for the first time."""
+
+    def __init__(self, head: VocabHead, chunks: Sequence[slice]) -> None:
+        self.head, self.chunks = head, chunks
+
+    @functools.cached_property
+    def _whole(self) -> Tensor:
+        rows = max(c.stop - c.start for c in self.chunks)
+        return torch.empty(rows, self.head.rows, device=self.head.weight_vD.device)
+
+    def first(self, rows: int) -> Tensor:
+        return self._whole[:rows]
 
 
 @torch.no_grad()
@@ -106,7 +119,9 @@ def score_head(
     for chunk in chunks:
         targets_C = targets_R[chunk]
         logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C, chunk)
-        out_R[chunk] = _target_logprobs([logits_Cv], targets_C, head)[0][0]
+        own_2C = kernels.logit_stats(logits_Cv, _row(targets_C, head), mean=False)
+        target_PC, lse_PC = head.stack(own_2C).unbind(dim=1)
+        out_R[chunk] = target_PC.amax(dim=0) - lse_PC.logsumexp(dim=0)
     if watch is not None:
         watch.finish(out_R)
     return out_R
@@ -117,38 +132,43 @@ def hidden_head(hidden_TD: Tensor, weight: Tensor, predict_R: Tensor) -> Tensor:
     return hidden_TD.index_select(0, predict_R)
 
 
-def _logsumexp(logits_Cv: Tensor) -> Tensor:
-    """[C]. On a CPU in parts that stay in its cache: by itself it would make another [C, v]."""
-    if logits_Cv.is_cuda:
-        return logits_Cv.logsumexp(dim=1)
-    parts = [part.logsumexp(dim=1) for part in logits_Cv.split(_CACHED_COLUMNS, dim=1)]
-    return torch.stack(parts).logsumexp(dim=0)
-
-
-def _target_logprobs(
-    logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
-) -> list[tuple[Tensor, Tensor]]:
-    """For each model's logits [C, v] the log-probs of the targets [C] and the normalisers [C]."""
-    found = _targets(logits, targets_C, head)
-    return [(target_C - normaliser_C, normaliser_C) for target_C, normaliser_C in found]
-
-
-def _targets(
-    logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
-) -> list[tuple[Tensor, Tensor]]:
-    """For each model's logits [C, v] those of the targets [C] and the normalisers [C].
-
-    One exchange between the ranks, whatever the number of models.
-    """
+def _row(targets_C: Tensor, head: VocabHead) -> Tensor:
+    """Row of each target among this rank's, -1 where it has none."""
     row_C, held_C = head.locate(targets_C)
-    pairs = []
-    for logits_Cv in logits:
-        target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
-        target_C = target_C.masked_fill(~held_C, -torch.inf)
-        pairs.append(torch.stack((_logsumexp(logits_Cv), target_C)))
-    parts_PM2C = head.stack(torch.stack(pairs))
-    normaliser_MC, target_MC = parts_PM2C[:, :, 0].logsumexp(dim=0), parts_PM2C[:, :, 1].amax(dim=0)
-    return list(zip(target_MC, normaliser_MC, strict=True))
+    return row_C.masked_fill(~held_C, -1)
+
+
+def _distributions(
+    logits: Mapping[str, Tensor], targets_C: Tensor, head: VocabHead
+) -> tuple[dict[str, Tensor], dict[str, ModelLogits], Tensor]:
+    """By role the targets' log-probs [C] and the distributions, and the student's entropy [C].
+
+    One pass over the logits, and one exchange between the ranks, whatever the number of models.
+
+    Args:
+        logits: the student's comes first.
+    """
+    row_C = _row(targets_C, head)
+    student_Cv, *others = logits.values()
+    if others:
+        pairs = [kernels.kl_stats(student_Cv, other_Cv, row_C) for other_Cv in others]
+        own = torch.cat((pairs[0][:3], *(pair[3:] for pair in pairs)))
+    else:
+        own = kernels.logit_stats(student_Cv, row_C, mean=True)
+    target_PMC, lse_PMC, mean_PMC = head.stack(own).unflatten(1, (-1, 3)).unbind(dim=2)
+    lse_MC = lse_PMC.logsumexp(dim=0)
+    # A rank's means are under its own part of the student's distribution.
+    share_P1C = (lse_PMC[:, :1] - lse_MC[:1]).exp()
+    mean_MC = (share_P1C * mean_PMC).sum(dim=0)
+    logprob_MC = target_PMC.amax(dim=0) - lse_MC
+    models = {
+        role: ModelLogits(values_Cv, lse_C)
+        for (role, values_Cv), lse_C in zip(logits.items(), lse_MC, strict=True)
+    }
+    for other, mean_C in zip(list(models.values())[1:], mean_MC[1:], strict=True):
+        # Of differences of logits; those of log-probs differ by a constant.
+        other.kl_C = mean_C - lse_MC[0] + other.lse_C
+    return dict(zip(logits, logprob_MC, strict=True)), models, lse_MC[0] - mean_MC[0]
 
 
 @dataclass
@@ -296,19 +316,17 @@ class _ChunkedLoss:
         for role, frozen in self.frozen.items():
             watch = self.watches.get(role)
             project[role] = _Projection(frozen, self.dist.untruncated, chunks, watch)
-        probs_buffer = buffer_like(head, chunks)
-        for chunk in chunks:
-            rows = self._rows(hidden_RD, chunk, project, head, probs_buffer)
-            # This rank's part; they are added up once, in `stats`.
-            entropy_C = -torch.bmm(rows.probs_Cv[:, None], rows.student_Cv[:, :, None]).view(-1)
-            self._examine(rows, chunk)
+        probs = Buffer(head, chunks)
+        for chunk, some in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
+            rows = self._rows(hidden_RD, chunk, project, head, probs)
+            if some.numel():
+                self._examine(rows[some])
             result, dlogits_Cv = self._differentiate(rows, chunk, head)
-            dlogits_Cv = dlogits_Cv.to(hidden_RD.dtype)
             torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
-            _add_product_(grad_weight_vD, dlogits_Cv, hidden_RD[chunk])
+            kernels.add_product_(grad_weight_vD, dlogits_Cv.t(), hidden_RD[chunk])
             self._keep(
                 logprob_R=rows.logprob_C,
-                entropy_R=entropy_C,
+                entropy_R=rows.entropy_C,
                 loss_R=result.loss_C,
                 advantage_R=result.advantage_C,
                 ratio_R=result.ratio_C,
@@ -326,29 +344,23 @@ class _ChunkedLoss:
         chunk: slice,
         project: Mapping[str, _Projection],
         head: VocabHead,
-        probs_buffer: Tensor,
+        probs: Buffer,
     ) -> Rows:
         targets_C, scores = self.targets_R[chunk], self.scores[chunk]
         logits = {"student": project["student"](hidden_RD[chunk], targets_C, chunk)}
         for role in self.frozen:
             hidden_CE = getattr(scores, f"{role}_hidden")
             logits[role] = project[role](hidden_CE, targets_C, chunk)
-        found = _target_logprobs(list(logits.values()), targets_C, head)
-        logprobs = {}
-        for (role, logits_Cv), (target_C, normaliser_C) in zip(logits.items(), found, strict=True):
-            logits[role] = logits_Cv.sub_(normaliser_C[:, None])
-            logprobs[role] = target_C
-        student_Cv = logits["student"]
-        if self.dist.truncates:  # 0 x -inf is NaN, and a token that was cut adds nothing
-            student_Cv.clamp_(min=-1e4)
+        logprobs, models, entropy_C = _distributions(logits, targets_C, head)
+        models["student"].truncated = self.dist.truncates
         return Rows(
             logprob_C=logprobs.pop("student"),
             scores=replace(scores, **logprobs),
-            student_Cv=student_Cv,
-            probs_Cv=torch.exp(student_Cv, out=probs_buffer[: student_Cv.shape[0]]),
-            teacher_Cv=logits.get("teacher"),
-            reference_Cv=logits.get("reference"),
+            **models,
+            entropy_C=entropy_C,
             tp=self.tp,
+            dtype=hidden_RD.dtype,
+            probs_out=lambda: probs.first(targets_C.numel()),
         )
 
     def _differentiate(self, rows: Rows, chunk: slice, head: VocabHead) -> tuple[TokenLoss, Tensor]:
@@ -357,24 +369,23 @@ class _ChunkedLoss:
             rows.logprob_C.requires_grad_()
             result = self.objective(rows, self.settings)
             if result.dlogits_Cv is not None:
-                return result, result.dlogits_Cv
-            # With g the derivative by the sampled token's log-prob: g (onehot - p).
+                return result, result.dlogits_Cv.to(rows.dtype)
             (g_C,) = torch.autograd.grad(result.loss_C.sum(), rows.logprob_C)
-        row_C, held_C = head.locate(self.targets_R[chunk])
-        dlogits_Cv = rows.probs_Cv.mul_(-g_C[:, None])
-        return result, dlogits_Cv.scatter_add_(1, row_C[:, None], (g_C * held_C)[:, None])
-
-    def _examine(self, rows: Rows, chunk: slice) -> None:
-        """How far apart distributions are, on some tokens; before the objective uses them up."""
-        if rows.teacher_Cv is None:
-            return
-        first = self.probe_from
-        some = probed(first + chunk.start, first + chunk.stop).to(rows.student_Cv.device)
-        student_Cv, teacher_Cv, probs_Cv = (
-            x[some] for x in (rows.student_Cv, rows.teacher_Cv, rows.probs_Cv)
+        row_C = _row(self.targets_R[chunk], head)
+        student = rows.student
+        return result, kernels.softmax_grad(
+            student.values_Cv, student.lse_C, g_C, row_C, rows.dtype
         )
-        if not some.numel():
-            return
+
+    def _probed(self, chunks: Sequence[slice], device: torch.device) -> Sequence[Tensor]:
+        """The rows of each chunk to examine, brought to the device in one copy."""
+        first, there = self.probe_from, "teacher" in self.frozen
+        some = [probed(first + c.start, first + c.stop if there else 0) for c in chunks]
+        return torch.cat(some).to(device).split([len(part) for part in some])
+
+    def _examine(self, rows: Rows) -> None:
+        """How far apart the distributions of some tokens are."""
+        student_Cv, teacher_Cv, probs_Cv = rows.student_Cv, rows.teacher_Cv, rows.probs_Cv
         teacher_probs_Cv = teacher_Cv.exp()
         log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(
             (probs_Cv, student_Cv),
@@ -401,19 +412,8 @@ class _ChunkedLoss:
 
     def stats(self) -> HeadStats:
         columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
-        sum_ranks(columns["entropy_R"], self.tp)
         probe = {name: torch.cat(parts) for name, parts in self.probe.items()}
         for role, watch in self.watches.items():
             watch.finish(columns["logprob_R" if role == "student" else f"{role}_R"])
         seen = {role: watch.columns for role, watch in self.watches.items()}
         return HeadStats(**columns, probe=probe, seen=seen)
-
-
-def _add_product_(weight_grad_vD: Tensor, dlogits_Cv: Tensor, h_CD: Tensor) -> None:
-    """weight_grad += dlogits^T h, accumulated in fp32 whatever the operands are."""
-    if dlogits_Cv.dtype == torch.float32:
-        weight_grad_vD.addmm_(dlogits_Cv.t(), h_CD)
-    elif dlogits_Cv.is_cuda:
-        weight_grad_vD.add_(torch.mm(dlogits_Cv.t(), h_CD, out_dtype=torch.float32))
-    else:
-        weight_grad_vD.add_(torch.mm(dlogits_Cv.t(), h_CD))

@@ -195,10 +195,8 @@ def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 
 @objective()
 def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """KL(S||T) + c KL(S||R). With x = log p - log q: sum p x, and by a logit p (x - sum p x)."""
-    x_Cv = torch.sub(rows.student_Cv, rows.teacher_Cv, out=rows.teacher_Cv)
-    loss_C = rows.expect(rows.probs_Cv, x_Cv)
-    return _with_reference(rows, settings, loss_C, _gradient_of_mean_(rows, x_Cv, loss_C))
+    """KL(S||T) + c KL(S||R). The head finds a KL together with the log-probs."""
+    return _with_reference(rows, settings, rows.teacher.kl_C, rows.kl_gradient(rows.teacher))
 
 
 @objective(temporaries=1)
@@ -232,13 +230,8 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         (teacher_probs_Cv, teacher_x_Cv), (rows.probs_Cv, student_x_Cv)
     )
     loss_C = beta * from_teacher_C + (1.0 - beta) * from_student_C
-    dlogits_Cv = _gradient_of_mean_(rows, student_x_Cv, from_student_C).mul_(1.0 - beta)
+    dlogits_Cv = student_x_Cv.sub_(from_student_C[:, None]).mul_(rows.probs_Cv).mul_(1.0 - beta)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
-
-
-def _gradient_of_mean_(rows: Rows, x_Cv: Tensor, mean_C: Tensor) -> Tensor:
-    """p (x - mean), in place of x: what the logits get of a mean of x under the student."""
-    return x_Cv.sub_(mean_C[:, None]).mul_(rows.probs_Cv)
 
 
 def _with_reference(
@@ -246,10 +239,8 @@ def _with_reference(
 ) -> TokenLoss:
     c = settings.reference_coef
     if c != 0.0:
-        x_Cv = torch.sub(rows.student_Cv, rows.reference_Cv, out=rows.reference_Cv)
-        kl_C = rows.expect(rows.probs_Cv, x_Cv)
-        loss_C = loss_C + c * kl_C
-        dlogits_Cv.add_(_gradient_of_mean_(rows, x_Cv, kl_C), alpha=c)
+        loss_C = loss_C + c * rows.reference.kl_C
+        dlogits_Cv.add_(rows.kl_gradient(rows.reference), alpha=c)
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 

@@ -89,8 +89,15 @@ class VocabHead:
         return concat_ranks(local_values[None], self.tp)
 
 
+def projects_in_place(weight_vD: Tensor) -> bool:
+    """Return whether `project` can write its fp32 product into a tensor that is there."""
+    if weight_vD.dtype == torch.float32:
+        return True
+    return weight_vD.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
+
+
 def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) -> Tensor:
-    """fp32 logits [N, v], into `out_Nv` if given.
+    """fp32 logits [N, v], into `out_Nv` if given; see `projects_in_place`.
 
     Half-precision operands are accumulated and kept in fp32 on CUDA; a CPU has no such product and
     rounds its bf16 logits once.
@@ -98,7 +105,8 @@ def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) 
     if hidden_ND.dtype == torch.float32:
         return torch.mm(hidden_ND, weight_vD.t(), out=out_Nv)
     if hidden_ND.is_cuda:
-        return torch.mm(hidden_ND, weight_vD.t(), out_dtype=torch.float32)
+        into = {} if out_Nv is None else {"out": out_Nv}
+        return torch.mm(hidden_ND, weight_vD.t(), out_dtype=torch.float32, **into)
     return torch.mm(hidden_ND, weight_vD.t()).float()
 
 

@@ -77,6 +77,19 @@ def test_a_watch_counts_as_sorting_does(
     torch.testing.assert_close(found[2], truth[2], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("vocab", [1000, 1024])
+def test_the_likeliest_tokens_of_a_large_vocabulary(vocab: int) -> None:
+    p = Problem()
+    with torch.no_grad():
+        wide_VD = torch.randn(vocab, p.weight_VD.shape[1])
+    watch = Watch([slice(0, R)], 5)
+    score_head(p.hidden_TD, wide_VD, p.predict_R, p.targets_R, WHOLE, watch)
+    logprobs_RV = (p.hidden_TD[p.predict_R] @ wide_VD.t()).detach().log_softmax(1)
+    values_RK, ids_RK = logprobs_RV.topk(5, dim=1)
+    assert torch.equal(watch.columns[1], ids_RK)
+    torch.testing.assert_close(watch.columns[2], values_RK, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("dist", [d for d in DISTRIBUTIONS if d.truncates], ids=str)
 def test_ranks_are_of_the_whole_vocabulary_whatever_samples_are_cut_to(dist: Distribution) -> None:
     """Of tokens that would have been cut, too: a data set's own responses have them."""

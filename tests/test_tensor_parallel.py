@@ -357,13 +357,11 @@ def test_every_objective_over_a_split_vocabulary_is_the_whole_one(
 
 
 def exchanges(case: Case) -> int:
-    """Per chunk, those of the probe aside: the targets' log-probs, and the objective's own."""
-    if not case.exact:
-        return 1
+    """Per chunk, those of the probe aside: the log-probs, entropy and reverse KLs, and means."""
     if "top_k" in (case.name[:5], case.chosen.baseline):
         return 3
-    apart = case.name in ("reverse_kl", "forward_kl", "jsd")  # the reference's mean is its own
-    return 2 + (apart and case.chosen.reference_coef != 0.0)
+    reverse = case.name == "reverse_kl" or (case.name == "jsd" and case.chosen.beta == 1.0)
+    return 2 if case.exact and not reverse else 1
 
 
 @each_layout
@@ -378,9 +376,9 @@ def test_ranks_exchange_a_few_numbers_per_token(
     """
     case, tokens, split = CASES[i], 21, layout[2]
     models = 1 + case.exact * (1 + (case.chosen.reference_coef != 0.0))
-    per_chunk, probe, at_end = exchanges(case), 3 * case.exact, 1
+    per_chunk, probe = exchanges(case), 3 * case.exact
     assert per_chunk <= 3
-    per_token = 2 * models
+    per_token = 3 * models
     if per_chunk == 3 and "top_k" in (case.name[:5], case.chosen.baseline):
         k = case.chosen.top_k
         per_token = max(2 * min(k, CASE_VOCAB // split), models * (min(k, CASE_VOCAB) + 1))
@@ -390,9 +388,9 @@ def test_ranks_exchange_a_few_numbers_per_token(
 
     for result in ranks:
         mine = result[layout]["objectives"][i]
-        assert len(mine["one chunk"]) == per_chunk + probe + at_end
-        assert len(mine["chunks"]) == 3 * per_chunk + looks(8) * probe + at_end
-        assert len(mine["unprobed chunks"]) == tokens * per_chunk + looks(1) * probe + at_end
+        assert len(mine["one chunk"]) == per_chunk + probe
+        assert len(mine["chunks"]) == 3 * per_chunk + looks(8) * probe
+        assert len(mine["unprobed chunks"]) == tokens * per_chunk + looks(1) * probe
         for name, rows in (("one chunk", tokens), ("chunks", 8), ("unprobed chunks", 1)):
             top = (-(-rows // PROBE_EVERY) + 1) * 2 * PROBE_TOP_K * split * case.exact
             assert max(mine[name]) <= max(rows * per_token * split, top, tokens)

@@ -259,7 +259,7 @@ def plain_loss(m: Models, case: Case, s_RV: Tensor) -> Tensor:
 def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, case: Case, rows: int, vocab: int = V) -> None:
     """Make the head work in chunks of so many rows."""
     frozen = case.exact * (1 + (case.chosen.reference_coef != 0.0))
-    tensors = 2 + frozen + case.objective.temporaries(case.chosen)
+    tensors = 1 + frozen + case.objective.temporaries(case.chosen)
     budget = -(-4 * rows * vocab * max(3, tensors) // 3)
     monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": budget})
 

@@ -309,8 +309,8 @@ class _ChunkedLoss:
         head = VocabHead(weight_vD, self.tp)
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
-        # Everybody's logits, the student's probabilities, and the objective's own.
-        tensors = 2 + len(self.frozen) + self.objective.temporaries(self.settings)
+        # Everybody's logits, and the objective's own.
+        tensors = 1 + len(self.frozen) + self.objective.temporaries(self.settings)
         chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
         project = {"student": _Projection(head, self.dist, chunks, self.watches.get("student"))}
         for role, frozen in self.frozen.items():

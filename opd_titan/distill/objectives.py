@@ -83,7 +83,7 @@ class Objective:
 
     Args:
         whole: it compares whole distributions, not only log-probs of the sampled token.
-        temporaries: tensors as large as the logits that it makes itself.
+        temporaries: tensors as large as the logits that it makes, `rows.probs_Cv` among them.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Objective:
         return self.whole or settings.baseline != "none"
 
     def temporaries(self, settings: ObjectiveSettings) -> int:
-        return self._temporaries if settings.baseline == "none" else 2
+        return self._temporaries if settings.baseline == "none" else 3
 
 
 def objective(**needs: Any) -> Callable[[Callable[..., TokenLoss]], Objective]:
@@ -199,7 +199,7 @@ def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     return _with_reference(rows, settings, rows.teacher.kl_C, rows.kl_gradient(rows.teacher))
 
 
-@objective(temporaries=1)
+@objective(temporaries=2)
 def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """KL(T||S) + c KL(S||R). Sum q (log q - log p), and by a logit p - q."""
     teacher_probs_Cv = rows.teacher_Cv.exp()
@@ -208,7 +208,7 @@ def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
 
 
-@objective(temporaries=2)
+@objective(temporaries=3)
 def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S, plus c KL(S||R).
 
@@ -230,8 +230,13 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         (teacher_probs_Cv, teacher_x_Cv), (rows.probs_Cv, student_x_Cv)
     )
     loss_C = beta * from_teacher_C + (1.0 - beta) * from_student_C
-    dlogits_Cv = student_x_Cv.sub_(from_student_C[:, None]).mul_(rows.probs_Cv).mul_(1.0 - beta)
+    dlogits_Cv = _gradient_of_mean_(rows, student_x_Cv, from_student_C).mul_(1.0 - beta)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
+
+
+def _gradient_of_mean_(rows: Rows, x_Cv: Tensor, mean_C: Tensor) -> Tensor:
+    """p (x - mean), in place of x: what the logits get of a mean of x under the student."""
+    return x_Cv.sub_(mean_C[:, None]).mul_(rows.probs_Cv)
 
 
 def _with_reference(
@@ -256,7 +261,7 @@ def _with_advantage(
 # ------------------------------------------------------------ k tokens and the rest
 
 
-@objective(temporaries=2)
+@objective(temporaries=3)
 def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """`reverse_kl` between the student's k likeliest tokens, with all others as one bucket."""
     ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
@@ -271,7 +276,7 @@ def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
-@objective(temporaries=2)
+@objective(temporaries=3)
 def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """`forward_kl` between the teacher's k likeliest tokens, with all others as one bucket."""
     ids_CK = rows.top_k(rows.teacher_Cv, settings.top_k)

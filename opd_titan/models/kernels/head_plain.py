@@ -16,7 +16,8 @@ from torch import Tensor
 _BLOCK_BYTES = {"cpu": 1024**2, "cuda": 64 * 1024**2}
 
 
-def _blocks(logits_Cv: Tensor) -> Iterator[slice]:
+def row_blocks(logits_Cv: Tensor) -> Iterator[slice]:
+    """Return slices of so few rows that several tensors of them fit into a CPU's cache."""
     C, v = logits_Cv.shape
     rows = max(1, _BLOCK_BYTES[logits_Cv.device.type] // (4 * v))
     return (slice(i, i + rows) for i in range(0, C, rows))
@@ -30,15 +31,15 @@ def _logit_at(logits_Cv: Tensor, row_C: Tensor) -> Tensor:
 def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
     target_C = _logit_at(logits_Cv, row_C)
     if mean:
-        parts = [_softmax_stats(logits_Cv[block]) for block in _blocks(logits_Cv)]
+        parts = [_softmax_stats(logits_Cv[block]) for block in row_blocks(logits_Cv)]
         return torch.cat((target_C[None], torch.cat(parts, dim=1)))
-    lses = [logits_Cv[block].logsumexp(dim=1) for block in _blocks(logits_Cv)]
+    lses = [logits_Cv[block].logsumexp(dim=1) for block in row_blocks(logits_Cv)]
     return torch.stack((target_C, torch.cat(lses)))
 
 
 def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
     parts = []
-    for block in _blocks(student_Cv):
+    for block in row_blocks(student_Cv):
         other_Bv = other_Cv[block]
         lse_B, mean_B, difference_B = _softmax_stats(student_Cv[block], other_Bv)
         parts.append(torch.stack((lse_B, mean_B, other_Bv.logsumexp(dim=1), difference_B)))
@@ -67,7 +68,7 @@ def softmax_grad(
     logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     lse_C1, g_C1 = lse_C[:, None], g_C[:, None]
-    for block in _blocks(logits_Cv):
+    for block in row_blocks(logits_Cv):
         logits_Cv[block].sub_(lse_C1[block]).exp_().mul_(-g_C1[block])
     held_g_C1 = g_C1.masked_fill((row_C < 0)[:, None], 0.0)
     return logits_Cv.scatter_add_(1, row_C.clamp(min=0)[:, None], held_g_C1).to(dtype)
@@ -77,7 +78,7 @@ def kl_grad(
     student_Cv: Tensor, other_Cv: Tensor, lse_C: Tensor, mean_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     lse_C1, mean_C1 = lse_C[:, None], mean_C[:, None]
-    for block in _blocks(student_Cv):
+    for block in row_blocks(student_Cv):
         student_Bv, other_Bv = student_Cv[block], other_Cv[block]
         # Finite where the student's are -inf, for 0 x -inf is NaN.
         torch.sub(student_Bv, other_Bv, out=other_Bv).sub_(mean_C1[block]).clamp_(min=-1e30)

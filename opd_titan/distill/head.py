@@ -70,7 +70,7 @@ class _Projection:
         watch: Watch | None = None,
     ) -> None:
         self.head, self.dist, self.watch = head, dist, watch
-        self.buffer = Buffer(head, chunks) if projects_in_place(head.weight_vD) else None
+        self.buffer = _Buffer(head, chunks) if projects_in_place(head.weight_vD) else None
 
     def __call__(self, h_CD: Tensor, targets_C: Tensor, chunk: slice) -> Tensor:
         out_Cv = None if self.buffer is None else self.buffer.first(h_CD.shape[0])
@@ -80,7 +80,7 @@ class _Projection:
         return truncated_logits(logits_Cv, self.head, self.dist, targets_C)
 
 
-class Buffer:
+class _Buffer:
     """fp32 [C, v] that holds any of the chunks; made when it is used for the first time."""
 
     def __init__(self, head: VocabHead, chunks: Sequence[slice]) -> None:
@@ -316,7 +316,7 @@ class _ChunkedLoss:
         for role, frozen in self.frozen.items():
             watch = self.watches.get(role)
             project[role] = _Projection(frozen, self.dist.untruncated, chunks, watch)
-        probs = Buffer(head, chunks)
+        probs = _Buffer(head, chunks)
         for chunk, some in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
             rows = self._rows(hidden_RD, chunk, project, head, probs)
             if some.numel():
@@ -344,7 +344,7 @@ class _ChunkedLoss:
         chunk: slice,
         project: Mapping[str, _Projection],
         head: VocabHead,
-        probs: Buffer,
+        probs: _Buffer,
     ) -> Rows:
         targets_C, scores = self.targets_R[chunk], self.scores[chunk]
         logits = {"student": project["student"](hidden_RD[chunk], targets_C, chunk)}

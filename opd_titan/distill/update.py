@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
+from opd_titan.distill.inspection import note_standings, watch_samples
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.distill.packing import (
     STAND_IN,
@@ -215,6 +216,8 @@ def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
         if value_R is not None:
             for sample, values in zip(samples, unpack_values(value_R, samples), strict=True):
                 setattr(sample, field, values)
+    for role, seen in stats.seen.items():
+        note_standings(samples, role, seen)
     for sample in samples:
         sample.teacher_hidden = sample.reference_hidden = None
 
@@ -237,6 +240,7 @@ def forward_backward(
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
     """
     batch, scores = _packed(samples, world, heads)
+    watches = {role: watch_samples(samples, role) for role in ("student", *heads.by_role)}
     head = partial(
         loss_head,
         predict_R=batch.predict_R,
@@ -248,6 +252,7 @@ def forward_backward(
         dist=rule.dist,
         frozen=heads,
         probe_from=samples[0].prompt.index + samples[0].sample_index if samples else 0,
+        watches={role: watch for role, watch in watches.items() if watch is not None},
     )
     loss, stats = model(batch.tokens_T, batch.attend, head)
     loss.backward()

@@ -23,6 +23,9 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from opd_titan.config import JobConfig  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,6 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--sample-rollouts",
+        type=int,
+        nargs="+",
+        default=[0, JobConfig().metrics.sample_rollouts],
+        help="responses that ours records, a run for each; by default none and the default's",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
 
@@ -67,7 +77,7 @@ def make_models(folder: Path, tokenizer: Path) -> None:
             shutil.copy(tokenizer / name, folder / role / name)
 
 
-def run_ours(models: Path, a: argparse.Namespace) -> dict[str, float]:
+def run_ours(models: Path, a: argparse.Namespace, recorded: int) -> dict[str, float]:
     """Median seconds by phase over the steps after the first, from TensorBoard; peak memory."""
     out = models / "ours"
     shutil.rmtree(out, ignore_errors=True)
@@ -82,6 +92,7 @@ def run_ours(models: Path, a: argparse.Namespace) -> dict[str, float]:
         "training.steps": a.steps,
         "distill.objective": a.objective,
         "optimizer.lr": 1e-3,
+        "metrics.sample_rollouts": recorded,
         "validation.enable": "false",
         "checkpoint.enable": "false",
     }
@@ -117,23 +128,26 @@ def run_trl(a: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     a = parse_arguments()
-    ours, trl = [], []
+    ours: list[dict[int, dict[str, float]]] = []
+    trl = []
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), a.data / "qwen3_tokenizer")
         for _ in range(a.rounds):
-            ours.append(run_ours(Path(folder), a))
+            ours.append({n: run_ours(Path(folder), a, n) for n in a.sample_rollouts})
             if a.trl_python:
                 trl.append(run_trl(a))
     print(f"{platform.machine()}, {a.threads} threads, batch {a.batch} x {a.new_tokens} tokens")
-    for i, result in enumerate(ours):
-        phases = ", ".join(f"{n} {v:.3f}" for n, v in sorted(result.items()))
-        print(f"round {i}: opd_titan: {phases}")
+    for i, results in enumerate(ours):
+        for recorded, result in results.items():
+            phases = ", ".join(f"{n} {v:.3f}" for n, v in sorted(result.items()) if v >= 0.0005)
+            print(f"round {i}: opd_titan, {recorded} recorded: {phases}")
         if trl:
             t = trl[i]
-            ratio = t["step_s_median"] / result["time/step(s)"]
+            steps = {n: result["time/step(s)"] for n, result in results.items()}
+            ratios = ", ".join(f"{t['step_s_median'] / s:.2f}x ({n})" for n, s in steps.items())
             print(
                 f"round {i}: TRL {t['trl']}: step {t['step_s_median']:.3f} s, generate "
-                f"{t['gen_s_median']:.3f} s, peak {t['peak_gib']:.2f} GiB; ratio {ratio:.2f}x"
+                f"{t['gen_s_median']:.3f} s, peak {t['peak_gib']:.2f} GiB; ratio {ratios}"
             )
 
 

@@ -4,8 +4,7 @@
     python benchmarks/rollout.py --setting 0.6B --data ../shared/data --vllm-python PYTHON
     python benchmarks/rollout.py --setting ragged --shape small       # continuous batching or not
     python benchmarks/rollout.py --setting sampler --shape small      # projection and draw apart
-    python benchmarks/rollout.py --setting h200 --out OUT             # on a GPU, under 10 minutes
-    python benchmarks/rollout.py --setting h200 --miniature           # the same code, on any CPU
+    python benchmarks/rollout.py --setting nano --engines ours,vllm   # nano-vllm's, on a GPU
 
 PYTHON is an interpreter that imports vllm, from an environment of its own. On a CPU vLLM keeps a
 core for its other processes unless told otherwise; `vllm-all-cores` tells it. All engines have the
@@ -29,22 +28,36 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
+from datetime import datetime, timezone  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]  # a script's children may start anew
 
 import rollout_cases as cases  # noqa: E402
-from scale import Case, Report, describe, run_case  # noqa: E402
+from apart import (  # noqa: E402
+    Journal,
+    Task,
+    Work,
+    commit,
+    machine,
+    print_record,
+    run_apart,
+    write_json,
+)
+
+HANGS = 7200.0  # seconds
 
 ENGINES = {
     "small": "ours,vllm,vllm-all-cores,generate",
     "0.6B": "ours,vllm,vllm-all-cores,generate",
     "ragged": "ours,waves,batches",
     "sampler": "ours",
-    "h200": "ours,vllm",
+    "nano": "ours,vllm",
 }
 
 
@@ -64,42 +77,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shortest", type=int, default=16, help="new tokens, of ragged")
     parser.add_argument("--longest", type=int, default=512, help="new tokens, of ragged")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary, for trials")
-    parser.add_argument("--sizes", default="0.6B,8B", help="of h200")
-    parser.add_argument("--only", help="of h200: some of nano,curve,sampler")
-    parser.add_argument("--miniature", action="store_true", help="tiny models, for trials of h200")
+    parser.add_argument("--sizes", default="0.6B,8B", help="of nano")
+    parser.add_argument("--miniature", action="store_true", help="tiny models, for trials of nano")
     parser.add_argument("--out", type=Path, default=REPO / "outputs" / "rollout")
-    parser.add_argument("--time-limit", type=float, help="seconds; then no new part. h200: 540")
     a = parser.parse_args()
     a.shape = a.setting if a.setting in ("small", "0.6B") else a.shape or "small"
     a.engines = (a.engines or ENGINES[a.setting]).split(",")
     a.concurrent = a.concurrent or (32 if a.setting == "small" else 16)
     a.requests = a.requests or (64 if a.setting == "ragged" else a.concurrent)
-    a.time_limit = a.time_limit or (540.0 if a.setting == "h200" else 1e5)
     return a
 
 
-def plan(a: argparse.Namespace) -> Iterator[Case]:
-    """What to run; on a GPU first what says most."""
+def plan(a: argparse.Namespace) -> Iterator[tuple[str, str, Work]]:
+    """Part, case, and what to run."""
     if a.setting == "sampler":
-        yield Case("sampler", a.shape, partial(cases.measure_sampler, size=a.shape))
-        return
-    if a.setting != "h200":
+        yield "sampler", a.shape, partial(cases.measure_sampler, size=a.shape)
+    elif a.setting == "nano":  # alone: on a GPU nothing else may hold memory meanwhile
+        for size in a.sizes.split(","):
+            for engine in a.engines:
+                run = partial(cases.measure_engines, size=size, engines=[engine])
+                yield "nano", f"{size}, {engine}", run
+    else:
         name = f"ragged {a.shape}" if a.setting == "ragged" else a.setting
         run = partial(cases.measure_engines, size=a.shape, engines=a.engines)
-        yield Case("compare", name, run)
-        return
-    first, *others = cases.CURVES
-    order = [("nano", "ours"), ("curve", first), ("sampler", "")]
-    order += [("curve", mode) for mode in others]
-    order += [("nano", engine) for engine in a.engines if engine != "ours"]
-    for part, way in order:
-        for size in a.sizes.split(",") if not a.only or part in a.only.split(",") else ():
-            run = {
-                "nano": partial(cases.measure_engines, engines=[way]),
-                "curve": partial(cases.measure_curve, mode=way),
-                "sampler": cases.measure_sampler,
-            }[part]
-            yield Case(part, f"{size}, {way}" if way else size, partial(run, size=size))
+        yield "compare", name, run
 
 
 # --------------------------------------------------------------------- the report
@@ -120,28 +121,23 @@ _TABLES = {
         "{title}: {engine} | {tokens_per_s:,.0f} | {by_round} | {prefill_s:.3g} | {decode_s:.3g}"
         " | {share_of_floor:.1%} | {decode_share_of_bandwidth:.1%}",
     ),
-    "step": (
-        "decoding step | batch | floor ms | ms/step | tokens/s | of bandwidth",
-        "{title} | {batch} | {floor_ms:.3g} | {ms_per_step:.3g} | {tokens_per_s:,.0f}"
-        " | {share_of_bandwidth:.1%}",
-    ),
     "sampler": (
         "head | rows | projection ms | projection and draw ms | floor ms",
         "{title} | {rows} | {project_ms:.3g} | {project_and_draw_ms:.3g} | {floor_ms:.3g}",
     ),
-    "memory": ("peak memory | GiB", "{title} | {peak_active_gib:.1f}"),
 }
 
 
-def tables(report: Report) -> Iterator[str]:
+def tables(report: dict[str, Any]) -> Iterator[str]:
     """Markdown: the machine, then a table for each kind of figure."""
-    head = dict(report.head)
-    head["vllm"] = next((f", vLLM {r['vllm']}" for r in report.results if "vllm" in r), "")
-    yield "    {command}\n".format(**head)
-    versions = "Python {python}, torch {torch}, transformers {transformers}{vllm}".format(**head)
-    yield "{device}, {threads} threads, {0}, {date}, commit {commit}.\n".format(versions, **head)
+    results = report["results"]
+    vllm = next((f", vLLM {r['vllm']}" for r in results if "vllm" in r), "")
+    yield "    {command}\n".format(**report)
+    versions = "Python {python}, torch {torch}, transformers {transformers}".format(**report)
+    where = "{device}, {threads} threads, {0}{1}, {date}, commit {commit}.\n"
+    yield where.format(versions, vllm, **report)
     for figure, (columns, cells) in _TABLES.items():
-        found = [r for r in report.results if r.get("figure") == figure and "error" not in r]
+        found = [r for r in results if r.get("figure") == figure and "error" not in r]
         lines = [columns, "---" + " | --:" * columns.count("|")] if found else []
         for r in found:
             title = r["case"] if r["part"] == "compare" else f"{r['part']} {r['case']}"
@@ -156,9 +152,9 @@ def tables(report: Report) -> Iterator[str]:
         yield "".join(f"| {line} |\n" for line in lines)
 
 
-def summary(report: Report) -> Iterator[str]:
+def summary(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Ratios, shares of the memory's bandwidth, and what failed."""
-    for r in report.results:
+    for r in results:
         if "error" in r:
             who = f" {r['engine']}:" if "engine" in r else ""
             yield f"FAILED: {r['part']} {r['case']}:{who} {r['error'].splitlines()[-1]}"
@@ -172,43 +168,38 @@ def summary(report: Report) -> Iterator[str]:
 
 def main() -> int:
     a = parse_arguments()
-    report, start = Report(a.out), "fork"
-    report.path = a.out / "rollout.json"
-    probe = cases.RolloutSetting(miniature=True, compile=False, warmup=0, repeats=1, options=a)
-    about = list(run_case(start, describe, probe, 120.0))[-1]
-    if not about.get("cuda") and Path("/dev/nvidiactl").exists():  # a fork that lost the device
-        start = "spawn"
-        about = list(run_case(start, describe, probe, 120.0))[-1]
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
-    command = shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]])
-    report.head |= {**about, "options": options, "command": command}
-    print(json.dumps(report.head), flush=True)
-    on_gpu = a.setting == "h200" and about.get("cuda") and not a.miniature
-    if a.setting == "h200" and not on_gpu and not a.miniature:
-        print("no CUDA device: --setting h200 needs one, or --miniature", file=sys.stderr)
-        return 2
+    a.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(a.out / "rollout.jsonl")
+    journal.begin()
+    start, about = machine(cases.RolloutSetting(miniature=True, options=a), a.out, journal)
+    report = {
+        **about,
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()},
+        "command": shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "results": [],
+    }
+    print(json.dumps(report), flush=True)
+    on_gpu = a.setting == "nano" and about["cuda"]
     s = cases.RolloutSetting(
         miniature=a.miniature,
-        compile=False,
         warmup=1,
         repeats=a.rounds or (1 if a.miniature else 2 if on_gpu else 3),
         device_name="cuda" if on_gpu else "cpu",
         options=a,
     )
-    skipped = []
-    for case in plan(a):
-        left = a.time_limit - report.seconds
-        if left <= 0:
-            skipped.append(f"{case.part} {case.name}")
-            continue
-        for record in run_case(start, case.run, s, left + 30.0):
-            report.add(case, record)
-    lines = [*summary(report), *(f"NOT STARTED, out of time: {name}" for name in skipped)]
-    text = "\n".join([*tables(report), *lines])
+    begun = time.monotonic()
+    for part, case, work in plan(a):
+        task = Task({"part": part, "case": case}, (work,), a.out / "rollout.log")
+        for record in run_apart(start, task, s, HANGS, journal):
+            report["results"].append(record)
+            print_record(f"{part} {case}", record, time.monotonic() - begun)
+        write_json(a.out / "rollout.json", report)
+    text = "\n".join([*tables(report), *summary(report["results"])])
     print("\n" + text, flush=True)
     (a.out / "rollout.md").write_text(text + "\n", encoding="utf-8")
-    report.write(summary=lines, skipped=skipped, seconds=report.seconds)
-    return int(any("error" in r for r in report.results))
+    return int(any("error" in r for r in report["results"]))
 
 
 if __name__ == "__main__":

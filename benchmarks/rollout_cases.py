@@ -13,11 +13,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from gpu_setting import GIB, Setting
 from qwen3_shapes import hf_config
 from rollout_engines import (
     Answer,
@@ -30,7 +32,6 @@ from rollout_engines import (
     nano_workload,
     random_model,
 )
-from scale_setting import GIB, Setting
 
 from opd_titan.build import ModelShape, inspect_shape
 from opd_titan.models.logits import VocabHead, project
@@ -47,28 +48,28 @@ SMALL = {
     "head_dim": 32,
     "max_position_embeddings": 4096,
 }
-# CUDA graphs, and whether each step looks for stop tokens, as a real run does.
-CURVES = {
-    "graphs": {"cuda_graphs": True, "checks_stop": False},
-    "eager": {"cuda_graphs": False, "checks_stop": False},
-    "graphs, stop tokens": {"cuda_graphs": True, "checks_stop": True},
-}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_PREFILL_ROWS = 8192
 
 
 @dataclass
 class RolloutSetting(Setting):
-    """`Setting` for one device by name, in bf16, without a process group."""
+    """`Setting` for one device by name, in bf16, without a process group.
+
+    Attributes:
+        options: of `rollout.py`.
+    """
 
     device_name: str = "cpu"
-    options: argparse.Namespace | None = None
-
-    def start(self) -> None:
-        torch.manual_seed(0)
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.device_name)
+
+    @cached_property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,11 +77,11 @@ class RolloutSetting(Setting):
 
     def write_shape(self, size: str, folder: Path) -> ModelShape:
         """Write the config.json of "small" or of a released size."""
-        o = self.options
+        vocab = getattr(self.options, "vocab", None)
         config = hf_config("0.6B" if size == "small" else size, miniature=self.miniature)
         config |= SMALL if size == "small" else {}
-        if o.vocab:
-            config |= {"vocab_size": o.vocab, "bos_token_id": None, "eos_token_id": None}
+        if vocab:
+            config |= {"vocab_size": vocab, "bos_token_id": None, "eos_token_id": None}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return inspect_shape("student", str(folder), 1)
 
@@ -111,7 +112,7 @@ def measure_engines(s: RolloutSetting, size: str, engines: Sequence[str]) -> Non
         folder = Path(name)
         shape = s.write_shape(size, folder)
         work = make_workload(s, shape.args.vocab_size)
-        count = len(work.prompts) if o.setting == "h200" else o.concurrent
+        count = len(work.prompts) if o.setting == "nano" else o.concurrent
         runs = [Run(engine, len(work.prompts), count) for engine in engines]
         if o.setting == "small" and "generate" in engines:
             half = max(1, count // 2)
@@ -136,14 +137,36 @@ def measure_engines(s: RolloutSetting, size: str, engines: Sequence[str]) -> Non
                 started[engine] = found
         runs = [r for r in runs if r.engine in started]
         compare(s, started, work, runs, floors)
-    if o.setting == "h200" and "vllm" not in engines:
-        s.emit({"figure": "memory", **s.peak_memory()})
+
+
+def measure_ours(s: RolloutSetting, size: str, workload: str) -> None:
+    """Our engine alone with all of a workload at once, and the floor.
+
+    Args:
+        workload: "nano", nano-vllm's; or "burst", 128 sequences of 128 tokens and 1,024 new ones.
+    """
+    shape = s.shape("student", size)
+    vocab = shape.args.vocab_size
+    if workload == "nano":
+        work = make_nano(s, vocab)
+    else:
+        count, prompt, new = (4, 8, 12) if s.miniature else (128, 128, 1024)
+        ids = torch.randint(vocab, (count, prompt)).tolist()
+        work = Workload([tuple(row) for row in ids], [new] * count)
+    runs = [Run("ours", len(work.prompts), len(work.prompts))]
+    floors = measure_floors(s, shape.args, work, runs)
+    compare(s, {"ours": Ours(random_model(shape, s.device))}, work, runs, floors)
+    s.emit({"figure": "memory", **s.peak_memory()})
+
+
+def make_nano(s: RolloutSetting, vocab: int) -> Workload:
+    return nano_workload(*((8, 4, 16) if s.miniature else (256, 100, 1024)), vocab)
 
 
 def make_workload(s: RolloutSetting, vocab: int) -> Workload:
     o = s.options
-    if o.setting == "h200":
-        return nano_workload(*((8, 4, 16) if s.miniature else (256, 100, 1024)), vocab)
+    if o.setting == "nano":
+        return make_nano(s, vocab)
     pick, ragged = random.Random(0), o.setting == "ragged"
     shortest, longest = (o.shortest, o.longest) if ragged else (o.new_tokens, o.new_tokens)
     lengths = [pick.randint(shortest, longest) for _ in range(o.requests)]
@@ -327,18 +350,31 @@ def count_forwards(new_tokens: Sequence[int], concurrent: int) -> int:
 # ------------------------------------------------------------- one decoding step
 
 
-def measure_curve(s: RolloutSetting, size: str, mode: str) -> None:
-    """A decoding step at every batch size, where sequences are 512 tokens long."""
+def measure_curve(
+    s: RolloutSetting,
+    size: str,
+    batches: Sequence[int] = BATCHES,
+    context: int = 1000,
+    graphs: bool = True,
+    stop_tokens: bool = True,
+) -> None:
+    """Milliseconds of a decoding step at every batch size, with sequences of one length.
+
+    Args:
+        graphs: replay CUDA graphs, where they are.
+        stop_tokens: each step looks for them, as a real run does.
+    """
     shape = s.shape("student", size)
     args, bandwidth = shape.args, measure_bandwidth(s)
-    context, new = (24, 16) if s.miniature else (512, 64)
-    batches = (1, 2, 4) if s.miniature else (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    prompt, skipped = context - new // 2, new // 8
-    # All prompts in one prefill, so that all sequences are of one length.
-    model, budget = random_model(shape, s.device), prompt * max(batches)
-    engine = Ours(model, max_prefill_tokens=budget, **CURVES[mode])
+    new = 64
+    if s.miniature:
+        batches, context, new = (1, 2, 4), 24, 16
+    prompt, skipped = context - new // 2, new // 8  # the first steps capture
+    model = random_model(shape, s.device)
+    # In few rounds of prefills, so that sequences are nearly of one length.
+    engine = Ours(model, max_prefill_tokens=16384, cuda_graphs=graphs, checks_stop=stop_tokens)
     s.reset_memory()
-    for batch in reversed(batches):  # the largest first: its cache has room for all
+    for batch in sorted(batches, reverse=True):  # the largest first: its cache has room for all
         prompts = [tuple(row) for row in torch.randint(args.vocab_size, (batch, prompt)).tolist()]
         engine(Workload(prompts, [new] * batch), batch)
         steps = [t for kind, n, t in engine.intervals[:-1] if (kind, n) == ("decode", batch)]
@@ -348,13 +384,14 @@ def measure_curve(s: RolloutSetting, size: str, mode: str) -> None:
         floor = args.decode_bytes(1, round(batch * middle), s.dtype.itemsize) / bandwidth
         row = {
             "batch": batch,
+            "context": context,
             "ms_per_step": 1e3 * seconds,
             "tokens_per_s": batch / seconds,
             "steps": len(steps),
             "floor_ms": 1e3 * floor,
             "share_of_bandwidth": floor / seconds,
         }
-        s.emit({"figure": "step", **row, **s.peak_memory()})
+        s.emit({"figure": "decoding step", **row, **s.peak_memory()})
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import nn
 
 from opd_titan.build import ModelShape
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.models.layers import Linear, can_pack
+from opd_titan.models.layers import Linear, can_pack, join
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import sequence_key
@@ -117,15 +117,17 @@ def random_model(shape: ModelShape, device: torch.device) -> nn.Module:
         model = shape.build().to(torch.bfloat16)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     model.tie_weights()
+    packs = can_pack(torch.bfloat16, device)  # copies of weights lie as `GeneratorWeights` has them
+    for layers in () if packs else model.layers_with_one_input():
+        join(layers)
     for weight in model.parameters():
         if weight.dim() == 1:
             weight.fill_(1.0)
         else:
             weight.normal_(0.0, shape.args.init_std)
-    if can_pack(torch.bfloat16, device):  # as `GeneratorWeights` keeps its copies
-        for module in model.modules():
-            if isinstance(module, Linear) and module is not model.lm_head:
-                module.pack(module.weight)
+    for module in model.modules() if packs else ():
+        if isinstance(module, Linear) and module is not model.lm_head:
+            module.pack(module.weight)
     return model
 
 

@@ -23,7 +23,6 @@ from opd_titan.config.sets import is_teacher
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.prompts import given_response
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.inspection import inspect_student
 from opd_titan.distill.packing import Minibatch, plan_minibatches, taught_by
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
@@ -200,7 +199,7 @@ class Trainer:
                     self.weights.sync()
             with phase("rollout"):
                 samples = self.rollout(prompts)
-                chosen = self.recorder.choose(samples)
+                self.recorder.choose(samples)
                 self.weights.release_if_short(self.generator)
             plan = self.plan(samples)
             with phase("teacher"):
@@ -209,8 +208,6 @@ class Trainer:
             with phase("reference"):
                 if "reference" in self.frozen:
                     self.score("reference", "reference", plan)
-            with phase("inspect"):
-                self.inspect(chosen)
             with phase("update"):
                 result = self.update(plan)
                 self.weights.outdate()
@@ -268,13 +265,6 @@ class Trainer:
             )
         for sample, values in scored:
             setattr(sample, f"{name}_hidden" if whole else f"{name}_logprobs", values)
-
-    def inspect(self, samples: list[Sample]) -> None:
-        """For the file of rollouts: where their tokens stand with the student, as it is now."""
-        budget = self.config.training.max_tokens_per_microbatch
-        with progress(None, f"step {self.step} inspect", "seq", rank=dist.get_rank()) as bar:
-            done = self.watch.on_sequences(bar)
-            inspect_student(self.student, samples, budget, self.rule.dist, self.world, done)
 
     def update(self, plan: list[Minibatch]) -> UpdateResult:
         """Move the student."""

@@ -21,8 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opd_titan.distill.head import FrozenHeads, loss_head
+from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
+from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.layers import join
+from opd_titan.models.logits import Distribution, VocabHead
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator
@@ -152,6 +156,44 @@ def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
             runner._send_changes()
         assert len(launches.waits) == 1, name
     runner.cache.copy_pages(copies)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_head_stays_on_its_device(gpu, name: str) -> None:
+    """Forward, which holds the gradients too. Nothing but the choice of probes is sent."""
+    R, D, V = 40, 64, 2048
+    hidden_TD, other_RD, weight_VD, other_VD = (
+        torch.empty(n, D, dtype=torch.bfloat16, device=CUDA) for n in (R + 3, R, V, V)
+    )
+    weight_VD.requires_grad_()
+    targets_R = torch.empty(R, dtype=torch.int64, device=CUDA)
+    settings = ObjectiveSettings()
+    objective = OBJECTIVES[name]
+    scores = TokenScores(teacher=torch.empty(R, device=CUDA))
+    frozen = FrozenHeads()
+    if objective.needs_vocabulary(settings):
+        scores, frozen = TokenScores(teacher_hidden=other_RD), FrozenHeads(VocabHead(other_VD))
+    # Autograd's engine wants a device: this is the gradient of a loss by the sampled log-probs.
+    engine = patch("torch.autograd.grad", lambda loss, logprob_C: (torch.empty_like(logprob_C),))
+    with engine, torch.enable_grad(), Launches() as launches:
+        loss, stats = loss_head(
+            hidden_TD,
+            weight_VD,
+            predict_R=targets_R,
+            targets_R=targets_R,
+            scores=scores,
+            scale=1.0,
+            objective=objective,
+            settings=settings,
+            dist=Distribution(),
+            frozen=frozen,
+        )
+    assert loss.device == stats.loss_R.device == stats.entropy_R.device == CUDA
+    assert len(launches.waits) <= 1, launches.waits
+    if name in ("policy_gradient", "sft"):
+        assert {"logit_stats", "softmax_grad"} <= launches.names.keys()
+    if name == "reverse_kl":
+        assert {"kl_stats", "kl_grad"} <= launches.names.keys()
 
 
 def test_training_attends_with_grouped_heads_as_they_are(gpu) -> None:

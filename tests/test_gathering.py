@@ -87,7 +87,8 @@ def test_what_is_decided_on_covers_what_the_update_takes(planned: Any, case: str
     tokens = 128 * ranks // (2 if "tp" in case else 1)
     options = (*ESTIMATED[case], "--rollout.prompts_per_step", tokens, "--rollout.group_size", 1)
     options += ("--training.max_tokens_per_microbatch", 4096, "--rollout.max_concurrent", 8)
-    _, simulation, _ = planned("shallow", "shallow", *options, cluster=replace(H200, world_size=ranks))
+    cluster = replace(H200, world_size=ranks)
+    _, simulation, _ = planned("shallow", "shallow", *options, cluster=cluster)
     assert simulation.kept.weights and simulation.kept.gradients
     peak = simulation.phases["update"].peak
     assert peak < simulation.kept.needed < 1.7 * peak

@@ -29,7 +29,7 @@ from opd_titan.distill.objectives import Objective, ObjectiveSettings, policy_gr
 from opd_titan.distill.packing import pack, pack_values, unpack_values
 from opd_titan.distill.vocabulary import Rows, TokenScores
 from opd_titan.distributed.world import Axis
-from opd_titan.models.logits import Distribution, VocabHead, local_logits, truncate_
+from opd_titan.models.logits import Distribution, VocabHead, truncate_, whole_logits
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.sampler import sample
 from opd_titan.rollout.scheduler import Request
@@ -296,7 +296,7 @@ def test_truncation_keeps_what_a_plain_loop_keeps() -> None:
 def test_sampled_log_probs_are_the_scored_ones(dist: Distribution) -> None:
     g = torch.Generator().manual_seed(0)
     hidden_ND, weight_VD = torch.randn(500, D, generator=g), torch.randn(V, D, generator=g)
-    logits_NV = local_logits(hidden_ND, VocabHead(weight_VD), dist)
+    logits_NV = whole_logits(hidden_ND, VocabHead(weight_VD), dist)
     tokens_N, logprobs_N = sample(logits_NV, torch.rand(500, generator=g, dtype=torch.float64))
     close(logprobs_N, score_head(hidden_ND, weight_VD, torch.arange(500), tokens_N, dist))
     whole_N = score_head(

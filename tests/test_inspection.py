@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_head import DISTRIBUTIONS, WHOLE, Problem, R, V
+from test_head import DISTRIBUTIONS, SETTINGS, WHOLE, Problem, R, V
 from tiny_world import World, load_hf, make_model, make_world, read_rollouts, train, train_on
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -19,7 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.distill import head
-from opd_titan.distill.head import inspect_head
+from opd_titan.distill.head import loss_head, score_head
+from opd_titan.distill.inspection import Columns, Watch
+from opd_titan.distill.objectives import policy_gradient
 from opd_titan.models.logits import Distribution
 
 ROLES = ("student", "teacher", "reference")
@@ -39,28 +41,68 @@ def by_sorting(p: Problem, dist: Distribution, k: int) -> tuple[Tensor, Tensor, 
     return torch.tensor(ranks), ids[:, :k], values[:, :k]
 
 
+def scored(p: Problem, dist: Distribution, watch: Watch) -> Columns:
+    score_head(p.hidden_TD, p.weight_VD, p.predict_R, p.targets_R, dist, watch)
+    return watch.columns
+
+
+def updated(p: Problem, dist: Distribution, watch: Watch) -> Columns:
+    where = {"predict_R": p.predict_R, "targets_R": p.targets_R, "scores": p.scores}
+    rule = {"objective": policy_gradient, "settings": SETTINGS, "dist": dist}
+    _, stats = loss_head(
+        p.hidden_TD, p.weight_VD, **where, **rule, scale=1.0, watches={"student": watch}
+    )
+    return stats.seen["student"]
+
+
+@pytest.mark.parametrize("spans", [[slice(0, R)], [slice(1, 2), slice(4, R - 1)]], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("dist", [d for d in DISTRIBUTIONS if not d.truncates], ids=str)
 @pytest.mark.parametrize("k", [0, 3, V + 4])
-def test_the_head_counts_as_sorting_does(
-    monkeypatch: pytest.MonkeyPatch, rows: int, dist: Distribution, k: int
+@pytest.mark.parametrize("look", [scored, updated])
+def test_a_watch_counts_as_sorting_does(
+    monkeypatch: pytest.MonkeyPatch,
+    look: Any,
+    k: int,
+    dist: Distribution,
+    rows: int,
+    spans: list[slice],
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": rows * V * 4})
     p = Problem()
-    found = inspect_head(p.hidden_TD, p.weight_VD, p.predict_R, p.targets_R, dist, k)
-    ranks_R, ids_RK, logprobs_RK = by_sorting(p, dist, k)
-    assert torch.equal(found[0], ranks_R)
-    assert torch.equal(found[1], ids_RK)
-    torch.testing.assert_close(found[2], logprobs_RK, rtol=2e-5, atol=2e-6)
+    found = look(p, dist, Watch(spans, k))
+    truth = [torch.cat([column[s] for s in spans]) for column in by_sorting(p, dist, k)]
+    assert torch.equal(found[0], truth[0])
+    assert torch.equal(found[1], truth[1])
+    torch.testing.assert_close(found[2], truth[2], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("vocab", [1000, 1024])
+def test_the_likeliest_tokens_of_a_large_vocabulary(vocab: int) -> None:
+    p = Problem()
+    with torch.no_grad():
+        wide_VD = torch.randn(vocab, p.weight_VD.shape[1])
+    watch = Watch([slice(0, R)], 5)
+    score_head(p.hidden_TD, wide_VD, p.predict_R, p.targets_R, WHOLE, watch)
+    logprobs_RV = (p.hidden_TD[p.predict_R] @ wide_VD.t()).detach().log_softmax(1)
+    values_RK, ids_RK = logprobs_RV.topk(5, dim=1)
+    assert torch.equal(watch.columns[1], ids_RK)
+    torch.testing.assert_close(watch.columns[2], values_RK, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dist", [d for d in DISTRIBUTIONS if d.truncates], ids=str)
+def test_ranks_are_of_the_whole_vocabulary_whatever_samples_are_cut_to(dist: Distribution) -> None:
+    """Of tokens that would have been cut, too: a data set's own responses have them."""
+    p = Problem()
+    ranks_R, *_ = updated(p, dist, Watch([slice(0, R)], 0))
+    assert torch.equal(ranks_R, by_sorting(p, dist, 0)[0])
 
 
 def test_equally_likely_tokens_share_the_best_rank() -> None:
     p = Problem()
     with torch.no_grad():
         p.weight_VD[:] = 0.0
-    ranks_R, _, logprobs_RK = inspect_head(
-        p.hidden_TD, p.weight_VD, p.predict_R, p.targets_R, WHOLE, 2
-    )
+    ranks_R, _, logprobs_RK = scored(p, WHOLE, Watch([slice(0, R)], 2))
     assert ranks_R.tolist() == [1] * R
     torch.testing.assert_close(logprobs_RK, torch.full((R, 2), 1 / V).log())
 
@@ -69,7 +111,7 @@ def test_a_rank_among_numbers_that_are_not_finite_is_none() -> None:
     p = Problem()
     with torch.no_grad():
         p.hidden_TD[p.predict_R[2]] = torch.nan
-    ranks_R, *_ = inspect_head(p.hidden_TD, p.weight_VD, p.predict_R, p.targets_R, WHOLE, 2)
+    ranks_R, *_ = scored(p, WHOLE, Watch([slice(0, R)], 2))
     assert (ranks_R == 0).tolist() == [i == 2 for i in range(R)]
 
 
@@ -81,6 +123,8 @@ OPTIONS = """--reference.hf_path {folder}/other --reference.coef 0.5 --distill.m
     --validation.enable False --checkpoint.enable False"""
 EXACT = """--rollout.top_k 0 --distill.objective reverse_kl --rollout.on_policy_fraction 0.5
     --rollout.group_size 1"""
+# Its first step is the first of the two updates that the others' first step makes.
+HALF = "--rollout.prompts_per_step 2 --distill.minibatches 1"
 LAYOUTS = {
     "fsdp": "--parallelism.data_parallel_shard_degree 2",
     "tp": "--parallelism.tensor_parallel_degree 2",
@@ -94,6 +138,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     options = OPTIONS.format(folder=world.folder).split()
     assert train(world.argv("one", *options)) == 0
     assert train(world.argv("exact", *options, *EXACT.split())) == 0
+    assert train(world.argv("half", *options, *HALF.split())) == 0
     train_on(2, [world.argv(name, *options, *more.split()) for name, more in LAYOUTS.items()])
     return world
 
@@ -115,15 +160,17 @@ def hf_ranks(logprobs_RV: Tensor, row: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("run", ["one", "exact"])
-def test_ranks_are_those_of_the_weights_that_sampled(world: World, run: str) -> None:
+def test_ranks_are_those_of_the_weights_at_the_update(world: World, run: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world.teacher)
     steps = read_rollouts(world.folder / run)
     assert list(steps) == [1, 2]
     for step, rows in steps.items():
         student = world.student if step == 1 else world.folder / run / "hf" / "step-1"
         folders = dict(zip(ROLES, (student, world.teacher, world.folder / "other"), strict=True))
-        assert len(rows) == 5 if run == "one" else rows
-        for row in rows:
+        assert len(rows) == (5 if run == "one" else 4)
+        for i, row in enumerate(rows):
+            if i == (4 if run == "one" else 2):  # of the second update: the student has moved
+                del folders["student"]
             for role, folder in folders.items():
                 assert row[f"{role}_ranks"] == hf_ranks(hf_rows(folder, row), row), role
             values_RK, ids_RK = hf_rows(world.teacher, row).topk(5, dim=1)
@@ -134,6 +181,13 @@ def test_ranks_are_those_of_the_weights_that_sampled(world: World, run: str) -> 
             names = tokenizer.decode(row["response_tokens"])
             assert "".join(row["response_pieces"]) == names
             assert names.replace("<eos>", "") == row["response"]
+
+
+def test_a_second_update_ranks_under_the_student_that_the_first_one_left(world: World) -> None:
+    last = read_rollouts(world.folder / "one")[1][4]
+    moved = world.folder / "half" / "hf" / "step-1"
+    assert last["student_ranks"] == hf_ranks(hf_rows(moved, last), last)
+    assert last["student_ranks"] != hf_ranks(hf_rows(world.student, last), last)
 
 
 def test_the_data_sets_own_responses_are_inspected_too(world: World) -> None:

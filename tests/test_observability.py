@@ -188,7 +188,7 @@ def test_scalar_table_is_the_designs():
     per_set = "share kl_student_teacher response_tokens_mean truncated_fraction"
     expected |= {f"data/<set>/{name}" for name in per_set.split()}
     expected |= {"grad_norm", "skipped_updates", "lr"}
-    phases = "data rollout teacher reference inspect update sync checkpoint validate step".split()
+    phases = "data rollout teacher reference update sync checkpoint validate step".split()
     expected |= {f"time/{phase}(s)" for phase in phases}
     rates = ("rollout", "teacher", "update", "step")
     expected |= {f"throughput/{phase}(tok/s/gpu)" for phase in rates}

@@ -78,25 +78,14 @@ def test_continuous_batching_beside_waves_and_static_batches(repo: Path, tmp_pat
         assert ratio["ratio"] == pytest.approx(ours["tokens_per_s"] / other["tokens_per_s"])
 
 
-def test_a_gpus_parts_in_miniature(repo: Path, tmp_path: Path) -> None:
-    options = ["--setting", "h200", "--miniature", "--engines", "ours", "--sizes", "8B"]
+def test_a_gpus_workload_in_miniature(repo: Path, tmp_path: Path) -> None:
+    options = ["--setting", "nano", "--miniature", "--engines", "ours", "--sizes", "8B"]
     report = run(repo, tmp_path, *options)
-    assert not report["skipped"] and {"torch", "device", "commit"} <= report.keys()
+    assert {"torch", "device", "commit"} <= report.keys()
     floors = {r["case"]: r for r in rows(report, "floor", "nano")}
     (r,) = rows(report, "engine", "nano")
     assert r["case"] == "8B, ours" and r["requests"] == r["concurrent"] == 8
     check_engine(r, floors["8B, ours"])
-    steps = rows(report, "step", "curve")
-    ways = ("graphs", "eager", "graphs, stop tokens")
-    cases = {f"8B, {way}" for way in ways}
-    assert {(r["case"], r["batch"]) for r in steps} == {(c, b) for c in cases for b in (1, 2, 4)}
-    for r in steps:
-        assert r["tokens_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms_per_step"])
-        assert r["share_of_bandwidth"] == pytest.approx(r["floor_ms"] / r["ms_per_step"])
-        assert 0 < r["share_of_bandwidth"] < 1.2 and r["steps"] == 13  # of 16, less the first 2
-    for r in rows(report, "sampler"):
-        assert 0 < r["project_ms"] and 0 < r["project_and_draw_ms"]
-    assert rows(report, "memory")[0]["peak_active_gib"] > 0
 
 
 def test_nano_workload_is_nano_vllms(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

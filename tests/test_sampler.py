@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import opd_titan.rollout.sampler as sampler_module
-from opd_titan.models.logits import Distribution, VocabHead, local_logits, truncate_
+from opd_titan.models.logits import Distribution, VocabHead, truncate_, whole_logits
 from opd_titan.rollout.sampler import (
     Sampler,
     SamplingParams,
@@ -293,11 +293,11 @@ def test_temperature_comes_before_truncation() -> None:
     hidden = random_logits(6, 10, seed=3, scale=1.0)
     weight = random_logits(50, 10, seed=4, scale=1.0)
     head = VocabHead(weight)
-    got = local_logits(hidden, head, Distribution(2.0, 5, 0.8))
+    got = whole_logits(hidden, head, Distribution(2.0, 5, 0.8))
     for row, exact in zip(got, (hidden.double() @ weight.double().T / 2.0).tolist(), strict=True):
         assert kept_tokens(row) == truncate_slowly(exact, 5, 0.8)
     assert torch.allclose(
-        local_logits(hidden, head, Distribution(0.5)), hidden @ weight.T * 2, atol=1e-5
+        whole_logits(hidden, head, Distribution(0.5)), hidden @ weight.T * 2, atol=1e-5
     )
 
 

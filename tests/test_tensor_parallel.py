@@ -29,11 +29,11 @@ from opd_titan.distill import head as head_module
 from opd_titan.distill.head import (
     PROBE_EVERY,
     PROBE_TOP_K,
-    inspect_head,
     loss_head,
     probed,
     score_head,
 )
+from opd_titan.distill.inspection import Watch
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, forward_backward
@@ -153,8 +153,11 @@ def inspected(world: World) -> tuple[Tensor, Tensor, Tensor]:
     """More of the likeliest tokens than one rank holds."""
     p = wide_problem()
     weight = nn.Parameter(distribute_tensor(p.weight_VD.detach(), world.tp_mesh, [Shard(0)]))
-    where = dict(predict_R=p.predict_R, targets_R=p.targets_R, dist=Distribution(0.9))
-    return inspect_head(p.hidden_TD.detach(), weight, **where, k=VOCAB // 2 + 2)
+    watch = Watch([slice(0, 2), slice(3, R)], VOCAB // 2 + 2)
+    score_head(
+        p.hidden_TD.detach(), weight, p.predict_R, p.targets_R, Distribution(0.9), watch=watch
+    )
+    return watch.columns
 
 
 def wide_problem() -> Problem:
@@ -325,11 +328,12 @@ def test_ranks_and_the_likeliest_tokens_are_those_of_the_whole_vocabulary(
     logprobs_RV = full_logprobs(p, Distribution(0.9)).detach()
     target_R1 = logprobs_RV.gather(1, p.targets_R[:, None])
     values_RK, ids_RK = logprobs_RV.topk(VOCAB // 2 + 2, dim=1)
+    watched = torch.arange(R) != 2
     for rank in ranks:
-        found_ranks_R, found_ids_RK, found_RK = rank[layout]["inspected"]
-        assert torch.equal(found_ranks_R, 1 + (logprobs_RV > target_R1).sum(1))
-        assert torch.equal(found_ids_RK, ids_RK)
-        torch.testing.assert_close(found_RK, values_RK, rtol=2e-5, atol=2e-6)
+        found_ranks_W, found_ids_WK, found_WK = rank[layout]["inspected"]
+        assert torch.equal(found_ranks_W, 1 + (logprobs_RV > target_R1).sum(1)[watched])
+        assert torch.equal(found_ids_WK, ids_RK[watched])
+        torch.testing.assert_close(found_WK, values_RK[watched], rtol=2e-5, atol=2e-6)
 
 
 @each_layout
@@ -353,13 +357,11 @@ def test_every_objective_over_a_split_vocabulary_is_the_whole_one(
 
 
 def exchanges(case: Case) -> int:
-    """Per chunk, those of the probe aside: the targets' log-probs, and the objective's own."""
-    if not case.exact:
-        return 1
+    """Per chunk, those of the probe aside: the log-probs, entropy and reverse KLs, and means."""
     if "top_k" in (case.name[:5], case.chosen.baseline):
         return 3
-    apart = case.name in ("reverse_kl", "forward_kl", "jsd")  # the reference's mean is its own
-    return 2 + (apart and case.chosen.reference_coef != 0.0)
+    reverse = case.name == "reverse_kl" or (case.name == "jsd" and case.chosen.beta == 1.0)
+    return 2 if case.exact and not reverse else 1
 
 
 @each_layout
@@ -374,9 +376,9 @@ def test_ranks_exchange_a_few_numbers_per_token(
     """
     case, tokens, split = CASES[i], 21, layout[2]
     models = 1 + case.exact * (1 + (case.chosen.reference_coef != 0.0))
-    per_chunk, probe, at_end = exchanges(case), 3 * case.exact, 1
+    per_chunk, probe = exchanges(case), 3 * case.exact
     assert per_chunk <= 3
-    per_token = 2 * models
+    per_token = 3 * models
     if per_chunk == 3 and "top_k" in (case.name[:5], case.chosen.baseline):
         k = case.chosen.top_k
         per_token = max(2 * min(k, CASE_VOCAB // split), models * (min(k, CASE_VOCAB) + 1))
@@ -386,9 +388,9 @@ def test_ranks_exchange_a_few_numbers_per_token(
 
     for result in ranks:
         mine = result[layout]["objectives"][i]
-        assert len(mine["one chunk"]) == per_chunk + probe + at_end
-        assert len(mine["chunks"]) == 3 * per_chunk + looks(8) * probe + at_end
-        assert len(mine["unprobed chunks"]) == tokens * per_chunk + looks(1) * probe + at_end
+        assert len(mine["one chunk"]) == per_chunk + probe
+        assert len(mine["chunks"]) == 3 * per_chunk + looks(8) * probe
+        assert len(mine["unprobed chunks"]) == tokens * per_chunk + looks(1) * probe
         for name, rows in (("one chunk", tokens), ("chunks", 8), ("unprobed chunks", 1)):
             top = (-(-rows // PROBE_EVERY) + 1) * 2 * PROBE_TOP_K * split * case.exact
             assert max(mine[name]) <= max(rows * per_token * split, top, tokens)

@@ -43,7 +43,7 @@ STEP_SCALARS = set(
     rollout/response_tokens_max rollout/truncated_fraction rollout/eos_fraction rollout/repetition
     rollout/idle_share rollout/preempted
     grad_norm skipped_updates lr
-    time/data(s) time/rollout(s) time/teacher(s) time/reference(s) time/inspect(s)
+    time/data(s) time/rollout(s) time/teacher(s) time/reference(s)
     time/update(s) time/sync(s) time/step(s)
     throughput/rollout(tok/s/gpu) throughput/teacher(tok/s/gpu)
     throughput/update(tok/s/gpu) throughput/step(tok/s/gpu) memory/max_active(GiB)

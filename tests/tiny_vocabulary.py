@@ -14,7 +14,7 @@ from tiny_student import all_responses
 from torch import Tensor
 
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
-from opd_titan.distill.vocabulary import Rows, TokenScores
+from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
 
 
 def rows_of(
@@ -43,13 +43,20 @@ def rows_of(
     teacher_CV, teacher_C = log_softmax(teacher_CV)
     reference_CV, reference_C = log_softmax(reference_CV)
     student_CV = student_CV.detach()
+
+    def model(logprobs_CV: Tensor | None) -> ModelLogits | None:
+        if logprobs_CV is None:
+            return None
+        zero_C = torch.zeros_like(logprobs_CV[:, 0])
+        return ModelLogits(logprobs_CV.clone(), zero_C, kl(student_CV, logprobs_CV))
+
     return Rows(
         logprob_C=logprob_C,
         scores=TokenScores(rollout_C, teacher_C, reference_C),
-        student_Cv=student_CV,
-        probs_Cv=student_CV.exp(),
-        teacher_Cv=teacher_CV,
-        reference_Cv=reference_CV,
+        student=model(student_CV),
+        teacher=model(teacher_CV),
+        reference=model(reference_CV),
+        dtype=student_CV.dtype,
     )
 
 

@@ -348,10 +348,10 @@ class Metrics:
     """Steps between records (console line and TensorBoard)."""
     enable_tensorboard: bool = True
     """Write TensorBoard scalars to the dump folder."""
-    sample_rollouts: int = 8
-    """Rollouts written to the dump folder each step. 0: none; -1: all. The student's ranks take a
-    forward pass over them: 8 of the debug recipe's 128 cost 2 % of a step, all of them 20 %;
-    more with a large vocabulary on a small model (docs/viewer.md)."""
+    sample_rollouts: int = 4
+    """Rollouts written to the dump folder each step. 0: none; -1: all. Ranks and alternatives come
+    from logits that are made anyway: one response in 16 costs about 1 % of a step; all of them cost
+    10 to 20 % where the vocabulary is most of the model (docs/viewer.md)."""
     keep_rollouts: int = 1000
     """Steps whose rollouts stay in the dump folder, the newest ones. 0: all."""
 

@@ -9,28 +9,36 @@ few numbers per token, never logits (except where top-k or top-p have to see the
 
 Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width, E a frozen
 model's, v the part of the vocabulary that this rank holds (all of it without tensor parallelism),
-P tensor-parallel ranks, K likeliest tokens.
+P tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_titan.distill.inspection import Columns, Watch
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
-from opd_titan.distill.vocabulary import Rows, TokenScores
-from opd_titan.distributed.tensor_parallel import sum_ranks
-from opd_titan.models.logits import Distribution, VocabHead, local_logits
+from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
+from opd_titan.models import kernels
+from opd_titan.models.logits import (
+    Distribution,
+    VocabHead,
+    projects_in_place,
+    scaled_logits,
+    truncated_logits,
+)
 
 # fp32 logits of one chunk. On a CPU larger chunks reach the same matmul speed and only cost memory.
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
 # 64 MiB that traffic would be three times the products' own time).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
-_CACHED_COLUMNS = 8192
 # Diagnostics that need passes of their own over the vocabulary look at one of so many tokens.
 PROBE_EVERY = 8
 _GOLDEN = 2654435769  # 2**32 over the golden ratio
@@ -48,28 +56,53 @@ def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> li
 
 
 class _Projection:
-    """One model's head, and the place of its logits: one allocation serves all chunks."""
+    """One model's head, and the place of its logits: one allocation serves all chunks.
 
-    def __init__(self, head: VocabHead, dist: Distribution, chunks: Sequence[slice]) -> None:
-        self.head, self.dist = head, dist
-        # Half-precision operands cannot write an fp32 product in place.
-        fits = head.weight_vD.dtype == torch.float32
-        self.buffer = buffer_like(head, chunks) if fits else None
+    Args:
+        watch: looks at the logits of some rows before they are truncated.
+    """
 
-    def __call__(self, h_CD: Tensor, targets_C: Tensor) -> Tensor:
-        out_Cv = None if self.buffer is None else self.buffer[: h_CD.shape[0]]
-        return local_logits(h_CD, self.head, self.dist, targets_C, out_Cv)
+    def __init__(
+        self,
+        head: VocabHead,
+        dist: Distribution,
+        chunks: Sequence[slice],
+        watch: Watch | None = None,
+    ) -> None:
+        self.head, self.dist, self.watch = head, dist, watch
+        self.buffer = _Buffer(head, chunks) if projects_in_place(head.weight_vD) else None
+
+    def __call__(self, h_CD: Tensor, targets_C: Tensor, chunk: slice) -> Tensor:
+        out_Cv = None if self.buffer is None else self.buffer.first(h_CD.shape[0])
+        logits_Cv = scaled_logits(h_CD, self.head, self.dist, out_Cv)
+        if self.watch is not None:
+            self.watch.look(chunk, logits_Cv, targets_C, self.head)
+        return truncated_logits(logits_Cv, self.head, self.dist, targets_C)
 
 
-def buffer_like(head: VocabHead, chunks: Sequence[slice]) -> Tensor:
-    """fp32 [C, v] that holds any of the chunks."""
-    rows = max((c.stop - c.start for c in chunks), default=0)
-    return torch.empty(rows, head.rows, device=head.weight_vD.device)
+class _Buffer:
+    """fp32 [C, v] that holds any of the chunks; made when it is used for the first time."""
+
+    def __init__(self, head: VocabHead, chunks: Sequence[slice]) -> None:
+        self.head, self.chunks = head, chunks
+
+    @functools.cached_property
+    def _whole(self) -> Tensor:
+        rows = max(c.stop - c.start for c in self.chunks)
+        return torch.empty(rows, self.head.rows, device=self.head.weight_vD.device)
+
+    def first(self, rows: int) -> Tensor:
+        return self._whole[:rows]
 
 
 @torch.no_grad()
 def score_head(
-    hidden_TD: Tensor, weight: Tensor, predict_R: Tensor, targets_R: Tensor, dist: Distribution
+    hidden_TD: Tensor,
+    weight: Tensor,
+    predict_R: Tensor,
+    targets_R: Tensor,
+    dist: Distribution,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Log-probs [R] fp32 of the targets, without gradients. Give it to the model's forward.
 
@@ -77,15 +110,20 @@ def score_head(
         weight: of the head [V, D], as the model's forward has it.
         predict_R: for each target, the packed position whose hidden state predicts it.
         targets_R: token ids.
+        watch: notes where some of the targets stand.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
     chunks = _chunks(targets_R.numel(), head, dist)
-    project = _Projection(head, dist, chunks)
+    project = _Projection(head, dist, chunks, watch)
     for chunk in chunks:
         targets_C = targets_R[chunk]
-        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C)
-        out_R[chunk] = _target_logprobs([logits_Cv], targets_C, head)[0][0]
+        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C, chunk)
+        own_2C = kernels.logit_stats(logits_Cv, _row(targets_C, head), mean=False)
+        target_PC, lse_PC = head.stack(own_2C).unbind(dim=1)
+        out_R[chunk] = target_PC.amax(dim=0) - lse_PC.logsumexp(dim=0)
+    if watch is not None:
+        watch.finish(out_R)
     return out_R
 
 
@@ -94,88 +132,43 @@ def hidden_head(hidden_TD: Tensor, weight: Tensor, predict_R: Tensor) -> Tensor:
     return hidden_TD.index_select(0, predict_R)
 
 
-def _logsumexp(logits_Cv: Tensor) -> Tensor:
-    """[C]. On a CPU in parts that stay in its cache: by itself it would make another [C, v]."""
-    if logits_Cv.is_cuda:
-        return logits_Cv.logsumexp(dim=1)
-    parts = [part.logsumexp(dim=1) for part in logits_Cv.split(_CACHED_COLUMNS, dim=1)]
-    return torch.stack(parts).logsumexp(dim=0)
+def _row(targets_C: Tensor, head: VocabHead) -> Tensor:
+    """Row of each target among this rank's, -1 where it has none."""
+    row_C, held_C = head.locate(targets_C)
+    return row_C.masked_fill(~held_C, -1)
 
 
-@torch.no_grad()
-def inspect_head(
-    hidden_TD: Tensor,
-    weight: Tensor,
-    predict_R: Tensor,
-    targets_R: Tensor,
-    dist: Distribution,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the targets stand in a model's distribution. Give it to the model's forward.
+def _distributions(
+    logits: Mapping[str, Tensor], targets_C: Tensor, head: VocabHead
+) -> tuple[dict[str, Tensor], dict[str, ModelLogits], Tensor]:
+    """By role the targets' log-probs [C] and the distributions, and the student's entropy [C].
+
+    One pass over the logits, and one exchange between the ranks, whatever the number of models.
 
     Args:
-        weight, predict_R, targets_R: see `score_head`.
-        k: likeliest tokens to return, 0 for none; as many as there are, if fewer.
-
-    Returns:
-        The rank [R] of each target, from 1, equally likely tokens sharing the best of theirs; 0
-        where the numbers are not finite. Ids [R, K] and log-probs [R, K] fp32 of the likeliest
-        tokens, likeliest first.
+        logits: the student's comes first.
     """
-    head = VocabHead.of(weight).first(dist.vocab_size)
-    chunks = _chunks(targets_R.numel(), head, dist)
-    project = _Projection(head, dist, chunks)
-    parts = []
-    for chunk in chunks:
-        targets_C = targets_R[chunk]
-        logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C)
-        parts.append(_stand(logits_Cv, targets_C, head, k))
-    ranks, ids, logprobs = zip(*parts, strict=True)
-    return torch.cat(ranks), torch.cat(ids), torch.cat(logprobs)
-
-
-def _stand(
-    logits_Cv: Tensor, targets_C: Tensor, head: VocabHead, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`inspect_head` of one chunk, with two exchanges between the ranks."""
-    ((target_C, normaliser_C),) = _targets([logits_Cv], targets_C, head)
-    ahead_C1 = (logits_Cv > target_C[:, None]).sum(dim=1, keepdim=True)
-    values_CK, ids_CK = logits_Cv.topk(min(k, head.rows), dim=1)
-    ids_CK = ids_CK + head.tp.rank * head.rows
-    # fp64 holds all of them exactly: one exchange.
-    own = torch.cat((ahead_C1.double(), values_CK.double(), ids_CK.double()), dim=1)
-    ahead_PC1, values_PCK, ids_PCK = head.stack(own).split([1, *[values_CK.shape[1]] * 2], dim=2)
-    rank_C = 1 + ahead_PC1.sum(dim=(0, 2)).long()
-    rank_C = rank_C.masked_fill(~(target_C - normaliser_C).isfinite(), 0)
-    values, ids = (x.transpose(0, 1).flatten(1) for x in (values_PCK, ids_PCK))
-    values_CK, best_CK = values.topk(min(k, values.shape[1]), dim=1)
-    return rank_C, ids.gather(1, best_CK).long(), values_CK.float() - normaliser_C[:, None]
-
-
-def _target_logprobs(
-    logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
-) -> list[tuple[Tensor, Tensor]]:
-    """For each model's logits [C, v] the log-probs of the targets [C] and the normalisers [C]."""
-    found = _targets(logits, targets_C, head)
-    return [(target_C - normaliser_C, normaliser_C) for target_C, normaliser_C in found]
-
-
-def _targets(
-    logits: Sequence[Tensor], targets_C: Tensor, head: VocabHead
-) -> list[tuple[Tensor, Tensor]]:
-    """For each model's logits [C, v] those of the targets [C] and the normalisers [C].
-
-    One exchange between the ranks, whatever the number of models.
-    """
-    row_C, held_C = head.locate(targets_C)
-    pairs = []
-    for logits_Cv in logits:
-        target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
-        target_C = target_C.masked_fill(~held_C, -torch.inf)
-        pairs.append(torch.stack((_logsumexp(logits_Cv), target_C)))
-    parts_PM2C = head.stack(torch.stack(pairs))
-    normaliser_MC, target_MC = parts_PM2C[:, :, 0].logsumexp(dim=0), parts_PM2C[:, :, 1].amax(dim=0)
-    return list(zip(target_MC, normaliser_MC, strict=True))
+    row_C = _row(targets_C, head)
+    student_Cv, *others = logits.values()
+    if others:
+        pairs = [kernels.kl_stats(student_Cv, other_Cv, row_C) for other_Cv in others]
+        own = torch.cat((pairs[0][:3], *(pair[3:] for pair in pairs)))
+    else:
+        own = kernels.logit_stats(student_Cv, row_C, mean=True)
+    target_PMC, lse_PMC, mean_PMC = head.stack(own).unflatten(1, (-1, 3)).unbind(dim=2)
+    lse_MC = lse_PMC.logsumexp(dim=0)
+    # A rank's means are under its own part of the student's distribution.
+    share_P1C = (lse_PMC[:, :1] - lse_MC[:1]).exp()
+    mean_MC = (share_P1C * mean_PMC).sum(dim=0)
+    logprob_MC = target_PMC.amax(dim=0) - lse_MC
+    models = {
+        role: ModelLogits(values_Cv, lse_C)
+        for (role, values_Cv), lse_C in zip(logits.items(), lse_MC, strict=True)
+    }
+    for other, mean_C in zip(list(models.values())[1:], mean_MC[1:], strict=True):
+        # Of differences of logits; those of log-probs differ by a constant.
+        other.kl_C = mean_C - lse_MC[0] + other.lse_C
+    return dict(zip(logits, logprob_MC, strict=True)), models, lse_MC[0] - mean_MC[0]
 
 
 @dataclass
@@ -188,6 +181,7 @@ class HeadStats:
         teacher_R, reference_R: log-probs, where they were found only here.
         probe: by name, values of the tokens that `probed` chooses; where the teacher's whole
             distribution is there.
+        seen: by role, what watches found.
     """
 
     logprob_R: Tensor
@@ -199,6 +193,7 @@ class HeadStats:
     teacher_R: Tensor | None = None
     reference_R: Tensor | None = None
     probe: dict[str, Tensor] = field(default_factory=dict)
+    seen: Mapping[str, Columns] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,6 +202,12 @@ class FrozenHeads:
 
     teacher: VocabHead | None = None
     reference: VocabHead | None = None
+
+    @property
+    def by_role(self) -> dict[str, VocabHead]:
+        """Those that are there."""
+        heads = {"teacher": self.teacher, "reference": self.reference}
+        return {role: head for role, head in heads.items() if head is not None}
 
 
 NONE_FROZEN = FrozenHeads()
@@ -237,6 +238,7 @@ def loss_head(
     dist: Distribution,
     frozen: FrozenHeads = NONE_FROZEN,
     probe_from: int = 0,
+    watches: Mapping[str, Watch] = MappingProxyType({}),
 ) -> tuple[Tensor, HeadStats]:
     """The objective summed over response tokens, times `scale`, with its diagnostics.
 
@@ -245,10 +247,12 @@ def loss_head(
 
     `probe_from` differs from one micro-batch to another, so that not the same positions of their
     responses are probed.
+
+    `watches` note where some of the targets stand with the "student" and the frozen models here.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
     chunked = _ChunkedLoss(
-        head.tp, targets_R, scores, scale, objective, settings, dist, frozen, probe_from
+        head.tp, targets_R, scores, scale, objective, settings, dist, frozen, probe_from, watches
     )
     loss = _FusedLoss.apply(hidden_TD.index_select(0, predict_R), head.weight_vD, chunked)
     return loss, chunked.stats()
@@ -289,14 +293,12 @@ class _ChunkedLoss:
         dist: Distribution,
         frozen: FrozenHeads,
         probe_from: int,
+        watches: Mapping[str, Watch],
     ) -> None:
-        self.probe_from = probe_from
+        self.probe_from, self.watches = probe_from, watches
         self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale
         self.objective, self.settings, self.dist = objective, settings, dist
-        heads = {"teacher": frozen.teacher, "reference": frozen.reference}
-        self.frozen = {
-            role: head.first(dist.vocab_size) for role, head in heads.items() if head is not None
-        }
+        self.frozen = {role: head.first(dist.vocab_size) for role, head in frozen.by_role.items()}
         self.columns: dict[str, list[Tensor]] = {}
         self.probe: dict[str, list[Tensor]] = {}
 
@@ -307,25 +309,24 @@ class _ChunkedLoss:
         head = VocabHead(weight_vD, self.tp)
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
-        # Everybody's logits, the student's probabilities, and the objective's own.
-        tensors = 2 + len(self.frozen) + self.objective.temporaries(self.settings)
+        # Everybody's logits, and the objective's own.
+        tensors = 1 + len(self.frozen) + self.objective.temporaries(self.settings)
         chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
-        project = {"student": _Projection(head, self.dist, chunks)}
+        project = {"student": _Projection(head, self.dist, chunks, self.watches.get("student"))}
         for role, frozen in self.frozen.items():
-            project[role] = _Projection(frozen, self.dist.untruncated, chunks)
-        probs_buffer = buffer_like(head, chunks)
-        for chunk in chunks:
-            rows = self._rows(hidden_RD, chunk, project, head, probs_buffer)
-            # This rank's part; they are added up once, in `stats`.
-            entropy_C = -torch.bmm(rows.probs_Cv[:, None], rows.student_Cv[:, :, None]).view(-1)
-            self._examine(rows, chunk)
+            watch = self.watches.get(role)
+            project[role] = _Projection(frozen, self.dist.untruncated, chunks, watch)
+        probs = _Buffer(head, chunks)
+        for chunk, some in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
+            rows = self._rows(hidden_RD, chunk, project, head, probs)
+            if some.numel():
+                self._examine(rows[some])
             result, dlogits_Cv = self._differentiate(rows, chunk, head)
-            dlogits_Cv = dlogits_Cv.to(hidden_RD.dtype)
             torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
-            _add_product_(grad_weight_vD, dlogits_Cv, hidden_RD[chunk])
+            kernels.add_product_(grad_weight_vD, dlogits_Cv.t(), hidden_RD[chunk])
             self._keep(
                 logprob_R=rows.logprob_C,
-                entropy_R=entropy_C,
+                entropy_R=rows.entropy_C,
                 loss_R=result.loss_C,
                 advantage_R=result.advantage_C,
                 ratio_R=result.ratio_C,
@@ -341,31 +342,25 @@ class _ChunkedLoss:
         self,
         hidden_RD: Tensor,
         chunk: slice,
-        project: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+        project: Mapping[str, _Projection],
         head: VocabHead,
-        probs_buffer: Tensor,
+        probs: _Buffer,
     ) -> Rows:
         targets_C, scores = self.targets_R[chunk], self.scores[chunk]
-        logits = {"student": project["student"](hidden_RD[chunk], targets_C)}
+        logits = {"student": project["student"](hidden_RD[chunk], targets_C, chunk)}
         for role in self.frozen:
             hidden_CE = getattr(scores, f"{role}_hidden")
-            logits[role] = project[role](hidden_CE, targets_C)
-        found = _target_logprobs(list(logits.values()), targets_C, head)
-        logprobs = {}
-        for (role, logits_Cv), (target_C, normaliser_C) in zip(logits.items(), found, strict=True):
-            logits[role] = logits_Cv.sub_(normaliser_C[:, None])
-            logprobs[role] = target_C
-        student_Cv = logits["student"]
-        if self.dist.truncates:  # 0 x -inf is NaN, and a token that was cut adds nothing
-            student_Cv.clamp_(min=-1e4)
+            logits[role] = project[role](hidden_CE, targets_C, chunk)
+        logprobs, models, entropy_C = _distributions(logits, targets_C, head)
+        models["student"].truncated = self.dist.truncates
         return Rows(
             logprob_C=logprobs.pop("student"),
             scores=replace(scores, **logprobs),
-            student_Cv=student_Cv,
-            probs_Cv=torch.exp(student_Cv, out=probs_buffer[: student_Cv.shape[0]]),
-            teacher_Cv=logits.get("teacher"),
-            reference_Cv=logits.get("reference"),
+            **models,
+            entropy_C=entropy_C,
             tp=self.tp,
+            dtype=hidden_RD.dtype,
+            probs_out=lambda: probs.first(targets_C.numel()),
         )
 
     def _differentiate(self, rows: Rows, chunk: slice, head: VocabHead) -> tuple[TokenLoss, Tensor]:
@@ -374,24 +369,23 @@ class _ChunkedLoss:
             rows.logprob_C.requires_grad_()
             result = self.objective(rows, self.settings)
             if result.dlogits_Cv is not None:
-                return result, result.dlogits_Cv
-            # With g the derivative by the sampled token's log-prob: g (onehot - p).
+                return result, result.dlogits_Cv.to(rows.dtype)
             (g_C,) = torch.autograd.grad(result.loss_C.sum(), rows.logprob_C)
-        row_C, held_C = head.locate(self.targets_R[chunk])
-        dlogits_Cv = rows.probs_Cv.mul_(-g_C[:, None])
-        return result, dlogits_Cv.scatter_add_(1, row_C[:, None], (g_C * held_C)[:, None])
-
-    def _examine(self, rows: Rows, chunk: slice) -> None:
-        """How far apart distributions are, on some tokens; before the objective uses them up."""
-        if rows.teacher_Cv is None:
-            return
-        first = self.probe_from
-        some = probed(first + chunk.start, first + chunk.stop).to(rows.student_Cv.device)
-        student_Cv, teacher_Cv, probs_Cv = (
-            x[some] for x in (rows.student_Cv, rows.teacher_Cv, rows.probs_Cv)
+        row_C = _row(self.targets_R[chunk], head)
+        student = rows.student
+        return result, kernels.softmax_grad(
+            student.values_Cv, student.lse_C, g_C, row_C, rows.dtype
         )
-        if not some.numel():
-            return
+
+    def _probed(self, chunks: Sequence[slice], device: torch.device) -> Sequence[Tensor]:
+        """The rows of each chunk to examine, brought to the device in one copy."""
+        first, there = self.probe_from, "teacher" in self.frozen
+        some = [probed(first + c.start, first + c.stop if there else 0) for c in chunks]
+        return torch.cat(some).to(device).split([len(part) for part in some])
+
+    def _examine(self, rows: Rows) -> None:
+        """How far apart the distributions of some tokens are."""
+        student_Cv, teacher_Cv, probs_Cv = rows.student_Cv, rows.teacher_Cv, rows.probs_Cv
         teacher_probs_Cv = teacher_Cv.exp()
         log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(
             (probs_Cv, student_Cv),
@@ -418,15 +412,8 @@ class _ChunkedLoss:
 
     def stats(self) -> HeadStats:
         columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
-        sum_ranks(columns["entropy_R"], self.tp)
-        return HeadStats(**columns, probe={k: torch.cat(parts) for k, parts in self.probe.items()})
-
-
-def _add_product_(weight_grad_vD: Tensor, dlogits_Cv: Tensor, h_CD: Tensor) -> None:
-    """weight_grad += dlogits^T h, accumulated in fp32 whatever the operands are."""
-    if dlogits_Cv.dtype == torch.float32:
-        weight_grad_vD.addmm_(dlogits_Cv.t(), h_CD)
-    elif dlogits_Cv.is_cuda:
-        weight_grad_vD.add_(torch.mm(dlogits_Cv.t(), h_CD, out_dtype=torch.float32))
-    else:
-        weight_grad_vD.add_(torch.mm(dlogits_Cv.t(), h_CD))
+        probe = {name: torch.cat(parts) for name, parts in self.probe.items()}
+        for role, watch in self.watches.items():
+            watch.finish(columns["logprob_R" if role == "student" else f"{role}_R"])
+        seen = {role: watch.columns for role, watch in self.watches.items()}
+        return HeadStats(**columns, probe=probe, seen=seen)

@@ -1,105 +1,157 @@
 """What people want to see of a response beyond its log-probs: ranks, and what else was likely.
 
-Samples whose `inspection` is a dict, empty at first, are looked at: by the frozen models while they
-are scored, by the student in a forward of its own.
+Samples with an `inspection`, a dict that is empty at first, are watched wherever a model's logits
+at their tokens are made anyway: those of frozen models while they score, or in the update where it
+compares whole distributions; the student's in the update.
+
+Shapes: R response tokens that a head sees, W watched ones among them, C of a chunk, v the part of
+the vocabulary that this rank holds, B blocks of b columns of it, P tensor-parallel ranks, K
+likeliest tokens, I tokens among which they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd_titan.data.types import Sample, Standing
-from opd_titan.distill.head import inspect_head
-from opd_titan.distill.packing import STAND_IN, PackedBatch, pack, plan_minibatches
-from opd_titan.distributed.collectives import gather_lists
-from opd_titan.distributed.sharding import resharding
-from opd_titan.distributed.world import World
-from opd_titan.models.logits import Distribution
+from opd_titan.distributed.tensor_parallel import concat_ranks
+from opd_titan.distributed.world import ALONE, Axis
+from opd_titan.models.kernels.head_plain import row_blocks
+from opd_titan.models.logits import VocabHead
 
 # By role, the likeliest tokens that are kept of each place.
 ALTERNATIVES = {"teacher": 5}
 
-# What `inspect_head` returns for several samples' tokens.
+# Columns of a block, see `_likeliest`.
+_BLOCK = 128
+
+# Ranks [W] of the watched tokens, and ids [W, K] and log-probs [W, K] of the likeliest ones.
 Columns = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.no_grad()
-def inspect_student(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    max_tokens: int,
-    dist: Distribution,
-    world: World,
-    on_sequences: Callable[[int], None] = lambda n: None,
-) -> None:
-    """One forward over these samples, which notes the student's part of each one's `inspection`.
+class Watch:
+    """Where the tokens at some rows stand in one model's distribution, seen chunk by chunk.
 
-    All ranks call, with the same samples; each computes its share, and all get everything.
+    Rows are spans, so that a chunk's watched logits are views of it.
 
     Args:
-        model: FSDP-sharded, left resharded.
-        max_tokens: budget of a forward pass on each rank.
-        dist: as the samples were drawn from. What that was cut to does not change ranks.
-        on_sequences: called by all ranks with the number of sequences just done.
+        spans: of the rows that a head sees, in order.
+        k: likeliest tokens to note, 0 for none; as many as there are, if fewer.
+
+    Attributes:
+        columns: what was seen, once the head has finished.
     """
-    if not samples:
-        return
-    (minibatch,) = plan_minibatches(samples, 1, max_tokens, world.dp)
-    mine: list[tuple[tuple[int, int], Standing]] = []
-    with resharding(model):
-        for microbatch in minibatch.microbatches:
-            batch = pack(microbatch or STAND_IN, world)
-            columns = model(batch.tokens_T, batch.attend, _head(batch, dist, 0))
-            mine += [(_key(s), standing) for s, standing in standings(microbatch, columns)]
-            on_sequences(len(microbatch))
-    by_key = dict(gather_lists(mine, world.dp))
-    for sample in samples:
-        assert sample.inspection is not None
-        sample.inspection["student"] = by_key[_key(sample)]
+
+    columns: Columns
+
+    def __init__(self, spans: Sequence[slice], k: int) -> None:
+        self.spans, self.k = spans, k
+        self.tp: Axis = ALONE
+        # Of each piece of a span: how many tokens lie ahead [W], and the target's and the likeliest
+        # tokens' logits and ids [W, K]; of this rank's part of the vocabulary, but for the target.
+        self._pieces: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def look(self, chunk: slice, logits_Cv: Tensor, targets_C: Tensor, head: VocabHead) -> None:
+        """Look at a chunk's logits, before truncation; one exchange between the ranks."""
+        places = [_inside(span, chunk) for span in self.spans]
+        places = [place for place in places if place.start < place.stop]
+        if not places:
+            return
+        self.tp = head.tp
+        row_C, held_C = head.locate(targets_C)
+        target_C = logits_Cv.gather(1, row_C[:, None]).squeeze(1)
+        target_C = head.stack(target_C.masked_fill(~held_C, -torch.inf)).amax(dim=0)
+        for place in places:
+            logits_Wv, target_W = logits_Cv[place], target_C[place]
+            ahead_W = _count_above(logits_Wv, target_W)
+            values_WK, ids_WK = _likeliest(logits_Wv, min(self.k, head.rows))
+            ids_WK = ids_WK + head.tp.rank * head.rows
+            self._pieces.append((ahead_W, target_W, values_WK, ids_WK))
+
+    def finish(self, logprob_R: Tensor) -> None:
+        """Put the chunks together into `columns`; one exchange between the ranks.
+
+        Ranks count from 1, and equally likely tokens share the best of theirs; a rank is 0 where
+        the log-prob is not finite. The likeliest tokens come likeliest first.
+
+        Args:
+            logprob_R: of all targets that the head saw.
+        """
+        logprob_W = torch.cat([logprob_R[span] for span in self.spans])
+        ahead_W, target_W, values_WK, ids_WK = map(torch.cat, zip(*self._pieces, strict=True))
+        # fp64 holds all of them exactly.
+        own = torch.cat((ahead_W[:, None].double(), values_WK.double(), ids_WK.double()), dim=1)
+        parts = concat_ranks(own[None], self.tp)
+        ahead_PW1, values_PWK, ids_PWK = parts.split([1, *[values_WK.shape[1]] * 2], dim=2)
+        rank_W = 1 + ahead_PW1.sum(dim=(0, 2)).long()
+        values, ids = (x.transpose(0, 1).flatten(1) for x in (values_PWK, ids_PWK))
+        values_WK, best_WK = values.topk(min(self.k, values.shape[1]), dim=1)
+        above_WK = values_WK.float() - target_W[:, None]
+        self.columns = (
+            rank_W.masked_fill(~logprob_W.isfinite(), 0),
+            ids.gather(1, best_WK).long(),
+            logprob_W[:, None] + above_WK,
+        )
 
 
-def watching(
-    head: Callable[[Tensor, Tensor], Tensor],
-    samples: Sequence[Sample],
-    batch: PackedBatch,
-    dist: Distribution,
-    role: str,
-) -> tuple[list[Sample], Callable[[Tensor, Tensor], tuple[Tensor, Columns | None]]]:
-    """The samples to look at, and a head that returns their columns beside what `head` does."""
-    watched = [s for s in samples if role and s.inspection is not None]
-    if not watched:
-        return [], lambda hidden_TD, weight: (head(hidden_TD, weight), None)
-    lengths = torch.tensor([len(s.response_ids) for s in samples])
-    chosen = torch.tensor([s.inspection is not None for s in samples])
-    rows = chosen.repeat_interleave(lengths).nonzero().view(-1).to(batch.targets_R.device)
-    look = _head(batch, dist, ALTERNATIVES.get(role, 0), rows)
-    return watched, lambda hidden_TD, weight: (head(hidden_TD, weight), look(hidden_TD, weight))
-
-
-def standings(samples: Sequence[Sample], columns: Columns) -> list[tuple[Sample, Standing]]:
-    """The columns' part of each sample, on the CPU."""
-    lengths = [len(s.response_ids) for s in samples]
-    if not lengths:
-        return []
-    parts = zip(*(values.cpu().split(lengths) for values in columns), strict=True)
-    return [(s, Standing(*part)) for s, part in zip(samples, parts, strict=True)]
-
-
-def _head(
-    batch: PackedBatch, dist: Distribution, k: int, rows: Tensor | slice = slice(None)
-) -> Callable[[Tensor, Tensor], Columns]:
-    return partial(
-        inspect_head,
-        predict_R=batch.predict_R[rows],
-        targets_R=batch.targets_R[rows],
-        dist=dist.untruncated,
-        k=k,
+def _inside(span: slice, chunk: slice) -> slice:
+    """The part of a span that lies in a chunk, counted from its start; empty where none does."""
+    return slice(
+        max(span.start, chunk.start) - chunk.start, min(span.stop, chunk.stop) - chunk.start
     )
 
 
-def _key(sample: Sample) -> tuple[int, int]:
-    return sample.prompt.index, sample.sample_index
+def _count_above(logits_Wv: Tensor, target_W: Tensor) -> Tensor:
+    """How many logits of each row are larger than its target's."""
+    counts = []
+    for block in row_blocks(logits_Wv):
+        # Floats, for a CPU takes three times as long to sum booleans. Exact up to 2**24.
+        above_Wv = torch.empty_like(logits_Wv[block])
+        torch.gt(logits_Wv[block], target_W[block, None], out=above_Wv)
+        counts.append(above_Wv.sum(dim=1))
+    return torch.cat(counts)
+
+
+def _likeliest(logits_Wv: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their columns; `topk`, but with a pass that is fast.
+
+    They are among the columns of the k blocks with the largest maxima, and those of no block.
+    """
+    blocks = logits_Wv.shape[1] // _BLOCK
+    if k >= blocks or k == 0:
+        return logits_Wv.topk(k, dim=1)
+    blocks_WBb = logits_Wv[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+    best_WK = blocks_WBb.amax(dim=2).topk(k, dim=1).indices
+    ids_WKb = best_WK[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=best_WK.device)
+    rest = torch.arange(blocks * _BLOCK, logits_Wv.shape[1], device=best_WK.device)
+    ids_WI = torch.cat((ids_WKb.flatten(1), rest.expand(len(best_WK), -1)), dim=1)
+    values_WK, place_WK = logits_Wv.gather(1, ids_WI).topk(k, dim=1)
+    return values_WK, ids_WI.gather(1, place_WK)
+
+
+def watch_samples(samples: Sequence[Sample], role: str) -> Watch | None:
+    """Return a watch of those to be inspected among the samples that a head sees; None of none."""
+    spans: list[slice] = []
+    start = 0
+    for sample in samples:
+        stop = start + len(sample.response_ids)
+        if sample.inspection is not None:
+            if spans and spans[-1].stop == start:
+                spans[-1] = slice(spans[-1].start, stop)
+            else:
+                spans.append(slice(start, stop))
+        start = stop
+    return Watch(spans, ALTERNATIVES.get(role, 0)) if spans else None
+
+
+def note_standings(samples: Sequence[Sample], role: str, columns: Columns) -> None:
+    """Give the watched ones among the samples what was seen of them."""
+    watched = [s for s in samples if s.inspection is not None]
+    lengths = [len(s.response_ids) for s in watched]
+    parts = zip(*(values.cpu().split(lengths) for values in columns), strict=True)
+    for sample, part in zip(watched, parts, strict=True):
+        assert sample.inspection is not None
+        sample.inspection[role] = Standing(*part)

@@ -83,7 +83,7 @@ class Objective:
 
     Args:
         whole: it compares whole distributions, not only log-probs of the sampled token.
-        temporaries: tensors as large as the logits that it makes itself.
+        temporaries: tensors as large as the logits that it makes, `rows.probs_Cv` among them.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Objective:
         return self.whole or settings.baseline != "none"
 
     def temporaries(self, settings: ObjectiveSettings) -> int:
-        return self._temporaries if settings.baseline == "none" else 2
+        return self._temporaries if settings.baseline == "none" else 3
 
 
 def objective(**needs: Any) -> Callable[[Callable[..., TokenLoss]], Objective]:
@@ -195,13 +195,11 @@ def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 
 @objective()
 def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """KL(S||T) + c KL(S||R). With x = log p - log q: sum p x, and by a logit p (x - sum p x)."""
-    x_Cv = torch.sub(rows.student_Cv, rows.teacher_Cv, out=rows.teacher_Cv)
-    loss_C = rows.expect(rows.probs_Cv, x_Cv)
-    return _with_reference(rows, settings, loss_C, _gradient_of_mean_(rows, x_Cv, loss_C))
+    """KL(S||T) + c KL(S||R). The head finds a KL together with the log-probs."""
+    return _with_reference(rows, settings, rows.teacher.kl_C, rows.kl_gradient(rows.teacher))
 
 
-@objective(temporaries=1)
+@objective(temporaries=2)
 def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """KL(T||S) + c KL(S||R). Sum q (log q - log p), and by a logit p - q."""
     teacher_probs_Cv = rows.teacher_Cv.exp()
@@ -210,7 +208,7 @@ def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
 
 
-@objective(temporaries=2)
+@objective(temporaries=3)
 def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S, plus c KL(S||R).
 
@@ -246,10 +244,8 @@ def _with_reference(
 ) -> TokenLoss:
     c = settings.reference_coef
     if c != 0.0:
-        x_Cv = torch.sub(rows.student_Cv, rows.reference_Cv, out=rows.reference_Cv)
-        kl_C = rows.expect(rows.probs_Cv, x_Cv)
-        loss_C = loss_C + c * kl_C
-        dlogits_Cv.add_(_gradient_of_mean_(rows, x_Cv, kl_C), alpha=c)
+        loss_C = loss_C + c * rows.reference.kl_C
+        dlogits_Cv.add_(rows.kl_gradient(rows.reference), alpha=c)
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
@@ -265,7 +261,7 @@ def _with_advantage(
 # ------------------------------------------------------------ k tokens and the rest
 
 
-@objective(temporaries=2)
+@objective(temporaries=3)
 def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """`reverse_kl` between the student's k likeliest tokens, with all others as one bucket."""
     ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
@@ -280,7 +276,7 @@ def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
-@objective(temporaries=2)
+@objective(temporaries=3)
 def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """`forward_kl` between the teacher's k likeliest tokens, with all others as one bucket."""
     ids_CK = rows.top_k(rows.teacher_Cv, settings.top_k)

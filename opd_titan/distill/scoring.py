@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import FrozenHeads, hidden_head, score_head
-from opd_titan.distill.inspection import Columns, standings, watching
-from opd_titan.distill.packing import STAND_IN, Minibatch, pack
+from opd_titan.distill.inspection import Columns, note_standings, watch_samples
+from opd_titan.distill.packing import STAND_IN, Minibatch, made_ahead, pack
 from opd_titan.distributed.sharding import resharding
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution, VocabHead
@@ -28,7 +28,7 @@ def score(
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
     keep_hidden: bool = False,
-    role: str = "",
+    role: str = "teacher",
 ) -> list[tuple[Sample, Tensor]]:
     """Log-probs of every response token of this rank's share of the plan, or what predicts them.
 
@@ -39,38 +39,35 @@ def score(
         on_sequences: called with the number of sequences just done, for a progress bar.
         keep_hidden: leave the vocabulary to the update, which needs all of it.
         role: "teacher" or "reference", under which samples that are to be inspected note what is
-            seen; empty: none are.
+            seen; where hidden states are kept, the update sees it.
 
     Returns:
         Each of this rank's samples with its log-probs, fp32 on the CPU; or with the hidden states
         [response tokens, E] that predict them, where they were made.
     """
     scored: list[tuple[Sequence[Sample], Tensor]] = []
-    seen: list[tuple[list[Sample], Columns]] = []
+    seen: list[tuple[Sequence[Sample], Columns]] = []
+    microbatches = [m for minibatch in plan for m in minibatch.microbatches]
     with resharding(model):
-        for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
-            samples = microbatch or STAND_IN
-            batch = pack(samples, world)
+        for samples, batch in made_ahead(microbatches, lambda m: pack(m or STAND_IN, world)):
             head: Callable[..., Any] = partial(hidden_head, predict_R=batch.predict_R)
+            watch = None if keep_hidden else watch_samples(samples or STAND_IN, role)
             if not keep_hidden:
                 where = {"predict_R": batch.predict_R, "targets_R": batch.targets_R}
-                head = partial(score_head, **where, dist=dist)
-            watched, head = watching(head, samples, batch, dist, role)
-            values_R, columns = model(batch.tokens_T, batch.attend, head)
-            if microbatch:
+                head = partial(score_head, **where, dist=dist, watch=watch)
+            values_R = model(batch.tokens_T, batch.attend, head)
+            if samples:
                 scored.append((samples, values_R))
-            if watched:
-                seen.append((watched, columns))
-            on_sequences(len(microbatch))
+            if watch is not None:
+                seen.append((samples, watch.columns))
+            on_sequences(len(samples))
     pairs: list[tuple[Sample, Tensor]] = []
     for those, values_R in scored:
         # Only now: a copy to the host waits for the device, which should be busy meanwhile.
         values = values_R if keep_hidden else values_R.cpu()
         pairs += zip(those, values.split([len(s.response_ids) for s in those]), strict=True)
-    for watched, columns in seen:
-        for sample, standing in standings(watched, columns):
-            assert sample.inspection is not None
-            sample.inspection[role] = standing
+    for those, columns in seen:
+        note_standings(those, role, columns)
     return pairs
 
 

@@ -17,11 +17,13 @@ from torch.distributed.tensor import DTensor
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
+from opd_titan.distill.inspection import note_standings, watch_samples
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.distill.packing import (
     STAND_IN,
     Minibatch,
     PackedBatch,
+    made_ahead,
     pack,
     pack_values,
     unpack_values,
@@ -166,11 +168,13 @@ def update(
             left = len(minibatch.microbatches)
             for teacher, microbatches in minibatch.by_teacher():
                 with gathered_heads(models_of(teacher, frozen)) as heads:
-                    for samples in microbatches:
+                    make = partial(pack_scored, world=world, heads=heads)
+                    for samples, packed in made_ahead(microbatches, make):
                         left -= 1
                         exchange_gradients(model, last=left == 0, once=exchange_once)
+                        tokens = minibatch.response_tokens
                         stats, rollout_R = forward_backward(
-                            model, samples, minibatch.response_tokens, rule, world, heads
+                            model, samples, tokens, rule, world, heads, packed
                         )
                         totals.add(stats, rollout_R if i == 0 else None, int(bool(samples)))
                         if samples:
@@ -237,6 +241,8 @@ def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
         if value_R is not None:
             for sample, values in zip(samples, unpack_values(value_R, samples), strict=True):
                 setattr(sample, field, values)
+    for role, seen in stats.seen.items():
+        note_standings(samples, role, seen)
     for sample in samples:
         sample.teacher_hidden = sample.reference_hidden = None
 
@@ -248,17 +254,20 @@ def forward_backward(
     rule: UpdateRule,
     world: World,
     heads: FrozenHeads = NONE_FROZEN,
+    packed: tuple[PackedBatch, TokenScores] | None = None,
 ) -> tuple[HeadStats, Tensor | None]:
     """Forward and backward of one micro-batch, which may be empty: both are collective.
 
     Args:
         update_tokens: response tokens of the whole update, over micro-batches and ranks.
         heads: of the models that the samples hold hidden states of.
+        packed: the samples, where `pack_scored` was called ahead.
 
     Returns:
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
     """
-    batch, scores = _packed(samples, world, heads)
+    batch, scores = packed or pack_scored(samples, world, heads)
+    watches = {role: watch_samples(samples, role) for role in ("student", *heads.by_role)}
     head = partial(
         loss_head,
         predict_R=batch.predict_R,
@@ -270,15 +279,17 @@ def forward_backward(
         dist=rule.dist,
         frozen=heads,
         probe_from=samples[0].prompt.index + samples[0].sample_index if samples else 0,
+        watches={role: watch for role, watch in watches.items() if watch is not None},
     )
     loss, stats = model(batch.tokens_T, batch.attend, head)
     loss.backward()
     return stats, scores.rollout
 
 
-def _packed(
+def pack_scored(
     samples: Sequence[Sample], world: World, heads: FrozenHeads
 ) -> tuple[PackedBatch, TokenScores]:
+    """Pack a micro-batch, which may be empty, with what is known of its tokens."""
     device = world.device
     if not samples:
         zero_R = torch.zeros(1, device=device)

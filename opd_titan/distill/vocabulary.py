@@ -8,6 +8,8 @@ All log-probs are natural, at the sampling temperature; fp32 in training.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from opd_titan.distributed.tensor_parallel import concat_ranks, locate_rows, sum_ranks
 from opd_titan.distributed.world import ALONE, Axis
+from opd_titan.models.kernels import kl_grad
 
 # A tensor wherever the objective needs it, else None: which, is known only when it runs.
 MaybeTensor = Any
@@ -46,24 +49,97 @@ class TokenScores:
 
 
 @dataclass
+class ModelLogits:
+    """One model's logits of a chunk, and what a pass over them found.
+
+    Attributes:
+        values_Cv: this rank's part, up to a constant of each row; -inf for tokens that were cut.
+        lse_C: the logsumexp of whole rows: values_Cv - lse_C are log-probs.
+        kl_C: KL(S||this model); None for the student.
+        truncated: some tokens may have been cut.
+    """
+
+    values_Cv: Tensor
+    lse_C: Tensor
+    kl_C: MaybeTensor = None
+    truncated: bool = False
+
+    def normalise(self) -> Tensor:
+        """Make the values finite log-probs, in place, and return them."""
+        self.values_Cv.sub_(self.lse_C[:, None])
+        self.lse_C = torch.zeros_like(self.lse_C)
+        if self.truncated:  # 0 x -inf is NaN, and a token that was cut adds nothing
+            self.values_Cv.clamp_(min=-1e4)
+        return self.values_Cv
+
+    def __getitem__(self, some: Tensor) -> ModelLogits:
+        """A copy of some rows."""
+        return ModelLogits(self.values_Cv[some], self.lse_C[some], truncated=self.truncated)
+
+
+@dataclass
 class Rows:
-    """One chunk. Objectives may overwrite the [C, v] tensors of teacher and reference.
+    """One chunk. What takes a pass over the vocabulary is made when an objective asks for it.
 
     Attributes:
         logprob_C: log S of the sampled tokens.
         scores: of the sampled tokens.
-        student_Cv, probs_Cv: log S and S over this rank's part of the vocabulary.
-        teacher_Cv, reference_Cv: log T and log R, where they are needed.
+        student, teacher, reference: logits over this rank's part of the vocabulary, of those that
+            are there.
+        entropy_C: of S.
         tp: the ranks that hold the other parts.
+        dtype: what derivatives by the logits are multiplied in.
+        probs_out: returns where `probs_Cv` is to be put.
     """
 
     logprob_C: Tensor
     scores: TokenScores
-    student_Cv: MaybeTensor = None
-    probs_Cv: MaybeTensor = None
-    teacher_Cv: MaybeTensor = None
-    reference_Cv: MaybeTensor = None
+    student: Any = None
+    teacher: Any = None
+    reference: Any = None
+    entropy_C: MaybeTensor = None
     tp: Axis = ALONE
+    dtype: torch.dtype = torch.float32
+    probs_out: Callable[[], MaybeTensor] = lambda: None
+
+    @functools.cached_property
+    def student_Cv(self) -> Tensor:
+        """log S."""
+        return self.student.normalise()
+
+    @functools.cached_property
+    def probs_Cv(self) -> Tensor:
+        """S."""
+        return torch.exp(self.student_Cv, out=self.probs_out())
+
+    @functools.cached_property
+    def teacher_Cv(self) -> MaybeTensor:
+        """log T, which objectives may overwrite, where they are done with `teacher`."""
+        return None if self.teacher is None else self.teacher.normalise()
+
+    @functools.cached_property
+    def reference_Cv(self) -> MaybeTensor:
+        """log R, as `teacher_Cv`."""
+        return None if self.reference is None else self.reference.normalise()
+
+    @torch.no_grad()
+    def kl_gradient(self, other: ModelLogits) -> Tensor:
+        """The derivative of KL(S||other) by the student's logits [C, v]; uses up the other's.
+
+        With x = log p - log q: p (x - sum p x).
+        """
+        mean_C = other.kl_C + self.student.lse_C - other.lse_C
+        # Of two such derivatives, only the sum is rounded.
+        dtype = self.dtype if self.reference is None else self.student.values_Cv.dtype
+        return kl_grad(self.student.values_Cv, other.values_Cv, self.student.lse_C, mean_C, dtype)
+
+    def __getitem__(self, some: Tensor) -> Rows:
+        """A copy of some rows' distributions."""
+        student, teacher, reference = (
+            None if model is None else model[some]
+            for model in (self.student, self.teacher, self.reference)
+        )
+        return Rows(self.logprob_C[some], self.scores, student, teacher, reference, tp=self.tp)
 
     def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:
         """The mean [C] of the values under `probs_Cv`, over the whole vocabulary."""
@@ -122,7 +198,7 @@ class Rows:
         return dlogits_Cv.scatter_add_(1, row_CK, dlogits_CK * held_CK)
 
     def _locate(self, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.student_Cv.shape[1]
+        rows = self.student.values_Cv.shape[1]
         return locate_rows(ids_CK, self.tp.rank * rows, rows)
 
     def _stack(self, values: Tensor) -> Tensor:

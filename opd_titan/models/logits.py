@@ -90,8 +90,15 @@ class VocabHead:
         return concat_ranks(local_values[None], self.tp)
 
 
+def projects_in_place(weight_vD: Tensor) -> bool:
+    """Return whether `project` can write its fp32 product into a tensor that is there."""
+    if weight_vD.dtype == torch.float32:
+        return True
+    return weight_vD.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
+
+
 def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) -> Tensor:
-    """fp32 logits [N, v], into `out_Nv` if given.
+    """fp32 logits [N, v], into `out_Nv` if given; see `projects_in_place`.
 
     Half-precision operands are accumulated and kept in fp32 on CUDA; a CPU has no such product and
     rounds its bf16 logits once.
@@ -99,7 +106,8 @@ def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) 
     if hidden_ND.dtype == torch.float32:
         return torch.mm(hidden_ND, weight_vD.t(), out=out_Nv)
     if hidden_ND.is_cuda:
-        return torch.mm(hidden_ND, weight_vD.t(), out_dtype=torch.float32)
+        into = {} if out_Nv is None else {"out": out_Nv}
+        return torch.mm(hidden_ND, weight_vD.t(), out_dtype=torch.float32, **into)
     return torch.mm(hidden_ND, weight_vD.t()).float()
 
 
@@ -128,45 +136,45 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
     return logits_NV
 
 
-def _scaled(
-    hidden_ND: Tensor, head: VocabHead, distribution: Distribution, out_Nv: Tensor | None
+def scaled_logits(
+    hidden_ND: Tensor, head: VocabHead, distribution: Distribution, out_Nv: Tensor | None = None
 ) -> Tensor:
+    """Return this rank's fp32 logits [N, v], divided by the temperature, before truncation.
+
+    Args:
+        out_Nv: a buffer for the product. Without one, a large vocabulary pays for fresh pages at
+            every call, which on a CPU costs as much as the product itself.
+    """
     logits_Nv = project(hidden_ND, head.weight_vD, out_Nv)
     if distribution.temperature != 1.0:
         logits_Nv.div_(distribution.temperature)
     return logits_Nv
 
 
-def whole_logits(
-    hidden_ND: Tensor,
-    head: VocabHead,
-    distribution: Distribution,
-    keep_N: Tensor | None = None,
-    out_Nv: Tensor | None = None,
+def _whole(
+    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None
 ) -> Tensor:
-    """fp32 logits [N, V] of the distribution, on every rank: divided by its temperature, truncated.
-
-    Args:
-        keep_N: see `truncate_`.
-        out_Nv: a buffer for this rank's product. Without one, a large vocabulary pays for fresh
-            pages at every call, which on a CPU costs as much as the product itself.
-    """
-    logits_Nv = _scaled(hidden_ND, head, distribution, out_Nv)
+    """Return every rank's logits side by side [N, V], truncated; in place where there is one."""
     if head.tp.size > 1:
         logits_Nv = head.stack(logits_Nv).transpose(0, 1).flatten(1)
     return truncate_(logits_Nv, distribution.top_k, distribution.top_p, keep_N)
 
 
-def local_logits(
-    hidden_ND: Tensor,
-    head: VocabHead,
-    distribution: Distribution,
-    keep_N: Tensor | None = None,
-    out_Nv: Tensor | None = None,
+def whole_logits(hidden_ND: Tensor, head: VocabHead, distribution: Distribution) -> Tensor:
+    """Return the distribution's fp32 logits [N, V] on every rank: scaled, then truncated."""
+    return _whole(scaled_logits(hidden_ND, head, distribution), head, distribution, None)
+
+
+def truncated_logits(
+    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None = None
 ) -> Tensor:
-    """This rank's columns [N, v] of `whole_logits`; see there."""
+    """Return this rank's columns [N, v] of `whole_logits` from its own scaled ones.
+
+    Args:
+        logits_Nv: of `scaled_logits`; overwritten on a single rank.
+        keep_N: see `truncate_`.
+    """
     if not distribution.truncates:
-        return _scaled(hidden_ND, head, distribution, out_Nv)
-    logits_NV = whole_logits(hidden_ND, head, distribution, keep_N, out_Nv)
+        return logits_Nv
     first = head.tp.rank * head.rows
-    return logits_NV[:, first : first + head.rows]
+    return _whole(logits_Nv, head, distribution, keep_N)[:, first : first + head.rows]

@@ -125,13 +125,10 @@ class Recorder:
         self._write_rollouts(step, self._chosen(samples), mine)
         return scalars
 
-    def choose(self, samples: list[Sample]) -> list[Sample]:
-        """Prepare those of a step that will be written down, the same on every rank, for a closer
-        look at them."""
-        chosen = self._chosen(samples)
-        for sample in chosen:
+    def choose(self, samples: list[Sample]) -> None:
+        """Mark those of a step that will be written down for a closer look at them."""
+        for sample in self._chosen(samples):
             sample.inspection = {}
-        return chosen
 
     def _chosen(self, samples: list[Sample]) -> list[Sample]:
         limit = self.config.metrics.sample_rollouts

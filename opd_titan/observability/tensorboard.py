@@ -24,7 +24,7 @@ BINS = 64
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1500
 
 # What the phases of a step add up to, from the ground: line n is the sum of the first n.
-STACK = ("update", "teacher", "reference", "inspect", "rollout", "sync", "data")
+STACK = ("update", "teacher", "reference", "rollout", "sync", "data")
 
 _TABLES = ("rollout", "distill", "reference", "optimizer", "lr_scheduler", "training")
 _OUTCOMES = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")

@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from opd_titan.models.kernels import ops, plain  # noqa: F401 - ops defines the operators
+from opd_titan.models.kernels import head_plain, ops, plain  # noqa: F401 - ops defines the operators
 from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
 HALF = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def _have_triton() -> bool:
         import triton  # noqa: F401
     except ImportError:
         return False
-    from opd_titan.models.kernels import attention, layers, logits  # noqa: F401
+    from opd_titan.models.kernels import attention, head_logits, layers, logits  # noqa: F401
 
     return True
 
@@ -144,3 +144,64 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
     if fused(logits_NV, (torch.float32,)):
         return torch.ops.opd_titan.truncation_threshold(logits_NV, top_k, top_p)
     return plain.truncation_threshold(logits_NV, top_k, top_p)
+
+
+# The training head's, over a chunk's fp32 logits [C, v] of a rank's part of the vocabulary. A row
+# number of -1 stands for a token of another part; -inf stands for a token that was cut, and adds
+# nothing. Rows may be strided.
+
+
+def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
+    """Return [2, C], or [3, C] with `mean`, of each row of logits.
+
+    They are the logit at `row_C` (-inf for -1), the logsumexp (-inf where all are), and the mean of
+    the logits under their softmax (0 where all are -inf).
+    """
+    if fused(logits_Cv, (torch.float32,)):
+        return torch.ops.opd_titan.logit_stats(logits_Cv, row_C, mean)
+    return head_plain.logit_stats(logits_Cv, row_C, mean)
+
+
+def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
+    """Return [6, C]: the student's `logit_stats`, and the other model's beside it.
+
+    The last one is the mean under the student of its logits minus the other's, which are finite.
+    """
+    if fused(student_Cv, (torch.float32,)):
+        return torch.ops.opd_titan.kl_stats(student_Cv, other_Cv, row_C)
+    return head_plain.kl_stats(student_Cv, other_Cv, row_C)
+
+
+def softmax_grad(
+    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return g (onehot - exp(x - lse)) in `dtype`: g times the derivative of a row's log-prob.
+
+    The logits are used up.
+    """
+    if fused(logits_Cv, (torch.float32,)):
+        return torch.ops.opd_titan.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
+    return head_plain.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
+
+
+def kl_grad(
+    student_Cv: Tensor, other_Cv: Tensor, lse_C: Tensor, mean_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return p (x - mean) in `dtype`, p = exp(student - lse), x = student - other.
+
+    With the mean of x under p this is the derivative of KL(student||other) by the student's logits.
+    The other's logits are used up.
+    """
+    if fused(student_Cv, (torch.float32,)):
+        return torch.ops.opd_titan.kl_grad(student_Cv, other_Cv, lse_C, mean_C, dtype)
+    return head_plain.kl_grad(student_Cv, other_Cv, lse_C, mean_C, dtype)
+
+
+def add_product_(total_MN: Tensor, left_MC: Tensor, right_CN: Tensor) -> None:
+    """Add a product to an fp32 matrix, accumulated in fp32 whatever the operands are."""
+    if left_MC.dtype == torch.float32:
+        total_MN.addmm_(left_MC, right_CN)
+    elif left_MC.is_cuda:
+        torch.ops.opd_titan.add_product_(total_MN, left_MC, right_CN)
+    else:
+        total_MN.add_(torch.mm(left_MC, right_CN))

@@ -6,6 +6,7 @@ modules that hold the kernels add the implementation for CUDA tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -82,3 +83,48 @@ define(
     "truncation_threshold(Tensor logits, int top_k, float top_p) -> (Tensor, Tensor)",
     empty_threshold,
 )
+define(
+    "logit_stats(Tensor logits, Tensor rows, bool mean) -> Tensor",
+    lambda logits, rows, mean: logits.new_empty(2 + mean, logits.shape[0]),
+)
+define(
+    "kl_stats(Tensor student, Tensor other, Tensor rows) -> Tensor",
+    lambda student, other, rows: student.new_empty(6, student.shape[0]),
+)
+define(
+    "softmax_grad(Tensor logits, Tensor lse, Tensor g, Tensor rows, ScalarType dtype) -> Tensor",
+    lambda logits, lse, g, rows, dtype: logits.new_empty(logits.shape, dtype=dtype),
+)
+define(
+    "kl_grad(Tensor student, Tensor other, Tensor lse, Tensor mean, ScalarType dtype) -> Tensor",
+    lambda student, other, lse, mean, dtype: student.new_empty(student.shape, dtype=dtype),
+)
+define(
+    "add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()",
+    lambda total, left, right: None,
+)
+
+
+@functools.cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `addmm` adds a half-precision product to an fp32 matrix where that lies.
+
+    It is tried, for versions with the same schema differ: earlier ones refuse an fp32 matrix
+    (pytorch issue 154086, pull request 167931).
+    """
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 17.0).all())
+
+
+@implement("add_product_")
+def add_product_(total_MN: Tensor, left_MC: Tensor, right_CN: Tensor) -> None:
+    if _adds_in_place(total_MN.device, left_MC.dtype):
+        torch.addmm(total_MN, left_MC, right_CN, out_dtype=torch.float32, out=total_MN)
+    else:
+        total_MN.add_(torch.mm(left_MC, right_CN, out_dtype=torch.float32))

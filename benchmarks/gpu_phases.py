@@ -8,14 +8,14 @@ import time
 from functools import partial
 
 import torch
-from scale_setting import Setting, fed_in, responses
+from gpu_setting import Setting, fed_in, responses
 
 from opd_titan.config import JobConfig
-from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
+from opd_titan.data.types import Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, forward_backward, update
+from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
@@ -24,7 +24,6 @@ from opd_titan.optim import build_optimizer
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.sampler import SamplingParams
-from opd_titan.rollout.scheduler import Request, Scheduler
 from opd_titan.rollout.weights import GeneratorWeights
 
 MODES = ("none", "selective", "full")
@@ -33,18 +32,16 @@ MODES = ("none", "selective", "full")
 WITHOUT_MOMENTS = ("8B", "14B", "32B")
 
 
-def recipe(compile: bool, mode: str = "none") -> JobConfig:
+def recipe(compile: bool, mode: str = "none", objective: str = "policy_gradient") -> JobConfig:
     config = JobConfig()
     config.compile.enable = compile
     config.activation_checkpoint.mode = mode
+    config.distill.objective = objective
     return config
 
 
 def rule(config: JobConfig) -> UpdateRule:
-    d = config.distill
-    settings = ObjectiveSettings(d.clip_low, d.clip_high)
-    norm = config.training.max_grad_norm
-    return UpdateRule(OBJECTIVES[d.objective], settings, Distribution(), norm)
+    return UpdateRule.of(config, Distribution())
 
 
 def measure_update(s: Setting, size: str, compile: bool) -> None:
@@ -127,17 +124,23 @@ def measure_score(s: Setting, size: str, compile: bool) -> None:
 class _Step:
     """The trainer's step, without its data, tokenizer and records."""
 
-    def __init__(self, s: Setting, compile: bool) -> None:
-        self.s, self.config = s, recipe(compile)
+    def __init__(self, s: Setting, compile: bool, objective: str) -> None:
+        self.s, self.config = s, recipe(compile, objective=objective)
         self.config.training.max_tokens_per_microbatch = max(s.budgets)
         self.config.rollout.prompts_per_step = s.step_sequences
         self.shapes = {"student": s.shape("student", "0.6B"), "teacher": s.shape("teacher", "4B")}
         self.student = s.model(self.shapes["student"], self.config)
         self.teacher = s.model(self.shapes["teacher"], self.config, seed=1)
         self.optimizer = build_optimizer(self.student, self.config)
-        build = partial(self.shapes["student"].build_share, s.world.tp, compile)
-        self.weights = GeneratorWeights(self.student, build, s.dtype, s.device)
-        self.generator = Generator(self.weights.model, {0}, max_prefill_tokens=max(s.budgets))
+        compiled = compile and bool(why_unavailable(s.device))  # as `build_generator` does
+        build = partial(self.shapes["student"].build_share, s.world.tp, compiled)
+        self.weights = GeneratorWeights(self.student, build, s.dtype, s.device, not compiled)
+        self.generator = Generator(
+            self.weights.model,
+            {0},
+            max_prefill_tokens=max(s.budgets),
+            room=lambda: self.weights.cache_room,
+        )
         self.prompts = s.prompts(s.step_sequences, self.shapes["student"].args.vocab_size)
 
     def run(self, new_tokens: int, number: int) -> tuple[dict[str, float], list[Sample]]:
@@ -158,23 +161,27 @@ class _Step:
         stream = (42, number)
         sampling = (self.generator, self.prompts, 1, params, stream, s.world.dp)
         samples = phase("rollout", sample_responses, *sampling)
-        if self.weights.release_if_short(self.generator.num_bytes):
-            self.generator.release()
+        self.weights.release_if_short(self.generator)
         budget = self.config.training.max_tokens_per_microbatch
         plan = plan_minibatches(samples, 1, budget, s.world.dp)
-        scored = phase("teacher", score, self.teacher, plan, Distribution(), s.world)
-        for sample, logprobs in scored:
-            sample.teacher_logprobs = logprobs
-        moving = (self.student, self.optimizer, plan, rule(self.config), s.world)
-        self.scalars = phase("update", update, *moving).scalars
+        self.rule = rule(self.config)
+        whole = self.rule.needs_vocabulary
+        scoring = partial(score, keep_hidden=whole)
+        scored = phase("teacher", scoring, self.teacher, plan, Distribution(), s.world)
+        for sample, values in scored:
+            setattr(sample, "teacher_hidden" if whole else "teacher_logprobs", values)
+        moving = (self.student, self.optimizer, plan, self.rule, s.world)
+        frozen = {"teacher": self.teacher} if whole else {}
+        learning = partial(update, frozen=frozen)
+        self.scalars = phase("update", learning, *moving).scalars
         self.weights.outdate()
         times["step"] = time.perf_counter() - start
         return times, samples
 
 
-def measure_step(s: Setting, compile: bool) -> None:
-    """0.6B taught by 4B, the sampled-token objective."""
-    step = _Step(s, compile)
+def measure_step(s: Setting, compile: bool, objective: str) -> None:
+    """0.6B taught by 4B."""
+    step = _Step(s, compile, objective)
     first, _ = step.run(min(32, s.step_new_tokens), 0)
     s.emit({"figure": "warm-up", **first})
     s.reset_memory()
@@ -185,9 +192,10 @@ def measure_step(s: Setting, compile: bool) -> None:
         runs.append(times)
     median = {name: statistics.median(r[name] for r in runs) for name in runs[0]}
     flops_of = {role: shape.args.forward_flops for role, shape in step.shapes.items()}
-    tokens, flops = work(samples, flops_of)
+    tokens, flops = work(samples, flops_of, step.rule.needs_vocabulary)
     for name in ("rollout", "teacher", "update"):
-        s.emit({"figure": name, **s.rates(median[name], flops[name], tokens[name])})
+        rates = s.rates(median[name], flops[name], tokens[name])
+        s.emit({"figure": f"the step's {name}", **rates})
     args, forwards = step.shapes["student"].args, step.generator.stats.decode_forwards
     read = args.decode_bytes(forwards, cached_tokens_read(samples), s.dtype.itemsize)
     bandwidth = {"gb_per_s": read / median["rollout"] / 1e9}
@@ -195,58 +203,13 @@ def measure_step(s: Setting, compile: bool) -> None:
         peak = s.peaks.bandwidth
         bandwidth["mbu_percent"] = percent_of_peak(read, median["rollout"], peak)
     per_forward = median["rollout"] / max(1, forwards) * 1e3
-    s.emit({"figure": "decoding", "forwards": forwards, "ms_per_forward": per_forward, **bandwidth})
+    s.emit(
+        {
+            "figure": "the step's decoding",
+            "forwards": forwards,
+            "ms_per_forward": per_forward,
+            **bandwidth,
+        }
+    )
     gap = {"logprob_gap_max": step.scalars["policy/logprob_gap_max"]}
     s.emit({"figure": "step", **median, **s.peak_memory(), **gap})
-
-
-@torch.no_grad()
-def measure_decoding(s: Setting) -> None:
-    """The engine's decoding steps after a short and a long context, with CUDA graphs and without:
-    capturing shows in the first pass."""
-    shape = s.shape("student", "0.6B")
-    build = partial(shape.build_share, s.world.tp, False)
-    weights = GeneratorWeights(s.model(shape, recipe(False)), build, s.dtype, s.device)
-    weights.sync()
-    for context in (s.prompt, s.prompt + s.step_new_tokens):
-        for graphs in (True, False):
-            generator = Generator(weights.model, {0}, max_prefill_tokens=max(s.budgets))
-            generator.use_cuda_graphs = graphs
-            _measure_steps(s, generator, context, f"decoding after {context}")
-            generator.release()
-            s.reset_memory()
-
-
-def _measure_steps(s: Setting, generator: Generator, context: int, name: str) -> None:
-    args, count, n = generator.model.args, min(16, s.step_new_tokens), s.step_sequences
-    ids = torch.randint(args.vocab_size, (n, context)).tolist()
-    groups = [[Request(Prompt(i, "", tuple(row)), 0, i)] for i, row in enumerate(ids)]
-    # One more than are measured: no sequence ends.
-    params = SamplingParams(count * (s.warmup + s.repeats) + 1, ignore_eos=True)
-    size = generator.page_size
-    runner = generator.make_runner(n, -(-(context + params.max_new_tokens) // size), params)
-    if generator.use_cuda_graphs and not runner.static:
-        s.emit({"figure": f"{name}, graphs", "available": False})
-        return
-    pages, limit = runner.cache.num_pages, params.max_new_tokens
-    scheduler = Scheduler(groups, n, pages, size, limit)
-    while len(scheduler.running) < n:
-        generator.begin_round(runner, scheduler)
-
-    def steps() -> None:
-        for _ in range(count):
-            generator.begin_round(runner, scheduler)
-            runner.decode(n)
-            scheduler.advance()
-
-    timed = s.seconds(steps)
-    per_forward = {k: 1e3 * timed[f"{k}_s"] / count for k in ("first", "min", "median")}
-    figures: dict[str, float] = {f"{k}_ms_per_forward": v for k, v in per_forward.items()}
-    attended = context + count * (s.warmup + s.repeats) // 2
-    read = args.decode_bytes(1, n * attended, s.dtype.itemsize)
-    seconds = per_forward["median"] / 1e3
-    figures["gb_per_s"] = read / seconds / 1e9
-    if s.peaks.bandwidth:
-        figures["mbu_percent"] = percent_of_peak(read, seconds, s.peaks.bandwidth)
-    how = "graphs" if runner.static else "no graphs"
-    s.emit({"figure": f"{name}, {how}", "sequences": n, **figures})

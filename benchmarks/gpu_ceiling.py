@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from scale_phases import recipe, rule
-from scale_setting import Setting, fed_in, relative_error, responses
+from gpu_phases import recipe, rule
+from gpu_setting import Setting, fed_in, relative_error, responses
 from torch import Tensor
 
 import opd_titan.distill.head as head_module

@@ -1,4 +1,4 @@
-"""What every part of `scale.py` shares: models of true shapes, samples, clocks, memory, kernels."""
+"""What every part of `gpu.py` shares: models of true shapes, samples, clocks, memory, kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from qwen3_shapes import write_config
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-import opd_titan.distill.head as head_module
 from opd_titan.build import ModelShape, compute_dtype, inspect_shape, parallel_model
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
@@ -39,14 +38,11 @@ class Setting:
         budgets: tokens of a micro-batch.
         microbatches: of one update and of one scoring.
         step_sequences, step_new_tokens: of the whole step.
-        head_chunk_mib: replaces the head's own chunk size; 0 leaves it.
     """
 
     miniature: bool
-    compile: bool
-    warmup: int
-    repeats: int
-    head_chunk_mib: int = 0
+    warmup: int = 2
+    repeats: int = 3
     prompt: int = 128
     sequence: int = 1024
     budgets: tuple[int, ...] = (4096, 8192)
@@ -60,26 +56,21 @@ class Setting:
     def small(cls, **values: Any) -> Setting:
         """The same for a CPU in seconds."""
         sizes = {"prompt": 16, "sequence": 64, "budgets": (128, 256), "step_sequences": 4}
-        return cls(miniature=True, step_new_tokens=24, step_repeats=1, **sizes, **values)
-
-    def start(self) -> None:
-        """Join a world of one; in the process that measures, and nowhere else."""
-        if self.head_chunk_mib:
-            head_module.CHUNK_BYTES = dict.fromkeys(("cpu", "cuda"), self.head_chunk_mib * 1024**2)
-        torch.manual_seed(0)
-        self.world  # noqa: B018
+        often = {"warmup": 1, "repeats": 1, "step_repeats": 1}
+        return cls(miniature=True, step_new_tokens=24, **sizes, **{**often, **values})
 
     @cached_property
     def world(self) -> World:
+        """Of one process, joined in the one that measures, and nowhere else."""
         return build_world(init_world(300))
 
     @property
     def device(self) -> torch.device:
         return self.world.device
 
-    @property
+    @cached_property
     def on_cuda(self) -> bool:
-        return self.device.type == "cuda"
+        return torch.cuda.is_available()  # which takes long enough to be seen in what is timed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,6 +147,27 @@ class Setting:
             "median_s": statistics.median(timed),
             "repeats": len(timed),
         }
+
+    def device_seconds(self, work: Callable[[], Any], calls: int = 10) -> float:
+        """Median seconds of one call; on CUDA without launches, from a graph of several calls."""
+        if not self.on_cuda:
+            return self.seconds(work)["median_s"]
+        for _ in range(2):  # what is compiled or tuned must be before a capture
+            work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                work()
+        times = []
+        for _ in range(1 + self.repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3 / calls)
+        return statistics.median(times[1:])
 
     def rates(self, seconds: float, flops: float, tokens: int = 0) -> dict[str, float]:
         """FLOP/s, tokens/s and, where the device's peak is known, the share of it."""

@@ -151,7 +151,7 @@ def test_records_are_bounded_however_long_the_run() -> None:
 
 def test_phases_are_stacked() -> None:
     scalars = {"time/rollout(s)": 2.0, "time/update(s)": 1.0, "time/validate(s)": 9.0, "lr": 1.0}
-    lines = {"stacked_1_update": 1.0, "stacked_5_rollout": 3.0, "time_validate": 9.0}
+    lines = {"stacked_1_update": 1.0, "stacked_4_rollout": 3.0, "time_validate": 9.0}
     assert charted(scalars) == {f"charts/{name}": value for name, value in lines.items()}
 
 

@@ -299,7 +299,7 @@ def parallel_model(
         world,
         compute_dtype,
         activation_checkpoint=config.activation_checkpoint.mode if trained else "none",
-        compile=config.compile.enable,
+        compile=compiles(config),
         cpu_offload=cpu_offload(source.role, config),
     )
     return model
@@ -310,7 +310,7 @@ def build_generator(
 ) -> tuple[GeneratorWeights, Generator]:
     """What samples from a loaded model; its weights have to be synced before."""
     # Where there are fused kernels they do what the compiler would.
-    compiled = config.compile.enable and bool(why_unavailable(world.device))
+    compiled = compiles(config) and bool(why_unavailable(world.device))
     build = partial(source.build_share, world.tp, compiled)
     weights = GeneratorWeights(model, build, dtype, world.device, pack=not compiled)
     generator = Generator(
@@ -334,6 +334,11 @@ def random_seed(role: str, config: JobConfig) -> int:
     """
     names = ["", *(teacher_role(t.name) for t in teachers(config))]
     return config.training.seed + (names.index(role) if role in names else 0)
+
+
+def compiles(config: JobConfig) -> bool:
+    """Whether the recipe wants layers compiled."""
+    return config.compile.enable == "on"
 
 
 def cpu_offload(role: str, config: JobConfig) -> bool:

@@ -52,6 +52,11 @@ class Gathering:
     needed: float = 0.0
     usable: float = 0.0
 
+    def tell(self, models: Mapping[str, nn.Module]) -> None:
+        """Have the models do so."""
+        for role, model in models.items():
+            keep_gathered(model, self.weights if role == "student" else role in self.frozen)
+
     def __str__(self) -> str:
         kept = ["the student's weights"] * self.weights + ["its gradients"] * self.gradients
         kept += [f"the {role}'s weights" for role in sorted(self.frozen)]
@@ -71,9 +76,7 @@ def keep_what_fits(
     """Decide, tell the models and the log. All ranks call."""
     memory = -max_scalar(-total_bytes(world.device), world.device)
     found = choose(config, models, shapes, world, dtype, memory)
-    for role, model in models.items():
-        if role in found.frozen or (role == "student" and found.weights):
-            keep_gathered(model)
+    found.tell(models)
     logger.info("Kept gathered: %s", found)
     return found
 

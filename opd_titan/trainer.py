@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import build_generator, common_vocab_size, load_model
+from opd_titan.build import build_generator, common_vocab_size, compiles, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.publish import link_latest
@@ -347,7 +347,7 @@ class Trainer:
     def after_step(self) -> None:
         """What is due: validation, export, checkpoint."""
         self.pauses_due = True
-        if self.config.compile.enable:
+        if compiles(self.config):
             self._report_compiling()
         c, last = self.config, self.step == self.total_steps
 

@@ -18,11 +18,12 @@ def fsdp_groups(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def keep_gathered(model: nn.Module) -> None:
-    """Leave weights gathered after a forward and a backward, until `reshard`."""
+def keep_gathered(model: nn.Module, keep: bool = True) -> None:
+    """Leave weights gathered after a forward and a backward, until `reshard`; or not."""
     for group in fsdp_groups(model):
-        group.set_reshard_after_forward(False, recurse=False)
-        group.set_reshard_after_backward(False, recurse=False)
+        # The root's are needed again as soon as its forward has ended.
+        group.set_reshard_after_forward(not keep and group is not model, recurse=False)
+        group.set_reshard_after_backward(not keep, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from opd_titan.build import (
     ModelShape,
     allocate,
     common_vocab_size,
+    compiles,
     cpu_offload,
     inspect_shape,
     parallel_model,
@@ -36,7 +37,7 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
 from opd_titan.distill.scoring import gathered_heads, score
 from opd_titan.distill.update import UpdateRule, forward_backward, models_of
-from opd_titan.distributed.sharding import exchange_gradients, keep_gathered, resharding
+from opd_titan.distributed.sharding import exchange_gradients, resharding
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, axes, build_world
 from opd_titan.gathering import Gathering, choose
@@ -210,9 +211,9 @@ class _Step:
         self.on_host = 0  # bytes that the plan holds, but the cluster's devices would not
         built_as = copy.deepcopy(config)
         # Compiled code is not traced here; it keeps about what selective checkpointing does.
-        if config.compile.enable and config.activation_checkpoint.mode == "none":
+        if compiles(config) and config.activation_checkpoint.mode == "none":
             built_as.activation_checkpoint.mode = "selective"
-        built_as.compile.enable = False
+        built_as.compile.enable = "off"
         self.models = {
             role: parallel_model(shape, self.world, built_as, self.dtype)
             for role, shape in result.shapes.items()
@@ -238,10 +239,9 @@ class _Step:
     def _load(self) -> None:
         shapes, memory = self.result.shapes, self.cluster.memory
         self.kept = choose(self.config, self.models, shapes, self.world, self.dtype, memory)
+        self.kept.tell(self.models)
         self.result.kept = self.kept
         for role, model in self.models.items():
-            if role in self.kept.frozen or (role == "student" and self.kept.weights):
-                keep_gathered(model)
             before = self.tracker.live
             allocate(model, self.world.device)
             for parameter in model.parameters():

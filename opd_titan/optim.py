@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from opd_titan.config import JobConfig
+from opd_titan.distributed.lifeline import hold
+from opd_titan.distributed.sharding import device_bytes, gradient_bytes
 
 
 def build_optimizer(model: nn.Module, config: JobConfig) -> torch.optim.Optimizer:
@@ -18,7 +20,16 @@ def build_optimizer(model: nn.Module, config: JobConfig) -> torch.optim.Optimize
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.fused)
+    optimizer = torch.optim.AdamW(
+        groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.fused
+    )
+    hold("gradients", model, gradient_bytes)
+    hold("optimizer state", optimizer, _state_bytes)
+    return optimizer
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return device_bytes(x for state in optimizer.state.values() for x in state.values())
 
 
 def learning_rate(step: int, total_steps: int, config: JobConfig) -> float:

@@ -12,6 +12,7 @@ from opd_titan.config import JobConfig
 from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.errors import LostOthers, OneLineError, first_line
+from opd_titan.exhausted import is_out_of_memory, out_of_memory
 from opd_titan.trainer import Trainer
 
 logger = logging.getLogger("opd_titan")
@@ -45,6 +46,8 @@ def run(config: JobConfig, work: Work = _train) -> int:
         raise
     except Exception as error:
         logger.debug("Failed in %s", lifeline.place, exc_info=True)
+        if is_out_of_memory(error):
+            raise out_of_memory(error, lifeline, config) from error
         if lost_others(error):
             place, why = lifeline.place, first_line(error)
             raise LostOthers(f"in {place} another rank did not answer ({why})") from error

@@ -5,12 +5,30 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
+# Prints those of the packages that a Python lacks, by the names that pip knows them by.
 # find_spec: importing torch here would cost seconds on every start.
-has_packages() {
+missing_packages() {
     "$1" - "${@:2}" <<'PY' 2>/dev/null
 import importlib.util as u, sys
-sys.exit(sys.version_info < (3, 10) or not all(u.find_spec(name) for name in sys.argv[1:]))
+print(*(name.replace("xdist", "pytest-xdist") for name in sys.argv[1:] if not u.find_spec(name)))
+sys.exit(sys.version_info < (3, 10))
 PY
+}
+
+has_packages() {
+    local missing
+    missing="$(missing_packages "$@")" && [ -z "$missing" ]
+}
+
+# Whether a Python's pip gets a small package, from wherever the user's settings say: its own
+# attempts without a network take minutes.
+can_download() {
+    local folder status=0
+    folder="$(mktemp -d)"
+    "$1" -m pip download --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 10 \
+        --dest "$folder" tqdm >/dev/null 2>&1 || status=1
+    rm -rf "$folder"
+    return "$status"
 }
 
 # prepare_environment [extra [package ...]]: the extra "dev" also wants what the tests need; so it
@@ -34,13 +52,20 @@ prepare_environment() {
         command -v flock >/dev/null && flock 9
         has_packages "$PYTHON" "${needed[@]}" && exit
         [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
+        if ! can_download "$PYTHON"; then
+            names="$(missing_packages python3 "${needed[@]}" || true)"
+            fail "python3 lacks $names, and pip gets nothing (no network? PIP_INDEX_URL?); on a" \
+                "machine with a network and the same Python: pip download --dest wheels" \
+                "--constraint constraints.txt $names; then here:" \
+                "python3 -m pip install --no-index --find-links wheels $names"
+        fi
         "$PYTHON" -m pip install --quiet --disable-pip-version-check \
             --constraint "$ROOT/constraints.txt" --editable "$ROOT${extra:+[$extra]}" >&2
     ) 9>"$ROOT/.venv.lock"
 }
 
 fail() {
-    echo "opd_titan: $1" >&2
+    echo "opd_titan: $*" >&2
     exit 2
 }
 

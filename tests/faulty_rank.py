@@ -1,18 +1,20 @@
 """The program with one rank that goes wrong: `faulty_rank.py RANK PLACE BEATS WHAT arguments...`.
 
 When that rank has begun PLACE ("phase update of step 2") and said so many times that it goes on, it
-sends itself a signal ("SIGTERM", "SIGKILL"), stands still ("hang"), or its teacher's scores are no
-numbers any more ("nan").
+sends itself a signal ("SIGTERM", "SIGKILL"), stands still ("hang"), its teacher's scores are no
+numbers any more ("nan"), or the system gives it 16 MiB of memory more and then none ("memory").
 """
 
 from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from opd_titan.distributed.lifeline import Lifeline
@@ -39,18 +41,24 @@ def poison() -> None:
 
     update = trainer.update
 
-    def poisoned(model: Any, optimizer: Any, plan: Any, *args: Any) -> Any:
+    def poisoned(model: Any, optimizer: Any, plan: Any, *args: Any, **options: Any) -> Any:
         plan[0].microbatches[0][0].teacher_logprobs[0] = math.nan
         trainer.update = update
-        return update(model, optimizer, plan, *args)
+        return update(model, optimizer, plan, *args, **options)
 
     trainer.update = poisoned
+
+
+def starve() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (16 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def go_wrong() -> None:
     rank, place, beats, what, *argv = sys.argv[1:]
     if os.environ.get("RANK", "0") == rank:
-        acts = {"hang": lambda: time.sleep(3600), "nan": poison}
+        acts = {"hang": lambda: time.sleep(3600), "nan": poison, "memory": starve}
         act = acts.get(what) or (lambda: os.kill(os.getpid(), signal.Signals[what]))
         when(place, int(beats), act)
     sys.argv[1:] = argv

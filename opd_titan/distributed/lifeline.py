@@ -7,14 +7,17 @@ import logging
 import os
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from opd_titan.errors import tell
 
 _SECONDS_TO_TELL = 5.0
 
+T = TypeVar("T")
 logger = logging.getLogger("opd_titan")
 
 # The launcher's folder, where each of its ranks writes down what it is doing.
@@ -45,6 +48,17 @@ def beat() -> None:
         Lifeline.current.beat()
 
 
+def hold(name: str, owner: T, size: Callable[[T], float]) -> None:
+    """Tell this process's lifeline, where there is one, what takes memory, for whoever runs out.
+
+    Args:
+        owner: is not kept alive by this.
+        size: bytes that it takes when asked.
+    """
+    if Lifeline.current is not None:
+        Lifeline.current.owners[name] = weakref.ref(owner), size
+
+
 class Lifeline:
     """Ends this process with one line when it has not moved for `limit_seconds`.
 
@@ -56,6 +70,7 @@ class Lifeline:
 
     def __init__(self, rank: int, limit_seconds: float) -> None:
         self.rank, self.limit, self.place = rank, limit_seconds, "the start"
+        self.owners: dict[str, tuple[weakref.ref[Any], Callable[[Any], float]]] = {}
         self._moved_at = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
@@ -71,6 +86,11 @@ class Lifeline:
             with suppress(OSError):  # a note for whoever asks: no reason to lose the run
                 Path(folder, str(self.rank)).write_text(place, encoding="utf-8")
         self.beat()
+
+    def held(self) -> dict[str, float]:
+        """Return the bytes that each owner takes now, by name."""
+        found = {name: (owner(), size) for name, (owner, size) in self.owners.items()}
+        return {name: size(owner) for name, (owner, size) in found.items() if owner is not None}
 
     def beat(self) -> None:
         """Say that the work goes on."""

@@ -6,11 +6,15 @@ functions do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+from opd_titan.distributed.tensor_parallel import local
 
 
 def fsdp_groups(model: nn.Module) -> list[FSDPModule]:
@@ -60,13 +64,34 @@ def exchange_gradients(model: nn.Module, last: bool, once: bool) -> None:
 def drop_gradients(model: nn.Module) -> None:
     """Forget the gradients of an update that was left half-way, exchanged or not."""
     model.zero_grad(set_to_none=True)
-    for group in fsdp_groups(model):
-        # FSDP has no public way to them, nor a public list of a group's parameters.
-        parameters = group._get_fsdp_state()._fsdp_param_group
-        if parameters is None:
-            continue
+    for parameters in _parameter_groups(model):
         parameters._partial_reduce_output = None
         for parameter in parameters.fsdp_params:
             parameter.sharded_param.grad = parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
                 parameter._unsharded_param.grad = None
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Return what the gradients of FSDP's parameters take, exchanged or not."""
+    found: list[Tensor | None] = []
+    for parameters in _parameter_groups(model):
+        found.append(parameters._partial_reduce_output)
+        for parameter in parameters.fsdp_params:
+            found += [parameter.sharded_param.grad, parameter.unsharded_accumulated_grad]
+            found.append(getattr(getattr(parameter, "_unsharded_param", None), "grad", None))
+    return device_bytes(found)
+
+
+def device_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Return what this rank stores of the tensors: on a GPU, where there is one."""
+    parts = [local(tensor.detach()) for tensor in tensors if tensor is not None]
+    on_gpu = torch.cuda.is_available()
+    return sum(part.nbytes for part in parts if part.is_cuda or not on_gpu)
+
+
+def _parameter_groups(model: nn.Module) -> Iterator[Any]:
+    # FSDP has no public list of a group's parameters, nor a public way to unexchanged gradients.
+    for group in fsdp_groups(model):
+        if (parameters := group._get_fsdp_state()._fsdp_param_group) is not None:
+            yield parameters

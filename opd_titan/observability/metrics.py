@@ -206,11 +206,12 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
         active = stats.get("active_bytes.all.peak", 0) / 2**30
         reserved = stats.get("reserved_bytes.all.peak", 0) / 2**30
     else:
-        active = reserved = _peak_resident_bytes() / 2**30
+        active = reserved = peak_resident_bytes() / 2**30
     return {"memory/max_active(GiB)": active, "memory/max_reserved(GiB)": reserved}
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
     # Linux hands a parent's ru_maxrss down through exec, so a run started by a big process would
     # report that one's memory; VmHWM is this process's own.
     try:

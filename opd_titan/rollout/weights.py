@@ -97,6 +97,13 @@ class GeneratorWeights:
         weights = [*self._copies.values(), *(m.weight for m in self._packed.values())]
         return sum(t.numel() * t.element_size() for t in weights)
 
+    @property
+    def bytes_now(self) -> int:
+        """Of the copies that are there."""
+        packed = [m.weight for m in self._packed.values() if m.packed is not None]
+        plain = sum(t.untyped_storage().nbytes() for t in self._owners)
+        return plain + sum(t.numel() * t.element_size() for t in packed)
+
     def _own_storage(self, parameter: Tensor) -> Tensor | None:
         """The rank's own storage of its whole share, if it has that. The same on all ranks."""
         if parameter.dtype != self.dtype:

@@ -1,0 +1,107 @@
+"""Running out of memory, for real: the system gives no more from some moment on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_world import REPO, TIMEOUT, World, make_model, make_world
+
+from opd_titan.config import JobConfig
+from opd_titan.exhausted import is_out_of_memory, remedies
+
+# Logits of some tokens are larger than what is left by then.
+WIDE = {"vocab_size": 400_000}
+# malloc gives back at once what is freed: earlier phases leave nothing to live on.
+PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "GLIBC_TUNABLES": ""}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("memory"))
+    for seed, folder in enumerate((world.student, world.teacher)):
+        make_model(folder, seed, **WIDE)
+    return world
+
+
+def starved(world: World, place: str, ranks: int = 1) -> tuple[int, list[str]]:
+    """Exit code and what the program says; the last rank gets no memory from a place on."""
+    options = ["--validation.enable", "false", "--checkpoint.enable", "false"]
+    options += ["--rollout.group_size", "8"]
+    command = [sys.executable, str(REPO / "tests" / "faulty_rank.py")]
+    if ranks > 1:
+        command[1:1] = ["-m", "opd_titan.launch", "--nproc-per-node", str(ranks)]
+        command[-1:-1] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    wrong = [str(ranks - 1), place, "0", "memory"]
+    done = subprocess.run(
+        [*command, *wrong, *world.argv("out", *options)],
+        env={**os.environ, "PYTHONPATH": str(REPO), **PLAIN},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("opd_titan: ")]
+    return done.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("place", "option", "parts"),
+    [
+        ("phase rollout of step 1", "rollout.max_concurrent (now 0, what fits)", ()),
+        ("phase teacher of step 1", "training.max_tokens_per_microbatch", ()),
+        ("phase update of step 2", "activation_checkpoint.mode", ("optimizer state",)),
+    ],
+)
+def test_it_is_one_line_with_the_phase_the_parts_and_the_options(
+    world: World, place: str, option: str, parts: tuple[str, ...]
+) -> None:
+    code, said = starved(world, place)
+    (line,) = said
+    assert code == 1 and line.startswith(f"opd_titan: out of memory in {place}; in use, GiB: ")
+    assert f"lower {option}" in line or f"raise {option}" in line
+    assert "or take more ranks" in line
+    found = dict(re.findall(r"([a-z][a-z' ]*) (\d+\.\d\d)", line.partition("GiB: ")[2]))
+    assert {"student weights", "teacher weights", "activations and the rest", *parts} <= set(found)
+    weights = 400_000 * 32 * 4 / 2**30
+    for name in ("student weights", "teacher weights"):
+        assert float(found[name]) == pytest.approx(weights, abs=0.01)
+    for name in parts:
+        assert float(found[name]) == pytest.approx(2 * weights, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_rank_that_ran_out_is_named_and_the_others_end(world: World) -> None:
+    code, said = starved(world, "phase update of step 1", ranks=2)
+    (line,) = said
+    assert code == 1
+    assert line.startswith("opd_titan: rank 1: out of memory in phase update of step 1; in use")
+
+
+def test_what_counts_as_running_out() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    with pytest.raises(MemoryError) as python:
+        bytearray(1 << 60)
+    assert is_out_of_memory(python.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(other.value)
+
+
+def test_what_is_set_already_is_not_recommended() -> None:
+    config, place = JobConfig(), "phase update of step 3"
+    assert remedies(place, config, on_gpu=True)[-2:] == [
+        "set teacher.cpu_offload or optimizer.cpu_offload",
+        "or take more ranks",
+    ]
+    config.activation_checkpoint.mode = "full"
+    config.teacher.cpu_offload = config.optimizer.cpu_offload = True
+    assert len(remedies(place, config, on_gpu=True)) == 2
+    assert remedies("the loading of the teacher", config, on_gpu=False) == ["or take more ranks"]

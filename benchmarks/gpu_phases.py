@@ -10,11 +10,13 @@ from functools import partial
 import torch
 from gpu_setting import Setting, fed_in, responses
 
+from opd_titan.build import compiles
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, forward_backward, update
+from opd_titan.gathering import keep_what_fits
 from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
@@ -34,7 +36,7 @@ WITHOUT_MOMENTS = ("8B", "14B", "32B")
 
 def recipe(compile: bool, mode: str = "none", objective: str = "policy_gradient") -> JobConfig:
     config = JobConfig()
-    config.compile.enable = compile
+    config.compile.enable = "on" if compile else "off"
     config.activation_checkpoint.mode = mode
     config.distill.objective = objective
     return config
@@ -70,7 +72,7 @@ def _update_budgets(
         else:
             optimizer = build_optimizer(model, config)
         for budget in budgets:
-            _update_budget(s, config, shape.args, model, optimizer, budget)
+            _update_budget(s, config, shape, model, optimizer, budget)
             done += 1
     except torch.OutOfMemoryError as error:
         what = {"budget": budgets[done], "checkpointing": mode, "fits": False}
@@ -78,7 +80,8 @@ def _update_budgets(
     return budgets[done:]
 
 
-def _update_budget(s, config, args, model, optimizer, budget) -> None:
+def _update_budget(s, config, shape, model, optimizer, budget) -> None:
+    args = shape.args
     samples = s.samples(budget, s.microbatches, args.vocab_size)
     plan = plan_minibatches(samples, 1, budget, s.world.dp)
     flops = 3.0 * args.forward_flops(fed_in(samples), responses(samples))
@@ -88,10 +91,16 @@ def _update_budget(s, config, args, model, optimizer, budget) -> None:
         "checkpointing": config.activation_checkpoint.mode,
         "optimizer": type(optimizer).__name__,
     }
+    config.training.max_tokens_per_microbatch = budget
+    kept = keep_what_fits(config, {"student": model}, {"student": shape}, s.world, s.dtype)
+    once = kept.gradients
     s.reset_memory()
-    whole = s.seconds(lambda: update(model, optimizer, plan, rule(config), s.world))
+    whole = s.seconds(
+        lambda: update(model, optimizer, plan, rule(config), s.world, exchange_once=once)
+    )
     rates = s.rates(whole["median_s"], flops, tokens)
-    graphs = {"compiled_graphs": num_compiled_graphs()} if config.compile.enable else {}
+    graphs = {"compiled_graphs": num_compiled_graphs()} if compiles(config) else {}
+    how["kept"] = str(kept)
     s.emit({"figure": "update", **how, **whole, **rates, **s.peak_memory(), **graphs})
 
     def one() -> None:
@@ -131,6 +140,8 @@ class _Step:
         self.shapes = {"student": s.shape("student", "0.6B"), "teacher": s.shape("teacher", "4B")}
         self.student = s.model(self.shapes["student"], self.config)
         self.teacher = s.model(self.shapes["teacher"], self.config, seed=1)
+        models = {"student": self.student, "teacher": self.teacher}
+        self.kept = keep_what_fits(self.config, models, self.shapes, s.world, s.dtype)
         self.optimizer = build_optimizer(self.student, self.config)
         compiled = compile and bool(why_unavailable(s.device))  # as `build_generator` does
         build = partial(self.shapes["student"].build_share, s.world.tp, compiled)
@@ -172,7 +183,7 @@ class _Step:
             setattr(sample, "teacher_hidden" if whole else "teacher_logprobs", values)
         moving = (self.student, self.optimizer, plan, self.rule, s.world)
         frozen = {"teacher": self.teacher} if whole else {}
-        learning = partial(update, frozen=frozen)
+        learning = partial(update, frozen=frozen, exchange_once=self.kept.gradients)
         self.scalars = phase("update", learning, *moving).scalars
         self.weights.outdate()
         times["step"] = time.perf_counter() - start

@@ -18,7 +18,7 @@ from qwen3_shapes import write_config
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from opd_titan.build import ModelShape, compute_dtype, inspect_shape, parallel_model
+from opd_titan.build import ModelShape, allocate, compute_dtype, inspect_shape, parallel_model
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.tensor_parallel import local
@@ -92,7 +92,7 @@ class Setting:
     ) -> nn.Module:
         """Built and spread by the program, with weights drawn where they lie (in no time)."""
         model = parallel_model(shape, self.world, config, dtype or self.dtype)
-        model.to_empty(device=self.device)
+        allocate(model, self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():

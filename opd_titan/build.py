@@ -262,7 +262,7 @@ def load_model(
     if why and world.device.type == "cuda" and source.role == "student":
         logger.warning("Attention of training and scoring: on padded sequences (slow: %s)", why)
     model = parallel_model(source, world, config, compute_dtype)
-    model.to_empty(device="cpu" if cpu_offload(source.role, config) else world.device)
+    allocate(model, torch.device("cpu") if cpu_offload(source.role, config) else world.device)
     if source.files is None:
         random_init_weights(model, random_seed(source.role, config), source.args.init_std)
     else:
@@ -279,6 +279,12 @@ def load_model(
     return model
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters storage without values; `to_empty` alone unties plain ones."""
+    model.to_empty(device=device)
+    model.tie_weights()  # type: ignore[operator]  # of our own models
+
+
 def parallel_model(
     source: ModelShape, world: World, config: JobConfig, compute_dtype: torch.dtype
 ) -> nn.Module:
@@ -286,15 +292,17 @@ def parallel_model(
     trained = source.role == "student"
     with torch.device("meta"):
         model = source.build().to(torch.float32 if trained else compute_dtype)
+    if not trained:
+        model.requires_grad_(False).eval()
     source.family.parallelize(
         model,
         world,
         compute_dtype,
         activation_checkpoint=config.activation_checkpoint.mode if trained else "none",
-        compile=config.compile.enable,
+        compile=compiles(config),
         cpu_offload=cpu_offload(source.role, config),
     )
-    return model if trained else model.requires_grad_(False).eval()
+    return model
 
 
 def build_generator(
@@ -302,7 +310,7 @@ def build_generator(
 ) -> tuple[GeneratorWeights, Generator]:
     """What samples from a loaded model; its weights have to be synced before."""
     # Where there are fused kernels they do what the compiler would.
-    compiled = config.compile.enable and bool(why_unavailable(world.device))
+    compiled = compiles(config) and bool(why_unavailable(world.device))
     build = partial(source.build_share, world.tp, compiled)
     weights = GeneratorWeights(model, build, dtype, world.device, pack=not compiled)
     generator = Generator(
@@ -326,6 +334,11 @@ def random_seed(role: str, config: JobConfig) -> int:
     """
     names = ["", *(teacher_role(t.name) for t in teachers(config))]
     return config.training.seed + (names.index(role) if role in names else 0)
+
+
+def compiles(config: JobConfig) -> bool:
+    """Whether the recipe wants layers compiled."""
+    return config.compile.enable == "on"
 
 
 def cpu_offload(role: str, config: JobConfig) -> bool:

@@ -93,13 +93,13 @@ def evaluate(config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> int:
 
 
 def _load(subject: Subject, world: World, config: JobConfig, dtype: Any) -> Any:
-    from opd_titan.build import load_model, parallel_model
+    from opd_titan.build import allocate, load_model, parallel_model
     from opd_titan.checkpoint.checkpointer import load_weights
 
     if subject.checkpoint is None:
         return load_model(subject.source, world, config, dtype)
     model = parallel_model(subject.source, world, config, dtype)
-    model.to_empty(device=world.device)
+    allocate(model, world.device)
     load_weights(subject.checkpoint, model)
     model.assert_tied()  # type: ignore[operator]  # of our own models
     return model

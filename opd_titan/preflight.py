@@ -16,6 +16,7 @@ from opd_titan.distill.packing import STAND_IN, pack, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
+from opd_titan.distributed.sharding import resharding
 from opd_titan.distributed.world import World
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
@@ -49,28 +50,28 @@ def probe(
         s.prompt.index: values for s, values in score(student, plan, params.distribution, world)
     }
     tokens, difference, gaps = 0, 0.0, [0.0]
-    for microbatch in plan[0].microbatches:
-        batch = pack(microbatch or STAND_IN, world)
-        head = partial(
-            loss_head,
-            predict_R=batch.predict_R,
-            targets_R=batch.targets_R,
-            scores=TokenScores(),
-            scale=1.0,
-            objective=sft,
-            settings=ObjectiveSettings(),
-            dist=params.distribution,
-        )
-        _, stats = student(batch.tokens_T, batch.attend, head)
-        if microbatch:
-            update_R = stats.logprob_R.cpu()
-            logprobs = [s.student_logprobs for s in microbatch]
-            rollout_R = torch.cat([x for x in logprobs if x is not None])
-            tokens += update_R.numel()
-            teacher_R = torch.cat([as_teacher[s.prompt.index] for s in microbatch])
-            difference += (update_R - teacher_R).double().sum().item()
-            gaps.append((update_R - rollout_R).abs().max().item())
-    student.reshard()  # type: ignore[operator]  # FSDP's
+    with resharding(student):
+        for microbatch in plan[0].microbatches:
+            batch = pack(microbatch or STAND_IN, world)
+            head = partial(
+                loss_head,
+                predict_R=batch.predict_R,
+                targets_R=batch.targets_R,
+                scores=TokenScores(),
+                scale=1.0,
+                objective=sft,
+                settings=ObjectiveSettings(),
+                dist=params.distribution,
+            )
+            _, stats = student(batch.tokens_T, batch.attend, head)
+            if microbatch:
+                update_R = stats.logprob_R.cpu()
+                logprobs = [s.student_logprobs for s in microbatch]
+                rollout_R = torch.cat([x for x in logprobs if x is not None])
+                tokens += update_R.numel()
+                teacher_R = torch.cat([as_teacher[s.prompt.index] for s in microbatch])
+                difference += (update_R - teacher_R).double().sum().item()
+                gaps.append((update_R - rollout_R).abs().max().item())
     total = sum_scalars({"tokens": tokens, "difference": difference}, world.device, world.dp)
     gap = torch.tensor(gaps).max().item()  # unlike Python's max, it does not lose a NaN
     return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, world.device)}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from opd_titan.build import ModelSource, check_lengths, compute_dtype, inspect_models
+from opd_titan.build import ModelSource, check_lengths, compiles, compute_dtype, inspect_models
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
 from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.publish import clear_leftovers, lead_back
@@ -221,10 +221,10 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
     if config.training.deterministic and device.type == "cuda":
         # The sampler's prefix sums have no deterministic kernel there.
         raise ConfigError("[training] deterministic: true is built for the CPU only so far")
-    if config.compile.enable and device.type == "cpu" and not has_cpp_compiler():
+    if compiles(config) and device.type == "cpu" and not has_cpp_compiler():
         raise ConfigError(
-            "[compile] enable: true, but no C++ compiler found (g++, or what CXX names); install "
-            "one, or set it to false"
+            '[compile] enable: "on", but no C++ compiler found (g++, or what CXX names); install '
+            'one, or set it to "off"'
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import build_generator, common_vocab_size, load_model
+from opd_titan.build import build_generator, common_vocab_size, compiles, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.publish import link_latest
@@ -30,6 +30,7 @@ from opd_titan.distributed.agreement import Stopped, StopRequest
 from opd_titan.distributed.lifeline import Lifeline
 from opd_titan.distributed.world import set_timeout
 from opd_titan.errors import OneLineError, StorageError
+from opd_titan.gathering import keep_what_fits
 from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.console import report_job
@@ -76,6 +77,7 @@ class Trainer:
         c = self.config
         torch.use_deterministic_algorithms(c.training.deterministic)
         models = {role: self._load(role) for role in self.sources}
+        self.kept = keep_what_fits(c, models, self.sources, self.world, self.job.dtype)
         self.student, self.frozen = models.pop("student"), models
         self.optimizer = build_optimizer(self.student, c)
         self.checkpointer = Checkpointer(
@@ -273,7 +275,14 @@ class Trainer:
             # Once the weights have moved, the step has to be done to its end.
             on_sequences = self.watch.on_sequences(bar, stops=len(plan[0].microbatches))
             result = update(
-                self.student, self.optimizer, plan, self.rule, self.world, on_sequences, frozen
+                self.student,
+                self.optimizer,
+                plan,
+                self.rule,
+                self.world,
+                on_sequences,
+                frozen,
+                exchange_once=self.kept.gradients,
             )
         result.scalars["lr"] = rate
         return result
@@ -338,7 +347,7 @@ class Trainer:
     def after_step(self) -> None:
         """What is due: validation, export, checkpoint."""
         self.pauses_due = True
-        if self.config.compile.enable:
+        if compiles(self.config):
             self._report_compiling()
         c, last = self.config, self.step == self.total_steps
 
@@ -486,4 +495,3 @@ class Trainer:
             logger.error("Storage: %s", error)
             if self.step == self.total_steps:
                 self.export_fault = error
-        self.student.reshard()

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -54,3 +57,32 @@ def qwen3(shared_data: Path) -> PreTrainedTokenizerBase:
     from opd_titan.data.tokenizer import load_tokenizer
 
     return load_tokenizer(shared_data / "qwen3_tokenizer", "student.hf_path")
+
+
+@pytest.fixture(scope="session")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """The arguments of a recipe to plan: student and teacher of `tiny_plan.SIZES`, options."""
+    from tiny_plan import recipe, write_configs
+
+    folder = tmp_path_factory.mktemp("shapes")
+    write_configs(folder)
+    return partial(recipe, folder)
+
+
+@pytest.fixture(scope="session")
+def planned(arguments: Callable[..., list[str]]) -> Callable[..., Any]:
+    """Config, simulation and estimate of a recipe; the same ones are made once."""
+    from tiny_plan import H200
+
+    from opd_titan.config import load_config
+    from opd_titan.plan.estimate import estimate
+    from opd_titan.plan.simulate import simulate
+
+    @functools.cache
+    def plan(student: str, teacher: str, *options: Any, cluster: Any = H200) -> tuple[Any, ...]:
+        config = load_config(arguments(student, teacher, *options))
+        lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+        simulation = simulate(config, cluster, *lengths)
+        return config, simulation, estimate(config, cluster, simulation)
+
+    return plan

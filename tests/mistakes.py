@@ -154,6 +154,10 @@ TABLE |= {
     "missing parent": (recipe('base = "no.toml"'), ["own.toml: base: ", "no.toml: no such file"]),
     "parent of itself": (recipe('base = "own.toml"'), ["own.toml: base: goes in a circle"]),
     "parent that is a folder": (recipe('base = "."'), ["own.toml: base: ", "wanted a TOML file"]),
+    "true for on": (
+        recipe("[compile]\nenable = true"),
+        ["own.toml: [compile] enable: true is not one of auto, on, off"],
+    ),
     "unknown key": (recipe("[rollout]\ngroupsize = 2"), ["[rollout] groupsize", "group_size?"]),
     "key outside a table": (recipe("steps = 2"), ["steps: unknown key", "training.steps?"]),
     "empty recipe": (recipe(""), ["[student] hf_path: required", "folder or a hub id"]),

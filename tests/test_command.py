@@ -212,7 +212,7 @@ def completed(shell: str, line: str) -> list[str]:
         ("opd-titan plan --optimizer.l", ["--optimizer.lr"]),
         ("opd-titan plan --gpu-m", ["--gpu-memory"]),
         ("opd-titan train --distill.objective rev", ["reverse_kl"]),
-        ("opd-titan train --compile.enable ", ["true", "false"]),
+        ("opd-titan train --compile.enable ", ["auto", "on", "off"]),
         ("opd-titan train --job.config_file tr", []),  # the shell's own: file names
         ("opd-titan train x.toml --training.steps 3 --optimizer.w", ["--optimizer.weight_decay"]),
     ],

@@ -21,9 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opd_titan.data.types import Sample
 from opd_titan.distill.head import FrozenHeads, loss_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
+from opd_titan.distill.update import pack_scored
 from opd_titan.distill.vocabulary import TokenScores
+from opd_titan.distributed.world import ALONE, World
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.layers import join
 from opd_titan.models.logits import Distribution, VocabHead
@@ -38,7 +41,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="needs a CUDA build of PyTorch (no GPU)"
 )
 CUDA = torch.device("cuda", 0)
-PROMPTS = prompts([9])
+PROMPTS = prompts([9, 4])
 PAGE = Growth([(0, 1, 7)], [])
 SIZES = replace(ARGS, head_dim=64, dim=256, ffn_dim=512, vocab_size=2048)
 # Operators that launch nothing, and those that launch more than one kernel.
@@ -56,19 +59,23 @@ class Launches(TorchDispatchMode):
     Attributes:
         names: of operators, with the number of their launches.
         waits: operators that copy between host and device, or make the host wait.
+        copies: between them, for which nobody waits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
         self.waits: list[str] = []
+        self.copies = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         devices = {x.device.type for x in tensors if x.dim() or x.device.type == "cuda"}
-        if len(devices) > 1 or name in ("_local_scalar_dense", "nonzero"):
+        if len(devices) > 1 and (kwargs or {}).get("non_blocking"):
+            self.copies += 1
+        elif len(devices) > 1 or name in ("_local_scalar_dense", "nonzero"):
             self.waits.append(name)
         if "cuda" in devices and name not in FREE:
             self.names[name] += SEVERAL.get(name, 1)
@@ -109,7 +116,7 @@ def test_a_decoding_step_never_waits_for_the_host(gpu, options: dict[str, Any]) 
     runner = runner_of(SamplingParams(8, **options))
     with Launches() as launches:
         runner._step(8)
-    assert launches.waits == []
+    assert launches.waits == [] and launches.copies == 0
 
 
 @pytest.mark.parametrize("joined, most", [(True, 11), (False, 14)])
@@ -137,7 +144,7 @@ def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
     runner = runner_of(SamplingParams(8))
     runner.prefill([Chunk([1] * 70, 0, [0, 1]), Chunk([2] * 5, 0, [2])])
     runner.prefill([Chunk([1] * 20, 70, [0, 1]), Chunk([2] * 5, 0, [2])])
-    scheduler = Scheduler([requests(PROMPTS, 3)], 8, 100, 64, 8)
+    scheduler = Scheduler([requests(PROMPTS[:1], 3)], 8, 100, 64, 8)
     scheduler.prefill(100)
     starts, copies = scheduler.admit()
     # What changes in a round reaches the device in one copy.
@@ -154,7 +161,7 @@ def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
             for call in calls:
                 call()
             runner._send_changes()
-        assert len(launches.waits) == 1, name
+        assert (len(launches.waits), launches.copies) == (0, 1), name
     runner.cache.copy_pages(copies)
 
 
@@ -203,6 +210,23 @@ def test_training_attends_with_grouped_heads_as_they_are(gpu) -> None:
     with Launches() as launches:
         assert attend(q, k, k, 0).shape == q.shape
     assert launches.names == {"_varlen_attn": 1}
+
+
+@pytest.mark.parametrize("group", [1, 3], ids=["alone", "shared prompts"])
+def test_a_micro_batch_is_sent_in_copies_that_nobody_waits_for(gpu, group: int) -> None:
+    """All indices in one, those of the packed kernel in a second, each model's scores in one."""
+    samples = [Sample(p, n, [1, 2, 3], "length") for p in PROMPTS for n in range(group)]
+    for s in samples:
+        s.student_logprobs, s.teacher_logprobs = torch.empty(2, 3)
+    world = World(CUDA, None, ALONE, ALONE)
+    with Launches() as launches:
+        (batch, scores), _ = (pack_scored(some, world, FrozenHeads()) for some in (samples, ()))
+        layers = [torch.empty(len(batch.tokens_T), n, 64, device=CUDA).half() for n in (4, 2, 2)]
+        for layer in range(2):
+            batch.attend(*layers, layer)
+    assert {t.device for t in (batch.tokens_T, batch.predict_R, scores.teacher)} == {CUDA}
+    assert launches.waits == []
+    assert launches.copies == 2 + 2 + 1  # the last is the empty micro-batch's
 
 
 @pytest.mark.parametrize("head_dim, dtype", [(96, torch.bfloat16), (64, torch.float32)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 import os
 import subprocess
@@ -17,103 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tiny_plan import H200, SIZES, TIGHT, rank_share, tp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd_titan.config import JobConfig, load_config
 from opd_titan.distill.head import CHUNK_BYTES
 from opd_titan.errors import UserError
 from opd_titan.plan.__main__ import main
-from opd_titan.plan.cluster import Cluster, GiB
 from opd_titan.plan.estimate import Estimate, estimate
 from opd_titan.plan.kernels import like_cuda
 from opd_titan.plan.remedies import remedies
-from opd_titan.plan.simulate import Simulation, simulate
+from opd_titan.plan.simulate import simulate
 
 REPO = Path(__file__).resolve().parent.parent
-H200 = Cluster(
-    world_size=8,
-    gpus_per_node=8,
-    memory=139.8 * GiB,
-    reserve=2.5 * GiB,
-    flops=989e12,
-    bandwidth=4.8e12,
-    node_bandwidth=450e9,
-    network_bandwidth=50e9,
-)
-# D, L, H, G, K, F, V, tied: as in benchmarks/qwen3_shapes.py, and two that take no time.
-SIZES = {
-    "0.6B": (1024, 28, 16, 8, 128, 3072, 151936, True),
-    "8B": (4096, 36, 32, 8, 128, 12288, 151936, False),
-    "tiny": (128, 2, 8, 8, 32, 256, 1024, True),
-    "tiny, a layer more": (128, 3, 8, 8, 32, 256, 1024, True),
-    "wide": (256, 3, 8, 8, 32, 512, 1024, False),
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every size a folder with a config.json and nothing else."""
-    root = tmp_path_factory.mktemp("shapes")
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    keys += ("head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings")
-    for name, sizes in SIZES.items():
-        config = dict(zip(keys, sizes, strict=True))
-        config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-        config |= {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "eos_token_id": 1}
-        (root / name).mkdir()
-        (root / name / "config.json").write_text(json.dumps(config))
-    return root
-
-
-@pytest.fixture(scope="module")
-def arguments(folder: Path) -> Any:
-    def make(student: str, teacher: str, *options: Any) -> list[str]:
-        words = ["--student.hf_path", folder / student, "--teacher.hf_path", folder / teacher]
-        words += ["--validation.enable", "false", "--rollout.prompts_per_step", 16]
-        words += ["--rollout.group_size", 2, "--data.max_prompt_tokens", 32]
-        words += ["--rollout.max_new_tokens", 32, *options]
-        return [str(w) for w in words]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def planned(arguments: Any) -> Any:
-    """Simulation and estimate of a recipe; the same ones are made once."""
-
-    @functools.cache
-    def plan(
-        student: str, teacher: str, *options: Any, cluster: Cluster = H200
-    ) -> tuple[JobConfig, Simulation, Estimate]:
-        config = load_config(arguments(student, teacher, *options))
-        lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-        simulation = simulate(config, cluster, *lengths)
-        return config, simulation, estimate(config, cluster, simulation)
-
-    return plan
-
-
-def tp(ranks: int) -> tuple[str, int]:
-    return "--parallelism.tensor_parallel_degree", ranks
-
-
-def parameters(size: str, tp: int = 1) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of one rank's share of the weights: of the root's group, and of one layer."""
-    d, _, h, g, k, f, v, tied = SIZES[size]
-    h, g, f, v = h // tp, g // tp, f // tp, v // tp
-    layer = [(h * k, d), (g * k, d), (g * k, d), (d, h * k), (f, d), (f, d), (d, f)]
-    head = [(v, d)] * (1 if tied else 2)
-    return {"layer": [*layer, (d,), (d,), (k,), (k,)], "root": [*head, (d,)]}
-
-
-def shard(shapes: list[tuple[int, ...]], ranks: int) -> int:
-    """Elements of the first rank's shard, which is never smaller than the others'."""
-    return sum(math.ceil(s[0] / ranks) * math.prod(s[1:]) for s in shapes)
-
-
-def rank_share(size: str, ranks: int, tp: int = 1) -> int:
-    parts = parameters(size, tp)
-    return SIZES[size][1] * shard(parts["layer"], ranks // tp) + shard(parts["root"], ranks // tp)
 
 
 # ------------------------------------------------------------------ resident
@@ -201,35 +115,6 @@ def test_where_memory_is_short_some_are_preempted(arguments: Any, response: int)
 
 
 # ------------------------------------------------------------------- traffic
-
-
-def test_traffic_of_sharding(planned: Any) -> None:
-    _, simulation, _ = planned("wide", "tiny")
-    parts, ranks, layers = parameters("wide"), 8, SIZES["wide"][1]
-    layer, root = (ranks * shard(parts[name], ranks) for name in ("layer", "root"))
-    passes = (ranks - 1) / ranks
-    sent = {name: phase.sent["dp_shard"] for name, phase in simulation.phases.items()}
-    # bf16 weights in forward and backward, the root's once; fp32 gradients.
-    assert sent["update"] == passes * (
-        2 * (2 * layers * layer + root) + 4 * (layers * layer + root)
-    )
-    assert sent["sync"] == passes * 2 * (layers * layer + root)
-    parts, layers = parameters("tiny"), SIZES["tiny"][1]
-    layer, root = (ranks * shard(parts[name], ranks) for name in ("layer", "root"))
-    assert sent["teacher"] == passes * 2 * (layers * layer + root)
-    assert sent["rollout"] == 0
-    collectives = simulation.phases["update"].collectives["dp_shard"]
-    assert collectives == 3 * SIZES["wide"][1] + 2
-
-
-def test_every_microbatch_gathers_anew(planned: Any) -> None:
-    _, once, _ = planned("wide", "tiny")
-    _, twice, _ = planned("wide", "tiny", "--training.max_tokens_per_microbatch", 128)
-    assert (once.scored["teacher"], twice.scored["teacher"]) == (1, 2)
-    for name, factor in (("update", 2), ("teacher", 2), ("sync", 1)):
-        assert twice.phases[name].sent == {
-            axis: factor * size for axis, size in once.phases[name].sent.items()
-        }
 
 
 def test_copies_of_the_model_exchange_gradients_alone(planned: Any) -> None:
@@ -338,8 +223,9 @@ def test_a_reference_is_one_more_frozen_model(planned: Any) -> None:
 
 def test_what_is_offloaded_is_not_on_the_device(planned: Any) -> None:
     flags = [f"--{role}.cpu_offload=true" for role in ("teacher", "optimizer")]
-    _, plain, _ = planned("wide", "tiny")
-    _, simulation, found = planned("wide", "tiny", *flags)
+    _, plain, _ = planned("wide", "tiny", cluster=TIGHT)
+    _, simulation, found = planned("wide", "tiny", *flags, cluster=H200)
+    assert simulation.kept.extra == 0 and not simulation.kept.frozen
     for name in ("teacher weights", "student weights", "optimizer state"):
         assert simulation.resident[name] == 0 < plain.resident[name]
     assert simulation.gradients == 0

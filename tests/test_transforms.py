@@ -240,7 +240,7 @@ def test_recompiling_without_end_stops_the_run(
     monkeypatch.setattr(transforms, "RECOMPILE_LIMIT", 1)
     model = make(world, compile=True)
     gradients(model, [5, 3])
-    with pytest.raises(RuntimeError, match=r"\[compile\] enable: .* compiled 1 times .* false"):
+    with pytest.raises(RuntimeError, match=r'\[compile\] enable: .* compiled 1 times .* "off"'):
         gradients(model, [1])
 
 
@@ -406,11 +406,11 @@ def assert_close_run(a: Path, b: Path, first_step: int) -> None:
 def test_a_compiled_run_is_the_plain_one_within_rounding(
     files: Files, plain_run: Path, fresh: None
 ) -> None:
-    assert train(files.argv("compiled", "--compile.enable", "true")) == 0
+    assert train(files.argv("compiled", "--compile.enable", "on")) == 0
     assert_close_run(plain_run, files.folder / "compiled", 1)
     # Compiling does not rename: a run that was not compiled goes on compiled.
     shutil.copytree(plain_run, files.folder / "resumed")
-    argv = files.argv("resumed", "--compile.enable", "true", "--checkpoint.load_step", 2)
+    argv = files.argv("resumed", "--compile.enable", "on", "--checkpoint.load_step", 2)
     assert train(argv) == 0
     assert_close_run(plain_run, files.folder / "resumed", 3)
 
@@ -419,8 +419,8 @@ def test_compiling_without_a_compiler_is_refused(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    run = start(files.argv("refused", "--compile.enable", "true"), stderr=subprocess.PIPE)
+    run = start(files.argv("refused", "--compile.enable", "on"), stderr=subprocess.PIPE)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 2 and not (files.folder / "refused").exists()
     (line,) = (line for line in err.splitlines() if line.startswith("opd_titan: "))
-    assert line.startswith("opd_titan: [compile] enable: true, but no C++ compiler found")
+    assert line.startswith('opd_titan: [compile] enable: "on", but no C++ compiler found')

@@ -249,9 +249,10 @@ class ActivationCheckpoint:
 
 @dataclass
 class Compile:
-    enable: bool = False
+    enable: Literal["auto", "on", "off"] = "auto"
     """Compile the layers of all models (torch.compile), except the attention kernel. Sizes of a
-    batch are left open, so that a few graphs serve all. More than 32 of one function: an error."""
+    batch are left open, so that a few graphs serve all. More than 32 of one function: an error.
+    auto is off until measurements on a GPU say where it pays (benchmarks/gpu.py makes them)."""
 
 
 @dataclass

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distributed.transfer import send
 from opd_titan.distributed.world import Axis, World
 from opd_titan.models.attention import PackedAttention
 
 # Stands in where a rank has no micro-batch left: forward and backward are collective.
 STAND_IN = (Sample(Prompt(-1, "", (0,)), 0, [0], "length"),)
 
+T = TypeVar("T")
 # What counts as the same prompt: its row in the source and its tokens.
 PromptKey = tuple[int, tuple[int, ...]]
 # See `cost`.
@@ -72,13 +75,27 @@ def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
     missing = -len(layout.tokens) % world.tp.size
     if missing:
         layout.add([0] * missing)
-    device = world.device
-    return PackedBatch(
-        tokens_T=torch.tensor(layout.tokens, device=device),
-        attend=PackedAttention(layout.lengths, device, layout.continues),
-        predict_R=torch.tensor(predict, device=device),
-        targets_R=torch.tensor([t for s in samples for t in s.response_ids], device=device),
+    targets = [t for s in samples for t in s.response_ids]
+    attend = PackedAttention(
+        layout.lengths, world.device, layout.continues, [layout.tokens, predict, targets]
     )
+    tokens_T, predict_R, targets_R = attend.beside
+    return PackedBatch(tokens_T, attend, predict_R, targets_R)
+
+
+def made_ahead(
+    microbatches: Iterable[list[Sample]], make: Callable[[list[Sample]], T]
+) -> Iterator[tuple[list[Sample], T]]:
+    """Yield each micro-batch with what is made of it, and make the next one's before that.
+
+    A GPU that waits for the host between two of them then finds the next one's indices there.
+    """
+    ready: list[tuple[list[Sample], T]] = []
+    for samples in microbatches:
+        ready.append((samples, make(samples)))
+        if len(ready) > 1:
+            yield ready.pop(0)
+    yield from ready
 
 
 class _Layout:
@@ -105,7 +122,8 @@ def pack_values(values: Sequence[Tensor | None], device: torch.device) -> Tensor
     if not there:
         return None
     assert len(there) == len(values), "some samples have it and some have not"
-    return torch.cat(there).to(device)
+    whole = torch.cat(there)
+    return whole if whole.device == device else send(whole, device)
 
 
 def unpack_values(values_R: Tensor, samples: Sequence[Sample]) -> list[Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import FrozenHeads, hidden_head, score_head
 from opd_titan.distill.inspection import Columns, note_standings, watch_samples
-from opd_titan.distill.packing import STAND_IN, Minibatch, pack
+from opd_titan.distill.packing import STAND_IN, Minibatch, made_ahead, pack
+from opd_titan.distributed.sharding import resharding
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution, VocabHead
 
@@ -31,7 +33,7 @@ def score(
     """Log-probs of every response token of this rank's share of the plan, or what predicts them.
 
     Args:
-        model: FSDP-sharded decoder; left resharded.
+        model: the decoder; left resharded.
         dist: the distribution to score under; a teacher is scored whole, at the sampling
             temperature, whatever top-k and top-p the student sampled with.
         on_sequences: called with the number of sequences just done, for a progress bar.
@@ -45,22 +47,20 @@ def score(
     """
     scored: list[tuple[Sequence[Sample], Tensor]] = []
     seen: list[tuple[Sequence[Sample], Columns]] = []
-    for microbatch in (m for minibatch in plan for m in minibatch.microbatches):
-        samples = microbatch or STAND_IN
-        batch = pack(samples, world)
-        head: Callable[..., Any] = partial(hidden_head, predict_R=batch.predict_R)
-        watch = None if keep_hidden else watch_samples(samples, role)
-        if not keep_hidden:
-            where = {"predict_R": batch.predict_R, "targets_R": batch.targets_R}
-            head = partial(score_head, **where, dist=dist, watch=watch)
-        values_R = model(batch.tokens_T, batch.attend, head)
-        if microbatch:
-            scored.append((samples, values_R))
-        if watch is not None:
-            seen.append((samples, watch.columns))
-        on_sequences(len(microbatch))
-    # FSDP keeps the root's weights gathered after a forward, which a frozen model need not.
-    model.reshard()  # type: ignore[operator]  # FSDP's
+    microbatches = [m for minibatch in plan for m in minibatch.microbatches]
+    with resharding(model):
+        for samples, batch in made_ahead(microbatches, lambda m: pack(m or STAND_IN, world)):
+            head: Callable[..., Any] = partial(hidden_head, predict_R=batch.predict_R)
+            watch = None if keep_hidden else watch_samples(samples or STAND_IN, role)
+            if not keep_hidden:
+                where = {"predict_R": batch.predict_R, "targets_R": batch.targets_R}
+                head = partial(score_head, **where, dist=dist, watch=watch)
+            values_R = model(batch.tokens_T, batch.attend, head)
+            if samples:
+                scored.append((samples, values_R))
+            if watch is not None:
+                seen.append((samples, watch.columns))
+            on_sequences(len(samples))
     pairs: list[tuple[Sample, Tensor]] = []
     for those, values_R in scored:
         # Only now: a copy to the host waits for the device, which should be busy meanwhile.
@@ -77,11 +77,10 @@ def gathered_heads(models: Mapping[str, nn.Module]) -> Iterator[FrozenHeads]:
 
     All ranks enter. FSDP gathers a head together with the embedding, which it may be tied to.
     """
-    for model in models.values():
-        model.unshard()  # type: ignore[operator]  # FSDP's
-    try:
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(resharding(model))
+            if isinstance(model, FSDPModule):
+                model.unshard()
         weights = {role: m.get_parameter("lm_head.weight") for role, m in models.items()}
         yield FrozenHeads(**{role: VocabHead.of(weight) for role, weight in weights.items()})
-    finally:
-        for model in models.values():
-            model.reshard()  # type: ignore[operator]  # FSDP's

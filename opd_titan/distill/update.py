@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -22,13 +23,16 @@ from opd_titan.distill.packing import (
     STAND_IN,
     Minibatch,
     PackedBatch,
+    made_ahead,
     pack,
     pack_values,
     unpack_values,
 )
 from opd_titan.distill.scoring import gathered_heads
 from opd_titan.distill.vocabulary import TokenScores
+from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
+from opd_titan.distributed.sharding import drop_gradients, exchange_gradients, resharding
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
@@ -142,6 +146,7 @@ def update(
     world: World,
     on_sequences: Callable[[int], None] = lambda n: None,
     frozen: Mapping[str, nn.Module] = MappingProxyType({}),
+    exchange_once: bool = False,
 ) -> UpdateResult:
     """One optimizer step per mini-batch; fills in each sample's advantages.
 
@@ -152,23 +157,29 @@ def update(
             optimizer step it may raise, and nothing has changed.
         frozen: by name, the teachers and the "reference" that the samples hold hidden states of;
             these are used up, and their log-probs filled in.
+        exchange_once: see `exchange_gradients`.
     """
     totals, made = _Totals(world), []
     done: list[list[tuple[Sequence[Sample], HeadStats]]] = []
-    optimizer.zero_grad(set_to_none=True)  # of an update that was left half-way
     for i, minibatch in enumerate(plan):
         done.append([])
         totals.begin_update()
-        for teacher, microbatches in minibatch.by_teacher():
-            with gathered_heads(models_of(teacher, frozen)) as heads:
-                for samples in microbatches:
-                    stats, rollout_R = forward_backward(
-                        model, samples, minibatch.response_tokens, rule, world, heads
-                    )
-                    totals.add(stats, rollout_R if i == 0 else None, weight=int(bool(samples)))
-                    if samples:
-                        done[-1].append((samples, stats))
-                    on_sequences(len(samples))
+        with _accumulating(model):
+            left = len(minibatch.microbatches)
+            for teacher, microbatches in minibatch.by_teacher():
+                with gathered_heads(models_of(teacher, frozen)) as heads:
+                    make = partial(pack_scored, world=world, heads=heads)
+                    for samples, packed in made_ahead(microbatches, make):
+                        left -= 1
+                        exchange_gradients(model, last=left == 0, once=exchange_once)
+                        tokens = minibatch.response_tokens
+                        stats, rollout_R = forward_backward(
+                            model, samples, tokens, rule, world, heads, packed
+                        )
+                        totals.add(stats, rollout_R if i == 0 else None, int(bool(samples)))
+                        if samples:
+                            done[-1].append((samples, stats))
+                        on_sequences(len(samples))
         norm = _clip(model, rule.max_grad_norm, totals.loss)
         totals.grad_norms.append(norm)
         made.append(math.isfinite(norm))
@@ -185,6 +196,20 @@ def update(
             suspects += _suspects(part, world)
     scalars = {**totals.metrics(), "skipped_updates": made.count(False)}
     return UpdateResult(scalars, made, suspects)
+
+
+@contextmanager
+def _accumulating(model: nn.Module) -> Iterator[None]:
+    """The forwards and backwards of one update, after which the gradients stand with the shards.
+
+    Where the body is left before its end, nothing of it stays.
+    """
+    with resharding(model):
+        try:
+            yield
+        except Stopped:
+            drop_gradients(model)
+            raise
 
 
 def models_of(teacher: str, frozen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -229,17 +254,19 @@ def forward_backward(
     rule: UpdateRule,
     world: World,
     heads: FrozenHeads = NONE_FROZEN,
+    packed: tuple[PackedBatch, TokenScores] | None = None,
 ) -> tuple[HeadStats, Tensor | None]:
     """Forward and backward of one micro-batch, which may be empty: both are collective.
 
     Args:
         update_tokens: response tokens of the whole update, over micro-batches and ranks.
         heads: of the models that the samples hold hidden states of.
+        packed: the samples, where `pack_scored` was called ahead.
 
     Returns:
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
     """
-    batch, scores = _packed(samples, world, heads)
+    batch, scores = packed or pack_scored(samples, world, heads)
     watches = {role: watch_samples(samples, role) for role in ("student", *heads.by_role)}
     head = partial(
         loss_head,
@@ -259,9 +286,10 @@ def forward_backward(
     return stats, scores.rollout
 
 
-def _packed(
+def pack_scored(
     samples: Sequence[Sample], world: World, heads: FrozenHeads
 ) -> tuple[PackedBatch, TokenScores]:
+    """Pack a micro-batch, which may be empty, with what is known of its tokens."""
     device = world.device
     if not samples:
         zero_R = torch.zeros(1, device=device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.clone()
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def send_numbers(parts: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Return int64 tensors of these numbers on the device: views of one, which is copied once."""
+    whole = send(torch.tensor([*chain(*parts)], dtype=torch.int64), device)
+    return list(whole.split([len(part) for part in parts]))
 
 
 class Fetched:

@@ -22,7 +22,7 @@ class ModelFamily:
     Besides this table it uses of the model `args`, `layers` (of blocks with the two halves that
     `transforms` names), `lm_head`, `forward(tokens_T, attend, head)`, `tie_weights` and
     `assert_tied`; of the sizes `n_layers`, `n_kv_heads`, `head_dim`, `vocab_size`, `tied`,
-    `max_seq_len`, `init_std`, `forward_flops` and `decode_bytes`.
+    `max_seq_len`, `init_std`, `forward_flops`, `decode_bytes` and `activation_bytes`.
 
     Attributes:
         args_from_hf_config: the sizes, from a parsed config.json and its name for errors.

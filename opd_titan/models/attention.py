@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd_titan.distributed.transfer import send_numbers
 from opd_titan.models.kernels import HALF, CacheSlots
 
 # Padding that a group of sequences may hold: about what starting another group costs (in tokens),
@@ -74,6 +75,10 @@ class PackedAttention:
         device: where the index tensors live.
         continues: for each piece the number of the one that it goes on with, which goes on with
             none itself, or None where a sequence begins; left out, every piece is a sequence.
+        beside: other numbers that are wanted on the device, and travel in the same copy.
+
+    Attributes:
+        beside: these, as int64 tensors.
     """
 
     def __init__(
@@ -81,13 +86,15 @@ class PackedAttention:
         seq_lens: Sequence[int],
         device: torch.device,
         continues: Sequence[int | None] | None = None,
+        beside: Sequence[Sequence[int]] = (),
     ) -> None:
         self.seq_lens, self.device = list(seq_lens), device
         self.continues = list(continues) if continues else [None] * len(self.seq_lens)
         # Where each piece begins in its sequence.
         self.offsets = [0 if c is None else self.seq_lens[c] for c in self.continues]
         spans = zip(self.offsets, self.seq_lens, strict=True)
-        self.positions_T = torch.cat([torch.arange(a, a + n) for a, n in spans]).to(device)
+        positions = [p for a, n in spans for p in range(a, a + n)]
+        self.positions_T, *self.beside = send_numbers([positions, *beside], device)
 
     def slots(self, layer: int) -> CacheSlots | None:
         return None
@@ -109,23 +116,19 @@ class PackedAttention:
         return [r if c is None else own[c] + r for c, r in zip(self.continues, own, strict=True)]
 
     @functools.cached_property
-    def _cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """Where the queries and the keys of each piece begin, in the order of the packed kernel."""
+    def _starts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where the queries and the keys of each piece begin, in the order of the packed kernel.
 
-        def starts(lens: Iterable[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=self.device)
-
-        queries = starts(self.seq_lens)
-        if self._key_rows is None:
-            return queries, queries
-        return queries, starts(len(rows) for rows in self._rows)
-
-    @functools.cached_property
-    def _key_rows(self) -> Tensor | None:
-        """The packed row of each key, where some are seen from several sequences."""
+        And the packed row of each key, where some are seen from several sequences.
+        """
+        queries = [0, *accumulate(self.seq_lens)]
         if not any(self.offsets):
-            return None
-        return torch.tensor(list(chain.from_iterable(self._rows)), device=self.device)
+            (starts,) = send_numbers([queries], self.device)
+            return starts.int(), starts.int(), None
+        keys = [0, *accumulate(len(rows) for rows in self._rows)]
+        parts = [queries, keys, list(chain.from_iterable(self._rows))]
+        starts, key_starts, key_rows = send_numbers(parts, self.device)
+        return starts.int(), key_starts.int(), key_rows
 
     @functools.cached_property
     def _padding(self) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
@@ -133,15 +136,16 @@ class PackedAttention:
         begun = {c for c in self.continues if c is not None}
         whole = [rows for i, rows in enumerate(self._rows) if i not in begun]
         shapes, *rows = _pad_plan(whole, sum(self.seq_lens))
-        pad_N, unpad_T = (torch.tensor(r, device=self.device) for r in rows)
+        pad_N, unpad_T = send_numbers(rows, self.device)
         return shapes, pad_N, unpad_T
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """A shared prompt's queries are computed once; its keys are repeated for each sequence."""
         varlen_attn, options = _varlen_attn()
         assert varlen_attn is not None
-        if self._key_rows is not None:
-            k_TGK, v_TGK = (x.index_select(0, self._key_rows) for x in (k_TGK, v_TGK))
+        cu_q, cu_k, key_rows = self._starts
+        if key_rows is not None:
+            k_TGK, v_TGK = (x.index_select(0, key_rows) for x in (k_TGK, v_TGK))
         # torch 2.10 says is_causal, later ones say it with a window. Either lets the last query see
         # the last key where there are fewer queries than keys.
         causal = {"is_causal": True} if "is_causal" in options else {"window_size": (-1, 0)}
@@ -149,7 +153,6 @@ class PackedAttention:
         grouped = {"enable_gqa": True} if "enable_gqa" in options else {}
         longest = max(self.seq_lens)
         longest_keys = max(a + n for a, n in zip(self.offsets, self.seq_lens, strict=True))
-        cu_q, cu_k = self._cu_seqlens
         return varlen_attn(
             q_THK, k_TGK, v_TGK, cu_q, cu_k, longest, longest_keys, **causal, **grouped
         )

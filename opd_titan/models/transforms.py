@@ -73,7 +73,7 @@ def _bounded(compiled: Callable[..., Any], *args: Any) -> Any:
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise RuntimeError(
             f"[compile] enable: a layer has been compiled {torch._dynamo.config.recompile_limit} "
-            "times and would have to be again for this batch; set it to false, and report what "
+            'times and would have to be again for this batch; set it to "off", and report what '
             "TORCH_LOGS=recompiles prints"
         ) from error
 

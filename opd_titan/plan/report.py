@@ -25,6 +25,7 @@ def table(config: JobConfig, columns: list[Column]) -> str:
     for name in columns[0][1].resident:
         add(f"  {name}", [_gib(s.resident[name]) for _, s, _ in columns])
     add("  gradients", [_gib(s.gradients) for _, s, _ in columns])
+    add("  kept gathered, update", [_gib(s.kept.extra) for _, s, _ in columns])
     add("  KV cache", [_gib(s.kv_cache) for _, s, _ in columns])
     add("  activations, update", [_gib(_activations(config, s)) for _, s, _ in columns])
     add("  reserved", [_gib(c.reserve) for c, _, _ in columns])
@@ -90,10 +91,11 @@ def _mesh(simulation: Simulation) -> str:
     return " x ".join(f"{axis} {ranks}" for axis, ranks in simulation.axes.items())
 
 
-def _activations(config: JobConfig, simulation: Simulation) -> int:
+def _activations(config: JobConfig, simulation: Simulation) -> float:
     """What the update's peak holds beyond what is resident, the generator's copy aside."""
     resident = sum(v for n, v in simulation.resident.items() if n != "generator weights")
-    return max(0, simulation.phases["update"].peak - resident - simulation.gradients)
+    kept = simulation.gradients + simulation.kept.extra
+    return max(0, simulation.phases["update"].peak - resident - kept)
 
 
 def _gib(size: float) -> str:

@@ -21,7 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opd_titan.build import (
     ModelShape,
+    allocate,
     common_vocab_size,
+    compiles,
     cpu_offload,
     inspect_shape,
     parallel_model,
@@ -35,8 +37,10 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
 from opd_titan.distill.scoring import gathered_heads, score
 from opd_titan.distill.update import UpdateRule, forward_backward, models_of
+from opd_titan.distributed.sharding import exchange_gradients, resharding
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, axes, build_world
+from opd_titan.gathering import Gathering, choose
 from opd_titan.models.logits import Distribution
 from opd_titan.optim import build_optimizer
 from opd_titan.plan.cluster import Cluster
@@ -80,6 +84,7 @@ class Simulation:
         resident: what is there between phases, by name.
         weights: the frozen models' share of one rank, on its device or its host, by role.
         gradients: on the device; `trained` parameters have one in fp32.
+        kept: what stays gathered between micro-batches.
         scored: micro-batches of one rank in the whole step, by frozen model.
         kv_cache: with its `pages` of `page_size` tokens.
         runner: all that the rollout keeps for the next one, the cache among it.
@@ -93,6 +98,7 @@ class Simulation:
     shapes: dict[str, ModelShape]
     world: World
     dtype: torch.dtype
+    kept: Gathering = Gathering()
     resident: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     gradients: int = 0
@@ -205,9 +211,9 @@ class _Step:
         self.on_host = 0  # bytes that the plan holds, but the cluster's devices would not
         built_as = copy.deepcopy(config)
         # Compiled code is not traced here; it keeps about what selective checkpointing does.
-        if config.compile.enable and config.activation_checkpoint.mode == "none":
+        if compiles(config) and config.activation_checkpoint.mode == "none":
             built_as.activation_checkpoint.mode = "selective"
-        built_as.compile.enable = False
+        built_as.compile.enable = "off"
         self.models = {
             role: parallel_model(shape, self.world, built_as, self.dtype)
             for role, shape in result.shapes.items()
@@ -231,9 +237,14 @@ class _Step:
         self._update(plan)
 
     def _load(self) -> None:
+        shapes, memory = self.result.shapes, self.cluster.memory
+        self.kept = choose(self.config, self.models, shapes, self.world, self.dtype, memory)
+        self.kept.tell(self.models)
+        self.result.kept = self.kept
         for role, model in self.models.items():
             before = self.tracker.live
-            for parameter in model.to_empty(device="cpu").parameters():
+            allocate(model, self.world.device)
+            for parameter in model.parameters():
                 self.tracker.add(local(parameter))
             self.result.weights[role] = self.tracker.live - before
             self._hold(f"{role} weights", self.tracker.live - before, role)
@@ -272,10 +283,15 @@ class _Step:
         self.result.resident[name] = size
 
     @contextmanager
-    def _phase(self, name: str, times: float = 1.0) -> Iterator[Phase]:
+    def _phase(
+        self, name: str, times: float = 1.0, gathers: float | None = None
+    ) -> Iterator[Phase]:
         """Note a phase's peak and traffic. The body stands for a share of it, done `times`.
 
         The body may change the share, by `phase.times` and `phase.calls`.
+
+        Args:
+            gathers: how often what is sent over the data-parallel axes is sent, if not as often.
         """
         tracker, phase = self.tracker, self.result.phases.setdefault(name, Phase())
         phase.times = phase.calls = times
@@ -285,8 +301,11 @@ class _Step:
         mesh = self.world.mesh
         for axis in axes(mesh):
             group = mesh.get_group(axis).group_name
-            phase.sent[axis] += tracker.sent[group] * phase.times
-            phase.collectives[axis] += tracker.collectives[group] * phase.calls
+            sent, calls = phase.times, phase.calls
+            if gathers is not None and axis != "tp":
+                sent = calls = gathers
+            phase.sent[axis] += tracker.sent[group] * sent
+            phase.collectives[axis] += tracker.collectives[group] * calls
 
     def _generator(self, weights: GeneratorWeights) -> PlannedGenerator:
         c = self.config
@@ -379,7 +398,7 @@ class _Step:
         self.result.scored[role] = count
         model, rule = self.models[role], self._rule()
         whole, part = rule.needs_vocabulary, [Minibatch([first], 1, [role])]
-        with self._phase(name, count):
+        with self._phase(name, count, gathers=1 if role in self.kept.frozen else None):
             scored = score(model, part, rule.dist.untruncated, self.world, keep_hidden=whole)
         for sample, values in scored:
             setattr(sample, f"{name}_hidden" if whole else f"{name}_logprobs", values)
@@ -400,20 +419,32 @@ class _Step:
         rule = self._rule()
         frozen = {r: m for r, m in self.models.items() if r != "student"}
         first, count = _first_microbatch(plan)
-        offloaded = self._is_on_host("student")
-        # All micro-batches of an update but the first have its gradients beside them.
-        if offloaded or any(len(m.microbatches) > 1 for m in plan):
+        if self._is_on_host("student"):
             self._make_gradients()
-        if offloaded:
             self.on_host += self.result.gradients
             self.result.gradients = 0
         teacher = first[0].prompt.teacher if first else ""
-        with gathered_heads(models_of(teacher, frozen if rule.needs_vocabulary else {})) as heads:
-            with self._phase("update", count):
-                forward_backward(self.student, first, 1, rule, self.world, heads)
+        models = models_of(teacher, frozen if rule.needs_vocabulary else {})
+        once = self.kept.gradients
+        with resharding(self.student), gathered_heads(models) as heads:
+            for times, last in _passes(count, len(plan)):
+                exchange_gradients(self.student, last, once)
+                with self._phase("update", times):
+                    forward_backward(self.student, first, 1, rule, self.world, heads)
         with self._phase("update", len(plan)):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def _passes(microbatches: int, updates: int) -> list[tuple[float, bool]]:
+    """How often there is a first micro-batch of an update, one in between, and a last one.
+
+    Returns:
+        Those that there are, and whether each is the last: each finds what the one before it keeps.
+    """
+    firsts = min(updates, microbatches - updates)
+    passes = [(firsts, False), (microbatches - updates - firsts, False), (updates, True)]
+    return [(times, last) for times, last in passes if times]
 
 
 def _first_microbatch(plan: list[Minibatch]) -> tuple[list[Sample], int]:

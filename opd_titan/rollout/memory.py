@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,17 +18,22 @@ def free_bytes(device: torch.device) -> int:
     return _host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def total_bytes(device: torch.device) -> int:
-    """The GPU's memory; of a host nothing, which is shared with others anyway."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-
-
 def never_used_bytes(device: torch.device) -> int:
     """Memory of a GPU that not even the allocator's cache holds: beyond the peak of all so far.
 
     Of a host: what is free now.
     """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes(device)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of this rank's GPU, or its share of the host's, whatever is in use of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no container, or none with a limit
+        host = min(host, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _host_bytes(root: Path = Path("/")) -> int:

@@ -138,7 +138,8 @@ class GeneratorWeights:
         self._current = False
         if self._room is None:
             # Scoring and update have just shown what they need: what they left can be kept.
-            spare = _SPARE * total_bytes(self.device)
+            # Of a host nothing is spared: it is shared with others anyway.
+            spare = _SPARE * total_bytes(self.device) if self.device.type == "cuda" else 0.0
             free = max(0, int(never_used_bytes(self.device) - spare))
             self._room = -int(max_scalar(-free, self.device))
 

@@ -144,8 +144,10 @@ def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
 def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offload: bool) -> None:
     """Shard every parameter over the data-parallel axes with FSDP2.
 
-    Also at world size 1: FSDP is then just the mixed-precision boundary (sharded parameters in
-    their own dtype, compute in `compute_dtype`, gradients reduced in fp32).
+    A trained model also at world size 1: FSDP is then just the mixed-precision boundary (sharded
+    parameters in their own dtype, compute in `compute_dtype`, gradients reduced in fp32). A frozen
+    one that every rank stores whole and as it computes needs none, and FSDP would copy each layer
+    in every forward.
 
     The embedding, the final norm and the head stay in the root's group. Tied weights must share a
     group, and the root's stay gathered from the embedding's look-up to the end of the chunked
@@ -156,6 +158,9 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offl
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     mesh = world.fsdp_mesh
+    frozen = all(not p.requires_grad and p.dtype == compute_dtype for p in model.parameters())
+    if frozen and mesh.shape[-1] == 1 and not cpu_offload:
+        return
     pinned = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     offload = pinned if cpu_offload else OffloadPolicy()
     for module in (*model.layers, model):

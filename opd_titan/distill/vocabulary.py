@@ -134,12 +134,9 @@ class Rows:
         return kl_grad(self.student.values_Cv, other.values_Cv, self.student.lse_C, mean_C, dtype)
 
     def __getitem__(self, some: Tensor) -> Rows:
-        """Return a copy of some rows' distributions."""
-        student, teacher, reference = (
-            None if model is None else model[some]
-            for model in (self.student, self.teacher, self.reference)
-        )
-        return Rows(self.logprob_C[some], self.scores, student, teacher, reference, tp=self.tp)
+        """Return a copy of some rows' distributions, of student and teacher."""
+        student, teacher = self.student[some], self.teacher[some]
+        return Rows(self.logprob_C[some], self.scores, student, teacher, tp=self.tp)
 
     def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:
         """The mean [C] of the values under `probs_Cv`, over the whole vocabulary."""

@@ -21,6 +21,7 @@ from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
 from opd_titan.distill.vocabulary import TokenScores
+from opd_titan.distributed.tensor_parallel import local
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.logits import Distribution, project
 from opd_titan.preflight import TOLERANCE, probe
@@ -96,7 +97,7 @@ def _scores(s: Setting, dtype: torch.dtype) -> Tensor:
         exact = model
         model = s.model(shape, recipe(False), dtype=dtype)
         for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
-            mine.to_local().copy_(theirs.to_local())
+            local(mine).copy_(local(theirs))
         del exact
     torch.manual_seed(7)
     samples = s.samples(max(s.budgets), 1, shape.args.vocab_size)

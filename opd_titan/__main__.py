@@ -123,7 +123,6 @@ def visible_gpus(environment: Mapping[str, str]) -> int:
 def worker_environment(processes: int) -> dict[str, str]:
     """What processes on this machine get unless the user has set it; see scripts/environment.sh."""
     found = {
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     }
     if processes > 1:

@@ -91,7 +91,6 @@ choose_processes() {
 
 # What NGPU workers on this machine get in their environment.
 set_worker_environment() {
-    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
     # Huge pages for malloc (glibc 2.35 on): large tensors that come and go fault 512 times less, on
     # a CPU 10 to 25 % of a rollout. One arena: a background save's thread has its own otherwise,
     # which keeps 0.6 MiB more after each save (benchmarks/endurance.py).

@@ -172,13 +172,38 @@ def test_gpus_are_counted_as_the_scripts_count_them(
 def test_workers_get_the_environment_that_the_scripts_give(
     processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("PYTORCH_ALLOC_CONF", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
+    names = ("GLIBC_TUNABLES", "OMP_NUM_THREADS")
     for name in names:
         monkeypatch.delenv(name, raising=False)
     show = "; ".join(f'echo "${name}"' for name in names)
     theirs = ask_bash(f"NGPU={processes}; set_worker_environment; {show}").split("\n")
     ours = command.worker_environment(processes)
-    assert [ours.get(name, "") for name in names] == [*theirs, ""][:3]
+    assert [ours.get(name, "") for name in names] == [*theirs, ""][:2]
+
+
+# Says what is set when torch begins to be imported.
+WATCHED = """
+import importlib, os, sys
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ["PYTORCH_ALLOC_CONF"], os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("module", ["opd_titan.trainer", "opd_titan.supervise", "opd_titan.launch"])
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:64"])
+def test_the_allocator_is_set_up_before_torch_is_imported(module: str, own: str | None) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    env |= {"PYTHONPATH": str(REPO)} | ({"PYTORCH_ALLOC_CONF": own} if own else {})
+    command = [sys.executable, "-c", WATCHED, module]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{own or 'expandable_segments:True'} None\n"
 
 
 # ------------------------------------------------------------------------ completion

@@ -39,10 +39,10 @@ def poison() -> None:
 
     update = trainer.update
 
-    def poisoned(model: Any, optimizer: Any, plan: Any, *args: Any) -> Any:
+    def poisoned(model: Any, optimizer: Any, plan: Any, *args: Any, **options: Any) -> Any:
         plan[0].microbatches[0][0].teacher_logprobs[0] = math.nan
         trainer.update = update
-        return update(model, optimizer, plan, *args)
+        return update(model, optimizer, plan, *args, **options)
 
     trainer.update = poisoned
 

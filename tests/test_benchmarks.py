@@ -174,10 +174,10 @@ def test_an_accident_loses_nothing(repo: Path, tmp_path: Path) -> None:
     assert two[1]["error"] == f"ended with exit code {-signal.SIGSEGV}"
     assert "Segmentation fault" in (tmp_path / "log").read_text()
     assert three[1]["error"] == "stopped after 5 s"
-    assert ends(three[0]["pid"])
+    assert is_gone(three[0]["pid"])
 
 
-def ends(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     """Whether a process ends soon. One that nobody has waited for yet is still listed, as Z."""
     for _ in range(300):
         try:

@@ -22,6 +22,7 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
+from opd_titan.distributed.sharding import resharding
 from opd_titan.models.logits import Distribution
 from opd_titan.preflight import TOLERANCE
 from opd_titan.rollout.attention_path import choose_path
@@ -204,10 +205,11 @@ def _emit_gap(
     (update,) = plan_minibatches(samples, 1, max(s.budgets), s.world.dp)
     r = rule(recipe(False, objective="sft"))
     gaps = []
-    for microbatch in update.microbatches:
-        stats, rollout_R = forward_backward(
-            student.model, microbatch, update.response_tokens, r, s.world
-        )
-        gaps.append((stats.logprob_R - rollout_R).abs().cpu())
+    with resharding(student.model):
+        for microbatch in update.microbatches:
+            stats, rollout_R = forward_backward(
+                student.model, microbatch, update.response_tokens, r, s.world
+            )
+            gaps.append((stats.logprob_R - rollout_R).abs().cpu())
     student.model.zero_grad(set_to_none=True)
     s.emit({"figure": "gap", "model": name, **_gap(torch.cat(gaps))})

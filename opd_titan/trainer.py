@@ -210,7 +210,7 @@ class Trainer:
                     self.score("reference", "reference", plan)
             with phase("update"):
                 result = self.update(plan)
-                self.weights.outdate()
+                self.weights.outdate(any(result.made), self.kept.usable - self.kept.needed)
         return samples, result
 
     @contextmanager

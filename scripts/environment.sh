@@ -5,30 +5,25 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# Prints those of the packages that a Python lacks, by the names that pip knows them by.
-# find_spec: importing torch here would cost seconds on every start.
+# What a Python lacks of the named packages; it fails where that is nothing. find_spec: importing
+# torch here would cost seconds on every start.
 missing_packages() {
-    "$1" - "${@:2}" <<'PY' 2>/dev/null
+    "$1" - "${@:2}" <<'PY' 2>/dev/null || echo "a Python that runs"
 import importlib.util as u, sys
-print(*(name.replace("xdist", "pytest-xdist") for name in sys.argv[1:] if not u.find_spec(name)))
-sys.exit(sys.version_info < (3, 10))
+missing = [name for name in sys.argv[1:] if u.find_spec(name) is None]
+missing += ["Python 3.10 or newer"] * (sys.version_info < (3, 10))
+print(", ".join(missing), end="")
 PY
 }
 
 has_packages() {
-    local missing
-    missing="$(missing_packages "$@")" && [ -z "$missing" ]
+    command -v "$1" >/dev/null && [ -z "$(missing_packages "$@")" ]
 }
 
-# Whether a Python's pip gets a small package, from wherever the user's settings say: its own
-# attempts without a network take minutes.
-can_download() {
-    local folder status=0
-    folder="$(mktemp -d)"
-    "$1" -m pip download --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 10 \
-        --dest "$folder" tqdm >/dev/null 2>&1 || status=1
-    rm -rf "$folder"
-    return "$status"
+# Whether pip finds packages, by whatever it is configured with: an index, a mirror, a folder.
+finds_packages() {
+    "$1" -m pip install --dry-run --ignore-installed --no-deps --quiet --disable-pip-version-check \
+        --retries 0 --timeout 5 tqdm >/dev/null 2>&1
 }
 
 # prepare_environment [extra [package ...]]: the extra "dev" also wants what the tests need; so it
@@ -40,28 +35,29 @@ prepare_environment() {
     [ "$extra" = dev ] && needed+=(pytest xdist hypothesis ruff)
     local python
     for python in python3 python "$ROOT/.venv/bin/python"; do
-        if command -v "$python" >/dev/null && has_packages "$python" "${needed[@]}"; then
+        if has_packages "$python" "${needed[@]}"; then
             PYTHON="$python"
             return
         fi
     done
-    echo "No Python here has everything that is needed; making one in $ROOT/.venv" >&2
     PYTHON="$ROOT/.venv/bin/python"
     (
         # Of jobs that start at once in a new checkout one makes it, the others wait and find it.
         command -v flock >/dev/null && flock 9
         has_packages "$PYTHON" "${needed[@]}" && exit
+        local missing pip=python3
+        missing=$(missing_packages python3 "${needed[@]}")
+        python3 -m pip --version >/dev/null 2>&1 || pip="$PYTHON"
+        [ "$pip" = python3 ] || [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
+        finds_packages "$pip" || fail "python3 lacks $missing, and pip finds no packages here;" \
+            "where it does: python3 -m pip download --dest wheels --constraint constraints.txt" \
+            "'.${extra:+[$extra]}' setuptools; then here: python3 -m pip install --no-index" \
+            "--find-links wheels --editable '.${extra:+[$extra]}'"
+        echo "python3 lacks $missing; installing into $ROOT/.venv" >&2
         [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
-        if ! can_download "$PYTHON"; then
-            names="$(missing_packages python3 "${needed[@]}" || true)"
-            fail "python3 lacks $names, and pip gets nothing (no network? PIP_INDEX_URL?); on a" \
-                "machine with a network and the same Python: pip download --dest wheels" \
-                "--constraint constraints.txt $names; then here:" \
-                "python3 -m pip install --no-index --find-links wheels $names"
-        fi
         "$PYTHON" -m pip install --quiet --disable-pip-version-check \
             --constraint "$ROOT/constraints.txt" --editable "$ROOT${extra:+[$extra]}" >&2
-    ) 9>"$ROOT/.venv.lock"
+    ) 9>"$ROOT/.venv.lock" || exit
 }
 
 fail() {

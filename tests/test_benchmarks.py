@@ -174,8 +174,20 @@ def test_an_accident_loses_nothing(repo: Path, tmp_path: Path) -> None:
     assert two[1]["error"] == f"ended with exit code {-signal.SIGSEGV}"
     assert "Segmentation fault" in (tmp_path / "log").read_text()
     assert three[1]["error"] == "stopped after 5 s"
-    with pytest.raises(ProcessLookupError):
-        os.kill(three[0]["pid"], 0)
+    assert is_gone(three[0]["pid"])
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends soon. One that nobody has waited for yet is still listed, as Z."""
+    for _ in range(300):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_a_call_that_is_ended_sums_up(repo: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_world import REPO, World, make_world
@@ -150,6 +151,44 @@ def ask_bash(code: str, **environment: str) -> str:
         check=True,
     )
     return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout's scripts, beside a Python that has pip and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(REPO / "scripts", folder / "scripts")
+    shutil.copy(REPO / "constraints.txt", folder)
+    venv.create(folder / "python", with_pip=True)
+    return folder
+
+
+def without_index(bare: Path, command: list[str], **environment: str) -> Any:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON"))}
+    path = f"{bare}/python/bin:/usr/bin:/bin"
+    offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    env |= {"PATH": path, **offline, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_without_packages_and_network_one_line_says_what_to_bring(bare: Path) -> None:
+    done = without_index(bare, ["bash", str(bare / "scripts" / "run_train.sh")])
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("opd_titan: python3 lacks torch, torchdata, ")
+    assert "--find-links wheels" in line
+
+
+def test_a_folder_of_wheels_is_an_index_too(bare: Path, tmp_path: Path) -> None:
+    info = "tqdm-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "tqdm-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tqdm.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tqdm\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    ask = ["bash", "-c", f"source {bare}/scripts/environment.sh; finds_packages python3"]
+    assert without_index(bare, ask).returncode != 0
+    assert without_index(bare, ask, PIP_FIND_LINKS=str(tmp_path)).returncode == 0
 
 
 @pytest.mark.parametrize("visible", ["", "0", "0,1", "3,", "GPU-1,GPU-2,GPU-3", None])

@@ -62,6 +62,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         sizes.append(n)
         return Recorded(runner, n)
 
+    monkeypatch.setattr(Runner, "_warm_up", lambda runner, n: None)
     monkeypatch.setattr(Runner, "_capture", capture)
     monkeypatch.setattr(generator_module, "choose_path", through_table)
     yield sizes

@@ -133,7 +133,7 @@ def hidden_head(hidden_TD: Tensor, weight: Tensor, predict_R: Tensor) -> Tensor:
 
 
 def _row(targets_C: Tensor, head: VocabHead) -> Tensor:
-    """Row of each target among this rank's, -1 where it has none."""
+    """Return the row of each target among this rank's, -1 where it has none."""
     row_C, held_C = head.locate(targets_C)
     return row_C.masked_fill(~held_C, -1)
 
@@ -141,7 +141,7 @@ def _row(targets_C: Tensor, head: VocabHead) -> Tensor:
 def _distributions(
     logits: Mapping[str, Tensor], targets_C: Tensor, head: VocabHead
 ) -> tuple[dict[str, Tensor], dict[str, ModelLogits], Tensor]:
-    """By role the targets' log-probs [C] and the distributions, and the student's entropy [C].
+    """Return by role the targets' log-probs [C] and distributions, and the student's entropy [C].
 
     One pass over the logits, and one exchange between the ranks, whatever the number of models.
 
@@ -378,7 +378,7 @@ class _ChunkedLoss:
         )
 
     def _probed(self, chunks: Sequence[slice], device: torch.device) -> Sequence[Tensor]:
-        """The rows of each chunk to examine, brought to the device in one copy."""
+        """Return the rows of each chunk to examine, brought to the device in one copy."""
         first, there = self.probe_from, "teacher" in self.frozen
         some = [probed(first + c.start, first + c.stop if there else 0) for c in chunks]
         return torch.cat(some).to(device).split([len(part) for part in some])

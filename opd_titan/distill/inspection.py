@@ -98,14 +98,14 @@ class Watch:
 
 
 def _inside(span: slice, chunk: slice) -> slice:
-    """The part of a span that lies in a chunk, counted from its start; empty where none does."""
+    """Return the part of a span that lies in a chunk, counted from the chunk's start."""
     return slice(
         max(span.start, chunk.start) - chunk.start, min(span.stop, chunk.stop) - chunk.start
     )
 
 
 def _count_above(logits_Wv: Tensor, target_W: Tensor) -> Tensor:
-    """How many logits of each row are larger than its target's."""
+    """Return how many logits of each row are larger than its target's."""
     counts = []
     for block in row_blocks(logits_Wv):
         # Floats, for a CPU takes three times as long to sum booleans. Exact up to 2**24.
@@ -116,9 +116,10 @@ def _count_above(logits_Wv: Tensor, target_W: Tensor) -> Tensor:
 
 
 def _likeliest(logits_Wv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row and their columns; `topk`, but with a pass that is fast.
+    """Return the k largest logits of each row and their columns, likeliest first.
 
-    They are among the columns of the k blocks with the largest maxima, and those of no block.
+    As `topk` does, which is slow on long rows: they are among the columns of the k blocks with the
+    largest maxima, and those of no block.
     """
     blocks = logits_Wv.shape[1] // _BLOCK
     if k >= blocks or k == 0:

@@ -73,7 +73,7 @@ class ModelLogits:
         return self.values_Cv
 
     def __getitem__(self, some: Tensor) -> ModelLogits:
-        """A copy of some rows."""
+        """Return a copy of some rows."""
         return ModelLogits(self.values_Cv[some], self.lse_C[some], truncated=self.truncated)
 
 
@@ -124,9 +124,9 @@ class Rows:
 
     @torch.no_grad()
     def kl_gradient(self, other: ModelLogits) -> Tensor:
-        """The derivative of KL(S||other) by the student's logits [C, v]; uses up the other's.
+        """Return the derivative of KL(S||other) by the student's logits [C, v].
 
-        With x = log p - log q: p (x - sum p x).
+        With x = log p - log q: p (x - sum p x). The other's logits are used up.
         """
         mean_C = other.kl_C + self.student.lse_C - other.lse_C
         # Of two such derivatives, only the sum is rounded.
@@ -134,12 +134,9 @@ class Rows:
         return kl_grad(self.student.values_Cv, other.values_Cv, self.student.lse_C, mean_C, dtype)
 
     def __getitem__(self, some: Tensor) -> Rows:
-        """A copy of some rows' distributions."""
-        student, teacher, reference = (
-            None if model is None else model[some]
-            for model in (self.student, self.teacher, self.reference)
-        )
-        return Rows(self.logprob_C[some], self.scores, student, teacher, reference, tp=self.tp)
+        """Return a copy of some rows' distributions, of student and teacher."""
+        student, teacher = self.student[some], self.teacher[some]
+        return Rows(self.logprob_C[some], self.scores, student, teacher, tp=self.tp)
 
     def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:
         """The mean [C] of the values under `probs_Cv`, over the whole vocabulary."""

@@ -124,6 +124,8 @@ class PackedAttention:
         queries = [0, *accumulate(self.seq_lens)]
         if not any(self.offsets):
             (starts,) = send_numbers([queries], self.device)
+            # Two tensors: of one, torch 2.15 would take cuDNN's kernel on Hopper, which wants
+            # values without gaps between tokens, as products of joined weights do not give them.
             return starts.int(), starts.int(), None
         keys = [0, *accumulate(len(rows) for rows in self._rows)]
         parts = [queries, keys, list(chain.from_iterable(self._rows))]

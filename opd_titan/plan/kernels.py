@@ -33,9 +33,8 @@ def like_cuda() -> Iterator[None]:
         patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True),
         patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
         # The operators know their shapes where Triton is not installed.
-        patch("opd_titan.models.kernels.why_unavailable", lambda device, dtype: ""),
-        patch("torch.nn.functional.rms_norm", _rms_norm),
         patch.object(kernels, "why_unavailable", lambda device: ""),
+        patch("torch.nn.functional.rms_norm", _rms_norm),
         patch.object(generator, "choose_path", _choose_path),
         sdpa_kernel(_ATTENTION),
         *(patch.dict(figures, cpu=figures["cuda"]) for figures in _FIGURES),

@@ -180,8 +180,9 @@ class Generator:
                 slots = [s.slot for s in ended]
                 runner.move(*scheduler.release(slots), len(scheduler.running))
         answers.collect()
+        # A capture that failed would fail again.
+        self.use_cuda_graphs = self.use_cuda_graphs and runner.captures
         if not runner.static:
-            self.use_cuda_graphs = False  # a capture that failed would fail again
             self.release()
         self.stats.seconds = time.perf_counter() - start
         keys = [(r.prompt.index, r.sample_index) for r in requests]
@@ -214,7 +215,8 @@ class Generator:
         for sequence, (tokens, logprobs) in zip(again, found, strict=True):
             scheduler.requeue(sequence, tokens, logprobs.tolist())
         self.stats.preempted += len(again)
-        runner.move(*scheduler.release([s.slot for s in sequences]), len(scheduler.running))
+        moves = scheduler.release([s.slot for s in sequences], ended=len(again) < len(counts))
+        runner.move(*moves, len(scheduler.running))
 
     def _ended(self, runner: Runner, scheduler: Scheduler) -> dict[RunningSequence, int]:
         """Count a step. The sequences that ended, as far as the host knows, and their tokens."""
@@ -288,9 +290,17 @@ class Generator:
         """A runner for so many sequences of so many pages, as far as memory for them is there."""
         slots, pages = self.count_slots_and_pages(wanted, width, params)
         cache = KVCache(self._sizes, pages, self.page_size, self.path, self.dtype, self.device)
-        static = self.use_cuda_graphs and self.path.kernel is not None
+        static = self.path.kernel is not None
         return Runner(
-            self.model, self.head, cache, slots, width, self.eos_ids, params, static=static
+            self.model,
+            self.head,
+            cache,
+            slots,
+            width,
+            self.eos_ids,
+            params,
+            static,
+            self.use_cuda_graphs,
         )
 
     def count_slots_and_pages(

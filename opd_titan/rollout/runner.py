@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.transfer import Fetched, send
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention
@@ -42,7 +43,8 @@ class Runner:
         slots: rows at most.
         max_pages: of the longest sequence.
         eos_ids: each of these tokens ends a response.
-        static: a step has one of few numbers of rows, and each of them is captured as a CUDA graph.
+        static: a step has one of few numbers of rows.
+        captures: each of these is captured as a CUDA graph.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Runner:
         eos_ids: set[int],
         params: SamplingParams,
         static: bool = False,
+        captures: bool = True,
     ) -> None:
         self.model, self.cache, self.slots, self.params = model, cache, slots, params
         self.device, self.lag = cache.device, LAG[cache.device.type]
@@ -86,7 +89,7 @@ class Runner:
         self._changed: set[str] = set()
         self._resumed: list[RunningSequence] = []
         self._parts: PageParts | None = None
-        self.static = static
+        self.static, self.captures = static, static and captures
         self._addresses = self._weight_addresses()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None  # the pool that all graphs share
@@ -181,14 +184,13 @@ class Runner:
     def decode(self, n: int) -> None:
         """Give every sequence in slots 0 to n-1 its next token."""
         self._send_changes()
-        if self.static:
-            rows = bucket(n, self.slots)
-            if rows not in self._graphs:
-                self._try_capture(rows)
-            if rows in self._graphs:
-                self._graphs[rows].replay()
-                return
-        self._step(n)
+        rows = bucket(n, self.slots) if self.static else n
+        if self.captures and rows not in self._graphs:
+            self._try_capture(rows)
+        if self.captures:
+            self._graphs[rows].replay()
+        else:
+            self._step(rows)
 
     def _step(self, n: int) -> None:
         count_N, runs_N = self.count_B[:n], self.runs_B[:n]
@@ -229,30 +231,43 @@ class Runner:
         """Capture a step of n rows. Where that fails, say so once and go on without graphs."""
         state = (self.token_B, self.position_B, self.count_B, self.runs_B, self.done_B)
         kept = [tensor.clone() for tensor in state]
+        self._warm_up(n)
         try:
             self._graphs[n] = self._capture(n)
         except RuntimeError as error:
-            self.static = False
-            self._graphs.clear()
+            # What ends a capture hides what went wrong in it.
+            cause = str(error.__context__ or error).split("\n", 1)[0]
             logger.warning(
-                "Rollouts: a CUDA graph could not be captured, going on without (slower): %s",
-                str(error).split("\n", 1)[0],
+                "Rollouts: a CUDA graph could not be captured, going on without (slower): %s", cause
             )
+        # Tensor-parallel ranks step alike.
+        if not min_integer(int(n in self._graphs), self.device, self.sampler.head.tp):
+            self.captures = False
+            self._graphs.clear()
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
 
-    def _capture(self, n: int) -> torch.cuda.CUDAGraph:
-        """Record a step of n rows, after running it once, as CUDA wants."""
-        side = _capture_stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
+    def _warm_up(self, n: int) -> None:
+        """Run a step where it is captured afterwards, as CUDA wants: kernels are compiled now."""
+        side, current = _capture_stream(self.device), torch.cuda.current_stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             self._step(n)
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
+
+    def _capture(self, n: int) -> torch.cuda.CUDAGraph:
+        side, current = _capture_stream(self.device), torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         # Other threads (a checkpoint being written) may use CUDA meanwhile.
         mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._graph_memory, stream=side, capture_error_mode=mode):
-            self._step(n)
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._graph_memory, stream=side, capture_error_mode=mode
+            ):
+                self._step(n)
+        finally:
+            # Before torch 2.15 a capture that fails leaves its own stream the current one.
+            torch.cuda.set_stream(current)
         self._graph_memory = graph.pool()
         return graph
 

@@ -328,13 +328,18 @@ class Scheduler:
         self._step += 1
         return [s.slot for s in self._ends.pop(self._step, ()) if s.pages]
 
-    def release(self, slots: Iterable[int]) -> tuple[list[int], list[int]]:
+    def release(self, slots: Iterable[int], ended: bool = False) -> tuple[list[int], list[int]]:
         """Free the slots of sequences that ended or were preempted.
+
+        Args:
+            ended: one of those that lost their pages had ended, as was seen too late.
 
         Returns:
             Slots whose contents must move, and where to, pair by pair. No slot is in both lists.
         """
         gone = set(slots)
+        if ended:
+            self._crowded = False
         for sequence in (self.running[slot] for slot in gone):
             if sequence.pages:  # it ended
                 self._free_pages(sequence)

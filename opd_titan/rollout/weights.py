@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ class GeneratorWeights:
         for name, parameter in source.named_parameters():
             shared = self._own_storage(parameter)
             if shared is None:
-                shared = torch.empty(shapes[name], dtype=dtype, device=device)  # until `release`
+                shared = torch.empty(shapes[name], dtype=dtype, device=device)
+                shared.untyped_storage().resize_(0)  # until `sync`
                 self._copies[name] = shared
             tensors[name] = shared
         self.model.load_state_dict(tensors, strict=False, assign=True)
@@ -86,6 +88,7 @@ class GeneratorWeights:
         for layers in self.model.layers_with_one_input():  # type: ignore[operator]
             if all(names[layer] in apart for layer in layers):
                 self._owners.append(join(layers))
+                self._owners[-1].untyped_storage().resize_(0)
                 for layer in layers:
                     self._copies[names[layer]] = layer.weight
                     del apart[names[layer]]
@@ -140,14 +143,18 @@ class GeneratorWeights:
             module.reshard()
         assert not left, f"not gathered: {list(left)}"
 
-    def outdate(self) -> None:
-        """Say that the source has changed. All ranks call."""
+    def outdate(self, made: bool = True, most: float = math.inf) -> None:
+        """Say that the source may have changed. All ranks call.
+
+        Args:
+            made: an update was made. The first one that was shows what scoring and updates need:
+                what they left can be kept.
+            most: bytes that may be kept by what is known of later ones, which may be larger.
+        """
         self._current = False
-        if self._room is None:
-            # Scoring and update have just shown what they need: what they left can be kept.
-            # Of a host nothing is spared: it is shared with others anyway.
-            spare = _SPARE * total_bytes(self.device) if self.device.type == "cuda" else 0.0
-            free = max(0, int(never_used_bytes(self.device) - spare))
+        if made and self._room is None:
+            spare = _SPARE * total_bytes(self.device)
+            free = max(0.0, min(never_used_bytes(self.device) - spare, most))
             self._room = -int(max_scalar(-free, self.device))
 
     @property

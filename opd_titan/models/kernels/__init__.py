@@ -13,6 +13,10 @@ blocks of 128 of its tokens.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,6 +49,11 @@ def why_unavailable(device: torch.device) -> str:
         return "the GPU is older than Ampere"
     if not _have_triton():
         return "Triton is not installed"
+    # Triton compiles each kernel's launcher.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler (gcc, clang, or what CC names)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Triton needs Python's header files (Debian's python3-dev)"
     return ""
 
 

@@ -440,7 +440,7 @@ def test_a_later_transform_that_unties_is_found(
     monkeypatch: pytest.MonkeyPatch, transform: str
 ) -> None:
     """Each of them could: it has the model in its hands."""
-    model, real = tiny(tied=True), getattr(parallelize, transform)
+    model, real = tiny(tied=True).requires_grad_(), getattr(parallelize, transform)
 
     def unties(*args: Any, **options: Any) -> None:
         real(*args, **options)

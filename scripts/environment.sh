@@ -23,7 +23,7 @@ has_packages() {
 # Whether pip finds packages, by whatever it is configured with: an index, a mirror, a folder.
 finds_packages() {
     "$1" -m pip install --dry-run --ignore-installed --no-deps --quiet --disable-pip-version-check \
-        --retries 0 --timeout 5 tqdm >/dev/null 2>&1
+        --retries 0 --timeout 10 tqdm >/dev/null 2>&1
 }
 
 # prepare_environment [extra [package ...]]: the extra "dev" also wants what the tests need; so it

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_titan.distributed.transfer import send
+from opd_titan.distributed.transfer import send, send_numbers
 from opd_titan.models.attention import Attend, PackedAttention
 from opd_titan.models.kernels import CacheSlots, plain
 from opd_titan.rollout.attention_path import AttentionPath
@@ -134,14 +134,8 @@ class ContinuedAttention:
         end = chunk.start + self.num_tokens
         self.positions_T = torch.arange(chunk.start, end, device=cache.device)
 
-        def int32(*values: int) -> Tensor:
-            return send(torch.tensor(values, dtype=torch.int32), cache.device)
-
-        self.pages, self.used, self.starts = (
-            int32(*chunk.pages),
-            int32(end),
-            int32(0, len(chunk.tokens)),
-        )
+        numbers = send_numbers([chunk.pages, [end], [0, self.num_tokens]], cache.device)
+        self.pages, self.used, self.starts = (x.int() for x in numbers)
         if cache.path.kernel is None:
             seen = torch.ones(self.num_tokens, end, dtype=torch.bool, device=cache.device)
             self.seen = seen.tril(chunk.start)

@@ -211,7 +211,7 @@ class Setting:
                 by_kind[kind] = by_kind.get(kind, 0.0) + seconds
                 by_name.append((seconds, f"{event.count}x {event.key[:90]}"))
         idle = max(0.0, wall - sum(by_kind.values()))
-        top = [f"{s:.6f} s {name}" for s, name in sorted(by_name, reverse=True)[:10]]
+        top = [f"{s:.6f} s {name}" for s, name in sorted(by_name, reverse=True)[:40]]
         return {"wall_s": wall, "seconds_by_kind": {**by_kind, "idle": idle}, "top": top}
 
     def _own_seconds(self, event: Any) -> float:

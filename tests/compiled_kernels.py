@@ -161,19 +161,31 @@ def test_norm_rope(compile_launches: Callable, H: int, G: int, K: int) -> None:
     for cache in ([None] * 4, [zeros(2, 64, G, K), zeros(2, 64, G, K), slots_T, slots_T]):
         (kernel,) = compile_launches(layers.norm_rope, *args, *cache)
         assert_fits(kernel, warps=16)
+    q_THK, k_TGK = zeros(3, H, K), zeros(3, G, K)
+    args = (q_THK, k_TGK, weight_K, weight_K, 1e-6, table_T1K, table_T1K, q_THK, k_TGK)
+    (kernel,) = compile_launches(layers.norm_rope_backward, *args)
+    assert_fits(kernel, warps=8)
 
 
 @pytest.mark.parametrize("D", [1024, 2048, 4096, 5120])
-def test_add_norm(compile_launches: Callable, D: int) -> None:
+def test_norms(compile_launches: Callable, D: int) -> None:
     x_TD = zeros(3, D)
-    (kernel,) = compile_launches(layers.add_norm, x_TD, x_TD, x_TD[0], 1e-6)
-    assert_fits(kernel, warps=32)
+    for launcher, args in (
+        (layers.norm, (x_TD, x_TD[0], 1e-6)),
+        (layers.add_norm, (x_TD, x_TD, x_TD[0], 1e-6)),
+        (layers.norm_backward, (x_TD, x_TD[0], 1e-6, x_TD, None)),
+        (layers.norm_backward, (x_TD, x_TD[0], 1e-6, x_TD, x_TD)),
+    ):
+        (kernel,) = compile_launches(launcher, *args)
+        assert_fits(kernel, warps=32)
 
 
 @pytest.mark.parametrize("F", [3072, 12288])
 def test_silu_mul(compile_launches: Callable, F: int) -> None:
-    (kernel,) = compile_launches(layers.silu_mul, *zeros(3, 2 * F).chunk(2, dim=1))
-    assert_fits(kernel, warps=32)
+    both = zeros(3, 2 * F).chunk(2, dim=1)
+    for launcher, args in ((layers.silu_mul, both), (layers.silu_mul_backward, (*both, both[0]))):
+        (kernel,) = compile_launches(launcher, *args)
+        assert_fits(kernel, warps=32)
 
 
 def test_block_stats(compile_launches: Callable) -> None:

@@ -7,12 +7,17 @@ imported. Shapes: see `opd_titan.models.kernels`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, product
 
 import pytest
 import torch
+import triton
+from tiny_rollout import ARGS, CPU, tiny
 from torch import Tensor
 
+from opd_titan.models import kernels
+from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels import CacheSlots, attention, layers, logits, plain
 
 TYPES = [torch.float16, torch.float32]
@@ -83,6 +88,118 @@ def test_norm_rope(T: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
     for x, expected in zip(got, heads.plain(), strict=True):
         assert x.is_contiguous()
         assert_close(x, expected)
+
+
+def gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    operands: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+) -> list[Tensor]:
+    """By autograd, in fp64."""
+    leaves = [x.double().requires_grad_() for x in operands]
+    results = function(*leaves)
+    results = [results] if isinstance(results, Tensor) else [*results]
+    return list(torch.autograd.grad(results, leaves, [g.double() for g in upstream]))
+
+
+def assert_gradients(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for x, exact in zip(got, expected, strict=True):
+        assert x.dtype == dtype and x.is_contiguous()
+        # Relative to the largest: sums over tokens cancel.
+        error = (x.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
+        assert error <= {torch.float16: 1e-3, torch.float32: 2e-6}[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("T", "F"), [(1, 7), (5, 1500)])
+def test_gradients_of_silu_mul(T: int, F: int, dtype: torch.dtype) -> None:
+    both = torch.randn(T, 2 * F).mul_(3.0).to(dtype)
+    both[0, 0], both[0, 1] = -100.0, 100.0
+    operands, g_TF = both.chunk(2, dim=1), torch.randn(T, F + 3).to(dtype)[:, :F]
+    got = layers.silu_mul_backward(*operands, g_TF)
+    assert_gradients(got, gradients(plain.silu_mul, operands, [g_TF]), dtype)
+
+
+# More tokens than programs; fewer; one.
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("T", "D"), [(1, 64), (3, 1000), (11, 1024)])
+@pytest.mark.parametrize("added", [False, True])
+def test_gradients_of_norms(
+    T: int, D: int, dtype: torch.dtype, added: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_SUMS", 4 * triton.next_power_of_2(D))
+    x_TD, y_TD, g_TD, g_total_TD = torch.randn(4, T, D + 5).to(dtype)[..., :D]
+    weight_D = torch.rand(D).to(dtype)
+    if not added:
+        assert_close(layers.norm(x_TD, weight_D, EPS), plain.norm(x_TD, weight_D, EPS))
+        expected = gradients(lambda x, w: plain.norm(x, w, EPS), (x_TD, weight_D), [g_TD])
+        got = layers.norm_backward(x_TD, weight_D, EPS, g_TD, None)
+    else:
+        total_TD = x_TD + y_TD
+        wanted = gradients(
+            lambda x, y, w: plain.add_norm(x, y, w, EPS),
+            (total_TD, torch.zeros_like(y_TD), weight_D),
+            [g_total_TD, g_TD],
+        )
+        assert torch.equal(wanted[0], wanted[1])
+        expected = [wanted[0], wanted[2]]
+        got = layers.norm_backward(total_TD, weight_D, EPS, g_TD, g_total_TD)
+    assert_gradients(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("T", "H", "G", "K"), [(1, 1, 1, 32), (11, 4, 2, 64), (3, 14, 2, 128), (2, 16, 1, 128)]
+)
+def test_gradients_of_norm_rope(
+    T: int, H: int, G: int, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_SUMS", 4 * 2 * G * K)
+    heads = Heads(T, H, G, K, dtype)
+    q_weight_K, k_weight_K, eps, *tables = heads.rest
+    upstream = [torch.randn(T, 2 * n, K).to(dtype)[:, :n] for n in (H, G)]
+
+    def twin(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = plain.norm_rope(
+            q.float(), k.float(), *(w.float() for w in weights), eps, *tables
+        )
+        return first.double(), second.double()
+
+    operands = (heads.q_THK, heads.k_TGK, q_weight_K, k_weight_K)
+    expected = gradients(twin, operands, upstream)
+    got = layers.norm_rope_backward(*operands, eps, *tables, *upstream)
+    assert_gradients(got, expected, dtype)
+
+
+@pytest.fixture
+def interpreted_operators() -> Iterator[None]:
+    """The operators of layers for CPU tensors, in the interpreter."""
+    library = torch.library.Library("opd_titan", "FRAGMENT")
+    for name in ("silu_mul", "norm", "add_norm", "norm_rope"):
+        library.impl(name, getattr(layers, name), "CPU")
+    for name in ("silu_mul", "norm", "norm_rope"):
+        library.impl(f"{name}_backward", getattr(layers, f"{name}_backward"), "CPU")
+    yield
+    library._destroy()
+
+
+def test_a_model_has_the_gradients_of_its_twin(
+    interpreted_operators: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(head_dim=32).requires_grad_()
+    tokens_T, attend = torch.arange(9) % ARGS.vocab_size, PackedAttention([5, 4], CPU)
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(kernels, "fused", lambda x, dtypes=(), fused=fused: fused)
+        model.zero_grad()
+        h_TD = model(tokens_T, attend)
+        (h_TD * torch.linspace(-1.0, 1.0, h_TD.shape[1])).sum().backward()
+        found.append([h_TD.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > len(model.layers) * 11
+    for plain_x, fused_x in zip(*found, strict=True):
+        torch.testing.assert_close(
+            fused_x, plain_x, rtol=1e-4, atol=1e-5 * plain_x.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from opd_titan.models.kernels import head_plain, ops, plain  # noqa: F401 - ops defines the operators
+from opd_titan.models.kernels.gradients import AddNorm, Norm, NormRope, SiluMul
 from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
 HALF = (torch.bfloat16, torch.float16)
@@ -60,7 +61,7 @@ def why_unavailable(device: torch.device) -> str:
 def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     """Return whether operations on `x` run in fused kernels.
 
-    The kernels have no gradients, and code that is compiled is fused by the compiler.
+    Code that is compiled is fused by the compiler.
 
     Args:
         dtypes: those that the operation's kernel takes.
@@ -68,7 +69,6 @@ def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     return (
         x.is_cuda
         and x.dtype in dtypes
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not why_unavailable(torch.device("cuda"))
     )
@@ -76,16 +76,29 @@ def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
 
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """Return silu(gate) * up, [T, F]. Rows may be strided."""
-    if fused(gate_TF):
-        return torch.ops.opd_titan.silu_mul(gate_TF, up_TF)
-    return plain.silu_mul(gate_TF, up_TF)
+    if not fused(gate_TF):
+        return plain.silu_mul(gate_TF, up_TF)
+    if torch.is_grad_enabled():
+        return SiluMul.apply(gate_TF, up_TF)
+    return torch.ops.opd_titan.silu_mul(gate_TF, up_TF)
+
+
+def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return the RMSNorm of x, [T, D]."""
+    if not fused(x_TD):
+        return plain.norm(x_TD, weight_D, eps)
+    if torch.is_grad_enabled():
+        return Norm.apply(x_TD, weight_D, eps)
+    return torch.ops.opd_titan.norm(x_TD, weight_D, eps)
 
 
 def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + y and its RMSNorm, [T, D] each."""
-    if fused(x_TD):
-        return torch.ops.opd_titan.add_norm(x_TD, y_TD, weight_D, eps)
-    return plain.add_norm(x_TD, y_TD, weight_D, eps)
+    if not fused(x_TD):
+        return plain.add_norm(x_TD, y_TD, weight_D, eps)
+    if torch.is_grad_enabled():
+        return AddNorm.apply(x_TD, y_TD, weight_D, eps)
+    return torch.ops.opd_titan.add_norm(x_TD, y_TD, weight_D, eps)
 
 
 def norm_rope(
@@ -103,21 +116,14 @@ def norm_rope(
 
     Args:
         cos_T1K, sin_T1K: fp32 tables of the rotate-half convention; both halves of K are equal.
-        slots: where the keys and `v_TGK` are written as well.
+        slots: where the keys and `v_TGK` are written as well, without gradients.
     """
+    rest = q_weight_K, k_weight_K, eps, cos_T1K, sin_T1K
     if fused(q_THK) and q_THK.shape[-1] in HEAD_SIZES:
-        return torch.ops.opd_titan.norm_rope(
-            q_THK,
-            k_TGK,
-            v_TGK,
-            q_weight_K,
-            k_weight_K,
-            eps,
-            cos_T1K,
-            sin_T1K,
-            *(slots or [None] * 4),
-        )
-    q_THK, k_TGK = plain.norm_rope(q_THK, k_TGK, q_weight_K, k_weight_K, eps, cos_T1K, sin_T1K)
+        if slots is None and torch.is_grad_enabled():
+            return NormRope.apply(q_THK, k_TGK, v_TGK, *rest)
+        return torch.ops.opd_titan.norm_rope(q_THK, k_TGK, v_TGK, *rest, *(slots or [None] * 4))
+    q_THK, k_TGK = plain.norm_rope(q_THK, k_TGK, *rest)
     if slots is not None:
         plain.write(slots, k_TGK, v_TGK)
     return q_THK, k_TGK

@@ -1,8 +1,9 @@
-"""What lies between the products of a layer, in Triton.
+"""What lies between the products of a layer, and its gradients, in Triton.
 
-Each kernel rounds where its plain twin does. Shapes: T tokens, F MLP width, D model width, H query
-heads, G key/value heads, R query heads of one of them, K head size, P pages of a KV cache, S tokens
-of a page. In kernels, B elements of a program, h half a head.
+Each forward rounds where its plain twin does; a backward rounds its results alone. Shapes: T
+tokens, F MLP width, D model width, H query heads, G key/value heads, R query heads of one of them,
+K head size, P pages of a KV cache, S tokens of a page. In kernels, B elements of a program, h half
+a head.
 """
 
 import torch
@@ -10,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.ops import implement, two_empty
+from opd_titan.models.kernels.ops import empty, implement, two_empty
 
 _MLP_BLOCK = 1024
+# Elements of a weight's gradient that a backward's programs hold between them, each a sum over the
+# tokens that it goes through: about as many programs as a GPU runs at once.
+_SUMS = 1 << 20
 
 
 @triton.jit
@@ -38,18 +42,75 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 
 @triton.jit
+def _silu_mul_backward(
+    gate, up, g, d_gate, d_up, F, gate_stride, up_stride, g_stride, B: tl.constexpr
+):
+    t, f_B = tl.program_id(0).to(tl.int64), tl.program_id(1) * B + tl.arange(0, B)
+    x_B = tl.load(gate + t * gate_stride + f_B, mask=f_B < F, other=0.0).to(tl.float32)
+    up_B = tl.load(up + t * up_stride + f_B, mask=f_B < F, other=0.0).to(tl.float32)
+    g_B = tl.load(g + t * g_stride + f_B, mask=f_B < F, other=0.0).to(tl.float32)
+    sigmoid_B = 1.0 / (1.0 + tl.exp(-x_B))
+    slope_B = sigmoid_B * (1.0 + x_B * (1.0 - sigmoid_B))
+    dtype = d_gate.dtype.element_ty
+    tl.store(d_gate + t * F + f_B, (g_B * up_B * slope_B).to(dtype), mask=f_B < F)
+    tl.store(d_up + t * F + f_B, (g_B * x_B * sigmoid_B).to(dtype), mask=f_B < F)
+
+
+@implement("silu_mul_backward")
+def silu_mul_backward(gate_TF: Tensor, up_TF: Tensor, g_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up from that of silu(gate) * up. Rows may be strided."""
+    T, F = gate_TF.shape
+    assert gate_TF.stride(1) == up_TF.stride(1) == g_TF.stride(1) == 1
+    d_gate_TF, d_up_TF = two_empty(gate_TF, up_TF)
+    _silu_mul_backward[(T, triton.cdiv(F, _MLP_BLOCK))](
+        gate_TF,
+        up_TF,
+        g_TF,
+        d_gate_TF,
+        d_up_TF,
+        F,
+        gate_TF.stride(0),
+        up_TF.stride(0),
+        g_TF.stride(0),
+        B=_MLP_BLOCK,
+        num_warps=4,
+    )
+    return d_gate_TF, d_up_TF
+
+
+@triton.jit
 def _add_norm(
     x, y, weight, total, normed, eps, x_stride, y_stride, D: tl.constexpr, B: tl.constexpr
 ):
     t, d_B = tl.program_id(0).to(tl.int64), tl.arange(0, B)
     x_B = tl.load(x + t * x_stride + d_B, mask=d_B < D, other=0.0)
-    y_B = tl.load(y + t * y_stride + d_B, mask=d_B < D, other=0.0)
-    rounded_B = (x_B.to(tl.float32) + y_B.to(tl.float32)).to(x_B.dtype)
-    tl.store(total + t * D + d_B, rounded_B, mask=d_B < D)
-    total_B = rounded_B.to(tl.float32)
+    total_B = x_B.to(tl.float32)
+    if y is not None:
+        total_B += tl.load(y + t * y_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+        rounded_B = total_B.to(x_B.dtype)
+        tl.store(total + t * D + d_B, rounded_B, mask=d_B < D)
+        total_B = rounded_B.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total_B * total_B, 0) / D + eps)
     weight_B = tl.load(weight + d_B, mask=d_B < D, other=0.0).to(tl.float32)
     tl.store(normed + t * D + d_B, (total_B * scale * weight_B).to(x_B.dtype), mask=d_B < D)
+
+
+def _warps(block: int) -> int:
+    """Of a program that holds a row: 16 elements of a thread at most, 2 loads of 16 bytes."""
+    return min(max(block // 512, 1), 16)
+
+
+@implement("norm")
+def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return the RMSNorm of x. Rows may be strided."""
+    T, D = x_TD.shape
+    assert x_TD.stride(1) == weight_D.stride(0) == 1
+    normed_TD, B = empty(x_TD), triton.next_power_of_2(D)
+    strides = x_TD.stride(0), 0
+    _add_norm[(T,)](
+        x_TD, None, weight_D, None, normed_TD, eps, *strides, D=D, B=B, num_warps=_warps(B)
+    )
+    return normed_TD
 
 
 @implement("add_norm")
@@ -58,22 +119,80 @@ def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[
     T, D = x_TD.shape
     assert x_TD.stride(1) == y_TD.stride(1) == weight_D.stride(0) == 1
     total_TD, normed_TD = two_empty(x_TD, y_TD)
-    B = triton.next_power_of_2(D)
+    B, strides = triton.next_power_of_2(D), (x_TD.stride(0), y_TD.stride(0))
     _add_norm[(T,)](
-        x_TD,
-        y_TD,
-        weight_D,
-        total_TD,
-        normed_TD,
-        eps,
-        x_TD.stride(0),
-        y_TD.stride(0),
-        D=D,
-        B=B,
-        # 16 elements of a thread at most, 2 loads of 16 bytes.
-        num_warps=min(max(B // 512, 1), 16),
+        x_TD, y_TD, weight_D, total_TD, normed_TD, eps, *strides, D=D, B=B, num_warps=_warps(B)
     )
     return total_TD, normed_TD
+
+
+@triton.jit
+def _norm_backward(
+    x,
+    weight,
+    g,
+    g_x,
+    d_x,
+    d_weight,
+    T,
+    eps,
+    x_stride,
+    g_stride,
+    g_x_stride,
+    D: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Every so many-th token, and the sum of their gradients of the weight."""
+    first, step, d_B = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, B)
+    weight_B = tl.load(weight + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+    d_weight_B = tl.zeros([B], tl.float32)
+    for i in range(tl.cdiv(T - first, step)):
+        t = first + i * step
+        x_B = tl.load(x + t * x_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+        g_B = tl.load(g + t * g_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x_B * x_B, 0) / D + eps)
+        x_B *= scale
+        d_weight_B += g_B * x_B
+        g_B *= weight_B
+        d_x_B = (g_B - x_B * (tl.sum(g_B * x_B, 0) / D)) * scale
+        if g_x is not None:
+            d_x_B += tl.load(g_x + t * g_x_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+        tl.store(d_x + t * D + d_B, d_x_B.to(d_x.dtype.element_ty), mask=d_B < D)
+    tl.store(d_weight + first * D + d_B, d_weight_B, mask=d_B < D)
+
+
+@implement("norm_backward")
+def norm_backward(
+    x_TD: Tensor, weight_D: Tensor, eps: float, g_TD: Tensor, g_x_TD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weight from that of the RMSNorm. Rows may be strided.
+
+    Args:
+        g_x_TD: what x's gradient has besides.
+    """
+    T, D = x_TD.shape
+    assert x_TD.stride(1) == weight_D.stride(0) == g_TD.stride(1) == 1
+    assert g_x_TD is None or g_x_TD.stride(1) == 1
+    d_x_TD, B = empty(x_TD), triton.next_power_of_2(D)
+    programs = max(1, min(T, _SUMS // B))
+    d_weight_PD = torch.empty((programs, D), dtype=torch.float32, device=x_TD.device)
+    _norm_backward[(programs,)](
+        x_TD,
+        weight_D,
+        g_TD,
+        g_x_TD,
+        d_x_TD,
+        d_weight_PD,
+        T,
+        eps,
+        x_TD.stride(0),
+        g_TD.stride(0),
+        0 if g_x_TD is None else g_x_TD.stride(0),
+        D=D,
+        B=B,
+        num_warps=min(2 * _warps(B), 32),  # three rows at once, and the sum
+    )
+    return d_x_TD, d_weight_PD.sum(dim=0).to(weight_D.dtype)
 
 
 @triton.jit
@@ -207,3 +326,153 @@ def norm_rope(
         num_warps=1,
     )
     return q_out_THK, k_out_TGK
+
+
+@triton.jit
+def _norm_rotate_backward(
+    first_Qh, second_Qh, first_g_Qh, second_g_Qh, weight, cos_h, sin_h, eps, K: tl.constexpr
+):
+    """Return the gradients of both halves of each row's head, and those of the weight's halves."""
+    h = tl.arange(0, K // 2)
+    first_Qh, second_Qh = first_Qh.to(tl.float32), second_Qh.to(tl.float32)
+    first_g_Qh, second_g_Qh = first_g_Qh.to(tl.float32), second_g_Qh.to(tl.float32)
+    cos_1h, sin_1h = cos_h[None, :], sin_h[None, :]
+    turned_Qh = first_g_Qh * cos_1h + second_g_Qh * sin_1h
+    second_g_Qh = second_g_Qh * cos_1h - first_g_Qh * sin_1h
+    first_g_Qh = turned_Qh
+
+    squares_Q = tl.sum(first_Qh * first_Qh, 1) + tl.sum(second_Qh * second_Qh, 1)
+    scale_Q1 = tl.rsqrt(squares_Q / K + eps)[:, None]
+    first_Qh *= scale_Q1
+    second_Qh *= scale_Q1
+    first_d_weight_h = tl.sum(first_g_Qh * first_Qh, 0)
+    second_d_weight_h = tl.sum(second_g_Qh * second_Qh, 0)
+    first_g_Qh *= tl.load(weight + h).to(tl.float32)[None, :]
+    second_g_Qh *= tl.load(weight + K // 2 + h).to(tl.float32)[None, :]
+    dots_Q = tl.sum(first_g_Qh * first_Qh, 1) + tl.sum(second_g_Qh * second_Qh, 1)
+    mean_Q1 = (dots_Q / K)[:, None]
+    return (
+        (first_g_Qh - first_Qh * mean_Q1) * scale_Q1,
+        (second_g_Qh - second_Qh * mean_Q1) * scale_Q1,
+        first_d_weight_h,
+        second_d_weight_h,
+    )
+
+
+@triton.jit
+def _norm_rope_backward(
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    q_g,
+    k_g,
+    d_q,
+    d_k,
+    d_weights,
+    T,
+    eps,
+    q_stride,
+    k_stride,
+    q_g_stride,
+    k_g_stride,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """One key/value head of every so many-th token, and its query heads."""
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    g, G = tl.program_id(1), tl.num_programs(1)
+    h, row_Q = tl.arange(0, K // 2), tl.arange(0, Q)
+    place_Qh = ((g * R + row_Q) * K)[:, None] + h[None, :]
+    is_row_Q1 = (row_Q < R)[:, None]
+    place_1h = (g * K + h)[None, :]
+    dtype = d_q.dtype.element_ty
+    q_first_h, q_second_h = tl.zeros([K // 2], tl.float32), tl.zeros([K // 2], tl.float32)
+    k_first_h, k_second_h = tl.zeros([K // 2], tl.float32), tl.zeros([K // 2], tl.float32)
+    for i in range(tl.cdiv(T - first, step)):
+        t = first + i * step
+        cos_h, sin_h = tl.load(cos + t * K + h), tl.load(sin + t * K + h)
+
+        at, at_g = q + t * q_stride + place_Qh, q_g + t * q_g_stride + place_Qh
+        x_Qh = tl.load(at, mask=is_row_Q1, other=0.0)
+        y_Qh = tl.load(at + K // 2, mask=is_row_Q1, other=0.0)
+        x_g_Qh = tl.load(at_g, mask=is_row_Q1, other=0.0)
+        y_g_Qh = tl.load(at_g + K // 2, mask=is_row_Q1, other=0.0)
+        x_Qh, y_Qh, x_h, y_h = _norm_rotate_backward(
+            x_Qh, y_Qh, x_g_Qh, y_g_Qh, q_weight, cos_h, sin_h, eps, K
+        )
+        out = d_q + t * (G * R * K) + place_Qh
+        tl.store(out, x_Qh.to(dtype), mask=is_row_Q1)
+        tl.store(out + K // 2, y_Qh.to(dtype), mask=is_row_Q1)
+        q_first_h += x_h
+        q_second_h += y_h
+
+        at, at_g = k + t * k_stride + place_1h, k_g + t * k_g_stride + place_1h
+        x_1h, y_1h = tl.load(at), tl.load(at + K // 2)
+        x_g_1h, y_g_1h = tl.load(at_g), tl.load(at_g + K // 2)
+        x_1h, y_1h, x_h, y_h = _norm_rotate_backward(
+            x_1h, y_1h, x_g_1h, y_g_1h, k_weight, cos_h, sin_h, eps, K
+        )
+        out = d_k + t * (G * K) + place_1h
+        tl.store(out, x_1h.to(dtype))
+        tl.store(out + K // 2, y_1h.to(dtype))
+        k_first_h += x_h
+        k_second_h += y_h
+    out = d_weights + (first * G + g) * (2 * K) + h
+    tl.store(out, q_first_h)
+    tl.store(out + K // 2, q_second_h)
+    tl.store(out + K, k_first_h)
+    tl.store(out + K + K // 2, k_second_h)
+
+
+@implement("norm_rope_backward")
+def norm_rope_backward(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    q_weight_K: Tensor,
+    k_weight_K: Tensor,
+    eps: float,
+    cos_T1K: Tensor,
+    sin_T1K: Tensor,
+    q_g_THK: Tensor,
+    k_g_TGK: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and their weights from those of `norm_rope`'s results.
+
+    Tokens may be strided, heads may not.
+    """
+    (T, H, K), G = q_THK.shape, k_TGK.shape[1]
+    for x in (q_THK, k_TGK, q_g_THK, k_g_TGK):
+        assert x.stride()[1:] == (K, 1)
+    assert cos_T1K.is_contiguous() and sin_T1K.is_contiguous()
+    programs = max(1, min(T, _SUMS // (2 * G * K)))
+    d_q_THK, d_k_TGK = two_empty(q_THK, k_TGK)
+    d_weights_P2K = torch.empty((programs * G, 2, K), dtype=torch.float32, device=q_THK.device)
+    _norm_rope_backward[(programs, G)](
+        q_THK,
+        k_TGK,
+        q_weight_K,
+        k_weight_K,
+        cos_T1K,
+        sin_T1K,
+        q_g_THK,
+        k_g_TGK,
+        d_q_THK,
+        d_k_TGK,
+        d_weights_P2K,
+        T,
+        eps,
+        q_THK.stride(0),
+        k_TGK.stride(0),
+        q_g_THK.stride(0),
+        k_g_TGK.stride(0),
+        R=H // G,
+        K=K,
+        Q=triton.next_power_of_2(H // G),
+        num_warps=1,
+    )
+    d_q_weight_K, d_k_weight_K = d_weights_P2K.sum(dim=0).to(q_weight_K.dtype).unbind()
+    return d_q_THK, d_k_TGK, d_q_weight_K, d_k_weight_K

@@ -63,12 +63,26 @@ def empty_threshold(logits_NV: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 define("silu_mul(Tensor gate, Tensor up) -> Tensor", empty)
+define(
+    "silu_mul_backward(Tensor gate, Tensor up, Tensor g) -> (Tensor, Tensor)",
+    two_empty,
+)
+define("norm(Tensor x, Tensor weight, float eps) -> Tensor", empty)
+define(
+    "norm_backward(Tensor x, Tensor weight, float eps, Tensor g, Tensor? g_x) -> (Tensor, Tensor)",
+    two_empty,
+)
 define("add_norm(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)", two_empty)
 define(
     "norm_rope(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, float eps,"
     " Tensor cos, Tensor sin, Tensor(a!)? keys, Tensor(b!)? values, Tensor? page, Tensor? offset)"
     " -> (Tensor, Tensor)",
     two_empty,
+)
+define(
+    "norm_rope_backward(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps,"
+    " Tensor cos, Tensor sin, Tensor q_g, Tensor k_g) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda q, k, q_weight, k_weight, *_: tuple(map(empty, (q, k, q_weight, k_weight))),
 )
 define(
     "paged_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor used) -> Tensor", empty

@@ -32,9 +32,13 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
 
 
+def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
 def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     sum_TD = x_TD + y_TD
-    return sum_TD, F.rms_norm(sum_TD, weight_D.shape, weight_D, eps)
+    return sum_TD, norm(sum_TD, weight_D, eps)
 
 
 def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:

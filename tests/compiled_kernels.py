@@ -193,6 +193,17 @@ def test_block_stats(compile_launches: Callable) -> None:
     assert_fits(kernel, warps=32)
 
 
+def test_inverted_blocks(compile_launches: Callable) -> None:
+    blocks_NB, row_N = torch.zeros(2, 1187), torch.zeros(2)
+    (kernel,) = compile_launches(logits.block_totals, blocks_NB, blocks_NB)
+    assert_fits(kernel)
+    args = (torch.zeros(2, 151_936), blocks_NB, blocks_NB, row_N, row_N.double(), 0.7)
+    (kernel,) = compile_launches(logits.invert_blocks, *args)
+    assert_fits(kernel)
+    (kernel,) = compile_launches(logits.uniforms, row_N.long(), row_N.long())
+    assert_fits(kernel)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.9), (0, 0.9)])
 def test_truncation_threshold(compile_launches: Callable, top_k: int, top_p: float) -> None:
     args = (torch.zeros(2, 151_936), top_k, top_p)

@@ -19,6 +19,7 @@ from torch import Tensor
 from opd_titan.models import kernels
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels import CacheSlots, attention, layers, logits, plain
+from opd_titan.rollout.sampler import uniforms
 
 TYPES = [torch.float16, torch.float32]
 # Two steps of the type at 1: an exponential that is rounded otherwise may cross a rounding's edge.
@@ -234,6 +235,47 @@ def test_block_stats(vocab: int, temperature: float) -> None:
     total_N = (sums_NB.double().log() + maxima_NB).logsumexp(dim=1)[:2]
     exact_N = (logits_NV.double() / temperature).logsumexp(dim=1)[:2]
     torch.testing.assert_close(total_N, exact_N, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 129, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_inverted_blocks(vocab: int, temperature: float) -> None:
+    n = 40
+    logits_NV = torch.randn(n, vocab + 5).mul_(5.0)[:, :vocab]
+    logits_NV[:, 128:400] = -torch.inf
+    logits_NV[3] = -torch.inf
+    logits_NV[3, vocab // 2] = -1e4  # the one token that there is
+    u_N = torch.cat((torch.tensor([0.0, 1.0 - 2.0**-53]), torch.rand(n - 2))).double()
+    blocks = plain.block_stats(logits_NV, temperature)
+    highest_N, total_N = logits.block_totals(*blocks)
+    expected = plain.block_totals(*blocks)
+    assert torch.equal(highest_N, expected[0])
+    torch.testing.assert_close(total_N, expected[1], rtol=1e-14, atol=0.0)
+    rest = (highest_N, u_N * total_N, temperature)
+    tokens_N, logs_N = logits.invert_blocks(logits_NV, *blocks, *rest)
+    expected = plain.invert_blocks(logits_NV, *blocks, *rest)
+    assert torch.equal(tokens_N, expected[0])
+    torch.testing.assert_close(logs_N, expected[1], rtol=1e-6, atol=1e-6)
+    exact_N = (logits_NV.double() / temperature).log_softmax(1).gather(1, tokens_N[:, None])
+    torch.testing.assert_close(logs_N - total_N.log(), exact_N.squeeze(1), rtol=1e-5, atol=1e-5)
+    assert tokens_N[3] == vocab // 2
+
+
+def test_numbers_that_are_not_finite_draw_a_token_that_there_is() -> None:
+    logits_NV = torch.randn(3, 200)
+    logits_NV[0, 7], logits_NV[1] = torch.nan, -torch.inf
+    logits_NV[2, 3] = torch.inf
+    blocks = plain.block_stats(logits_NV, 1.0)
+    highest_N, total_N = logits.block_totals(*blocks)
+    tokens_N, _ = logits.invert_blocks(logits_NV, *blocks, highest_N, 0.9 * total_N, 1.0)
+    assert ((tokens_N >= 0) & (tokens_N < 200)).all()
+
+
+def test_uniforms_are_those_of_a_cpu_bit_for_bit() -> None:
+    keys_N = torch.randint(-(2**63), 2**63 - 1, (300,))
+    keys_N[:2] = torch.tensor([-(2**63), 2**63 - 1])
+    positions_N = torch.arange(300)
+    assert torch.equal(logits.uniforms(keys_N, positions_N), uniforms(keys_N, positions_N))
 
 
 def kept(row: list[float], top_k: int, top_p: float) -> set[int]:

@@ -9,6 +9,7 @@ Shapes: T packed tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +61,31 @@ def join(layers: Sequence[Linear]) -> Tensor:
 def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Return each layer's product with `x`, from one product where their weights are joined."""
     joined = layers[0].joined
-    if joined is None:
-        return tuple(layer(x) for layer in layers)
-    return F.linear(x, joined).split([layer.weight.shape[0] for layer in layers], dim=-1)
+    if joined is not None:
+        return F.linear(x, joined).split([layer.weight.shape[0] for layer in layers], dim=-1)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Products.apply(x, *(local(layer.weight) for layer in layers))
+    return tuple(layer(x) for layer in layers)
+
+
+class _Products(torch.autograd.Function):
+    """Products of one input. Its gradient is added up by the products themselves.
+
+    Autograd would write one gradient for each weight, and add them up in passes of their own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_TD, *weights)
+        return tuple(F.linear(x_TD, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x_TD, *weights = ctx.saved_tensors
+        d_x_TD = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            d_x_TD.addmm_(grad, weight)
+        return d_x_TD, *(grad.t() @ x_TD for grad in grads)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

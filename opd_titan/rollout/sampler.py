@@ -8,7 +8,6 @@ Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_titan.distributed.collectives import broadcast_tokens
-from opd_titan.models.kernels import block_stats, fused
+from opd_titan.models.kernels import block_stats, block_totals, fused, invert_blocks
+from opd_titan.models.kernels.plain import LOGITS_BLOCK, Blocks, invert
 from opd_titan.models.logits import Distribution, VocabHead, project, whole_logits
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_BLOCK = 128
 # Logits of a chunk are still in the cache of the core that made them when they are summed; a GPU
 # wants few and large kernels instead.
 CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
@@ -62,7 +61,7 @@ class Sampler:
     def __init__(self, head: VocabHead, params: SamplingParams, max_rows: int) -> None:
         self.head, self.params = head.first(params.vocab_size), params
         _, count = self._chunks(max_rows)
-        size = max_rows * (self.head.rows + count * 2 * _BLOCK)  # every chunk is rounded up
+        size = max_rows * (self.head.rows + count * 2 * LOGITS_BLOCK)  # every chunk is rounded up
         drawn = params.temperature > 0.0 and not params.distribution.truncates
         self.values = torch.empty(size if drawn else 0, device=head.weight_vD.device)
 
@@ -87,34 +86,39 @@ class Sampler:
 
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
         """`sample` of the whole logits. Ranks exchange a maximum and a sum for each row."""
-        blocks = self._fused_blocks(hidden_ND) if fused(hidden_ND) else self._blocks(hidden_ND)
+        draw = self._draw_fused if fused(hidden_ND) else self._draw_plain
+        tokens_N, logprobs_N, mine_N = draw(hidden_ND, uniforms_N)
+        if mine_N is None:
+            return tokens_N, logprobs_N
+        tokens_N = tokens_N + self.head.tp.rank * self.head.rows
+        both = torch.stack((tokens_N.double(), logprobs_N.double()))
+        both = self.head.stack(both.where(mine_N, 0.0)).sum(dim=0)
+        return both[0].long(), both[1].float()
+
+    def _draw_fused(
+        self, hidden_ND: Tensor, uniforms_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Read the logits once for their blocks, and once more where a token is drawn."""
+        n, t = hidden_ND.shape[0], self.params.temperature
+        logits_Nv = self.values[: n * self.head.rows].view(n, self.head.rows)
+        logits_Nv = project(hidden_ND, self.head.weight_vD, logits_Nv)
+        blocks = block_stats(logits_Nv, t)
+        highest_N, total_N = block_totals(*blocks)
+        mine_N, target_N, log_total_N = self._share(highest_N, total_N, uniforms_N)
+        tokens_N, logs_N = invert_blocks(logits_Nv, *blocks, highest_N, target_N, t)
+        return tokens_N, (logs_N - log_total_N).float(), mine_N
+
+    def _draw_plain(
+        self, hidden_ND: Tensor, uniforms_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        blocks = self._blocks(hidden_ND)
         highest_N = blocks.units_NB.amax(dim=1)
         weights_NB = blocks.weights(highest_N)
         mine_N, target_N, log_total_N = self._share(highest_N, weights_NB.sum(dim=1), uniforms_N)
         tokens_N, logs_N = blocks.invert(weights_NB, highest_N, target_N)
         # Numbers that are not finite must not make a token that there is not.
-        tokens_N = tokens_N.clamp(max=self.head.rows - 1) + self.head.tp.rank * self.head.rows
-        logprobs_N = (logs_N - log_total_N).float()
-        if self.head.tp.size > 1:
-            both = torch.stack((tokens_N.double(), logprobs_N.double()))
-            both = self.head.stack(both.where(mine_N, 0.0)).sum(dim=0)
-            tokens_N, logprobs_N = both[0].long(), both[1].float()
-        return tokens_N, logprobs_N
-
-    def _fused_blocks(self, hidden_ND: Tensor) -> Blocks:
-        """Read the logits once for their blocks, and once more where a token is drawn."""
-        n, t = hidden_ND.shape[0], self.params.temperature
-        logits_Nv = self.values[: n * self.head.rows].view(n, self.head.rows)
-        logits_Nv = project(hidden_ND, self.head.weight_vD, logits_Nv)
-        sums_NB, units_NB = block_stats(logits_Nv, t)
-
-        def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
-            column_NC = block_N[:, None] * _BLOCK + torch.arange(_BLOCK, device=block_N.device)
-            inside_NC = column_NC < logits_Nv.shape[1]
-            logits_NC = logits_Nv.gather(1, column_NC.clamp(max=logits_Nv.shape[1] - 1))
-            return (logits_NC / t - unit_N[:, None]).exp() * inside_NC
-
-        return Blocks(sums_NB, units_NB, weigh)
+        tokens_N = tokens_N.clamp(max=self.head.rows - 1)
+        return tokens_N, (logs_N - log_total_N).float(), mine_N
 
     def _blocks(self, hidden_ND: Tensor) -> Blocks:
         """Exponentiate each chunk of the vocabulary while it is in the cache of the core."""
@@ -137,25 +141,26 @@ class Sampler:
         rows, device = self.head.rows, self.head.weight_vD.device.type
         count = max(1, round(n * rows * 4 / CHUNK_BYTES[device]))
         width = -(-rows // count)
-        width += -width % _BLOCK
+        width += -width % LOGITS_BLOCK
         return width, -(-rows // width)
 
     def _share(
         self, highest_N: Tensor, total_N: Tensor, uniforms_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Whose part of the vocabulary each row's token is in.
 
         Returns:
-            Whether it is in this rank's; what is left of the target in it, and the logarithm of the
-            sum over all ranks, both in the unit of this rank's `total_N`, exp(`highest_N`).
+            Whether it is in this rank's, None where that is all of it; what is left of the target
+            in it, and the logarithm of the sum over all ranks, both in the unit of this rank's
+            `total_N`, exp(`highest_N`).
         """
         if self.head.tp.size == 1:
-            return torch.ones_like(total_N).bool(), uniforms_N * total_N, total_N.log()
+            return None, uniforms_N * total_N, total_N.log()
         highest_RN, total_RN = self.head.stack(torch.stack((highest_N.double(), total_N))).unbind(1)
         shift_RN = highest_RN - highest_RN.amax(dim=0)
         weights_NR = (total_RN * shift_RN.exp()).t()
         sum_N = weights_NR.sum(dim=1)
-        rank_N, rest_N = _invert(weights_NR, uniforms_N * sum_N)
+        rank_N, rest_N = invert(weights_NR, uniforms_N * sum_N)
         shift_N = shift_RN[self.head.tp.rank]
         mine_N = rank_N == self.head.tp.rank
         return mine_N, rest_N / shift_N.exp(), sum_N.log() - shift_N
@@ -194,6 +199,8 @@ def sequence_key(*coordinates: int) -> int:
 
 def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
     """float64 numbers in [0, 1), one per (key, position): SplitMix64 in counter mode, 53 bits."""
+    if fused(keys_N, (torch.int64,)):
+        return torch.ops.opd_titan.uniforms(keys_N, positions_N)
     bits = _mix(keys_N + (positions_N + 1) * _signed(_GOLDEN))
     return _shift(bits, 11).double() * 2.0**-53
 
@@ -212,7 +219,7 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
         Tokens [N] int64 and their log-probabilities [N] fp32.
     """
     vocab = logits_NV.shape[1]
-    values_NV = F.pad(logits_NV, (0, -vocab % _BLOCK), value=-torch.inf)
+    values_NV = F.pad(logits_NV, (0, -vocab % LOGITS_BLOCK), value=-torch.inf)
     sums_NB, maxima_N = _exponentiate_(values_NV)
     blocks = _exponentiated(values_NV[None], sums_NB[:, None], maxima_N[:, None])
     weights_NB = blocks.weights(maxima_N)
@@ -221,46 +228,12 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     return tokens_N.clamp(max=vocab - 1), (logs_N - total_N.log()).float()
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Weights of tokens, exp(logit), by blocks of 128 tokens.
-
-    Attributes:
-        sums_NB: fp32 sums of each block's weights, in units of exp(`units_NB`).
-        units_NB: fp32.
-        weigh: called with a block of each row and its unit; the block's weights [N, 128].
-    """
-
-    sums_NB: Tensor
-    units_NB: Tensor
-    weigh: Callable[[Tensor, Tensor], Tensor]
-
-    def weights(self, unit_N: Tensor) -> Tensor:
-        """The sums in units of exp(`unit_N`), fp64."""
-        # A block without any token that can be drawn has the unit exp(-inf).
-        return self.sums_NB.double() * (self.units_NB - unit_N[:, None]).double().exp()
-
-    def invert(self, weights_NB: Tensor, unit_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N] at which the running sums exceed the target, and logarithms of their weights.
-
-        Args:
-            weights_NB: the sums in units of exp(`unit_N`), as the target and the results are.
-        """
-        block_N, rest_N = _invert(weights_NB, target_N)
-        own_N = self.units_NB.gather(1, block_N[:, None]).squeeze(1)
-        shift_N = (own_N - unit_N).double()
-        within_NC = self.weigh(block_N, own_N).double()
-        offset_N, _ = _invert(within_NC, rest_N / shift_N.exp())
-        log_N = within_NC.gather(1, offset_N[:, None]).squeeze(1).log()
-        return block_N * _BLOCK + offset_N, log_N + shift_N
-
-
 def _exponentiate_(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Become exp(logits - maximum of the row); sums of blocks [N, C / 128], and the maxima [N]."""
     maxima_N = logits_NC.amax(dim=1)
     logits_NC.sub_(maxima_N[:, None]).exp_()
     # A product with ones is five times as fast as sum() on a CPU.
-    return logits_NC.unflatten(1, (-1, _BLOCK)) @ logits_NC.new_ones(_BLOCK), maxima_N
+    return logits_NC.unflatten(1, (-1, LOGITS_BLOCK)) @ logits_NC.new_ones(LOGITS_BLOCK), maxima_N
 
 
 def _exponentiated(values: Tensor, sums: Tensor, maxima_NX: Tensor) -> Blocks:
@@ -272,26 +245,12 @@ def _exponentiated(values: Tensor, sums: Tensor, maxima_NX: Tensor) -> Blocks:
     """
     units_NB = maxima_NX[:, :, None].expand(sums.shape).flatten(1)
     row_N = torch.arange(values.shape[1], device=values.device)
-    blocks = values.unflatten(2, (-1, _BLOCK))
+    blocks = values.unflatten(2, (-1, LOGITS_BLOCK))
 
     def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
         return blocks[block_N // blocks.shape[2], row_N, block_N % blocks.shape[2]]
 
     return Blocks(sums.flatten(1), units_NB, weigh)
-
-
-def _invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """First index whose cumulative weight exceeds the target, and what is left of the target.
-
-    The target is kept strictly below the total, so the index found always has a weight above 0.
-    """
-    cumulative = weights.cumsum(dim=1)
-    total = cumulative[:, -1]
-    target = torch.minimum(target_N, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
-    index = index.clamp_(max=weights.shape[1] - 1)  # NaN weights must not index out of bounds
-    before = cumulative.gather(1, index[:, None]) - weights.gather(1, index[:, None])
-    return index, (target - before.squeeze(1)).clamp_(min=0.0)
 
 
 def greedy(logits_NV: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,41 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return plain.block_stats(logits_NV, temperature)
 
 
+def block_totals(sums_NB: Tensor, maxima_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest of each row's `block_stats`, fp32 [N], and all weights in its unit.
+
+    Returns:
+        The second is the sum of exp(x - highest), fp64 [N].
+    """
+    if fused(sums_NB, (torch.float32,)):
+        return torch.ops.opd_titan.block_totals(sums_NB, maxima_NB)
+    return plain.block_totals(sums_NB, maxima_NB)
+
+
+def invert_blocks(
+    logits_NV: Tensor,
+    sums_NB: Tensor,
+    maxima_NB: Tensor,
+    highest_N: Tensor,
+    target_N: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens at which running sums of exp(x - highest) exceed the targets.
+
+    Args:
+        sums_NB, maxima_NB: the `block_stats` of the logits.
+        target_N: fp64.
+
+    Returns:
+        int64 [N] in [0, V), whatever the numbers are, and x - highest of those tokens, fp64 [N].
+    """
+    if fused(logits_NV, (torch.float32,)):
+        return torch.ops.opd_titan.invert_blocks(
+            logits_NV, sums_NB, maxima_NB, highest_N, target_N, temperature
+        )
+    return plain.invert_blocks(logits_NV, sums_NB, maxima_NB, highest_N, target_N, temperature)
+
+
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Return what top-k and then top-p leave of each row: its lowest logit, and how many of those.
 

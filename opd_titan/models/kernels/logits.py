@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.ops import empty_block_stats, empty_threshold, implement
+from opd_titan.models.kernels.ops import empty_block_stats, implement, two_of_rows
 from opd_titan.models.kernels.plain import LOGITS_BLOCK
 
 _BLOCKS = 32
@@ -58,6 +58,150 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         num_warps=4,
     )
     return sums_NB, maxima_NB
+
+
+@triton.jit
+def _load_weights(sums, maxima, highest, N_BLOCKS, B: tl.constexpr):
+    """Return the weights of a row's blocks in units of exp(highest), fp64, and their maxima."""
+    b = tl.arange(0, B)
+    sum_b = tl.load(sums + b, mask=b < N_BLOCKS, other=0.0).to(tl.float64)
+    max_b = tl.load(maxima + b, mask=b < N_BLOCKS, other=float("-inf"))
+    return sum_b * tl.exp((max_b - highest).to(tl.float64)), max_b
+
+
+@triton.jit
+def _block_totals(sums, maxima, highest, total, N_BLOCKS, B: tl.constexpr):
+    n, b = tl.program_id(0).to(tl.int64), tl.arange(0, B)
+    max_b = tl.load(maxima + n * N_BLOCKS + b, mask=b < N_BLOCKS, other=float("-inf"))
+    most = tl.max(max_b, 0)
+    first = n * N_BLOCKS
+    weight_b, _ = _load_weights(sums + first, maxima + first, most, N_BLOCKS, B)
+    tl.store(highest + n, most)
+    tl.store(total + n, tl.sum(weight_b, 0))
+
+
+@implement("block_totals")
+def block_totals(sums_NB: Tensor, maxima_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest maximum of each row, and the sum of its weights in that unit."""
+    assert sums_NB.is_contiguous() and maxima_NB.is_contiguous()
+    highest_N, total_N = two_of_rows(sums_NB, torch.float32, torch.float64)
+    N, B = sums_NB.shape
+    _block_totals[(N,)](
+        sums_NB, maxima_NB, highest_N, total_N, B, B=triton.next_power_of_2(B), num_warps=8
+    )
+    return highest_N, total_N
+
+
+@triton.jit
+def _below(x):
+    """Return the next number below a positive one."""
+    return (x.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _invert(weight_b, target, last, B: tl.constexpr):
+    """Return the first index at which running sums exceed the target, and what is left of it."""
+    b = tl.arange(0, B)
+    sum_b = tl.cumsum(weight_b, 0)
+    total = tl.sum(tl.where(b == B - 1, sum_b, 0.0), 0)
+    target = tl.minimum(target, _below(total))
+    index = tl.minimum(tl.sum((sum_b <= target).to(tl.int32), 0), last)
+    before = tl.sum(tl.where(b == index, sum_b - weight_b, 0.0), 0)
+    return index, tl.maximum(target - before, 0.0)
+
+
+@triton.jit
+def _invert_blocks(
+    logits,
+    sums,
+    maxima,
+    highest,
+    target,
+    tokens,
+    logs,
+    temperature,
+    V,
+    N_BLOCKS,
+    stride,
+    B: tl.constexpr,
+    c: tl.constexpr,
+):
+    n, b = tl.program_id(0).to(tl.int64), tl.arange(0, B)
+    first, most = n * N_BLOCKS, tl.load(highest + n)
+    weight_b, max_b = _load_weights(sums + first, maxima + first, most, N_BLOCKS, B)
+    block, rest = _invert(weight_b, tl.load(target + n), N_BLOCKS - 1, B)
+    unit = tl.max(tl.where(b == block, max_b, float("-inf")), 0)
+    shift = (unit - most).to(tl.float64)
+
+    column_c = block * c + tl.arange(0, c)
+    logits_c = tl.load(logits + n * stride + column_c, mask=column_c < V, other=float("-inf"))
+    within_c = tl.exp(logits_c / temperature - unit).to(tl.float64)
+    offset, _ = _invert(within_c, rest / tl.exp(shift), c - 1, c)
+    weight = tl.sum(tl.where(tl.arange(0, c) == offset, within_c, 0.0), 0)
+    tl.store(tokens + n, tl.minimum(block * c + offset, V - 1).to(tl.int64))
+    tl.store(logs + n, tl.log(weight) + shift)
+
+
+@implement("invert_blocks")
+def invert_blocks(
+    logits_NV: Tensor,
+    sums_NB: Tensor,
+    maxima_NB: Tensor,
+    highest_N: Tensor,
+    target_N: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens at which running sums exceed the targets, and the logs of their weights.
+
+    Rows of logits may be strided.
+    """
+    (N, V), B = logits_NV.shape, sums_NB.shape[1]
+    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
+    assert sums_NB.is_contiguous() and maxima_NB.is_contiguous()
+    tokens_N, logs_N = two_of_rows(logits_NV, torch.int64, torch.float64)
+    _invert_blocks[(N,)](
+        logits_NV,
+        sums_NB,
+        maxima_NB,
+        highest_N,
+        target_N,
+        tokens_N,
+        logs_N,
+        float(temperature),
+        V,
+        B,
+        logits_NV.stride(0),
+        B=triton.next_power_of_2(B),
+        c=LOGITS_BLOCK,
+        num_warps=8,
+    )
+    return tokens_N, logs_N
+
+
+@triton.jit
+def _uniforms(keys, positions, out, N, b: tl.constexpr):
+    """SplitMix64 in counter mode, see `opd_titan.rollout.sampler`."""
+    n_b = tl.program_id(0) * b + tl.arange(0, b)
+    key_b = tl.load(keys + n_b, mask=n_b < N, other=0).to(tl.uint64)
+    counter_b = tl.load(positions + n_b, mask=n_b < N, other=0).to(tl.uint64) + 1
+    x_b = key_b + counter_b * 0x9E3779B97F4A7C15
+    x_b = (x_b ^ (x_b >> 30)) * 0xBF58476D1CE4E5B9
+    x_b = (x_b ^ (x_b >> 27)) * 0x94D049BB133111EB
+    x_b = x_b ^ (x_b >> 31)
+    uniform_b = (x_b >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
+    tl.store(out + n_b, uniform_b, mask=n_b < N)
+
+
+@implement("uniforms")
+def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
+    """Return the fp64 numbers of `opd_titan.rollout.sampler.uniforms`, bit for bit."""
+    assert keys_N.is_contiguous() and positions_N.is_contiguous()
+    assert keys_N.dtype == positions_N.dtype == torch.int64
+    out_N = torch.empty(keys_N.shape, dtype=torch.float64, device=keys_N.device)
+    _uniforms[(triton.cdiv(keys_N.numel(), 256),)](
+        keys_N, positions_N, out_N, keys_N.numel(), b=256, num_warps=4
+    )
+    return out_N
 
 
 @triton.jit
@@ -179,7 +323,7 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
     """
     N, V = logits_NV.shape
     assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
-    threshold_N, ties_N = empty_threshold(logits_NV)
+    threshold_N, ties_N = two_of_rows(logits_NV, torch.float32, torch.int64)
     _truncation_threshold[(N,)](
         logits_NV,
         threshold_N,

@@ -57,9 +57,10 @@ def empty_block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Te
     return logits_NV.new_empty(shape), logits_NV.new_empty(shape)
 
 
-def empty_threshold(logits_NV: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    n = logits_NV.shape[0]
-    return logits_NV.new_empty(n), logits_NV.new_empty(n, dtype=torch.int64)
+def two_of_rows(x: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return two vectors with an element for each row of x."""
+    first, second = (x.new_empty(x.shape[0], dtype=dtype) for dtype in dtypes)
+    return first, second
 
 
 define("silu_mul(Tensor gate, Tensor up) -> Tensor", empty)
@@ -94,8 +95,21 @@ define(
 )
 define("block_stats(Tensor logits, float temperature) -> (Tensor, Tensor)", empty_block_stats)
 define(
+    "block_totals(Tensor sums, Tensor maxima) -> (Tensor, Tensor)",
+    lambda sums, maxima: two_of_rows(sums, torch.float32, torch.float64),
+)
+define(
+    "invert_blocks(Tensor logits, Tensor sums, Tensor maxima, Tensor highest, Tensor target,"
+    " float temperature) -> (Tensor, Tensor)",
+    lambda logits, *_: two_of_rows(logits, torch.int64, torch.float64),
+)
+define(
+    "uniforms(Tensor keys, Tensor positions) -> Tensor",
+    lambda keys, positions: keys.new_empty(keys.shape, dtype=torch.float64),
+)
+define(
     "truncation_threshold(Tensor logits, int top_k, float top_p) -> (Tensor, Tensor)",
-    empty_threshold,
+    lambda logits, *_: two_of_rows(logits, torch.float32, torch.int64),
 )
 define(
     "logit_stats(Tensor logits, Tensor rows, bool mean) -> Tensor",

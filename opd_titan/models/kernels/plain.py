@@ -5,6 +5,8 @@ Shapes: see the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -109,6 +111,82 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     # -inf - -inf is NaN: a block of nothing else keeps its exponentials of 0.
     shift_NB = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)
     return (scaled_NBC - shift_NB[..., None]).exp().sum(dim=2), maxima_NB
+
+
+def invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose cumulative weight exceeds the target, and what is left of the target.
+
+    The target is kept strictly below the total, so the index found always has a weight above 0.
+    """
+    cumulative = weights.cumsum(dim=1)
+    total = cumulative[:, -1]
+    target = torch.minimum(target_N, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+    index = index.clamp_(max=weights.shape[1] - 1)  # NaN weights must not index out of bounds
+    before = cumulative.gather(1, index[:, None]) - weights.gather(1, index[:, None])
+    return index, (target - before.squeeze(1)).clamp_(min=0.0)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Weights of tokens, exp(logit), by blocks of 128 tokens.
+
+    Attributes:
+        sums_NB: fp32 sums of each block's weights, in units of exp(`units_NB`).
+        units_NB: fp32.
+        weigh: called with a block of each row and its unit; the block's weights [N, 128].
+    """
+
+    sums_NB: Tensor
+    units_NB: Tensor
+    weigh: Callable[[Tensor, Tensor], Tensor]
+
+    def weights(self, unit_N: Tensor) -> Tensor:
+        """The sums in units of exp(`unit_N`), fp64."""
+        # A block without any token that can be drawn has the unit exp(-inf).
+        return self.sums_NB.double() * (self.units_NB - unit_N[:, None]).double().exp()
+
+    def invert(self, weights_NB: Tensor, unit_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N] at which the running sums exceed the target, and logarithms of their weights.
+
+        Args:
+            weights_NB: the sums in units of exp(`unit_N`), as the target and the results are.
+        """
+        block_N, rest_N = invert(weights_NB, target_N)
+        own_N = self.units_NB.gather(1, block_N[:, None]).squeeze(1)
+        shift_N = (own_N - unit_N).double()
+        within_NC = self.weigh(block_N, own_N).double()
+        offset_N, _ = invert(within_NC, rest_N / shift_N.exp())
+        log_N = within_NC.gather(1, offset_N[:, None]).squeeze(1).log()
+        return block_N * LOGITS_BLOCK + offset_N, log_N + shift_N
+
+
+def block_totals(sums_NB: Tensor, maxima_NB: Tensor) -> tuple[Tensor, Tensor]:
+    highest_N = maxima_NB.amax(dim=1)
+    weights_NB = sums_NB.double() * (maxima_NB - highest_N[:, None]).double().exp()
+    return highest_N, weights_NB.sum(dim=1)
+
+
+def invert_blocks(
+    logits_NV: Tensor,
+    sums_NB: Tensor,
+    maxima_NB: Tensor,
+    highest_N: Tensor,
+    target_N: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    vocab = logits_NV.shape[1]
+
+    def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
+        column_NC = block_N[:, None] * LOGITS_BLOCK
+        column_NC = column_NC + torch.arange(LOGITS_BLOCK, device=logits_NV.device)
+        inside_NC = column_NC < vocab
+        logits_NC = logits_NV.gather(1, column_NC.clamp(max=vocab - 1))
+        return (logits_NC / temperature - unit_N[:, None]).exp() * inside_NC
+
+    blocks = Blocks(sums_NB, maxima_NB, weigh)
+    tokens_N, logs_N = blocks.invert(blocks.weights(highest_N), highest_N, target_N)
+    return tokens_N.clamp(max=vocab - 1), logs_N
 
 
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -155,6 +156,77 @@ def _silu_mul(s: Setting, dtype: torch.dtype) -> list[Check]:
         )
 
     return [check(T) for T in size.tokens]
+
+
+def _gradients(
+    twin: Callable[..., Any], operands: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """By autograd."""
+    leaves = [x.detach().requires_grad_() for x in operands]
+    return torch.autograd.grad(_tensors(twin(*leaves)), leaves, upstream)
+
+
+def _backward(
+    shape: str,
+    run: Callable[[], Any],
+    twin: Callable[..., Any],
+    operands: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    num_bytes: int,
+) -> Check:
+    exact = [x.float() for x in operands], [g.float() for g in upstream]
+    return Check(
+        shape,
+        run,
+        lambda: _gradients(twin, operands, upstream),
+        lambda: _gradients(twin, *exact),
+        num_bytes,
+    )
+
+
+def _silu_mul_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
+    run, size = launcher(s, "layers", "silu_mul_backward"), sizes_of(s)
+    T = max(size.tokens)
+    gate_TF, up_TF, g_TF = (_normal(s, T, size.mlp, dtype=dtype) for _ in range(3))
+    operands, shape, num_bytes = (gate_TF, up_TF), f"{T} x {size.mlp}", 5 * gate_TF.nbytes
+    work = partial(run, *operands, g_TF)
+    return [_backward(shape, work, plain.silu_mul, operands, [g_TF], num_bytes)]
+
+
+def _norm_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
+    """What remains of `add_norm` where x + y is what it keeps: the second gradient is added."""
+    run, size = launcher(s, "layers", "norm_backward"), sizes_of(s)
+
+    def check(D: int) -> Check:
+        T = max(size.tokens)
+        x_TD, g_total_TD, g_TD = (_normal(s, T, D, dtype=dtype) for _ in range(3))
+        weight_D = _normal(s, D, dtype=dtype)
+
+        def twin(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return x.clone(), plain.norm(x, weight, 1e-6)
+
+        work = partial(run, x_TD, weight_D, 1e-6, g_TD, g_total_TD)
+        operands, upstream = (x_TD, weight_D), [g_total_TD, g_TD]
+        return _backward(f"{T} x {D}", work, twin, operands, upstream, 4 * x_TD.nbytes)
+
+    return [check(D) for D in (size.width // 2, size.width)]
+
+
+def _norm_rope_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
+    run, size = launcher(s, "layers", "norm_rope_backward"), sizes_of(s)
+    T, H, G, K = max(size.tokens), size.heads, size.groups, size.head_size
+    rope = rope_tables(torch.arange(T, device=s.device), K, 1e6)
+    heads = [_normal(s, T, n, K, dtype=dtype) for n in (H, G)]
+    upstream = [_normal(s, T, n, K, dtype=dtype) for n in (H, G)]
+    operands = (*heads, *(_normal(s, K, dtype=dtype) for _ in range(2)))
+    work = partial(run, *operands, 1e-6, *rope, *upstream)
+    num_bytes = 3 * sum(x.nbytes for x in heads)
+
+    def twin(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        return plain.norm_rope(*operands, 1e-6, *rope)
+
+    shape = f"{T} x {H} + {G} heads of {K}"
+    return [_backward(shape, work, twin, operands, upstream, num_bytes)]
 
 
 def _add_norm(s: Setting, dtype: torch.dtype) -> list[Check]:
@@ -349,5 +421,8 @@ LAYERS: dict[str, Make] = {
     "silu_mul": _silu_mul,
     "add_norm": _add_norm,
     "norm_rope": _norm_rope,
+    "silu_mul_backward": _silu_mul_backward,
+    "norm_backward": _norm_backward,
+    "norm_rope_backward": _norm_rope_backward,
 }
 ATTENTION: dict[str, Make] = {"paged_decode": _paged_decode, "paged_prefill": _paged_prefill}

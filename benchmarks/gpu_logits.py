@@ -7,6 +7,9 @@ Shapes: N rows of a decoding step, C rows of a chunk of the training head, V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from gpu_kernels import HALF, Check, Make, launcher, sizes_of
 from gpu_setting import Setting
@@ -57,6 +60,29 @@ def check_truncation(s: Setting) -> None:
         figures = {"top_k": top_k, "top_p": top_p, "rows_equal": same}
         figures["ms"] = 1e3 * seconds["median_s"]
         s.emit({"figure": "truncation", **figures, "ok": same >= 0.95})
+
+
+def check_draw(s: Setting) -> None:
+    """Tokens that are drawn from blocks of logits, beside the twin on the same numbers."""
+    logits_NV = _logits(s, torch.float32)
+    u_N = torch.rand(logits_NV.shape[0], dtype=torch.float64, device=s.device)
+    totals, invert = (launcher(s, "logits", name) for name in ("block_totals", "invert_blocks"))
+    blocks = plain.block_stats(logits_NV, 0.7)
+
+    def draw(totals: Callable[..., Any], invert: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        highest_N, total_N = totals(*blocks)
+        tokens_N, logs_N = invert(logits_NV, *blocks, highest_N, u_N * total_N, 0.7)
+        return tokens_N, logs_N - total_N.log()
+
+    tokens_N, logs_N = draw(totals, invert)
+    wanted_N, _ = draw(plain.block_totals, plain.invert_blocks)
+    exact_NV = (logits_NV.double() / 0.7).log_softmax(1)
+    error_N = (logs_N - exact_NV.gather(1, tokens_N[:, None]).squeeze(1)).abs()
+    same, error = (tokens_N == wanted_N).double().mean().item(), error_N.max().item()
+    figures = {"tokens_equal": same, "logprob_error_max": error}
+    figures["ms"] = 1e3 * s.device_seconds(lambda: draw(totals, invert))
+    # Running sums in another order may decide otherwise where a target is at an edge.
+    s.emit({"figure": "draw", **figures, "ok": same >= 0.98 and error < 1e-4})
 
 
 def _chunk(s: Setting, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

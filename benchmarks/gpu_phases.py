@@ -82,10 +82,6 @@ def _update_budgets(
 
 def _update_budget(s, config, shape, model, optimizer, budget) -> None:
     args = shape.args
-    samples = s.samples(budget, s.microbatches, args.vocab_size)
-    plan = plan_minibatches(samples, 1, budget, s.world.dp)
-    flops = 3.0 * args.forward_flops(fed_in(samples), responses(samples))
-    tokens = sum(fed_in(samples))
     how = {
         "budget": budget,
         "checkpointing": config.activation_checkpoint.mode,
@@ -94,14 +90,20 @@ def _update_budget(s, config, shape, model, optimizer, budget) -> None:
     config.training.max_tokens_per_microbatch = budget
     kept = keep_what_fits(config, {"student": model}, {"student": shape}, s.world, s.dtype)
     once = kept.gradients
-    s.reset_memory()
-    whole = s.seconds(
-        lambda: update(model, optimizer, plan, rule(config), s.world, exchange_once=once)
-    )
-    rates = s.rates(whole["median_s"], flops, tokens)
     graphs = {"compiled_graphs": num_compiled_graphs()} if compiles(config) else {}
     how["kept"] = str(kept)
-    s.emit({"figure": "update", **how, **whole, **rates, **s.peak_memory(), **graphs})
+    for count in s.microbatches:
+        samples = s.samples(budget, count, args.vocab_size)
+        plan = plan_minibatches(samples, 1, budget, s.world.dp)
+        flops = 3.0 * args.forward_flops(fed_in(samples), responses(samples))
+        tokens = sum(fed_in(samples))
+        s.reset_memory()
+        whole = s.seconds(
+            lambda p=plan: update(model, optimizer, p, rule(config), s.world, exchange_once=once)
+        )
+        rates = s.rates(whole["median_s"], flops, tokens)
+        sizes = {"microbatches": count, **how}
+        s.emit({"figure": "update", **sizes, **whole, **rates, **s.peak_memory(), **graphs})
 
     def one() -> None:
         first = plan[0].microbatches[0]
@@ -119,7 +121,7 @@ def measure_score(s: Setting, size: str, compile: bool) -> None:
     shape, config = s.shape("teacher", size), recipe(compile)
     model = s.model(shape, config)
     for budget in s.budgets:
-        samples = s.samples(budget, s.microbatches, shape.args.vocab_size)
+        samples = s.samples(budget, max(s.microbatches), shape.args.vocab_size)
         plan = plan_minibatches(samples, 1, budget, s.world.dp)
         flops = shape.args.forward_flops(fed_in(samples), responses(samples))
         s.reset_memory()

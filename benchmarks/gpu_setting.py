@@ -36,7 +36,7 @@ class Setting:
     Attributes:
         prompt, sequence: tokens of each sequence's prompt, and of all of it.
         budgets: tokens of a micro-batch.
-        microbatches: of one update and of one scoring.
+        microbatches: of one update; the most of them of one scoring.
         step_sequences, step_new_tokens: of the whole step.
     """
 
@@ -46,7 +46,7 @@ class Setting:
     prompt: int = 128
     sequence: int = 1024
     budgets: tuple[int, ...] = (4096, 8192)
-    microbatches: int = 2
+    microbatches: tuple[int, ...] = (2, 8)
     step_sequences: int = 32
     step_new_tokens: int = 1024
     step_repeats: int = 2
@@ -57,6 +57,7 @@ class Setting:
         """The same for a CPU in seconds."""
         sizes = {"prompt": 16, "sequence": 64, "budgets": (128, 256), "step_sequences": 4}
         often = {"warmup": 1, "repeats": 1, "step_repeats": 1}
+        sizes["microbatches"] = (2,)
         return cls(miniature=True, step_new_tokens=24, **sizes, **{**often, **values})
 
     @cached_property

@@ -21,7 +21,7 @@ from gpu_kernels import (
     measure_operators,
     measure_splits,
 )
-from gpu_logits import LOGITS, check_truncation
+from gpu_logits import LOGITS, check_draw, check_truncation
 from gpu_numerics import check_compiled, measure_numerics
 from gpu_phases import measure_score, measure_step, measure_update
 from gpu_products import measure_grouped_heads, measure_products
@@ -76,7 +76,11 @@ FIRST = (
         measure_grouped_heads,
     )),
     Stage("layers", 30, (partial(measure_operators, makes=LAYERS),)),
-    Stage("logits", 30, (partial(measure_operators, makes=LOGITS, half=False), check_truncation)),
+    Stage("logits", 30, (
+        partial(measure_operators, makes=LOGITS, half=False),
+        check_truncation,
+        check_draw,
+    )),
     Stage("engine", 50, (partial(check_engine, size="0.6B"),)),
     Stage("trainer", 90, (train_debug_recipe,)),
     Stage("decode", 90, (_curve("0.6B"), _curve("1.7B"), _curve("8B"))),

@@ -81,7 +81,8 @@ def _passes(records: Sequence[Record]) -> Iterator[Row]:
     for phase in ("update", "score"):
         for r in find(records, phase):
             how = ", compiled" if r["compile"] else ""
-            work = f"{phase}, {r['size']}{how}, micro-batches of {r['budget']:,}"
+            count = f"{r['microbatches']} " if "microbatches" in r else ""
+            work = f"{phase}, {r['size']}{how}, {count}micro-batches of {r['budget']:,}"
             best = find(records, f"{phase} ceiling", size=r["size"])
             ceiling = _mfu(best[-1]) if best else ""
             reached = r.get("mfu_percent", 0.0) >= GOALS[phase]

@@ -341,7 +341,8 @@ def _clip(model: nn.Module, max_norm: float, loss: Tensor) -> float:
         loss: this rank's; where it is not finite on some rank, neither is the norm, on all.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = _total_norm([p.grad for p in parameters if p.grad is not None], loss)
-    if max_norm > 0 and torch.isfinite(norm):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.item()
+    total = _total_norm([p.grad for p in parameters if p.grad is not None], loss)
+    norm = total.item()
+    if 0 < max_norm < norm < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return norm

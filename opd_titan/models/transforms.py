@@ -1,6 +1,6 @@
 """Activation checkpointing and torch.compile of a decoder's blocks, in place and without renaming.
 
-A block is two functions of tensors around the mixing of tokens: `before_mixing(x, rope)` and
+A block is two functions of tensors around the mixing of tokens: `before_mixing(x, added, rope)` and
 `after_mixing(x, mixed)`. The mixing itself (packed attention, or the KV cache's) is never compiled:
 its index tensors change shape with every batch.
 """
@@ -36,7 +36,7 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> No
     """
     for block in blocks:
         if mode == "full":
-            block.forward = partial(_recomputed, block.forward)
+            block.forward = partial(_recomputed_whole, block.forward)
         elif mode == "selective":
             for half in HALVES:
                 kept = partial(create_selective_checkpoint_contexts, _KEPT)
@@ -46,6 +46,11 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> No
 def _recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     # Nothing here is random: there is no state of a generator to keep.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _recomputed_whole(function: Callable[..., Any], x: Any, added: Any, *args: Any) -> Any:
+    """Recompute a block from the sum of the two tensors that enter it: one is kept."""
+    return _recomputed(function, x if added is None else x + added, None, *args)
 
 
 def apply_compile(blocks: Iterable[nn.Module]) -> None:

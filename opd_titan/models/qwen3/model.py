@@ -78,7 +78,8 @@ class Block(nn.Module):
     """One layer, in two halves around the mixing of tokens.
 
     The halves are functions of tensors alone: they can be compiled, and recomputed in the backward,
-    whatever stands behind `attend`.
+    whatever stands behind `attend`. What enters and leaves a block is the sum of two tensors: it is
+    made together with the norm that follows.
     """
 
     def __init__(self, args: Qwen3Args, layer: int) -> None:
@@ -90,18 +91,27 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(args)
 
     def before_mixing(
-        self, x_TD: Tensor, rope: Rope, slots: CacheSlots | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attention(self.attention_norm(x_TD), rope, slots)
+        self, x_TD: Tensor, added_TD: Tensor | None, rope: Rope, slots: CacheSlots | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sum of what entered, and what is to be mixed."""
+        weight_D = local(self.attention_norm.weight)
+        if added_TD is None:
+            normed_TD = kernels.norm(x_TD, weight_D, self.eps)
+        else:
+            x_TD, normed_TD = kernels.add_norm(x_TD, added_TD, weight_D, self.eps)
+        return x_TD, *self.attention(normed_TD, rope, slots)
 
-    def after_mixing(self, x_TD: Tensor, mixed_THK: Tensor) -> Tensor:
+    def after_mixing(self, x_TD: Tensor, mixed_THK: Tensor) -> tuple[Tensor, Tensor]:
         added_TD = self.attention.wo(mixed_THK.flatten(1))
         weight_D = local(self.ffn_norm.weight)
         h_TD, normed_TD = kernels.add_norm(x_TD, added_TD, weight_D, self.eps)
-        return h_TD + self.feed_forward(normed_TD)
+        return h_TD, self.feed_forward(normed_TD)
 
-    def forward(self, x_TD: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        q_THK, k_TGK, v_TGK = self.before_mixing(x_TD, rope, attend.slots(self.layer))
+    def forward(
+        self, x_TD: Tensor, added_TD: Tensor | None, rope: Rope, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        slots = attend.slots(self.layer)
+        x_TD, q_THK, k_TGK, v_TGK = self.before_mixing(x_TD, added_TD, rope, slots)
         return self.after_mixing(x_TD, attend(q_THK, k_TGK, v_TGK, self.layer))
 
 
@@ -158,8 +168,8 @@ class Qwen3Model(nn.Module):
             What `head` returns, or the hidden states [T, D] without one.
         """
         rope = rope_tables(attend.positions_T, self.args.head_dim, self.args.rope_theta)
-        h_TD = self.tok_embeddings(tokens_T)
+        h_TD, added_TD = self.tok_embeddings(tokens_T), None
         for layer in self.layers:
-            h_TD = layer(h_TD, rope, attend)
-        h_TD = self.norm(h_TD)
+            h_TD, added_TD = layer(h_TD, added_TD, rope, attend)
+        h_TD = self.norm(h_TD + added_TD)
         return h_TD if head is None else head(h_TD, self.lm_head.weight)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 HALVES = ("before_mixing", "after_mixing")
@@ -36,7 +36,7 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> No
     """
     for block in blocks:
         if mode == "full":
-            block.forward = partial(_recomputed_whole, block.forward)
+            block.forward = _sum_first(partial(_recomputed, block.forward))
         elif mode == "selective":
             for half in HALVES:
                 kept = partial(create_selective_checkpoint_contexts, _KEPT)
@@ -48,9 +48,17 @@ def _recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def _recomputed_whole(function: Callable[..., Any], x: Any, added: Any, *args: Any) -> Any:
-    """Recompute a block from the sum of the two tensors that enter it: one is kept."""
-    return _recomputed(function, x if added is None else x + added, None, *args)
+def _sum_first(function: Any) -> Callable[..., Any]:
+    """Return the function of the sum of the two tensors that enter a block.
+
+    It then keeps one of them, and has one graph, also for the first block, to which nothing is
+    added. FSDP hands over views, which would take another graph: the first block gets a copy.
+    """
+
+    def call(x_TD: Tensor, added_TD: Tensor | None, *args: Any) -> Any:
+        return function(x_TD.clone() if added_TD is None else x_TD + added_TD, None, *args)
+
+    return call
 
 
 def apply_compile(blocks: Iterable[nn.Module]) -> None:
@@ -66,10 +74,12 @@ def apply_compile(blocks: Iterable[nn.Module]) -> None:
     torch.fx.experimental._config.use_duck_shape = False
     # It warns, in four lines, of in-place operations under selective checkpointing; there are none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    block: Any
     for block in blocks:
         for half in HALVES:
             compiled = torch.compile(getattr(block, half), dynamic=True, fullgraph=True)
             setattr(block, half, partial(_bounded, compiled))
+        block.before_mixing = _sum_first(block.before_mixing)
 
 
 def _bounded(compiled: Callable[..., Any], *args: Any) -> Any:

@@ -33,6 +33,7 @@ from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
 from opd_titan.distributed.sharding import drop_gradients, exchange_gradients, resharding
+from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
@@ -314,35 +315,40 @@ def pack_scored(
     return pack(samples, world), scores
 
 
-def _total_norm(grads: Sequence[Tensor], loss: Tensor) -> Tensor:
-    """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis).
-
-    A gradient that n ranks hold enters the world's sum n times, so its square is divided by n.
-    """
-    shares: dict[int, list[Tensor]] = {}
-    for grad in grads:
-        if isinstance(grad, DTensor):
-            placed = zip(grad.placements, grad.device_mesh.shape, strict=True)
-            copies = math.prod(ranks for placement, ranks in placed if placement.is_replicate())
-            shares.setdefault(copies, []).append(grad.to_local())
-        else:
-            shares.setdefault(get_world_size(), []).append(grad)
-    norms = {copies: torch.nn.utils.get_total_norm(parts) for copies, parts in shares.items()}
-    square = sum(norm.square() / copies for copies, norm in norms.items())
-    square = square + 0.0 * loss  # NaN unless it is finite
-    all_reduce(square)
-    return square.sqrt()
-
-
+@torch.no_grad()
 def _clip(model: nn.Module, max_norm: float, loss: Tensor) -> float:
     """Scale gradients down to `max_norm` (0: leave them); the total norm before that.
 
     Args:
         loss: this rank's; where it is not finite on some rank, neither is the norm, on all.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    total = _total_norm([p.grad for p in parameters if p.grad is not None], loss)
+    by_copies: dict[int, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            by_copies.setdefault(_copies(parameter.grad), []).append(local(parameter.grad))
+    total = _total_norm(by_copies, loss)
     norm = total.item()
     if 0 < max_norm < norm < math.inf:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        for grads in by_copies.values():
+            torch._foreach_mul_(grads, max_norm / total)
     return norm
+
+
+def _copies(grad: Tensor) -> int:
+    """How many ranks hold each element of a gradient."""
+    if not isinstance(grad, DTensor):
+        return get_world_size()
+    placed = zip(grad.placements, grad.device_mesh.shape, strict=True)
+    return math.prod(ranks for placement, ranks in placed if placement.is_replicate())
+
+
+def _total_norm(by_copies: Mapping[int, list[Tensor]], loss: Tensor) -> Tensor:
+    """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis).
+
+    A gradient that n ranks hold enters the world's sum n times, so its square is divided by n.
+    """
+    norms = {copies: torch.nn.utils.get_total_norm(grads) for copies, grads in by_copies.items()}
+    square = sum(norm.square() / copies for copies, norm in norms.items())
+    square = square + 0.0 * loss  # NaN unless it is finite
+    all_reduce(square)
+    return square.sqrt()

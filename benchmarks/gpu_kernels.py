@@ -161,7 +161,7 @@ def _silu_mul(s: Setting, dtype: torch.dtype) -> list[Check]:
 def _gradients(
     twin: Callable[..., Any], operands: Sequence[Tensor], upstream: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """By autograd."""
+    """Return the gradients of `twin` with respect to its operands, computed by autograd."""
     leaves = [x.detach().requires_grad_() for x in operands]
     return torch.autograd.grad(_tensors(twin(*leaves)), leaves, upstream)
 
@@ -194,7 +194,7 @@ def _silu_mul_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
 
 
 def _norm_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
-    """What remains of `add_norm` where x + y is what it keeps: the second gradient is added."""
+    """Check the backward of `add_norm`, which saves x + y and adds the gradient of that sum."""
     run, size = launcher(s, "layers", "norm_backward"), sizes_of(s)
 
     def check(D: int) -> Check:

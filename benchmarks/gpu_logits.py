@@ -48,11 +48,11 @@ def _block_stats(s: Setting, dtype: torch.dtype) -> list[Check]:
 
 @torch.no_grad()  # as where fused operators are taken
 def check_truncation(s: Setting) -> None:
-    """Which tokens top-k and top-p keep, on the device and on a CPU in fp64."""
+    """Compare the tokens that top-k and top-p keep on the device with fp64 on a CPU."""
     logits_NV = _logits(s, torch.float32)
     ties_NV = logits_NV.mul(8).round().div(8)  # ties fall to the lower token id
     for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
-        # In fp64: at the nucleus' edge fp32 sums of 152k probabilities keep a tied token too few.
+        # fp64, because fp32 sums over 152k probabilities can drop a tied token at the threshold.
         wanted_NV = truncate_(ties_NV[:32].cpu().double(), top_k, top_p).float()
         found_NV = truncate_(ties_NV.clone(), top_k, top_p)[:32].cpu()
         same = (found_NV == wanted_NV).all(dim=1).double().mean().item()
@@ -63,10 +63,10 @@ def check_truncation(s: Setting) -> None:
 
 
 def check_draw(s: Setting) -> None:
-    """Tokens that are drawn from blocks of logits, beside the twin on the same numbers."""
+    """Compare tokens drawn by the kernels with those of the plain twin."""
     logits_NV = _logits(s, torch.float32)
     u_N = torch.rand(logits_NV.shape[0], dtype=torch.float64, device=s.device)
-    totals, invert = (launcher(s, "logits", name) for name in ("block_totals", "invert_blocks"))
+    ours = [launcher(s, "logits", name) for name in ("block_totals", "invert_blocks")]
     blocks = plain.block_stats(logits_NV, 0.7)
 
     def draw(totals: Callable[..., Any], invert: Callable[..., Any]) -> tuple[Tensor, Tensor]:
@@ -74,14 +74,14 @@ def check_draw(s: Setting) -> None:
         tokens_N, logs_N = invert(logits_NV, *blocks, highest_N, u_N * total_N, 0.7)
         return tokens_N, logs_N - total_N.log()
 
-    tokens_N, logs_N = draw(totals, invert)
+    tokens_N, logs_N = draw(*ours)
     wanted_N, _ = draw(plain.block_totals, plain.invert_blocks)
     exact_NV = (logits_NV.double() / 0.7).log_softmax(1)
     error_N = (logs_N - exact_NV.gather(1, tokens_N[:, None]).squeeze(1)).abs()
     same, error = (tokens_N == wanted_N).double().mean().item(), error_N.max().item()
     figures = {"tokens_equal": same, "logprob_error_max": error}
-    figures["ms"] = 1e3 * s.device_seconds(lambda: draw(totals, invert))
-    # Running sums in another order may decide otherwise where a target is at an edge.
+    figures["ms"] = 1e3 * s.device_seconds(lambda: draw(*ours))
+    # A target near a boundary may give the next token, because sums are ordered differently.
     s.emit({"figure": "draw", **figures, "ok": same >= 0.98 and error < 1e-4})
 
 

@@ -36,7 +36,7 @@ class Setting:
     Attributes:
         prompt, sequence: tokens of each sequence's prompt, and of all of it.
         budgets: tokens of a micro-batch.
-        microbatches: of one update; the most of them of one scoring.
+        microbatches: numbers of micro-batches per update; scoring uses the largest.
         step_sequences, step_new_tokens: of the whole step.
     """
 
@@ -55,9 +55,9 @@ class Setting:
     @classmethod
     def small(cls, **values: Any) -> Setting:
         """The same for a CPU in seconds."""
-        sizes = {"prompt": 16, "sequence": 64, "budgets": (128, 256), "step_sequences": 4}
+        sizes: dict[str, Any] = {"prompt": 16, "sequence": 64, "step_sequences": 4}
+        sizes |= {"budgets": (128, 256), "microbatches": (2,)}
         often = {"warmup": 1, "repeats": 1, "step_repeats": 1}
-        sizes["microbatches"] = (2,)
         return cls(miniature=True, step_new_tokens=24, **sizes, **{**often, **values})
 
     @cached_property

@@ -182,8 +182,8 @@ def test_norms(compile_launches: Callable, D: int) -> None:
 
 @pytest.mark.parametrize("F", [3072, 12288])
 def test_silu_mul(compile_launches: Callable, F: int) -> None:
-    both = zeros(3, 2 * F).chunk(2, dim=1)
-    for launcher, args in ((layers.silu_mul, both), (layers.silu_mul_backward, (*both, both[0]))):
+    both, g_TF = zeros(3, 2 * F).chunk(2, dim=1), zeros(3, F)
+    for launcher, args in ((layers.silu_mul, both), (layers.silu_mul_backward, (*both, g_TF))):
         (kernel,) = compile_launches(launcher, *args)
         assert_fits(kernel, warps=32)
 

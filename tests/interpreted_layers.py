@@ -19,7 +19,6 @@ from torch import Tensor
 from opd_titan.models import kernels
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels import CacheSlots, attention, layers, logits, plain
-from opd_titan.rollout.sampler import uniforms
 
 TYPES = [torch.float16, torch.float32]
 # Two steps of the type at 1: an exponential that is rounded otherwise may cross a rounding's edge.
@@ -96,7 +95,7 @@ def gradients(
     operands: Sequence[Tensor],
     upstream: Sequence[Tensor],
 ) -> list[Tensor]:
-    """By autograd, in fp64."""
+    """Return the gradients of `function`'s results, computed by autograd in fp64."""
     leaves = [x.double().requires_grad_() for x in operands]
     results = function(*leaves)
     results = [results] if isinstance(results, Tensor) else [*results]
@@ -106,7 +105,7 @@ def gradients(
 def assert_gradients(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
     for x, exact in zip(got, expected, strict=True):
         assert x.dtype == dtype and x.is_contiguous()
-        # Relative to the largest: sums over tokens cancel.
+        # Relative to the largest element, because sums over tokens can cancel.
         error = (x.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
         assert error <= {torch.float16: 1e-3, torch.float32: 2e-6}[dtype]
 
@@ -116,7 +115,7 @@ def assert_gradients(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: t
 def test_gradients_of_silu_mul(T: int, F: int, dtype: torch.dtype) -> None:
     both = torch.randn(T, 2 * F).mul_(3.0).to(dtype)
     both[0, 0], both[0, 1] = -100.0, 100.0
-    operands, g_TF = both.chunk(2, dim=1), torch.randn(T, F + 3).to(dtype)[:, :F]
+    operands, g_TF = both.chunk(2, dim=1), torch.randn(T, F).to(dtype)
     got = layers.silu_mul_backward(*operands, g_TF)
     assert_gradients(got, gradients(plain.silu_mul, operands, [g_TF]), dtype)
 
@@ -129,7 +128,8 @@ def test_gradients_of_norms(
     T: int, D: int, dtype: torch.dtype, added: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "_SUMS", 4 * triton.next_power_of_2(D))
-    x_TD, y_TD, g_TD, g_total_TD = torch.randn(4, T, D + 5).to(dtype)[..., :D]
+    x_TD, y_TD = torch.randn(2, T, D + 5).to(dtype)[..., :D]
+    g_TD, g_total_TD = torch.randn(2, T, D).to(dtype)
     weight_D = torch.rand(D).to(dtype)
     if not added:
         assert_close(layers.norm(x_TD, weight_D, EPS), plain.norm(x_TD, weight_D, EPS))
@@ -137,13 +137,13 @@ def test_gradients_of_norms(
         got = layers.norm_backward(x_TD, weight_D, EPS, g_TD, None)
     else:
         total_TD = x_TD + y_TD
-        wanted = gradients(
+        d_x, d_y, d_weight = gradients(
             lambda x, y, w: plain.add_norm(x, y, w, EPS),
             (total_TD, torch.zeros_like(y_TD), weight_D),
             [g_total_TD, g_TD],
         )
-        assert torch.equal(wanted[0], wanted[1])
-        expected = [wanted[0], wanted[2]]
+        assert torch.equal(d_x, d_y)
+        expected = [d_x, d_weight]
         got = layers.norm_backward(total_TD, weight_D, EPS, g_TD, g_total_TD)
     assert_gradients(got, expected, dtype)
 
@@ -158,7 +158,7 @@ def test_gradients_of_norm_rope(
     monkeypatch.setattr(layers, "_SUMS", 4 * 2 * G * K)
     heads = Heads(T, H, G, K, dtype)
     q_weight_K, k_weight_K, eps, *tables = heads.rest
-    upstream = [torch.randn(T, 2 * n, K).to(dtype)[:, :n] for n in (H, G)]
+    upstream = [torch.randn(T, n, K).to(dtype) for n in (H, G)]
 
     def twin(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         first, second = plain.norm_rope(
@@ -184,7 +184,7 @@ def interpreted_operators() -> Iterator[None]:
     library._destroy()
 
 
-def test_a_model_has_the_gradients_of_its_twin(
+def test_fused_and_plain_models_have_equal_gradients(
     interpreted_operators: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(head_dim=32).requires_grad_()
@@ -261,7 +261,7 @@ def test_inverted_blocks(vocab: int, temperature: float) -> None:
     assert tokens_N[3] == vocab // 2
 
 
-def test_numbers_that_are_not_finite_draw_a_token_that_there_is() -> None:
+def test_nonfinite_logits_give_a_valid_token() -> None:
     logits_NV = torch.randn(3, 200)
     logits_NV[0, 7], logits_NV[1] = torch.nan, -torch.inf
     logits_NV[2, 3] = torch.inf
@@ -271,11 +271,11 @@ def test_numbers_that_are_not_finite_draw_a_token_that_there_is() -> None:
     assert ((tokens_N >= 0) & (tokens_N < 200)).all()
 
 
-def test_uniforms_are_those_of_a_cpu_bit_for_bit() -> None:
+def test_uniforms_equal_the_twin_bit_for_bit() -> None:
     keys_N = torch.randint(-(2**63), 2**63 - 1, (300,))
     keys_N[:2] = torch.tensor([-(2**63), 2**63 - 1])
     positions_N = torch.arange(300)
-    assert torch.equal(logits.uniforms(keys_N, positions_N), uniforms(keys_N, positions_N))
+    assert torch.equal(logits.uniforms(keys_N, positions_N), plain.uniforms(keys_N, positions_N))
 
 
 def kept(row: list[float], top_k: int, top_p: float) -> set[int]:

@@ -180,7 +180,7 @@ def test_what_each_mode_makes_again() -> None:
         loss = forward(plain_model(mode), [5, 3])
         with Calls() as calls:
             loss.backward()
-        # Products of one input add up their gradients of it.
+        # The backward of products with one input uses addmm_ for all but the first.
         products[mode] = calls.count["aten.mm.default"] + calls.count["aten.addmm_.default"]
         attentions[mode] = calls.count["attention"]
     layers = ARGS.n_layers

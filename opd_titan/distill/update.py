@@ -317,25 +317,25 @@ def pack_scored(
 
 @torch.no_grad()
 def _clip(model: nn.Module, max_norm: float, loss: Tensor) -> float:
-    """Scale gradients down to `max_norm` (0: leave them); the total norm before that.
+    """Clip the gradients to the total norm `max_norm`, and return the norm before clipping.
 
     Args:
-        loss: this rank's; where it is not finite on some rank, neither is the norm, on all.
+        max_norm: 0 disables clipping.
+        loss: this rank's loss. If it is not finite on any rank, the norm is NaN on all ranks.
     """
     by_copies: dict[int, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None:
             by_copies.setdefault(_copies(parameter.grad), []).append(local(parameter.grad))
-    total = _total_norm(by_copies, loss)
-    norm = total.item()
+    norm = _total_norm(by_copies, loss).item()
     if 0 < max_norm < norm < math.inf:
         for grads in by_copies.values():
-            torch._foreach_mul_(grads, max_norm / total)
+            torch._foreach_mul_(grads, max_norm / norm)
     return norm
 
 
 def _copies(grad: Tensor) -> int:
-    """How many ranks hold each element of a gradient."""
+    """Return the number of ranks that hold each element of a gradient."""
     if not isinstance(grad, DTensor):
         return get_world_size()
     placed = zip(grad.placements, grad.device_mesh.shape, strict=True)
@@ -343,9 +343,10 @@ def _copies(grad: Tensor) -> int:
 
 
 def _total_norm(by_copies: Mapping[int, list[Tensor]], loss: Tensor) -> Tensor:
-    """The 2-norm of all gradients together, in one collective (DTensor's takes one per axis).
+    """Return the 2-norm of all gradients, in one collective (DTensor's takes one per mesh axis).
 
-    A gradient that n ranks hold enters the world's sum n times, so its square is divided by n.
+    A gradient with n copies is counted n times in the sum over all ranks, so its square is divided
+    by n.
     """
     norms = {copies: torch.nn.utils.get_total_norm(grads) for copies, grads in by_copies.items()}
     square = sum(norm.square() / copies for copies, norm in norms.items())

@@ -69,9 +69,9 @@ def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
 
 
 class _Products(torch.autograd.Function):
-    """Products of one input. Its gradient is added up by the products themselves.
+    """Compute several products of one input, and accumulate the input's gradient in `addmm_`.
 
-    Autograd would write one gradient for each weight, and add them up in passes of their own.
+    Autograd would write a separate gradient for each weight and add them in extra passes.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        assert self.eps is not None  # torch's own default is none of ours
+        assert self.eps is not None  # nn.RMSNorm also accepts None
         return kernels.norm(x, local(self.weight), self.eps)
 
 

@@ -44,15 +44,16 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> No
 
 
 def _recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    # Nothing here is random: there is no state of a generator to keep.
+    # The blocks use no random numbers, so the generator's state need not be saved.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def _sum_first(function: Any) -> Callable[..., Any]:
-    """Return the function of the sum of the two tensors that enter a block.
+def _sum_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` called with the sum of its first two arguments, and None as the second.
 
-    It then keeps one of them, and has one graph, also for the first block, to which nothing is
-    added. FSDP hands over views, which would take another graph: the first block gets a copy.
+    Checkpointing then saves one tensor instead of two, and torch.compile makes one graph for all
+    blocks, although the first block has nothing to add. The first block's input is cloned because
+    FSDP passes a view, for which torch.compile would make another graph.
     """
 
     def call(x_TD: Tensor, added_TD: Tensor | None, *args: Any) -> Any:
@@ -67,12 +68,12 @@ def apply_compile(blocks: Iterable[nn.Module]) -> None:
     Raises (when a block runs):
         RuntimeError: more than RECOMPILE_LIMIT graphs were wanted of one half.
     """
-    # A recompilation for every batch would be slower than none: stop with an error instead.
+    # Recompiling for every batch would be slower than not compiling, so raise an error instead.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # Two sizes that happen to be equal in the first batch are not the same size.
+    # Do not assume that two sizes are always equal because they are equal in the first batch.
     torch.fx.experimental._config.use_duck_shape = False
-    # It warns, in four lines, of in-place operations under selective checkpointing; there are none.
+    # This logger warns of in-place operations under selective checkpointing; the blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     block: Any
     for block in blocks:
@@ -94,7 +95,7 @@ def _bounded(compiled: Callable[..., Any], *args: Any) -> Any:
 
 
 def has_cpp_compiler() -> bool:
-    """Whether there is what torch.compile needs to make code for the CPU."""
+    """Return whether a C++ compiler is available, which torch.compile needs on a CPU."""
     from torch._inductor import cpp_builder, exc  # slow to import
 
     try:
@@ -104,5 +105,5 @@ def has_cpp_compiler() -> bool:
 
 
 def num_compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process so far."""
+    """Return the number of graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

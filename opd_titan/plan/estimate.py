@@ -95,17 +95,20 @@ def _seconds(
     """Of the rank with the most to do: the others wait for it."""
     a, phases = cluster.assumed, simulation.phases
     assert cluster.flops and cluster.bandwidth
-    rate = cluster.flops * a.products * simulation.world.tp.size
+    peak = cluster.flops * simulation.world.tp.size
     seconds = {n: _traffic(cluster, simulation, p) for n, p in phases.items() if n != "validation"}
-    for name in ("teacher", "reference", "update"):
+    for name in ("teacher", "reference"):
         if name in seconds:
-            seconds[name].busy = _packed_flops(simulation, name) / rate
-    if config.activation_checkpoint.mode == "full":
-        seconds["update"].busy += _packed_flops(simulation, "again") / rate
+            seconds[name].busy = _packed_flops(simulation, name) / (peak * a.scoring)
+    again = config.activation_checkpoint.mode == "full"
+    passes = _packed_flops(simulation, "update") + again * _packed_flops(simulation, "again")
+    layers = simulation.shapes["student"].args.n_layers * len(simulation.update_share)
+    launching = layers * a.layer if cluster.on_cuda else 0.0
+    seconds["update"].busy = max(passes / (peak * a.training), launching)
     if "rollout" in seconds:
         share = len(simulation.rollout_share) / len(simulation.samples)
         seconds["rollout"].busy = _rollout_seconds(
-            cluster, simulation, flops["rollout"] * share, rate
+            cluster, simulation, flops["rollout"] * share, peak * a.scoring
         )
     reach = cluster.bandwidth * a.memory
     if config.optimizer.cpu_offload:

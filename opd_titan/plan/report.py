@@ -72,10 +72,11 @@ def _add_times(rows: list[tuple[str, list[str]]], columns: list[Column]) -> None
 def assumptions(assumed: Assumed) -> str:
     """What the times rest on, in one paragraph."""
     return (
-        f"Assumed: {assumed.products:.0%} of peak FLOP/s in scoring and update, "
+        f"Assumed: {assumed.scoring:.0%} of peak FLOP/s in scoring, {assumed.training:.0%} in the "
+        f"update, which takes the host {assumed.layer * 1e3:.0f} ms a layer and micro-batch, "
         f"{assumed.memory:.0%} of memory bandwidth in decoding, {assumed.links:.0%} of a link in "
         f"collectives and {assumed.latency * 1e6:.0f} us per rank of their ring, "
-        f"{assumed.kernel * 1e6:.0f} us per kernel of a decoding step's graph "
+        f"{assumed.kernel * 1e6:.1f} us per kernel of a decoding step's graph "
         f"({assumed.launch * 1e6:.0f} us where the host launches it), "
         f"{assumed.slack:.0%} of live memory lost in the allocator. Every sample has the planned "
         f"lengths; data-parallel traffic hides behind computing, tensor-parallel traffic does not."

@@ -1,28 +1,29 @@
-"""One uniform number per token turns hidden states into tokens.
+"""Sample tokens from hidden states, with one uniform number per token.
 
-The number depends on nothing but (seed, step, prompt, sample, position): a counter-based generator
-has no state to save, and no batch layout, world size or resume can shift it.
+The number depends only on (seed, step, prompt, sample, position). A counter-based generator makes
+it, so there is no state to save, and batch layout, world size and resuming do not change it.
 
 Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from opd_titan.distributed.collectives import broadcast_tokens
-from opd_titan.models.kernels import block_stats, block_totals, fused, invert_blocks
+from opd_titan.models.kernels import block_stats, block_totals, fused, invert_blocks, plain
+from opd_titan.models.kernels import uniforms as uniforms
 from opd_titan.models.kernels.plain import LOGITS_BLOCK, Blocks, invert
 from opd_titan.models.logits import Distribution, VocabHead, project, whole_logits
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-# Logits of a chunk are still in the cache of the core that made them when they are summed; a GPU
-# wants few and large kernels instead.
+# A chunk's logits should still be in the core's cache when they are summed. A GPU needs few large
+# kernels instead.
 CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
@@ -81,47 +82,39 @@ class Sampler:
             chosen = sample(logits_NV, uniforms_N)
         else:
             chosen = self._draw(hidden_ND, uniforms_N)
-        # From the same numbers a GPU's prefix sums may round differently: one rank decides.
+        # On a GPU, prefix sums of the same numbers may round differently: one rank decides.
         return broadcast_tokens(*chosen, self.head.tp)
 
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
-        """`sample` of the whole logits. Ranks exchange a maximum and a sum for each row."""
-        draw = self._draw_fused if fused(hidden_ND) else self._draw_plain
-        tokens_N, logprobs_N, mine_N = draw(hidden_ND, uniforms_N)
+        """Return what `sample` returns for the whole logits.
+
+        Ranks exchange the maximum and the sum of each row, and then its token and log-prob.
+        """
+        n, rows, t = hidden_ND.shape[0], self.head.rows, self.params.temperature
+        find_tokens: Callable[..., tuple[Tensor, Tensor]]
+        if fused(hidden_ND):
+            logits_Nv = self.values[: n * rows].view(n, rows)
+            logits_Nv = project(hidden_ND, self.head.weight_vD, logits_Nv)
+            stats = block_stats(logits_Nv, t)
+            highest_N, total_N = block_totals(*stats)
+            find_tokens = partial(invert_blocks, logits_Nv, *stats, temperature=t)
+        else:
+            blocks = self._blocks(hidden_ND)
+            # The units of a chunk are expanded, which the fused operation does not take.
+            highest_N, total_N = plain.block_totals(blocks.sums_NB, blocks.units_NB)
+            find_tokens = blocks.invert
+        mine_N, target_N, log_total_N = self._share(highest_N, total_N, uniforms_N)
+        tokens_N, logs_N = find_tokens(highest_N, target_N)
+        logprobs_N = (logs_N - log_total_N).float()
         if mine_N is None:
             return tokens_N, logprobs_N
-        tokens_N = tokens_N + self.head.tp.rank * self.head.rows
+        tokens_N = tokens_N + self.head.tp.rank * rows
         both = torch.stack((tokens_N.double(), logprobs_N.double()))
         both = self.head.stack(both.where(mine_N, 0.0)).sum(dim=0)
         return both[0].long(), both[1].float()
 
-    def _draw_fused(
-        self, hidden_ND: Tensor, uniforms_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read the logits once for their blocks, and once more where a token is drawn."""
-        n, t = hidden_ND.shape[0], self.params.temperature
-        logits_Nv = self.values[: n * self.head.rows].view(n, self.head.rows)
-        logits_Nv = project(hidden_ND, self.head.weight_vD, logits_Nv)
-        blocks = block_stats(logits_Nv, t)
-        highest_N, total_N = block_totals(*blocks)
-        mine_N, target_N, log_total_N = self._share(highest_N, total_N, uniforms_N)
-        tokens_N, logs_N = invert_blocks(logits_Nv, *blocks, highest_N, target_N, t)
-        return tokens_N, (logs_N - log_total_N).float(), mine_N
-
-    def _draw_plain(
-        self, hidden_ND: Tensor, uniforms_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        blocks = self._blocks(hidden_ND)
-        highest_N = blocks.units_NB.amax(dim=1)
-        weights_NB = blocks.weights(highest_N)
-        mine_N, target_N, log_total_N = self._share(highest_N, weights_NB.sum(dim=1), uniforms_N)
-        tokens_N, logs_N = blocks.invert(weights_NB, highest_N, target_N)
-        # Numbers that are not finite must not make a token that there is not.
-        tokens_N = tokens_N.clamp(max=self.head.rows - 1)
-        return tokens_N, (logs_N - log_total_N).float(), mine_N
-
     def _blocks(self, hidden_ND: Tensor) -> Blocks:
-        """Exponentiate each chunk of the vocabulary while it is in the cache of the core."""
+        """Exponentiate each chunk of the vocabulary while it is in the core's cache."""
         n = hidden_ND.shape[0]
         width, count = self._chunks(n)
         values = self.values[: count * n * width].view(count, n, width)
@@ -134,10 +127,17 @@ class Sampler:
                 values_NC.div_(self.params.temperature)
             parts.append(_exponentiate_(values_NC))
         sums, maxima = (torch.stack(x, dim=1) for x in zip(*parts, strict=True))
-        return _exponentiated(values, sums, maxima)
+        units_NB = maxima[:, :, None].expand(sums.shape).flatten(1)
+        row_N = torch.arange(n, device=values.device)
+        blocks = values.unflatten(2, (-1, LOGITS_BLOCK))
+
+        def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
+            return blocks[block_N // blocks.shape[2], row_N, block_N % blocks.shape[2]]
+
+        return Blocks(sums.flatten(1), units_NB, weigh, self.head.rows)
 
     def _chunks(self, n: int) -> tuple[int, int]:
-        """Width of a chunk, in whole blocks, and how many there are."""
+        """Return the width of a chunk, a multiple of 128, and the number of chunks."""
         rows, device = self.head.rows, self.head.weight_vD.device.type
         count = max(1, round(n * rows * 4 / CHUNK_BYTES[device]))
         width = -(-rows // count)
@@ -147,12 +147,12 @@ class Sampler:
     def _share(
         self, highest_N: Tensor, total_N: Tensor, uniforms_N: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Whose part of the vocabulary each row's token is in.
+        """Select the rank that holds each row's token.
 
         Returns:
-            Whether it is in this rank's, None where that is all of it; what is left of the target
-            in it, and the logarithm of the sum over all ranks, both in the unit of this rank's
-            `total_N`, exp(`highest_N`).
+            Whether this rank is selected, bool [N], or None without tensor parallelism; the
+            remaining target in this rank's part; and the log of the sum over all ranks. The last
+            two are fp64 [N] in units of exp(`highest_N`).
         """
         if self.head.tp.size == 1:
             return None, uniforms_N * total_N, total_N.log()
@@ -166,43 +166,19 @@ class Sampler:
         return mine_N, rest_N / shift_N.exp(), sum_N.log() - shift_N
 
 
-def _signed(x: int) -> int:
-    """The int64 with the same 64 bits."""
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def _mix_int(x: int) -> int:
-    """SplitMix64's finaliser on an integer (Steele et al. 2014, doi 10.1145/2660193.2660195)."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+def _mix(x: int) -> int:
+    """Apply SplitMix64's finaliser to an integer."""
+    x = ((x ^ (x >> 30)) * plain.MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * plain.MIX_2) & _MASK
     return x ^ (x >> 31)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """`_mix_int` on int64 tensors: products wrap, shifts must be made logical."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def sequence_key(*coordinates: int) -> int:
-    """An int64 that stands for one sequence's stream, e.g. of (seed, step, prompt, sample)."""
+    """Return the int64 key of a sequence's random stream, e.g. of (seed, step, prompt, sample)."""
     key = 0
     for c in coordinates:
-        key = _mix_int((key + _GOLDEN + (c & _MASK)) & _MASK)
-    return _signed(key)
-
-
-def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
-    """float64 numbers in [0, 1), one per (key, position): SplitMix64 in counter mode, 53 bits."""
-    if fused(keys_N, (torch.int64,)):
-        return torch.ops.opd_titan.uniforms(keys_N, positions_N)
-    bits = _mix(keys_N + (positions_N + 1) * _signed(_GOLDEN))
-    return _shift(bits, 11).double() * 2.0**-53
+        key = _mix((key + plain.GOLDEN + (c & _MASK)) & _MASK)
+    return plain.signed(key)
 
 
 def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,43 +194,22 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Tokens [N] int64 and their log-probabilities [N] fp32.
     """
-    vocab = logits_NV.shape[1]
-    values_NV = F.pad(logits_NV, (0, -vocab % LOGITS_BLOCK), value=-torch.inf)
-    sums_NB, maxima_N = _exponentiate_(values_NV)
-    blocks = _exponentiated(values_NV[None], sums_NB[:, None], maxima_N[:, None])
-    weights_NB = blocks.weights(maxima_N)
-    total_N = weights_NB.sum(dim=1)
-    tokens_N, logs_N = blocks.invert(weights_NB, maxima_N, uniforms_N * total_N)
-    return tokens_N.clamp(max=vocab - 1), (logs_N - total_N.log()).float()
+    blocks = block_stats(logits_NV, 1.0)
+    highest_N, total_N = block_totals(*blocks)
+    tokens_N, logs_N = invert_blocks(logits_NV, *blocks, highest_N, uniforms_N * total_N, 1.0)
+    return tokens_N, (logs_N - total_N.log()).float()
 
 
 def _exponentiate_(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Become exp(logits - maximum of the row); sums of blocks [N, C / 128], and the maxima [N]."""
+    """Replace logits by exp(logits - maximum); return sums of blocks [N, C / 128], maxima [N]."""
     maxima_N = logits_NC.amax(dim=1)
     logits_NC.sub_(maxima_N[:, None]).exp_()
     # A product with ones is five times as fast as sum() on a CPU.
     return logits_NC.unflatten(1, (-1, LOGITS_BLOCK)) @ logits_NC.new_ones(LOGITS_BLOCK), maxima_N
 
 
-def _exponentiated(values: Tensor, sums: Tensor, maxima_NX: Tensor) -> Blocks:
-    """Blocks of weights that are there.
-
-    Args:
-        values: weights [X, N, C] of X chunks of the vocabulary, in units of their maxima.
-        sums: of their blocks, [N, X, C / 128].
-    """
-    units_NB = maxima_NX[:, :, None].expand(sums.shape).flatten(1)
-    row_N = torch.arange(values.shape[1], device=values.device)
-    blocks = values.unflatten(2, (-1, LOGITS_BLOCK))
-
-    def weigh(block_N: Tensor, unit_N: Tensor) -> Tensor:
-        return blocks[block_N // blocks.shape[2], row_N, block_N % blocks.shape[2]]
-
-    return Blocks(sums.flatten(1), units_NB, weigh)
-
-
 def greedy(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely token of each row, the lowest id among equals, and its log-probability."""
+    """Return the most likely token of each row (the lowest id on ties), and its log-prob."""
     tokens = logits_NV.argmax(dim=1)
     chosen = logits_NV.gather(1, tokens[:, None]).squeeze(1)
     return tokens, chosen - logits_NV.logsumexp(dim=1)

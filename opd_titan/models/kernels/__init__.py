@@ -1,8 +1,8 @@
-"""Operations that a device may have a fused kernel for, each with a plain PyTorch twin.
+"""Operations with a fused kernel on some devices, and a plain PyTorch twin on all.
 
 Callers name the operation; which implementation runs follows from the tensors (`fused`). The twins
 in `plain` run everywhere and have gradients; they are what the kernels are tested against. The
-Triton kernels are PyTorch operators (`ops`), so that tensors without data know them too. Triton
+Triton kernels are PyTorch operators (`ops`), so that they also work on fake tensors. Triton
 comes with CUDA builds of PyTorch; nothing imports it where it is absent.
 
 Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, K head size, P pages
@@ -61,10 +61,10 @@ def why_unavailable(device: torch.device) -> str:
 def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     """Return whether operations on `x` run in fused kernels.
 
-    Code that is compiled is fused by the compiler.
+    Return False inside torch.compile, which fuses the plain implementation itself.
 
     Args:
-        dtypes: those that the operation's kernel takes.
+        dtypes: the dtypes that the kernel supports.
     """
     return (
         x.is_cuda
@@ -144,10 +144,13 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def block_totals(sums_NB: Tensor, maxima_NB: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest of each row's `block_stats`, fp32 [N], and all weights in its unit.
+    """Return each row's highest logit / temperature, and its sum of exponentials relative to it.
+
+    Args:
+        sums_NB, maxima_NB: the results of `block_stats`.
 
     Returns:
-        The second is the sum of exp(x - highest), fp64 [N].
+        The highest x = logits / temperature, fp32 [N], and the sum of exp(x - highest), fp64 [N].
     """
     if fused(sums_NB, (torch.float32,)):
         return torch.ops.opd_titan.block_totals(sums_NB, maxima_NB)
@@ -162,14 +165,19 @@ def invert_blocks(
     target_N: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens at which running sums of exp(x - highest) exceed the targets.
+    """Return the first token of each row at which the running sum exceeds the target.
+
+    The running sum is that of exp(x - highest) in the order of token ids, x = logits / temperature.
 
     Args:
+        logits_NV: fp32. Rows may be strided.
         sums_NB, maxima_NB: the `block_stats` of the logits.
-        target_N: fp64.
+        highest_N: from `block_totals`.
+        target_N: fp64, in [0, total).
 
     Returns:
-        int64 [N] in [0, V), whatever the numbers are, and x - highest of those tokens, fp64 [N].
+        The tokens, int64 [N], always in [0, V), even if logits are NaN; and x - highest of those
+        tokens, fp64 [N].
     """
     if fused(logits_NV, (torch.float32,)):
         return torch.ops.opd_titan.invert_blocks(
@@ -178,10 +186,24 @@ def invert_blocks(
     return plain.invert_blocks(logits_NV, sums_NB, maxima_NB, highest_N, target_N, temperature)
 
 
-def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return what top-k and then top-p leave of each row: its lowest logit, and how many of those.
+def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
+    """Return a number in [0, 1) for each (key, position), fp64 [N], with 53 random bits.
 
-    Logits above the threshold are kept, and of those equal to it the first so many by token id.
+    SplitMix64 in counter mode. All devices return the same bits.
+
+    Args:
+        keys_N, positions_N: int64, contiguous.
+    """
+    if fused(keys_N, (torch.int64,)):
+        return torch.ops.opd_titan.uniforms(keys_N, positions_N)
+    return plain.uniforms(keys_N, positions_N)
+
+
+def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the lowest logit that top-k followed by top-p keeps, and how many of that value.
+
+    Every logit above the threshold is kept. Of the logits equal to it, those with the lowest token
+    ids are kept, as many as the second result says.
 
     Args:
         logits_NV: fp32. Rows may be strided.
@@ -196,16 +218,16 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
     return plain.truncation_threshold(logits_NV, top_k, top_p)
 
 
-# The training head's, over a chunk's fp32 logits [C, v] of a rank's part of the vocabulary. A row
-# number of -1 stands for a token of another part; -inf stands for a token that was cut, and adds
-# nothing. Rows may be strided.
+# Operations of the training head, on fp32 logits [C, v] of C tokens and this rank's v columns.
+# `row_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf marks
+# a truncated token, which contributes 0. Rows may be strided.
 
 
 def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
-    """Return [2, C], or [3, C] with `mean`, of each row of logits.
+    """Return statistics of each row, fp32 [2, C], or [3, C] with `mean`.
 
-    They are the logit at `row_C` (-inf for -1), the logsumexp (-inf where all are), and the mean of
-    the logits under their softmax (0 where all are -inf).
+    They are the logit at `row_C` (-inf where that is -1), the logsumexp (-inf if all logits are
+    -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
     """
     if fused(logits_Cv, (torch.float32,)):
         return torch.ops.opd_titan.logit_stats(logits_Cv, row_C, mean)
@@ -213,9 +235,11 @@ def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
 
 
 def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
-    """Return [6, C]: the student's `logit_stats`, and the other model's beside it.
+    """Return fp32 [6, C]: three statistics of the student, two of the other model, and a mean.
 
-    The last one is the mean under the student of its logits minus the other's, which are finite.
+    The first three are the student's `logit_stats` with `mean`, the next two the other model's
+    without it. The last is the mean of student - other under the student's softmax. The other
+    model's logits must be finite.
     """
     if fused(student_Cv, (torch.float32,)):
         return torch.ops.opd_titan.kl_stats(student_Cv, other_Cv, row_C)
@@ -227,7 +251,7 @@ def softmax_grad(
 ) -> Tensor:
     """Return g (onehot - exp(x - lse)) in `dtype`: g times the derivative of a row's log-prob.
 
-    The logits are used up.
+    `logits_Cv` may be overwritten.
     """
     if fused(logits_Cv, (torch.float32,)):
         return torch.ops.opd_titan.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
@@ -240,7 +264,7 @@ def kl_grad(
     """Return p (x - mean) in `dtype`, p = exp(student - lse), x = student - other.
 
     With the mean of x under p this is the derivative of KL(student||other) by the student's logits.
-    The other's logits are used up.
+    `other_Cv` may be overwritten.
     """
     if fused(student_Cv, (torch.float32,)):
         return torch.ops.opd_titan.kl_grad(student_Cv, other_Cv, lse_C, mean_C, dtype)

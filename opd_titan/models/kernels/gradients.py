@@ -1,7 +1,7 @@
-"""Gradients of the fused operators between a layer's products.
+"""Autograd functions for the fused operators between a layer's matrix products.
 
-A backward makes again what the forward computed from the products' results, so that these are all
-that is kept. Shapes: see the package.
+The backward recomputes the forward's intermediate values, so that only the inputs are saved (for
+`AddNorm`, the sum). Shapes: see the package.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from torch import Tensor
 _OPS = torch.ops.opd_titan
 
 
-def _rows(g: Tensor) -> Tensor:
-    """Return the gradient with contiguous rows, as the kernels read it; an expanded one is not."""
-    return g if g.stride()[1:] == g[:1].contiguous().stride()[1:] else g.contiguous()
-
-
 class SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -27,7 +22,7 @@ class SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_TF: Tensor) -> tuple[Tensor, Tensor]:
-        return _OPS.silu_mul_backward(*ctx.saved_tensors, _rows(g_TF))
+        return _OPS.silu_mul_backward(*ctx.saved_tensors, g_TF.contiguous())
 
 
 class Norm(torch.autograd.Function):
@@ -39,7 +34,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_OPS.norm_backward(*ctx.saved_tensors, ctx.eps, _rows(g_TD), None), None
+        return *_OPS.norm_backward(*ctx.saved_tensors, ctx.eps, g_TD.contiguous(), None), None
 
 
 class AddNorm(torch.autograd.Function):
@@ -55,13 +50,13 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_total_TD: Tensor, g_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         d_TD, d_weight_D = _OPS.norm_backward(
-            *ctx.saved_tensors, ctx.eps, _rows(g_TD), _rows(g_total_TD)
+            *ctx.saved_tensors, ctx.eps, g_TD.contiguous(), g_total_TD.contiguous()
         )
         return d_TD, d_TD, d_weight_D, None
 
 
 class NormRope(torch.autograd.Function):
-    """Without a cache: who trains writes none."""
+    """`norm_rope` without a KV cache, which training does not use."""
 
     @staticmethod
     def forward(
@@ -84,6 +79,6 @@ class NormRope(torch.autograd.Function):
     def backward(ctx: Any, q_g_THK: Tensor, k_g_TGK: Tensor) -> tuple[Tensor | None, ...]:
         *operands, cos_T1K, sin_T1K = ctx.saved_tensors
         d_q_THK, d_k_TGK, *d_weights = _OPS.norm_rope_backward(
-            *operands, ctx.eps, cos_T1K, sin_T1K, _rows(q_g_THK), _rows(k_g_TGK)
+            *operands, ctx.eps, cos_T1K, sin_T1K, q_g_THK.contiguous(), k_g_TGK.contiguous()
         )
         return d_q_THK, d_k_TGK, None, *d_weights, None, None, None

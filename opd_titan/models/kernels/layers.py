@@ -1,6 +1,6 @@
-"""What lies between the products of a layer, and its gradients, in Triton.
+"""Triton kernels for a layer's norms, rotary embedding and activation, and their gradients.
 
-Each forward rounds where its plain twin does; a backward rounds its results alone. Shapes: T
+A forward rounds wherever its plain twin does. A backward rounds only its results. Shapes: T
 tokens, F MLP width, D model width, H query heads, G key/value heads, R query heads of one of them,
 K head size, P pages of a KV cache, S tokens of a page. In kernels, B elements of a program, h half
 a head.
@@ -14,8 +14,8 @@ from torch import Tensor
 from opd_titan.models.kernels.ops import empty, implement, two_empty
 
 _MLP_BLOCK = 1024
-# Elements of a weight's gradient that a backward's programs hold between them, each a sum over the
-# tokens that it goes through: about as many programs as a GPU runs at once.
+# Upper bound on the fp32 elements of a weight's partial gradients, [programs, ...]: each program
+# sums over several tokens. The bound gives about as many programs as a GPU runs at once.
 _SUMS = 1 << 20
 
 
@@ -42,13 +42,11 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 
 @triton.jit
-def _silu_mul_backward(
-    gate, up, g, d_gate, d_up, F, gate_stride, up_stride, g_stride, B: tl.constexpr
-):
+def _silu_mul_backward(gate, up, g, d_gate, d_up, F, gate_stride, up_stride, B: tl.constexpr):
     t, f_B = tl.program_id(0).to(tl.int64), tl.program_id(1) * B + tl.arange(0, B)
     x_B = tl.load(gate + t * gate_stride + f_B, mask=f_B < F, other=0.0).to(tl.float32)
     up_B = tl.load(up + t * up_stride + f_B, mask=f_B < F, other=0.0).to(tl.float32)
-    g_B = tl.load(g + t * g_stride + f_B, mask=f_B < F, other=0.0).to(tl.float32)
+    g_B = tl.load(g + t * F + f_B, mask=f_B < F, other=0.0).to(tl.float32)
     sigmoid_B = 1.0 / (1.0 + tl.exp(-x_B))
     slope_B = sigmoid_B * (1.0 + x_B * (1.0 - sigmoid_B))
     dtype = d_gate.dtype.element_ty
@@ -58,9 +56,12 @@ def _silu_mul_backward(
 
 @implement("silu_mul_backward")
 def silu_mul_backward(gate_TF: Tensor, up_TF: Tensor, g_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up from that of silu(gate) * up. Rows may be strided."""
+    """Return the gradients of gate and up from that of silu(gate) * up.
+
+    Rows of gate and up may be strided.
+    """
     T, F = gate_TF.shape
-    assert gate_TF.stride(1) == up_TF.stride(1) == g_TF.stride(1) == 1
+    assert gate_TF.stride(1) == up_TF.stride(1) == 1 and g_TF.is_contiguous()
     d_gate_TF, d_up_TF = two_empty(gate_TF, up_TF)
     _silu_mul_backward[(T, triton.cdiv(F, _MLP_BLOCK))](
         gate_TF,
@@ -71,7 +72,6 @@ def silu_mul_backward(gate_TF: Tensor, up_TF: Tensor, g_TF: Tensor) -> tuple[Ten
         F,
         gate_TF.stride(0),
         up_TF.stride(0),
-        g_TF.stride(0),
         B=_MLP_BLOCK,
         num_warps=4,
     )
@@ -96,7 +96,7 @@ def _add_norm(
 
 
 def _warps(block: int) -> int:
-    """Of a program that holds a row: 16 elements of a thread at most, 2 loads of 16 bytes."""
+    """Return the number of warps of a program that holds a row: at most 16 elements per thread."""
     return min(max(block // 512, 1), 16)
 
 
@@ -137,26 +137,24 @@ def _norm_backward(
     T,
     eps,
     x_stride,
-    g_stride,
-    g_x_stride,
     D: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Every so many-th token, and the sum of their gradients of the weight."""
+    """Process tokens first, first + step, ..., and store the sum of their weight gradients."""
     first, step, d_B = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, B)
     weight_B = tl.load(weight + d_B, mask=d_B < D, other=0.0).to(tl.float32)
     d_weight_B = tl.zeros([B], tl.float32)
     for i in range(tl.cdiv(T - first, step)):
         t = first + i * step
         x_B = tl.load(x + t * x_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
-        g_B = tl.load(g + t * g_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+        g_B = tl.load(g + t * D + d_B, mask=d_B < D, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x_B * x_B, 0) / D + eps)
         x_B *= scale
         d_weight_B += g_B * x_B
         g_B *= weight_B
         d_x_B = (g_B - x_B * (tl.sum(g_B * x_B, 0) / D)) * scale
         if g_x is not None:
-            d_x_B += tl.load(g_x + t * g_x_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+            d_x_B += tl.load(g_x + t * D + d_B, mask=d_B < D, other=0.0).to(tl.float32)
         tl.store(d_x + t * D + d_B, d_x_B.to(d_x.dtype.element_ty), mask=d_B < D)
     tl.store(d_weight + first * D + d_B, d_weight_B, mask=d_B < D)
 
@@ -165,14 +163,15 @@ def _norm_backward(
 def norm_backward(
     x_TD: Tensor, weight_D: Tensor, eps: float, g_TD: Tensor, g_x_TD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the weight from that of the RMSNorm. Rows may be strided.
+    """Return the gradients of x and of the weight from that of the RMSNorm.
 
     Args:
-        g_x_TD: what x's gradient has besides.
+        x_TD: rows may be strided.
+        g_x_TD: a gradient that is added to that of x, or None.
     """
     T, D = x_TD.shape
-    assert x_TD.stride(1) == weight_D.stride(0) == g_TD.stride(1) == 1
-    assert g_x_TD is None or g_x_TD.stride(1) == 1
+    assert x_TD.stride(1) == weight_D.stride(0) == 1 and g_TD.is_contiguous()
+    assert g_x_TD is None or g_x_TD.is_contiguous()
     d_x_TD, B = empty(x_TD), triton.next_power_of_2(D)
     programs = max(1, min(T, _SUMS // B))
     d_weight_PD = torch.empty((programs, D), dtype=torch.float32, device=x_TD.device)
@@ -186,8 +185,6 @@ def norm_backward(
         T,
         eps,
         x_TD.stride(0),
-        g_TD.stride(0),
-        0 if g_x_TD is None else g_x_TD.stride(0),
         D=D,
         B=B,
         num_warps=min(2 * _warps(B), 32),  # three rows at once, and the sum
@@ -376,13 +373,11 @@ def _norm_rope_backward(
     eps,
     q_stride,
     k_stride,
-    q_g_stride,
-    k_g_stride,
     R: tl.constexpr,
     K: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """One key/value head of every so many-th token, and its query heads."""
+    """Process one key/value head, and its query heads, of tokens first, first + step, ..."""
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     g, G = tl.program_id(1), tl.num_programs(1)
     h, row_Q = tl.arange(0, K // 2), tl.arange(0, Q)
@@ -396,7 +391,7 @@ def _norm_rope_backward(
         t = first + i * step
         cos_h, sin_h = tl.load(cos + t * K + h), tl.load(sin + t * K + h)
 
-        at, at_g = q + t * q_stride + place_Qh, q_g + t * q_g_stride + place_Qh
+        at, at_g = q + t * q_stride + place_Qh, q_g + t * (G * R * K) + place_Qh
         x_Qh = tl.load(at, mask=is_row_Q1, other=0.0)
         y_Qh = tl.load(at + K // 2, mask=is_row_Q1, other=0.0)
         x_g_Qh = tl.load(at_g, mask=is_row_Q1, other=0.0)
@@ -410,7 +405,7 @@ def _norm_rope_backward(
         q_first_h += x_h
         q_second_h += y_h
 
-        at, at_g = k + t * k_stride + place_1h, k_g + t * k_g_stride + place_1h
+        at, at_g = k + t * k_stride + place_1h, k_g + t * (G * K) + place_1h
         x_1h, y_1h = tl.load(at), tl.load(at + K // 2)
         x_g_1h, y_g_1h = tl.load(at_g), tl.load(at_g + K // 2)
         x_1h, y_1h, x_h, y_h = _norm_rotate_backward(
@@ -442,11 +437,11 @@ def norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and their weights from those of `norm_rope`'s results.
 
-    Tokens may be strided, heads may not.
+    Tokens of queries and keys may be strided, heads may not.
     """
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]
-    for x in (q_THK, k_TGK, q_g_THK, k_g_TGK):
-        assert x.stride()[1:] == (K, 1)
+    assert q_THK.stride()[1:] == k_TGK.stride()[1:] == (K, 1)
+    assert q_g_THK.is_contiguous() and k_g_TGK.is_contiguous()
     assert cos_T1K.is_contiguous() and sin_T1K.is_contiguous()
     programs = max(1, min(T, _SUMS // (2 * G * K)))
     d_q_THK, d_k_TGK = two_empty(q_THK, k_TGK)
@@ -467,8 +462,6 @@ def norm_rope_backward(
         eps,
         q_THK.stride(0),
         k_TGK.stride(0),
-        q_g_THK.stride(0),
-        k_g_TGK.stride(0),
         R=H // G,
         K=K,
         Q=triton.next_power_of_2(H // G),

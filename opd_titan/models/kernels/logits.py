@@ -27,7 +27,7 @@ def _block_stats(
     logits_bc = tl.load(logits + n * stride + column_bc, mask=column_bc < V, other=float("-inf"))
     scaled_bc = logits_bc / temperature
     max_b = tl.max(scaled_bc, 1)
-    # -inf - -inf is NaN: a block of nothing else keeps its exponentials of 0.
+    # -inf - (-inf) is NaN, so a block with only -inf is shifted by 0.
     shift_b = tl.where(max_b == float("-inf"), 0.0, max_b)
     sum_b = tl.sum(tl.exp(scaled_bc - shift_b[:, None]), 1)
     place_b = n * N_BLOCKS + block_b
@@ -94,18 +94,21 @@ def block_totals(sums_NB: Tensor, maxima_NB: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _below(x):
-    """Return the next number below a positive one."""
+    """Return the largest fp64 number below x, which must be positive."""
     return (x.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _invert(weight_b, target, last, B: tl.constexpr):
-    """Return the first index at which running sums exceed the target, and what is left of it."""
+    """Return the first index whose running sum exceeds the target, and the rest of the target."""
     b = tl.arange(0, B)
     sum_b = tl.cumsum(weight_b, 0)
     total = tl.sum(tl.where(b == B - 1, sum_b, 0.0), 0)
     target = tl.minimum(target, _below(total))
-    index = tl.minimum(tl.sum((sum_b <= target).to(tl.int32), 0), last)
+    # A parallel scan need not be monotone: an index without weight is never chosen.
+    first = tl.min(tl.where((sum_b > target) & (weight_b > 0.0), b, B), 0)
+    final = tl.max(tl.where(weight_b > 0.0, b, 0), 0)
+    index = tl.minimum(tl.minimum(first, final), last)
     before = tl.sum(tl.where(b == index, sum_b - weight_b, 0.0), 0)
     return index, tl.maximum(target - before, 0.0)
 
@@ -180,7 +183,7 @@ def invert_blocks(
 
 @triton.jit
 def _uniforms(keys, positions, out, N, b: tl.constexpr):
-    """SplitMix64 in counter mode, see `opd_titan.rollout.sampler`."""
+    """Compute SplitMix64 in counter mode."""
     n_b = tl.program_id(0) * b + tl.arange(0, b)
     key_b = tl.load(keys + n_b, mask=n_b < N, other=0).to(tl.uint64)
     counter_b = tl.load(positions + n_b, mask=n_b < N, other=0).to(tl.uint64) + 1
@@ -194,7 +197,7 @@ def _uniforms(keys, positions, out, N, b: tl.constexpr):
 
 @implement("uniforms")
 def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
-    """Return the fp64 numbers of `opd_titan.rollout.sampler.uniforms`, bit for bit."""
+    """Return the numbers of `plain.uniforms`, bit for bit."""
     assert keys_N.is_contiguous() and positions_N.is_contiguous()
     assert keys_N.dtype == positions_N.dtype == torch.int64
     out_N = torch.empty(keys_N.shape, dtype=torch.float64, device=keys_N.device)
@@ -206,14 +209,14 @@ def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
 
 @triton.jit
 def _key(x):
-    """Return int32 numbers in the order of these fp32 ones; 0 and -0 are equal."""
+    """Map fp32 numbers to int32 keys of the same order; 0 and -0 get the same key."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _value(key):
-    """Return the fp32 number of a key; -inf for what is below its key."""
+    """Return the fp32 number of a key; keys below that of -inf give -inf."""
     key = tl.maximum(key, -0x7F800001)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -284,12 +287,9 @@ def _truncation_threshold(
 ):
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
-    # Without top-k all are above the edge.
-    edge, share, kept_at_edge = (
-        tl.full([], -0x80000000, tl.int32),
-        0.0,
-        tl.full([], 0.0, tl.float32),
-    )
+    # Without top-k, every key is above the edge.
+    edge = tl.full([], -0x80000000, tl.int32)
+    share, kept_at_edge = 0.0, tl.full([], 0.0, tl.float32)
     key, kept = edge, kept_at_edge
     if TOP_K:
         edge = _search(row, V, top_k, 0.0, edge, share, False, c, d)
@@ -318,8 +318,8 @@ def _truncation_threshold(
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Return the lowest logit that truncation keeps, and how many of that value it keeps.
 
-    Rows may be strided. A program searches a row, which fits into the second-level cache with those
-    of its neighbours where a sort would move it many times.
+    Rows may be strided. One program searches one row. It reads the row several times from the L2
+    cache; a sort would move the row through memory instead.
     """
     N, V = logits_NV.shape
     assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1

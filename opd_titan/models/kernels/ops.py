@@ -1,7 +1,7 @@
 """The fused kernels as PyTorch operators: schemas, and shapes for tensors without data.
 
-Nothing here needs Triton, so that a plan for GPUs knows the operators where it is absent. The
-modules that hold the kernels add the implementation for CUDA tensors.
+Nothing here needs Triton, so that the planner can use the operators where Triton is not installed.
+The modules with the kernels register the CUDA implementations.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ _LIBRARY = torch.library.Library("opd_titan", "FRAGMENT")
 _Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
 
 
-def define(schema: str, empty: Callable[..., Any]) -> None:
+def define(schema: str, fake: Callable[..., Any]) -> None:
     """Define the operator `opd_titan::<schema>`.
 
     Args:
-        empty: returns tensors of the results' shapes and types.
+        fake: called with the operator's arguments; returns empty tensors with the shapes and dtypes
+            of the results.
     """
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
-    torch.library.register_fake(f"opd_titan::{name}", empty, lib=_LIBRARY)
+    torch.library.register_fake(f"opd_titan::{name}", fake, lib=_LIBRARY)
 
 
 def implement(name: str) -> Callable[[_Launcher], _Launcher]:
-    """Register the decorated function as what an operator does to CUDA tensors.
+    """Register the decorated function as the CUDA implementation of an operator.
 
-    `torch.library.custom_op` would do the same at several times the overhead of a call.
+    `torch.library.custom_op` is not used because its overhead per call is several times higher.
     """
 
     def register(launcher: _Launcher) -> _Launcher:
@@ -135,10 +136,10 @@ define(
 
 @functools.cache
 def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether `addmm` adds a half-precision product to an fp32 matrix where that lies.
+    """Return whether `addmm` can add a half-precision product to an fp32 matrix in place.
 
-    It is tried, for versions with the same schema differ: earlier ones refuse an fp32 matrix
-    (pytorch issue 154086, pull request 167931).
+    This is tested by a call because older versions have the same schema but reject an fp32 matrix
+    (PyTorch issue 154086, pull request 167931).
     """
     if "dtype_out" not in torch.ops.aten.addmm.overloads():
         return False

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_BLOCK = 128
+# SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195).
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 class CacheSlots(NamedTuple):
@@ -59,9 +61,7 @@ def norm_rope(
     cos_T1K: Tensor,
     sin_T1K: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    size = q_weight_K.shape
-    q_THK = F.rms_norm(q_THK, size, q_weight_K, eps)
-    k_TGK = F.rms_norm(k_TGK, size, k_weight_K, eps)
+    q_THK, k_TGK = norm(q_THK, q_weight_K, eps), norm(k_TGK, k_weight_K, eps)
     return rotate(q_THK, cos_T1K, sin_T1K), rotate(k_TGK, cos_T1K, sin_T1K)
 
 
@@ -108,15 +108,17 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     scaled_NV = F.pad(logits_NV / temperature, (0, padding), value=-torch.inf)
     scaled_NBC = scaled_NV.unflatten(1, (-1, LOGITS_BLOCK))
     maxima_NB = scaled_NBC.amax(dim=2)
-    # -inf - -inf is NaN: a block of nothing else keeps its exponentials of 0.
+    # -inf - (-inf) is NaN, so a block with only -inf is shifted by 0.
     shift_NB = maxima_NB.masked_fill(maxima_NB == -torch.inf, 0.0)
-    return (scaled_NBC - shift_NB[..., None]).exp().sum(dim=2), maxima_NB
+    weights_NBC = (scaled_NBC - shift_NB[..., None]).exp()
+    # On a CPU, a product with ones is five times as fast as sum().
+    return weights_NBC @ weights_NBC.new_ones(LOGITS_BLOCK), maxima_NB
 
 
 def invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """First index whose cumulative weight exceeds the target, and what is left of the target.
+    """Return the first index whose running sum exceeds the target, and what is left of the target.
 
-    The target is kept strictly below the total, so the index found always has a weight above 0.
+    The target is clamped below the total, so that the weight at the index is above 0.
     """
     cumulative = weights.cumsum(dim=1)
     total = cumulative[:, -1]
@@ -134,37 +136,41 @@ class Blocks:
     Attributes:
         sums_NB: fp32 sums of each block's weights, in units of exp(`units_NB`).
         units_NB: fp32.
-        weigh: called with a block of each row and its unit; the block's weights [N, 128].
+        weigh: called with a block of each row and its unit; returns the block's weights [N, 128].
+        num_tokens: of the vocabulary.
     """
 
     sums_NB: Tensor
     units_NB: Tensor
     weigh: Callable[[Tensor, Tensor], Tensor]
+    num_tokens: int
 
-    def weights(self, unit_N: Tensor) -> Tensor:
-        """The sums in units of exp(`unit_N`), fp64."""
-        # A block without any token that can be drawn has the unit exp(-inf).
-        return self.sums_NB.double() * (self.units_NB - unit_N[:, None]).double().exp()
+    def invert(self, unit_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens at which running sums exceed the targets, and their log-weights.
 
-    def invert(self, weights_NB: Tensor, unit_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N] at which the running sums exceed the target, and logarithms of their weights.
-
-        Args:
-            weights_NB: the sums in units of exp(`unit_N`), as the target and the results are.
+        Targets and log-weights are in units of exp(`unit_N`).
         """
+        weights_NB = _block_weights(self.sums_NB, self.units_NB, unit_N)
         block_N, rest_N = invert(weights_NB, target_N)
         own_N = self.units_NB.gather(1, block_N[:, None]).squeeze(1)
         shift_N = (own_N - unit_N).double()
         within_NC = self.weigh(block_N, own_N).double()
         offset_N, _ = invert(within_NC, rest_N / shift_N.exp())
         log_N = within_NC.gather(1, offset_N[:, None]).squeeze(1).log()
-        return block_N * LOGITS_BLOCK + offset_N, log_N + shift_N
+        tokens_N = block_N * LOGITS_BLOCK + offset_N
+        # Logits that are NaN or infinite must still give a token of the vocabulary.
+        return tokens_N.clamp(max=self.num_tokens - 1), log_N + shift_N
+
+
+def _block_weights(sums_NB: Tensor, maxima_NB: Tensor, unit_N: Tensor) -> Tensor:
+    """Return the sums of blocks in units of exp(`unit_N`), fp64 [N, B]."""
+    # A block without any token that can be drawn has the unit exp(-inf).
+    return sums_NB.double() * (maxima_NB - unit_N[:, None]).double().exp()
 
 
 def block_totals(sums_NB: Tensor, maxima_NB: Tensor) -> tuple[Tensor, Tensor]:
     highest_N = maxima_NB.amax(dim=1)
-    weights_NB = sums_NB.double() * (maxima_NB - highest_N[:, None]).double().exp()
-    return highest_N, weights_NB.sum(dim=1)
+    return highest_N, _block_weights(sums_NB, maxima_NB, highest_N).sum(dim=1)
 
 
 def invert_blocks(
@@ -184,9 +190,28 @@ def invert_blocks(
         logits_NC = logits_NV.gather(1, column_NC.clamp(max=vocab - 1))
         return (logits_NC / temperature - unit_N[:, None]).exp() * inside_NC
 
-    blocks = Blocks(sums_NB, maxima_NB, weigh)
-    tokens_N, logs_N = blocks.invert(blocks.weights(highest_N), highest_N, target_N)
-    return tokens_N.clamp(max=vocab - 1), logs_N
+    return Blocks(sums_NB, maxima_NB, weigh, vocab).invert(highest_N, target_N)
+
+
+def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
+    bits = _mix(keys_N + (positions_N + 1) * signed(GOLDEN))
+    return _shift(bits, 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Apply SplitMix64's finaliser to int64: products wrap, and shifts are made logical."""
+    x = (x ^ _shift(x, 30)) * signed(MIX_1)
+    x = (x ^ _shift(x, 27)) * signed(MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def signed(x: int) -> int:
+    """Return the int64 with the same 64 bits."""
+    return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -78,8 +78,8 @@ class Block(nn.Module):
     """One layer, in two halves around the mixing of tokens.
 
     The halves are functions of tensors alone: they can be compiled, and recomputed in the backward,
-    whatever stands behind `attend`. What enters and leaves a block is the sum of two tensors: it is
-    made together with the norm that follows.
+    whatever stands behind `attend`. A block takes and returns two tensors instead of their sum, so
+    that one kernel can compute the sum and the norm that follows it.
     """
 
     def __init__(self, args: Qwen3Args, layer: int) -> None:
@@ -93,15 +93,16 @@ class Block(nn.Module):
     def before_mixing(
         self, x_TD: Tensor, added_TD: Tensor | None, rope: Rope, slots: CacheSlots | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the sum of what entered, and what is to be mixed."""
-        weight_D = local(self.attention_norm.weight)
+        """Return the sum x + added [T, D], then queries [T, H, K], keys and values [T, G, K]."""
         if added_TD is None:
-            normed_TD = kernels.norm(x_TD, weight_D, self.eps)
+            normed_TD = self.attention_norm(x_TD)
         else:
+            weight_D = local(self.attention_norm.weight)
             x_TD, normed_TD = kernels.add_norm(x_TD, added_TD, weight_D, self.eps)
         return x_TD, *self.attention(normed_TD, rope, slots)
 
     def after_mixing(self, x_TD: Tensor, mixed_THK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two tensors [T, D]; their sum is the block's output."""
         added_TD = self.attention.wo(mixed_THK.flatten(1))
         weight_D = local(self.ffn_norm.weight)
         h_TD, normed_TD = kernels.add_norm(x_TD, added_TD, weight_D, self.eps)

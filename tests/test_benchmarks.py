@@ -121,6 +121,7 @@ def test_operators_beside_their_twins(repo: Path, tmp_path: Path) -> None:
     found = [r for r in records(tmp_path) if r["figure"] == "operator"]
     names = {"silu_mul", "add_norm", "norm_rope", "paged_decode", "paged_prefill", "block_stats"}
     names |= {"logit_stats", "softmax_grad", "kl_stats", "kl_grad"}
+    names |= {"silu_mul_backward", "norm_backward", "norm_rope_backward"}
     assert {r["operator"] for r in found} == names and all(r["ok"] for r in found)
     assert "| norm_rope | float16 |" in (tmp_path / "summary.md").read_text()
 

@@ -327,33 +327,38 @@ def norm_rope(
 
 @triton.jit
 def _norm_rotate_backward(
-    first_Qh, second_Qh, first_g_Qh, second_g_Qh, weight, cos_h, sin_h, eps, K: tl.constexpr
+    x_Qh, g_Qh, d_x_Qh, is_row_Q1, weight, cos_h, sin_h, eps, K: tl.constexpr
 ):
-    """Return the gradients of both halves of each row's head, and those of the weight's halves."""
+    """Store the gradients of rows' heads, and return those of the weight's halves.
+
+    Args:
+        x_Qh, g_Qh, d_x_Qh: pointers to the first halves.
+    """
     h = tl.arange(0, K // 2)
-    first_Qh, second_Qh = first_Qh.to(tl.float32), second_Qh.to(tl.float32)
-    first_g_Qh, second_g_Qh = first_g_Qh.to(tl.float32), second_g_Qh.to(tl.float32)
+    first_Qh = tl.load(x_Qh, mask=is_row_Q1, other=0.0).to(tl.float32)
+    second_Qh = tl.load(x_Qh + K // 2, mask=is_row_Q1, other=0.0).to(tl.float32)
+    first_g_Qh = tl.load(g_Qh, mask=is_row_Q1, other=0.0).to(tl.float32)
+    second_g_Qh = tl.load(g_Qh + K // 2, mask=is_row_Q1, other=0.0).to(tl.float32)
     cos_1h, sin_1h = cos_h[None, :], sin_h[None, :]
-    turned_Qh = first_g_Qh * cos_1h + second_g_Qh * sin_1h
+    rotated_Qh = first_g_Qh * cos_1h + second_g_Qh * sin_1h
     second_g_Qh = second_g_Qh * cos_1h - first_g_Qh * sin_1h
-    first_g_Qh = turned_Qh
 
     squares_Q = tl.sum(first_Qh * first_Qh, 1) + tl.sum(second_Qh * second_Qh, 1)
     scale_Q1 = tl.rsqrt(squares_Q / K + eps)[:, None]
     first_Qh *= scale_Q1
     second_Qh *= scale_Q1
-    first_d_weight_h = tl.sum(first_g_Qh * first_Qh, 0)
+    first_d_weight_h = tl.sum(rotated_Qh * first_Qh, 0)
     second_d_weight_h = tl.sum(second_g_Qh * second_Qh, 0)
-    first_g_Qh *= tl.load(weight + h).to(tl.float32)[None, :]
+    rotated_Qh *= tl.load(weight + h).to(tl.float32)[None, :]
     second_g_Qh *= tl.load(weight + K // 2 + h).to(tl.float32)[None, :]
-    dots_Q = tl.sum(first_g_Qh * first_Qh, 1) + tl.sum(second_g_Qh * second_Qh, 1)
+    dots_Q = tl.sum(rotated_Qh * first_Qh, 1) + tl.sum(second_g_Qh * second_Qh, 1)
     mean_Q1 = (dots_Q / K)[:, None]
-    return (
-        (first_g_Qh - first_Qh * mean_Q1) * scale_Q1,
-        (second_g_Qh - second_Qh * mean_Q1) * scale_Q1,
-        first_d_weight_h,
-        second_d_weight_h,
-    )
+    dtype = d_x_Qh.dtype.element_ty
+    d_first_Qh = ((rotated_Qh - first_Qh * mean_Q1) * scale_Q1).to(dtype)
+    d_second_Qh = ((second_g_Qh - second_Qh * mean_Q1) * scale_Q1).to(dtype)
+    tl.store(d_x_Qh, d_first_Qh, mask=is_row_Q1)
+    tl.store(d_x_Qh + K // 2, d_second_Qh, mask=is_row_Q1)
+    return first_d_weight_h, second_d_weight_h
 
 
 @triton.jit
@@ -382,40 +387,25 @@ def _norm_rope_backward(
     g, G = tl.program_id(1), tl.num_programs(1)
     h, row_Q = tl.arange(0, K // 2), tl.arange(0, Q)
     place_Qh = ((g * R + row_Q) * K)[:, None] + h[None, :]
-    is_row_Q1 = (row_Q < R)[:, None]
-    place_1h = (g * K + h)[None, :]
-    dtype = d_q.dtype.element_ty
+    place_1h, is_row_Q1 = (g * K + h)[None, :], (row_Q < R)[:, None]
+    is_row_11 = tl.full([1, 1], True, tl.int1)
     q_first_h, q_second_h = tl.zeros([K // 2], tl.float32), tl.zeros([K // 2], tl.float32)
     k_first_h, k_second_h = tl.zeros([K // 2], tl.float32), tl.zeros([K // 2], tl.float32)
     for i in range(tl.cdiv(T - first, step)):
         t = first + i * step
         cos_h, sin_h = tl.load(cos + t * K + h), tl.load(sin + t * K + h)
-
-        at, at_g = q + t * q_stride + place_Qh, q_g + t * (G * R * K) + place_Qh
-        x_Qh = tl.load(at, mask=is_row_Q1, other=0.0)
-        y_Qh = tl.load(at + K // 2, mask=is_row_Q1, other=0.0)
-        x_g_Qh = tl.load(at_g, mask=is_row_Q1, other=0.0)
-        y_g_Qh = tl.load(at_g + K // 2, mask=is_row_Q1, other=0.0)
-        x_Qh, y_Qh, x_h, y_h = _norm_rotate_backward(
-            x_Qh, y_Qh, x_g_Qh, y_g_Qh, q_weight, cos_h, sin_h, eps, K
+        q_at, at = q + t * q_stride + place_Qh, t * (G * R * K) + place_Qh
+        first_h, second_h = _norm_rotate_backward(
+            q_at, q_g + at, d_q + at, is_row_Q1, q_weight, cos_h, sin_h, eps, K
         )
-        out = d_q + t * (G * R * K) + place_Qh
-        tl.store(out, x_Qh.to(dtype), mask=is_row_Q1)
-        tl.store(out + K // 2, y_Qh.to(dtype), mask=is_row_Q1)
-        q_first_h += x_h
-        q_second_h += y_h
-
-        at, at_g = k + t * k_stride + place_1h, k_g + t * (G * K) + place_1h
-        x_1h, y_1h = tl.load(at), tl.load(at + K // 2)
-        x_g_1h, y_g_1h = tl.load(at_g), tl.load(at_g + K // 2)
-        x_1h, y_1h, x_h, y_h = _norm_rotate_backward(
-            x_1h, y_1h, x_g_1h, y_g_1h, k_weight, cos_h, sin_h, eps, K
+        q_first_h += first_h
+        q_second_h += second_h
+        k_at, at = k + t * k_stride + place_1h, t * (G * K) + place_1h
+        first_h, second_h = _norm_rotate_backward(
+            k_at, k_g + at, d_k + at, is_row_11, k_weight, cos_h, sin_h, eps, K
         )
-        out = d_k + t * (G * K) + place_1h
-        tl.store(out, x_1h.to(dtype))
-        tl.store(out + K // 2, y_1h.to(dtype))
-        k_first_h += x_h
-        k_second_h += y_h
+        k_first_h += first_h
+        k_second_h += second_h
     out = d_weights + (first * G + g) * (2 * K) + h
     tl.store(out, q_first_h)
     tl.store(out + K // 2, q_second_h)

@@ -171,8 +171,9 @@ def test_what_watches_a_run_would_see_it_leak(benchmarks: dict[str, ModuleType])
     over = threading.Event()
     counted = count()  # first, for it frees what other tests have left behind
     before = sample(os.getpid())
-    # Two of 40 MiB: the allocator takes more than 32 from the system, whatever others left free.
-    held = [torch.ones(10 << 20) for _ in range(2)] + [torch.ones(1) for _ in range(14)]
+    # Four of 40 MiB: the allocator takes more than 32 from the system, whatever others left free. A
+    # busy system may take pages of mapped files back meanwhile.
+    held = [torch.ones(10 << 20) for _ in range(4)] + [torch.ones(1) for _ in range(14)]
     ends = os.pipe()
     threads = [threading.Thread(target=over.wait) for _ in range(3)]
     for thread in threads:
@@ -183,7 +184,7 @@ def test_what_watches_a_run_would_see_it_leak(benchmarks: dict[str, ModuleType])
         os.close(end)
     assert after["fds"] - before["fds"] == 2
     assert after["threads"] - before["threads"] >= 3
-    assert after["rss"] - before["rss"] > 60 * 2**20
+    assert after["rss"] - before["rss"] > 80 * 2**20
     assert counted_after["tensors"] - counted["tensors"] == len(held)
     assert counted_after["objects"] - counted["objects"] >= len(held)
 

@@ -193,14 +193,20 @@ def test_the_busiest_rank_sets_the_pace(planned: Any) -> None:
 
 
 def test_recomputing_takes_less_memory_and_more_time(planned: Any) -> None:
-    mode = "--activation_checkpoint.mode"
+    mode, slow = "--activation_checkpoint.mode", replace(H200, flops=1e9)
     peaks, seconds = [], []
     for value in ("none", "selective", "full"):
-        _, simulation, found = planned("wide", "tiny", mode, value)
+        _, simulation, found = planned("wide", "tiny", mode, value, cluster=slow)
         peaks.append(simulation.phases["update"].peak)
         seconds.append(found.seconds["update"].busy)
     assert peaks[0] > peaks[1] > peaks[2]
     assert seconds[0] == seconds[1] < seconds[2]
+
+
+def test_an_update_of_a_small_model_waits_for_the_host(planned: Any) -> None:
+    _, simulation, found = planned("wide", "tiny")
+    launches = len(simulation.update_share) * simulation.shapes["student"].args.n_layers
+    assert found.seconds["update"].busy == pytest.approx(launches * H200.assumed.layer)
 
 
 # --------------------------------------------------------------- other recipes

@@ -20,9 +20,10 @@ has_packages() {
     command -v "$1" >/dev/null && [ -z "$(missing_packages "$@")" ]
 }
 
-# Whether pip finds packages, by whatever it is configured with: an index, a mirror, a folder.
+# Whether pip finds packages, by whatever it is configured with: an index, a mirror, a folder. The
+# system's Python of Debian and others refuses even a dry run without the variable (PEP 668).
 finds_packages() {
-    "$1" -m pip install --dry-run --ignore-installed --no-deps --quiet --disable-pip-version-check \
+    PIP_BREAK_SYSTEM_PACKAGES=1 "$1" -m pip install --dry-run --ignore-installed --no-deps --quiet --disable-pip-version-check \
         --retries 0 --timeout 10 tqdm >/dev/null 2>&1
 }
 

@@ -179,16 +179,31 @@ def test_without_packages_and_network_one_line_says_what_to_bring(bare: Path) ->
     assert "--find-links wheels" in line
 
 
-def test_a_folder_of_wheels_is_an_index_too(bare: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def wheels(tmp_path: Path) -> str:
+    """A folder with a wheel of tqdm."""
     info = "tqdm-1.0.dist-info"
     with zipfile.ZipFile(tmp_path / "tqdm-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tqdm.py", "")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tqdm\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+    return str(tmp_path)
+
+
+def test_a_folder_of_wheels_is_an_index_too(bare: Path, wheels: str) -> None:
     ask = ["bash", "-c", f"source {bare}/scripts/environment.sh; finds_packages python3"]
     assert without_index(bare, ask).returncode != 0
-    assert without_index(bare, ask, PIP_FIND_LINKS=str(tmp_path)).returncode == 0
+    assert without_index(bare, ask, PIP_FIND_LINKS=wheels).returncode == 0
+
+
+def test_packages_are_found_by_a_python_that_the_system_manages(bare: Path, wheels: str) -> None:
+    python = "/usr/bin/python3"
+    ask = [python, "-m", "pip", "install", "--dry-run", "--find-links", wheels, "tqdm"]
+    if not Path(python).exists() or "externally-managed" not in without_index(bare, ask).stderr:
+        pytest.skip("needs the Python of a system that manages it, with pip (PEP 668)")
+    ask = ["bash", "-c", f"source {bare}/scripts/environment.sh; finds_packages {python}"]
+    assert without_index(bare, ask, PIP_FIND_LINKS=wheels).returncode == 0
 
 
 @pytest.mark.parametrize("visible", ["", "0", "0,1", "3,", "GPU-1,GPU-2,GPU-3", None])

@@ -20,7 +20,8 @@ from opd_titan.models.kernels.ops import implement
 _DECODE_BLOCK = 64
 # 128 rows read keys and values half as often as 64 do; blocks of 64 would spill on Ampere.
 _PREFILL_ROWS, _PREFILL_BLOCK = 128, 32
-# A sequence is split into parts of this many tokens, or of a multiple that gives at most 32 parts.
+# A sequence is split into parts of _SPLIT tokens, or of the smallest multiple of it that gives at
+# most _MAX_SPLITS parts.
 _SPLIT, _MAX_SPLITS = 256, 32
 
 
@@ -40,7 +41,7 @@ def _attend(
     S: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Attend to the tokens from `start` to `end`, of which row i sees those up to `last_Q[i]`.
+    """Compute attention to the tokens in [start, end); row i attends to tokens up to `last_Q[i]`.
 
     Returns the maxima of the scaled scores, the sums of their powers of 2, and the values' sums.
     """
@@ -49,13 +50,13 @@ def _attend(
     max_Q = tl.full([q_QK.shape[0]], float("-inf"), tl.float32)
     sum_Q = tl.zeros([q_QK.shape[0]], tl.float32)
     out_QK = tl.zeros([q_QK.shape[0], K], tl.float32)
-    # Looked up one block ahead. Otherwise each block's keys wait for it, and Triton's pipeline
-    # spends half of its stages on it.
+    # The page of the next block is loaded one block ahead. Otherwise the load of each block's keys
+    # waits for it, and Triton's software pipeline spends half of its stages on that wait.
     page = tl.load(pages + start // S)
     for first in range(start, end, B):
         next_page = tl.load(pages + (first + B) // S, mask=first + B < end, other=0)
         block = page.to(tl.int64) * page_stride + first % S * token_stride
-        # Not read beyond the end: 0 x NaN is NaN.
+        # Tokens beyond the end are masked, because a NaN there would survive a weight of 0.
         used_B1 = (first + token_B < end)[:, None]
         keys_BK = tl.load(keys + block + place_BK, mask=used_B1, other=0.0)
         scores_QB = tl.dot(q_QK, tl.trans(keys_BK)) * scale
@@ -153,7 +154,7 @@ def _combine(
     count = tl.cdiv(length, tl.cdiv(length, SPLIT * MAX_SPLITS) * SPLIT)
     if count == 1:
         return
-    # All the parts that there may be, whatever the table's width: so sums have one order.
+    # The loop covers MAX_SPLITS parts for any table width, so that sums have a fixed order.
     split, k = tl.arange(0, MAX_SPLITS), tl.arange(0, K)
     row = n * tl.num_programs(0) + h
     place = row * splits + split
@@ -330,11 +331,11 @@ def paged_prefill(
 
 
 def _scale(head_size: int) -> float:
-    """Return what scores are multiplied by, so that powers of 2 stand for those of e."""
+    """Return the factor for scores, including log2(e), with which exp2 computes exp."""
     return head_size**-0.5 * math.log2(math.e)
 
 
 def _check(q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor) -> None:
     assert q_THK.stride(2) == keys_PSGK.stride(3) == 1
     assert keys_PSGK.stride() == values_PSGK.stride()
-    assert keys_PSGK.shape[1] % _DECODE_BLOCK == 0, "a block of tokens lies in one page"
+    assert keys_PSGK.shape[1] % _DECODE_BLOCK == 0, "a block of tokens must lie in one page"

@@ -17,8 +17,7 @@ _GRAD = {"BLOCK": 4096, "num_warps": 8}
 
 @triton.jit
 def _rescale(top_v, x_v):
-    """A finite shift that no exponential of x overflows with, the new top, and what the sums so
-    far are multiplied by."""
+    """Return the new running maximum, a finite shift for exp, and the factor for earlier sums."""
     new_v = tl.maximum(top_v, x_v)
     shift_v = tl.where(new_v == float("-inf"), 0.0, new_v)
     return new_v, shift_v, tl.exp(top_v - shift_v)
@@ -26,7 +25,7 @@ def _rescale(top_v, x_v):
 
 @triton.jit
 def _lanes(top_v, sum_v):
-    """A row's logsumexp, what each lane's sums are multiplied by, and what their total is over."""
+    """Return a row's logsumexp, the factor of each lane's sums, and the total (1 if it is 0)."""
     top = tl.max(top_v, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     scale_v = tl.exp(top_v - shift)

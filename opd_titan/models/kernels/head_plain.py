@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of one of a block's tensors. On a GPU it only bounds the memory of intermediate results.
+# Bytes of one tensor of a block. On a GPU this only limits the memory of intermediate results.
 _BLOCK_BYTES = {"cpu": 1024**2, "cuda": 64 * 1024**2}
 
 
 def row_blocks(logits_Cv: Tensor) -> Iterator[slice]:
-    """Return slices of so few rows that several tensors of them fit into a CPU's cache."""
+    """Return slices of rows, so few that several tensors of them fit into a CPU's cache."""
     C, v = logits_Cv.shape
     rows = max(1, _BLOCK_BYTES[logits_Cv.device.type] // (4 * v))
     return (slice(i, i + rows) for i in range(0, C, rows))
@@ -49,15 +49,15 @@ def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
 
 
 def _softmax_stats(x_Bv: Tensor, other_Bv: Tensor | None = None) -> Tensor:
-    """[2 or 3, B]: logsumexp, mean of x under its softmax, mean of x - other."""
+    """Return [2 or 3, B]: logsumexp, mean of x under its softmax, and mean of x - other."""
     top_B1 = x_Bv.amax(dim=1, keepdim=True)
     top_B1.masked_fill_(top_B1 == -torch.inf, 0.0)
-    # -inf would make 0 x -inf below; the exponential of what replaces it is 0 in fp32 too.
+    # 0 * -inf is NaN below, so -inf is replaced by -1e4, of which exp is 0 in fp32 as well.
     x_Bv = (x_Bv - top_B1).clamp_(min=-1e4)
     weight_Bv = x_Bv.exp()
     total_B1 = weight_Bv.sum(dim=1, keepdim=True)
     lse_B1 = top_B1 + total_B1.log()
-    total_B1.clamp_(min=1.0)  # less only where all are -inf
+    total_B1.clamp_(min=1.0)  # it is below 1 only if all logits are -inf
     means = [(weight_Bv * x_Bv).sum(dim=1, keepdim=True)]
     if other_Bv is not None:
         means.append(x_Bv.sub_(other_Bv).mul_(weight_Bv).sum(dim=1, keepdim=True))
@@ -70,8 +70,8 @@ def softmax_grad(
     lse_C1, g_C1 = lse_C[:, None], g_C[:, None]
     for block in row_blocks(logits_Cv):
         logits_Cv[block].sub_(lse_C1[block]).exp_().mul_(-g_C1[block])
-    held_g_C1 = g_C1.masked_fill((row_C < 0)[:, None], 0.0)
-    return logits_Cv.scatter_add_(1, row_C.clamp(min=0)[:, None], held_g_C1).to(dtype)
+    target_g_C1 = g_C1.masked_fill((row_C < 0)[:, None], 0.0)
+    return logits_Cv.scatter_add_(1, row_C.clamp(min=0)[:, None], target_g_C1).to(dtype)
 
 
 def kl_grad(
@@ -80,7 +80,7 @@ def kl_grad(
     lse_C1, mean_C1 = lse_C[:, None], mean_C[:, None]
     for block in row_blocks(student_Cv):
         student_Bv, other_Bv = student_Cv[block], other_Cv[block]
-        # Finite where the student's are -inf, for 0 x -inf is NaN.
+        # Clamp to a finite value where the student's logit is -inf, because 0 * -inf is NaN.
         torch.sub(student_Bv, other_Bv, out=other_Bv).sub_(mean_C1[block]).clamp_(min=-1e30)
         other_Bv.mul_((student_Bv - lse_C1[block]).exp_())
     return other_Cv.to(dtype)

@@ -242,7 +242,8 @@ import importlib, os, sys
 class Watch:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ["PYTORCH_ALLOC_CONF"], os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+            own = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+            print(os.environ["PYTORCH_ALLOC_CONF"], own, flush=True)
             os._exit(0)
 
 sys.meta_path.insert(0, Watch())

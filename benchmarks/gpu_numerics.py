@@ -23,10 +23,11 @@ from opd_titan.distill.update import forward_backward
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.models.attention import PackedAttention
+from opd_titan.models.kernels import uniforms
 from opd_titan.models.logits import Distribution, project
 from opd_titan.preflight import TOLERANCE, probe
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.sampler import SamplingParams, sample, uniforms
+from opd_titan.rollout.sampler import SamplingParams, sample
 from opd_titan.rollout.weights import GeneratorWeights
 
 Checked = tuple[dict[str, Any], bool]

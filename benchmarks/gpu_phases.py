@@ -10,14 +10,13 @@ from functools import partial
 import torch
 from gpu_setting import Setting, fed_in, responses
 
-from opd_titan.build import compiles
+from opd_titan.build import compiles, compiles_rollouts
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, forward_backward, update
 from opd_titan.gathering import keep_what_fits
-from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
@@ -145,7 +144,7 @@ class _Step:
         models = {"student": self.student, "teacher": self.teacher}
         self.kept = keep_what_fits(self.config, models, self.shapes, s.world, s.dtype)
         self.optimizer = build_optimizer(self.student, self.config)
-        compiled = compile and bool(why_unavailable(s.device))  # as `build_generator` does
+        compiled = compiles_rollouts(self.config, s.device)
         build = partial(self.shapes["student"].build_share, s.world.tp, compiled)
         self.weights = GeneratorWeights(self.student, build, s.dtype, s.device, not compiled)
         self.generator = Generator(

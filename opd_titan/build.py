@@ -312,8 +312,7 @@ def build_generator(
     source: ModelSource, model: nn.Module, world: World, config: JobConfig, dtype: torch.dtype
 ) -> tuple[GeneratorWeights, Generator]:
     """What samples from a loaded model; its weights have to be synced before."""
-    # Where there are fused kernels they do what the compiler would.
-    compiled = compiles(config) and bool(why_unavailable(world.device))
+    compiled = compiles_rollouts(config, world.device)
     build = partial(source.build_share, world.tp, compiled)
     weights = GeneratorWeights(model, build, dtype, world.device, pack=not compiled)
     generator = Generator(
@@ -344,6 +343,11 @@ def random_seed(role: str, config: JobConfig) -> int:
 def compiles(config: JobConfig) -> bool:
     """Whether the recipe wants layers compiled."""
     return config.compile.enable == "on"
+
+
+def compiles_rollouts(config: JobConfig, device: torch.device) -> bool:
+    """Whether the layers that sample are compiled: fused kernels do what the compiler would."""
+    return compiles(config) and bool(why_unavailable(device))
 
 
 def cpu_offload(role: str, config: JobConfig) -> bool:

@@ -34,6 +34,7 @@ import opd_titan.rollout.generator as generator_module
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.models.attention import PackedAttention
+from opd_titan.models.kernels import uniforms
 from opd_titan.models.layers import can_pack
 from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
@@ -41,7 +42,6 @@ from opd_titan.preflight import probe
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.memory import _host_bytes
 from opd_titan.rollout.rollout import sample_responses
-from opd_titan.rollout.sampler import uniforms
 from opd_titan.rollout.scheduler import Request
 
 # ------------------------------------------------- the same, slowly, without a cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import opd_titan.rollout.sampler as sampler_module
+from opd_titan.models.kernels import uniforms
 from opd_titan.models.logits import Distribution, VocabHead, truncate_, whole_logits
 from opd_titan.rollout.sampler import (
     Sampler,
@@ -18,7 +19,6 @@ from opd_titan.rollout.sampler import (
     greedy,
     sample,
     sequence_key,
-    uniforms,
 )
 from opd_titan.validate import VALIDATION_STREAM
 

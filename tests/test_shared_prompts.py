@@ -155,7 +155,7 @@ def test_the_packed_kernel_is_given_the_same_attention(monkeypatch: pytest.Monke
     truth = results(tiny_qwen3().double(), apart(samples))
     monkeypatch.setattr(PackedAttention, "_has_packed_kernel", staticmethod(lambda q: True))
     options = frozenset({"window_size", "enable_gqa"})
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: (lower_right, options))
+    monkeypatch.setattr(attention, "varlen_attn", lambda: (lower_right, options))
     assert_same(results(tiny_qwen3().double(), samples), truth, 1e-6)
 
 

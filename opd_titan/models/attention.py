@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_titan.distributed.transfer import send_numbers
-from opd_titan.models.kernels import HALF, CacheSlots
+from opd_titan.models.kernels import CacheSlots, why_wrong_device, why_wrong_type
 
 # Padding that a group of sequences may hold: about what starting another group costs (in tokens),
 # and a share of its tokens.
@@ -28,7 +28,7 @@ _PADDED_TOKENS, _PADDED_SHARE = 32, 1 / 32
 
 
 @functools.cache
-def _varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
+def varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
     """torch's packed attention and the names of its options, which differ between versions.
 
     Imported at first use: it is for CUDA only (from Ampere on) and pulls in the compiler.
@@ -42,15 +42,9 @@ def _varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
 
 def why_padded(dtype: torch.dtype, device: torch.device) -> str:
     """Return why packed sequences have to be padded for attention; empty where they need not."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if dtype not in HALF:
-        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than Ampere"
-    if _varlen_attn()[0] is None:
-        return f"torch {torch.__version__} has no varlen_attn"
-    return ""
+    if why := why_wrong_device(device) or why_wrong_type(dtype):
+        return why
+    return "" if varlen_attn()[0] else f"torch {torch.__version__} has no varlen_attn"
 
 
 class Attend(Protocol):
@@ -143,8 +137,8 @@ class PackedAttention:
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """A shared prompt's queries are computed once; its keys are repeated for each sequence."""
-        varlen_attn, options = _varlen_attn()
-        assert varlen_attn is not None
+        attend, options = varlen_attn()
+        assert attend is not None
         cu_q, cu_k, key_rows = self._starts
         if key_rows is not None:
             k_TGK, v_TGK = (x.index_select(0, key_rows) for x in (k_TGK, v_TGK))
@@ -155,9 +149,7 @@ class PackedAttention:
         grouped = {"enable_gqa": True} if "enable_gqa" in options else {}
         longest = max(self.seq_lens)
         longest_keys = max(a + n for a, n in zip(self.offsets, self.seq_lens, strict=True))
-        return varlen_attn(
-            q_THK, k_TGK, v_TGK, cu_q, cu_k, longest, longest_keys, **causal, **grouped
-        )
+        return attend(q_THK, k_TGK, v_TGK, cu_q, cu_k, longest, longest_keys, **causal, **grouped)
 
     def _padded(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """Padding on the right needs no mask: causal attention never looks there."""

@@ -6,7 +6,6 @@ layer's cache, S tokens of a page, M pages of the longest sequence.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_titan.models import kernels
+from opd_titan.models.attention import varlen_attn, why_padded
 
 # (q_THK, keys_PSGK, values_PSGK, table_NM, used_N, starts_N1, max_queries) -> [T, H, K]; see
 # `kernels.plain.paged_attention`.
@@ -62,9 +62,7 @@ def choose_path(head_dim: int, dtype: torch.dtype, device: torch.device) -> Atte
     """
     if device.type == "cpu":
         return AttentionPath("pages", 64)
-    why = kernels.why_unavailable(device)
-    if not why and dtype not in kernels.HALF:
-        why = f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    why = kernels.why_unavailable(device) or kernels.why_wrong_type(dtype)
     if not why and head_dim not in kernels.HEAD_SIZES:
         sizes = ", ".join(map(str, kernels.HEAD_SIZES))
         why = f"the Triton kernels take head sizes {sizes}, not {head_dim}"
@@ -93,13 +91,12 @@ def _triton(
 
 def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | None, str]:
     """Return torch's kernel, from 2.12 on, or why there is none."""
-    if dtype not in kernels.HALF or torch.cuda.get_device_capability(device) < (8, 0):
+    if kernels.why_wrong_type(dtype) or kernels.why_wrong_device(device):
         return None, "torch's paged kernel does not take it either"
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None, f"torch {torch.__version__} has no varlen_attn"
-    known = inspect.signature(varlen_attn).parameters
+    if why := why_padded(dtype, device):
+        return None, why
+    attend, known = varlen_attn()
+    assert attend is not None
     if "block_table" not in known:
         return None, f"torch {torch.__version__} has no paged kernel, which came with 2.12"
     # One split: what a sequence gets must not depend on how many others there are.
@@ -114,7 +111,7 @@ def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | Non
         starts_N1: Tensor,
         max_queries: int,
     ) -> Tensor:
-        out: Any = varlen_attn(
+        return attend(
             q_THK,
             keys_PSGK,
             values_PSGK,
@@ -128,6 +125,5 @@ def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | Non
             enable_gqa=True,
             **one_split,
         )
-        return out
 
     return kernel, ""

@@ -10,9 +10,10 @@ from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
+from opd_titan.models.kernels import uniforms
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.limit import cut
-from opd_titan.rollout.sampler import SamplingParams, sequence_key, uniforms
+from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.share import Share
 

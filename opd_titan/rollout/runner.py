@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.transfer import Fetched, send
+from opd_titan.models.kernels import uniforms
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention
 from opd_titan.rollout.page_parts import PageParts
-from opd_titan.rollout.sampler import Sampler, SamplingParams, uniforms
+from opd_titan.rollout.sampler import Sampler, SamplingParams
 from opd_titan.rollout.scheduler import Chunk, Growth, RunningSequence
 
 logger = logging.getLogger("opd_titan")

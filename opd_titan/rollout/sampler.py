@@ -17,7 +17,6 @@ from torch import Tensor
 
 from opd_titan.distributed.collectives import broadcast_tokens
 from opd_titan.models.kernels import block_stats, block_totals, fused, invert_blocks, plain
-from opd_titan.models.kernels import uniforms as uniforms
 from opd_titan.models.kernels.plain import LOGITS_BLOCK, Blocks, invert
 from opd_titan.models.logits import Distribution, VocabHead, project, whole_logits
 

@@ -41,13 +41,27 @@ def _have_triton() -> bool:
     return True
 
 
-@functools.cache
-def why_unavailable(device: torch.device) -> str:
-    """Return why the fused kernels cannot run on this device; empty where they can."""
+def why_wrong_device(device: torch.device) -> str:
+    """Return why no kernel for packed or paged tokens runs on this device; empty where one may."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
+    return ""
+
+
+def why_wrong_type(dtype: torch.dtype) -> str:
+    """Return why these kernels do not take the type; empty where they do."""
+    if dtype not in HALF:
+        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    return ""
+
+
+@functools.cache
+def why_unavailable(device: torch.device) -> str:
+    """Return why the fused kernels cannot run on this device; empty where they can."""
+    if why := why_wrong_device(device):
+        return why
     if not _have_triton():
         return "Triton is not installed"
     # Triton compiles each kernel's launcher.

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opd_titan.models.kernels import plain
 from opd_titan.models.kernels.ops import empty_block_stats, implement, two_of_rows
 from opd_titan.models.kernels.plain import LOGITS_BLOCK
 
@@ -182,14 +183,23 @@ def invert_blocks(
 
 
 @triton.jit
-def _uniforms(keys, positions, out, N, b: tl.constexpr):
+def _uniforms(
+    keys,
+    positions,
+    out,
+    N,
+    b: tl.constexpr,
+    GOLDEN: tl.constexpr,
+    MIX_1: tl.constexpr,
+    MIX_2: tl.constexpr,
+):
     """Compute SplitMix64 in counter mode."""
     n_b = tl.program_id(0) * b + tl.arange(0, b)
     key_b = tl.load(keys + n_b, mask=n_b < N, other=0).to(tl.uint64)
     counter_b = tl.load(positions + n_b, mask=n_b < N, other=0).to(tl.uint64) + 1
-    x_b = key_b + counter_b * 0x9E3779B97F4A7C15
-    x_b = (x_b ^ (x_b >> 30)) * 0xBF58476D1CE4E5B9
-    x_b = (x_b ^ (x_b >> 27)) * 0x94D049BB133111EB
+    x_b = key_b + counter_b * GOLDEN
+    x_b = (x_b ^ (x_b >> 30)) * MIX_1
+    x_b = (x_b ^ (x_b >> 27)) * MIX_2
     x_b = x_b ^ (x_b >> 31)
     uniform_b = (x_b >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
     tl.store(out + n_b, uniform_b, mask=n_b < N)
@@ -201,8 +211,9 @@ def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
     assert keys_N.is_contiguous() and positions_N.is_contiguous()
     assert keys_N.dtype == positions_N.dtype == torch.int64
     out_N = torch.empty(keys_N.shape, dtype=torch.float64, device=keys_N.device)
+    mixing = {"GOLDEN": plain.GOLDEN, "MIX_1": plain.MIX_1, "MIX_2": plain.MIX_2}
     _uniforms[(triton.cdiv(keys_N.numel(), 256),)](
-        keys_N, positions_N, out_N, keys_N.numel(), b=256, num_warps=4
+        keys_N, positions_N, out_N, keys_N.numel(), b=256, num_warps=4, **mixing
     )
     return out_N
 

@@ -9,6 +9,7 @@ As a script it runs several jobs one after another on one rank of a gloo world; 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -232,6 +234,10 @@ def train_on(
         )
     try:
         code = workers.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(workers.pid, signal.SIGABRT)  # each rank prints where it stands
+        time.sleep(2)
+        raise
     finally:
         with suppress(ProcessLookupError):
             os.killpg(workers.pid, signal.SIGKILL)
@@ -265,9 +271,16 @@ def script(argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+    """Return a port that is free, and that the system will not give to a connection meanwhile.
+
+    The system takes the ports of connections from 32768 up (gloo makes dozens of them for each
+    job): a port from there may be taken by the time that its job begins.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("localhost", port))
+            return port
 
 
 # ------------------------------------------------------------------ reading
@@ -362,8 +375,8 @@ def _fork_ranks() -> int:
     """Import the program once, for all ranks to share."""
     import opd_titan.trainer  # noqa: F401
 
+    faulthandler.enable()
     ranks, *jobs = json.loads(sys.argv[1])
-    children = []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
@@ -376,8 +389,8 @@ def _fork_ranks() -> int:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+    # The first that fails ends the world: the others might wait for it until a timeout.
+    return int(any(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(ranks)))
 
 
 def _run_jobs(ports: list[int], jobs: list[list[str]], codes: list[int]) -> int:

@@ -126,7 +126,7 @@ def command(args: argparse.Namespace) -> list[str]:
     """The program's own command line, as scripts/run_train.sh makes it."""
     words = [sys.executable, "-m"]
     if args.processes > 1:
-        words += ["opd_titan.launch", "--nproc-per-node", str(args.processes)]
+        words += ["opd_titan.cli.launch", "--nproc-per-node", str(args.processes)]
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"]
     words += ["opd_titan.train", "--job.config_file", "train_configs/debug.toml"]
     words += ["--job.dump_folder", str(args.out / "run"), "--training.steps", str(args.steps)]

@@ -61,7 +61,7 @@ def count() -> dict[str, Any]:
 def install() -> None:
     """Count in this process if it is rank 0 of the program."""
     words = getattr(sys, "orig_argv", sys.argv)
-    if FILE not in os.environ or "opd_titan.train" not in words or "opd_titan.launch" in words:
+    if FILE not in os.environ or "opd_titan.train" not in words or "opd_titan.cli.launch" in words:
         return
     if os.environ.get("RANK", "0") != "0":
         return

@@ -16,7 +16,6 @@ from gpu_phases import recipe, rule
 from gpu_setting import Setting
 from torch import Tensor, nn
 
-from opd_titan.build import inspect_model, load_model
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import plan_minibatches
@@ -24,12 +23,13 @@ from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
 from opd_titan.distributed.sharding import resharding
 from opd_titan.models.logits import Distribution
-from opd_titan.preflight import TOLERANCE
 from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
+from opd_titan.training.models import inspect_model, load_model
+from opd_titan.training.self_check import TOLERANCE
 
 DEBUG = Path(__file__).resolve().parent.parent / "assets" / "debug"
 # Around the ends of pages of 64 and of 256 tokens; those of a group share their prompt's.

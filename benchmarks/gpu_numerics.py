@@ -25,10 +25,10 @@ from opd_titan.distributed.tensor_parallel import local
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels import uniforms
 from opd_titan.models.logits import Distribution, project
-from opd_titan.preflight import TOLERANCE, probe
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sample
 from opd_titan.rollout.weights import GeneratorWeights
+from opd_titan.training.self_check import TOLERANCE, probe
 
 Checked = tuple[dict[str, Any], bool]
 SIZE = "0.6B"

@@ -10,22 +10,22 @@ from functools import partial
 import torch
 from gpu_setting import Setting, fed_in, responses
 
-from opd_titan.build import compiles, compiles_rollouts
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
+from opd_titan.distill.optim import build_optimizer
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, forward_backward, update
-from opd_titan.gathering import keep_what_fits
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
 from opd_titan.observability.step_scalars import cached_tokens_read, work
-from opd_titan.optim import build_optimizer
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.weights import GeneratorWeights
+from opd_titan.training.gathering import keep_what_fits
+from opd_titan.training.models import compiles, compiles_rollouts
 
 MODES = ("none", "selective", "full")
 # fp32 weights, gradients and two moments of 8.2e9 parameters are 131 GB: a 141 GB device has no

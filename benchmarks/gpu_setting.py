@@ -18,12 +18,18 @@ from qwen3_shapes import write_config
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from opd_titan.build import ModelShape, allocate, compute_dtype, inspect_shape, parallel_model
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.observability.peaks import Peaks, device_peaks, percent_of_peak
+from opd_titan.training.models import (
+    ModelShape,
+    allocate,
+    compute_dtype,
+    inspect_shape,
+    parallel_model,
+)
 
 GIB = 1024**3
 Emit = Callable[[dict[str, Any]], None]

@@ -287,11 +287,11 @@ def variance_at_start(argv: list[str]) -> None:
     from opd_titan.config.manager import load_config
     from opd_titan.distill.scoring import gathered_heads
     from opd_titan.distill.update import forward_backward
-    from opd_titan.distributed.agreement import StopRequest
-    from opd_titan.distributed.lifeline import Lifeline
-    from opd_titan.trainer import Trainer
+    from opd_titan.distributed.heartbeat import Heartbeat
+    from opd_titan.distributed.stopping import StopRequest
+    from opd_titan.training.trainer import Trainer
 
-    trainer = Trainer(load_config(argv), StopRequest(), Lifeline(0, 600))
+    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
     trainer.weights.sync()
     gradients = []
     frozen = trainer.scored if trainer.rule.needs_vocabulary else {}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPO))
 from compare_trl import make_models  # noqa: E402
 
 from opd_titan.train import main as train  # noqa: E402
-from opd_titan.trainer import Trainer  # noqa: E402
+from opd_titan.training.trainer import Trainer  # noqa: E402
 
 # CPU seconds of each step, by the responses that it records.
 SECONDS: dict[int, list[float]] = defaultdict(list)

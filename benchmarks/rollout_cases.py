@@ -33,11 +33,11 @@ from rollout_engines import (
     random_model,
 )
 
-from opd_titan.build import ModelShape, inspect_shape
 from opd_titan.models.logits import VocabHead, project
 from opd_titan.observability.step_scalars import cached_tokens_read
 from opd_titan.rollout.generator import SamplingParams
 from opd_titan.rollout.sampler import Sampler
+from opd_titan.training.models import ModelShape, inspect_shape
 
 SMALL = {
     "hidden_size": 64,

@@ -22,13 +22,13 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from opd_titan.build import ModelShape
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.models.layers import Linear, can_pack, join
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import sequence_key
 from opd_titan.rollout.scheduler import Request
+from opd_titan.training.models import ModelShape
 
 # Qwen3 tokens of the first 64 GSM8K training questions as "Question: ...\nAnswer:".
 GSM8K_LENGTHS = (

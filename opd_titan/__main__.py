@@ -101,7 +101,7 @@ def start(argv: list[str]) -> int:
         raise ConfigError(f"NGPU is '{count}'; wanted a number of processes")
     command = [sys.executable, "-m"]
     if count != "1":
-        command += ["opd_titan.launch", "--nproc-per-node", count, "--rdzv-backend", "c10d"]
+        command += ["opd_titan.cli.launch", "--nproc-per-node", count, "--rdzv-backend", "c10d"]
         command += ["--rdzv-endpoint", "localhost:0", "-m"]
     command += ["opd_titan.train", *argv]
     sys.stdout.flush()
@@ -141,7 +141,7 @@ def complete(argv: list[str]) -> int:
     Raises:
         ConfigError: `argv` names no shell, or another one.
     """
-    from opd_titan.completion import SHELLS, script
+    from opd_titan.cli.completion import SHELLS, script
 
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise ConfigError(f"{COMPLETION}: wanted a shell, one of {', '.join(SHELLS)}")

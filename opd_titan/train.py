@@ -1,88 +1,27 @@
-"""The program: `python -m opd_titan.train --job.config_file train_configs/debug.toml`."""
+"""The trainer: `python -m opd_titan.train --job.config_file train_configs/debug.toml`."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-
+from opd_titan.cli.exits import exit_code, run_and_leave
 from opd_titan.config import load_config
-from opd_titan.errors import Fault, LostOthers, OneLineError, UserError, tell
 
 
 def main(argv: list[str]) -> int:
-    """Run one job.
+    """Run one training job.
 
     Returns:
-        The exit code: 0 done; 1 a fault, said in one line; 2 the user's input is wrong, said in one
-        line; 75 stopped on a signal after a good checkpoint. A bug raises.
+        The exit code: 0 done; 1 failed, with one line on stderr; 2 the user's input is wrong, with
+        one line on stderr; 75 stopped on a signal after a good checkpoint. A bug raises.
     """
 
     def job() -> int:
         config = load_config(argv)
         # Only now: a mistyped option should not have to wait for torch.
-        from opd_titan.supervise import run
+        from opd_titan.cli.run import run
 
         return run(config)
 
     return exit_code(job)
-
-
-def exit_code(job: Callable[[], int]) -> int:
-    """Do a job; what is wrong or fails is said in one line."""
-    try:
-        return job()
-    except UserError as error:
-        _tell(error)
-        return 2
-    except Fault as error:
-        _tell(error)
-        return 1
-
-
-def _tell(error: OneLineError) -> None:
-    """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:
-        message = {"message": str(error), "timestamp": int(time.time())}
-        message["follows"] = isinstance(error, LostOthers)
-        try:
-            Path(report).write_text(json.dumps(message), encoding="utf-8")
-            return
-        except OSError:  # no space there: said here, and half a file would be none
-            with suppress(OSError):
-                Path(report).unlink(missing_ok=True)
-    tell(error)
-
-
-def _leave(code: int) -> None:
-    """Exit without waiting for ranks that may never come to a collective."""
-    if code == 1:
-        # Threads may wait for them too: of a save in the background, of NCCL.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if "torch" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(code)
-
-
-def run_and_leave(main: Callable[[list[str]], int]) -> None:
-    """Run a program's `main` on the command line, and exit with its code."""
-    try:
-        code = main(sys.argv[1:])
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    _leave(code)
 
 
 if __name__ == "__main__":

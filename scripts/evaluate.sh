@@ -17,5 +17,5 @@ choose_processes "$@"
 if [ "$NGPU" = 1 ]; then
     exec "$PYTHON" -m opd_titan.evaluate "$@"
 fi
-exec "$PYTHON" -m opd_titan.launch --nproc-per-node "$NGPU" --rdzv-backend c10d \
+exec "$PYTHON" -m opd_titan.cli.launch --nproc-per-node "$NGPU" --rdzv-backend c10d \
     --rdzv-endpoint localhost:0 -m opd_titan.evaluate "$@"

@@ -23,5 +23,5 @@ if [ "$NGPU" = 1 ]; then
     exec "$PYTHON" -m opd_titan.train --job.config_file "$CONFIG_FILE" "$@"
 fi
 resolve_recipe "$@" >/dev/null
-exec "$PYTHON" -m opd_titan.launch --nproc-per-node "$NGPU" --rdzv-backend c10d \
+exec "$PYTHON" -m opd_titan.cli.launch --nproc-per-node "$NGPU" --rdzv-backend c10d \
     --rdzv-endpoint localhost:0 -m opd_titan.train --job.config_file "$CONFIG_FILE" "$@"

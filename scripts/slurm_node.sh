@@ -30,7 +30,7 @@ set_worker_environment
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --checkpoint.load_step -1
 # The static rendezvous: who hosts it follows from SLURM's node number. c10d compares its address
 # with those of the host and waits in vain where none is its own; it also orders ranks by name.
-exec "$PYTHON" -m opd_titan.launch --nnodes "$NNODES" --nproc-per-node "$NGPU" \
+exec "$PYTHON" -m opd_titan.cli.launch --nnodes "$NNODES" --nproc-per-node "$NGPU" \
     --rdzv-backend static --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     --node-rank "$SLURM_NODEID" --master-addr "$RENDEZVOUS_HOST" --master-port "$RENDEZVOUS_PORT" \
     -m opd_titan.train --job.config_file "$CONFIG_FILE" "$@"

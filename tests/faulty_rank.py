@@ -17,27 +17,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
 
 
 def when(place: str, beats: int, act: Callable[[], None]) -> tuple[Any, Any]:
-    """Have `act` called there, once. Returns Lifeline's own `enter` and `beat`."""
-    enter, beat = Lifeline.enter, Lifeline.beat
+    """Have `act` called there, once. Returns Heartbeat's own `enter` and `beat`."""
+    enter, beat = Heartbeat.enter, Heartbeat.beat
     seen = {"beats": -1, "acted": False}
 
-    def count(self: Lifeline) -> None:
-        seen["beats"] = seen["beats"] + 1 if self.place == place else -1
+    def count(self: Heartbeat) -> None:
+        seen["beats"] = seen["beats"] + 1 if self.phase == place else -1
         beat(self)
         if seen["beats"] == beats and not seen["acted"]:
             seen["acted"] = True
             act()
 
-    Lifeline.beat = count  # `enter` calls it too
+    Heartbeat.beat = count  # `enter` calls it too
     return enter, beat
 
 
 def poison() -> None:
-    from opd_titan import trainer
+    from opd_titan.training import trainer
 
     update = trainer.update
 

@@ -28,14 +28,14 @@ FREEZE = "OPD_TEST_FREEZE"  # "rename:checkpoint:3": stand still before the thir
 
 # What a phase is called, and the function that it lasts for.
 FUNCTIONS = {
-    "prepare": "opd_titan.trainer:prepare",
-    "load": "opd_titan.trainer:load_model",
+    "prepare": "opd_titan.training.trainer:prepare",
+    "load": "opd_titan.training.trainer:load_model",
     "resume": "opd_titan.checkpoint.checkpointer:Checkpointer.load",
-    "probe": "opd_titan.trainer:probe",
+    "probe": "opd_titan.training.trainer:probe",
     "record": "opd_titan.observability.recorder:Recorder.record",
-    "export": "opd_titan.trainer:export_hf",
+    "export": "opd_titan.training.trainer:export_hf",
     "save": "opd_titan.checkpoint.checkpointer:Checkpointer.save",
-    "end": "opd_titan.trainer:Trainer._finish",
+    "end": "opd_titan.training.trainer:Trainer._finish",
 }
 VERBS = {
     "os.rename": "rename",
@@ -114,7 +114,11 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 def install() -> None:
     """Report on this process if it is a worker of the program."""
     words = getattr(sys, "orig_argv", sys.argv)
-    if EVENTS not in os.environ or "opd_titan.train" not in words or "opd_titan.launch" in words:
+    if (
+        EVENTS not in os.environ
+        or "opd_titan.train" not in words
+        or "opd_titan.cli.launch" in words
+    ):
         return
     reporter = Reporter()
     reporter.say("begin", "import")
@@ -123,13 +127,13 @@ def install() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls `then` when opd_titan.trainer, and so all of the program, has been imported."""
+    """Calls `then` when the trainer, and so all of the program, has been imported."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         self.then = then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "opd_titan.trainer":
+        if name != "opd_titan.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -11,8 +11,8 @@ from tiny_world import make_world, train
 
 from opd_titan.checkpoint import manifest
 from opd_titan.checkpoint.hf_folder import resolve_model_folder
-from opd_titan.data.graders import GRADERS
-from opd_titan.distributed.lifeline import Lifeline, beat, enter
+from opd_titan.distributed.heartbeat import Heartbeat, beat, set_phase
+from opd_titan.grading.graders import GRADERS
 
 TENSORS = 4  # fewer than any model here has
 
@@ -21,13 +21,13 @@ TENSORS = 4  # fewer than any model here has
 def beats(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often a run in this process says that it goes on, by place; in the order of places."""
     found: Counter[str] = Counter()
-    own = Lifeline.beat
+    own = Heartbeat.beat
 
-    def counted(self: Lifeline) -> None:
-        found[self.place] += 1
+    def counted(self: Heartbeat) -> None:
+        found[self.phase] += 1
         own(self)
 
-    monkeypatch.setattr(Lifeline, "beat", counted)
+    monkeypatch.setattr(Heartbeat, "beat", counted)
     return found
 
 
@@ -64,12 +64,12 @@ def test_each_buffer_of_a_checksum_is_a_beat(
 ) -> None:
     monkeypatch.setattr(manifest, "_BUFFER_BYTES", 1000)
     (tmp_path / "file").write_bytes(bytes(10_000))
-    lifeline = Lifeline(0, 100.0)
+    heartbeat = Heartbeat(0, 100.0)
     try:
-        enter("the test")
+        set_phase("the test")
         manifest.describe(tmp_path, ["file"])
     finally:
-        lifeline.close()
+        heartbeat.close()
     assert beats["the test"] == 1 + 10
     beat()  # nobody listens any more
     assert beats["the test"] == 1 + 10
@@ -89,20 +89,20 @@ def test_a_download_beats_as_it_comes(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    lifeline = Lifeline(0, 100.0)
+    heartbeat = Heartbeat(0, 100.0)
     try:
-        enter("the test")
+        set_phase("the test")
         assert resolve_model_folder("org/name", "student.hf_path") == tmp_path
     finally:
-        lifeline.close()
+        heartbeat.close()
     assert beats["the test"] == 1 + 3
 
 
 def test_each_graded_response_is_a_beat(beats: Counter[str]) -> None:
-    lifeline = Lifeline(0, 100.0)
+    heartbeat = Heartbeat(0, 100.0)
     try:
-        enter("the test")
+        set_phase("the test")
         GRADERS["gsm8k"]("#### 4", "4")
     finally:
-        lifeline.close()
+        heartbeat.close()
     assert beats["the test"] == 1 + 1

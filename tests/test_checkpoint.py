@@ -36,8 +36,8 @@ from torch import nn
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import JobConfig
+from opd_titan.distill.optim import build_optimizer
 from opd_titan.errors import CheckpointError, StorageError
-from opd_titan.optim import build_optimizer
 
 # Everything that has a state or a schedule; 22 prompts, so that the sixth step starts an epoch.
 OPTIONS = """

@@ -122,7 +122,7 @@ def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -
 @pytest.mark.slow
 def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
     out = world.folder / "launched"
-    launcher = ["-m", "opd_titan.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher = ["-m", "opd_titan.cli.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0", "-m", "opd_titan", "train"]
     done = subprocess.run(
         [sys.executable, *launcher, str(world.recipe), "--job.dump_folder", str(out), *BRIEF],
@@ -239,19 +239,21 @@ def test_workers_get_the_environment_that_the_scripts_give(
 WATCHED = """
 import importlib, os, sys
 
-class Watch:
+class Monitor:
     def find_spec(self, name, *_):
         if name == "torch":
             own = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
             print(os.environ["PYTORCH_ALLOC_CONF"], own, flush=True)
             os._exit(0)
 
-sys.meta_path.insert(0, Watch())
+sys.meta_path.insert(0, Monitor())
 importlib.import_module(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("module", ["opd_titan.trainer", "opd_titan.supervise", "opd_titan.launch"])
+@pytest.mark.parametrize(
+    "module", ["opd_titan.training.trainer", "opd_titan.cli.run", "opd_titan.cli.launch"]
+)
 @pytest.mark.parametrize("own", [None, "max_split_size_mb:64"])
 def test_the_allocator_is_set_up_before_torch_is_imported(module: str, own: str | None) -> None:
     env = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}

@@ -8,7 +8,9 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from opd_titan.confidence import (
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.evaluation.metrics import Comparison, HeldOut, Measurement, SetResult
+from opd_titan.evaluation.statistics import (
     accuracy_interval,
     bootstrap_interval,
     gap_recovered,
@@ -18,9 +20,7 @@ from opd_titan.confidence import (
     pass_at_k,
     wilson,
 )
-from opd_titan.data.graders import GRADERS, Grade
-from opd_titan.data.types import Prompt, Sample
-from opd_titan.measurement import Comparison, HeldOut, Measurement, SetResult
+from opd_titan.grading.graders import GRADERS, Grade
 
 Z = 1.959963984540054
 

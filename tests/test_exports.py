@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from tiny_world import REPO, hf_greedy, load_hf, make_world, train
 from transformers import AutoTokenizer
 
+from opd_titan.checkpoint.model_card import model_card
 from opd_titan.config import JobConfig, load_config
-from opd_titan.model_card import model_card
 
 SCALARS = {
     "validation/accuracy": 0.8125,

@@ -14,11 +14,11 @@ import torch
 from tiny_vocabulary import random_logits, rows_of
 
 from opd_titan.data import sources
-from opd_titan.data.graders import GRADERS
 from opd_titan.data.prompts import build_prompts
 from opd_titan.distill import objectives
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.errors import DataError
+from opd_titan.grading.graders import GRADERS
 from opd_titan.models import ModelFamily
 
 

@@ -30,7 +30,7 @@ from tiny_world import (
 
 from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.distributed.agreement import SIGNALS, Stopped, StopRequest
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
 
 # One is after an export, a validation, and before a checkpoint.
 OPTIONS = ["--checkpoint.interval", 3, "--rollout.max_concurrent", 8]
@@ -74,7 +74,7 @@ def test_a_signal_is_heard_inside_every_phase(
     argv += ["--training.max_tokens_per_microbatch", "120"] if phase == "update" else []
     with monkeypatch.context() as patch:
         for name in ("enter", "beat"):
-            patch.setattr(Lifeline, name, getattr(Lifeline, name))  # put back at the end
+            patch.setattr(Heartbeat, name, getattr(Heartbeat, name))  # put back at the end
         when(f"phase {phase} of step 2", beats, lambda: os.kill(os.getpid(), number))
         assert train(argv) == 75
     out = Path(argv[3])
@@ -97,7 +97,7 @@ def test_no_signal_stops_between_the_updates_of_a_step(
     argv = world.argv("minibatches", *OPTIONS, "--distill.minibatches", 4)
     with monkeypatch.context() as patch:
         for name in ("enter", "beat"):
-            patch.setattr(Lifeline, name, getattr(Lifeline, name))
+            patch.setattr(Heartbeat, name, getattr(Heartbeat, name))
         when("phase update of step 2", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(argv) == 75
     assert complete_steps(Path(argv[3]) / "checkpoint") == [2]  # done to its end
@@ -135,7 +135,7 @@ def test_a_signal_that_comes_during_a_vote_is_not_forgotten(
 
 def launch(argv: list[str], rank: int, place: str, beats: int, what: str) -> tuple[int, str]:
     """Exit code and stderr of two ranks, one of which goes wrong."""
-    command = [sys.executable, "-m", "opd_titan.launch", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "opd_titan.cli.launch", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(REPO / "tests" / "faulty_rank.py"), str(rank), place, str(beats), what]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_world import REPO, TIMEOUT
 
-from opd_titan.launch import _first
+from opd_titan.cli.launch import _first
 
 
 def failure(code: int, at: int = 0, **data: Any) -> SimpleNamespace:
@@ -74,7 +74,7 @@ ENDS = {
 def test_a_rank_that_the_agent_has_to_kill_hides_nothing(tmp_path: Path) -> None:
     """All at once, for each takes the agent's 30 s."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "opd_titan.launch", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "opd_titan.cli.launch", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     runs = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny_plan import H200, SIZES, TIGHT, parameters, shard, tp
 
-from opd_titan.gathering import USABLE
 from opd_titan.plan.cluster import Cluster
+from opd_titan.training.gathering import USABLE
 
 
 @pytest.mark.parametrize("cluster", [TIGHT, H200], ids=["anew", "kept"])

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_titan.config import checks
-from opd_titan.data.graders import GRADERS, Grade, load_grader
-from opd_titan.data.math_judge import MathJudge, math_judge
 from opd_titan.data.sources import gsm8k
 from opd_titan.errors import ConfigError
+from opd_titan.grading.graders import GRADERS, Grade, load_grader
+from opd_titan.grading.math import MathJudge, math_judge
 
 GSM8K = [
     # response, gold, correct, extracted
@@ -260,7 +260,7 @@ def test_a_busy_machine_changes_no_grade(math_verify: None) -> None:
 
 def test_the_other_process_ends_with_this_one(math_verify: None) -> None:
     code = (
-        "from opd_titan.data.math_judge import math_judge as j; import os\n"
+        "from opd_titan.grading.math import math_judge as j; import os\n"
         "j.compare_boxed('1+1', '2'); print(j._process.pid, flush=True); os._exit(3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -360,7 +360,7 @@ def test_a_module_that_fails_to_import_is_one_line(
 
 
 def test_importing_the_graders_loads_nothing_heavy() -> None:
-    code = "import sys, opd_titan.data.graders; "
+    code = "import sys, opd_titan.grading.graders; "
     code += "print({'torch', 'datasets', 'sympy', 'math_verify'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"

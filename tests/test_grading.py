@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_titan.data.graders import GRADERS
-from opd_titan.data.grading import normalize_number
 from opd_titan.data.sources import gsm8k
+from opd_titan.grading.answers import normalize_number
+from opd_titan.grading.graders import GRADERS
 
 grade = GRADERS["auto"].score
 
@@ -188,6 +188,6 @@ def test_degenerate_responses_take_linear_time(piece: str) -> None:
 
 
 def test_importing_the_grader_loads_nothing_heavy() -> None:
-    code = "import sys, opd_titan.data.grading; print({'torch','datasets'} & set(sys.modules))"
+    code = "import sys, opd_titan.grading.answers; print({'torch','datasets'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.distill import head
 from opd_titan.distill.head import loss_head, score_head
-from opd_titan.distill.inspection import Columns, Watch
+from opd_titan.distill.inspection import Columns, Monitor
 from opd_titan.distill.objectives import policy_gradient
 from opd_titan.models.logits import Distribution
 
@@ -41,12 +41,12 @@ def by_sorting(p: Problem, dist: Distribution, k: int) -> tuple[Tensor, Tensor, 
     return torch.tensor(ranks), ids[:, :k], values[:, :k]
 
 
-def scored(p: Problem, dist: Distribution, watch: Watch) -> Columns:
+def scored(p: Problem, dist: Distribution, watch: Monitor) -> Columns:
     score_head(p.hidden_TD, p.weight_VD, p.predict_R, p.targets_R, dist, watch)
     return watch.columns
 
 
-def updated(p: Problem, dist: Distribution, watch: Watch) -> Columns:
+def updated(p: Problem, dist: Distribution, watch: Monitor) -> Columns:
     where = {"predict_R": p.predict_R, "targets_R": p.targets_R, "scores": p.scores}
     rule = {"objective": policy_gradient, "settings": SETTINGS, "dist": dist}
     _, stats = loss_head(
@@ -70,7 +70,7 @@ def test_a_watch_counts_as_sorting_does(
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": rows * V * 4})
     p = Problem()
-    found = look(p, dist, Watch(spans, k))
+    found = look(p, dist, Monitor(spans, k))
     truth = [torch.cat([column[s] for s in spans]) for column in by_sorting(p, dist, k)]
     assert torch.equal(found[0], truth[0])
     assert torch.equal(found[1], truth[1])
@@ -82,7 +82,7 @@ def test_the_likeliest_tokens_of_a_large_vocabulary(vocab: int) -> None:
     p = Problem()
     with torch.no_grad():
         wide_VD = torch.randn(vocab, p.weight_VD.shape[1])
-    watch = Watch([slice(0, R)], 5)
+    watch = Monitor([slice(0, R)], 5)
     score_head(p.hidden_TD, wide_VD, p.predict_R, p.targets_R, WHOLE, watch)
     logprobs_RV = (p.hidden_TD[p.predict_R] @ wide_VD.t()).detach().log_softmax(1)
     values_RK, ids_RK = logprobs_RV.topk(5, dim=1)
@@ -94,7 +94,7 @@ def test_the_likeliest_tokens_of_a_large_vocabulary(vocab: int) -> None:
 def test_ranks_are_of_the_whole_vocabulary_whatever_samples_are_cut_to(dist: Distribution) -> None:
     """Of tokens that would have been cut, too: a data set's own responses have them."""
     p = Problem()
-    ranks_R, *_ = updated(p, dist, Watch([slice(0, R)], 0))
+    ranks_R, *_ = updated(p, dist, Monitor([slice(0, R)], 0))
     assert torch.equal(ranks_R, by_sorting(p, dist, 0)[0])
 
 
@@ -102,7 +102,7 @@ def test_equally_likely_tokens_share_the_best_rank() -> None:
     p = Problem()
     with torch.no_grad():
         p.weight_VD[:] = 0.0
-    ranks_R, _, logprobs_RK = scored(p, WHOLE, Watch([slice(0, R)], 2))
+    ranks_R, _, logprobs_RK = scored(p, WHOLE, Monitor([slice(0, R)], 2))
     assert ranks_R.tolist() == [1] * R
     torch.testing.assert_close(logprobs_RK, torch.full((R, 2), 1 / V).log())
 
@@ -111,7 +111,7 @@ def test_a_rank_among_numbers_that_are_not_finite_is_none() -> None:
     p = Problem()
     with torch.no_grad():
         p.hidden_TD[p.predict_R[2]] = torch.nan
-    ranks_R, *_ = scored(p, WHOLE, Watch([slice(0, R)], 2))
+    ranks_R, *_ = scored(p, WHOLE, Monitor([slice(0, R)], 2))
     assert (ranks_R == 0).tolist() == [i == 2 for i in range(R)]
 
 

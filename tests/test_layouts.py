@@ -31,9 +31,9 @@ from tiny_world import (
     train_on,
 )
 
-from opd_titan.build import inspect_models
 from opd_titan.config import load_config
 from opd_titan.errors import ModelError
+from opd_titan.training.models import inspect_models
 
 pytestmark = pytest.mark.slow  # worlds of four processes
 

@@ -14,9 +14,9 @@ from tiny_world import REPO
 
 SETUP = """
 import ctypes, logging, os, sys, time
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
 logger = logging.getLogger("opd_titan")
-line = Lifeline(0, 1.0)
+line = Heartbeat(0, 1.0)
 line.enter("the test")
 """
 HANGS = {

@@ -35,7 +35,7 @@ from tiny_world import (
 from transformers import AutoTokenizer
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.data.grading import extract_answer
+from opd_titan.grading.answers import extract_answer
 
 NO_VALIDATION = ["--validation.enable", "False"]
 NEW_TOKENS = 24
@@ -379,7 +379,7 @@ def test_one_process_for_each_visible_gpu(
     if processes == 1:
         assert words == started
     else:
-        assert words[:4] == ["-m", "opd_titan.launch", "--nproc-per-node", str(processes)]
+        assert words[:4] == ["-m", "opd_titan.cli.launch", "--nproc-per-node", str(processes)]
 
 
 def test_the_default_recipe_is_found_from_anywhere(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from opd_titan.config import ConfigError, JobConfig
+from opd_titan.distill.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.distributed.collectives import gather_lists, gather_vector, max_scalar, sum_scalars
 from opd_titan.distributed.world import ALONE, Axis, build_world, init_world, set_timeout
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
-from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch
 from tiny_world import REPO, TIMEOUT, World, make_model, make_world
 
 from opd_titan.config import JobConfig
-from opd_titan.exhausted import is_out_of_memory, remedies
+from opd_titan.training.out_of_memory import is_out_of_memory, remedies
 
 # Logits of some tokens are larger than what is left by then.
 WIDE = {"vocab_size": 400_000}
@@ -34,7 +34,7 @@ def starved(world: World, place: str, ranks: int = 1) -> tuple[int, list[str]]:
     options += ["--rollout.group_size", "8"]
     command = [sys.executable, str(REPO / "tests" / "faulty_rank.py")]
     if ranks > 1:
-        command[1:1] = ["-m", "opd_titan.launch", "--nproc-per-node", str(ranks)]
+        command[1:1] = ["-m", "opd_titan.cli.launch", "--nproc-per-node", str(ranks)]
         command[-1:-1] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     wrong = [str(ranks - 1), place, "0", "memory"]
     done = subprocess.run(

@@ -165,12 +165,12 @@ def test_copies_of_layers_with_one_input_lie_together(ranks: int) -> None:
 def check_resumed_trainer_gives_back(argv: list[str]) -> list[int]:
     """Bytes of the copy after each rollout of a run that has just been resumed."""
     from opd_titan.config import load_config
-    from opd_titan.distributed.agreement import StopRequest
-    from opd_titan.distributed.lifeline import Lifeline
-    from opd_titan.trainer import Trainer
+    from opd_titan.distributed.heartbeat import Heartbeat
+    from opd_titan.distributed.stopping import StopRequest
+    from opd_titan.training.trainer import Trainer
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv), StopRequest(), Lifeline(0, 600))
+    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
     held, score = [], trainer.score
     trainer.score = lambda *args: (held.append(held_bytes(trainer.weights)), score(*args))
     assert trainer.train() == 0
@@ -193,12 +193,12 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
     import weakref
 
     from opd_titan.config import load_config
-    from opd_titan.distributed.agreement import StopRequest
-    from opd_titan.distributed.lifeline import Lifeline
-    from opd_titan.trainer import Trainer
+    from opd_titan.distributed.heartbeat import Heartbeat
+    from opd_titan.distributed.stopping import StopRequest
+    from opd_titan.training.trainer import Trainer
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv), StopRequest(), Lifeline(0, 600))
+    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
     made: list[weakref.ref] = []
     beside: list[int] = []
     generator_of, measure = trainer._generator, trainer.validator.measure_teacher

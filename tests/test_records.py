@@ -15,12 +15,12 @@ import torch
 from tiny_student import one_process_group
 
 from opd_titan.config import JobConfig
-from opd_titan.data.graders import GRADERS
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.update import UpdateResult
+from opd_titan.grading.graders import GRADERS
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.rollout_writer import repetition, write_rollouts
-from opd_titan.skipped import SkippedUpdates
+from opd_titan.training.nonfinite import SkippedUpdates
 
 # ---- rollouts ----
 

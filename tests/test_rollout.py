@@ -38,11 +38,11 @@ from opd_titan.models.kernels import uniforms
 from opd_titan.models.layers import can_pack
 from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
-from opd_titan.preflight import probe
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.memory import _host_bytes
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.scheduler import Request
+from opd_titan.training.self_check import probe
 
 # ------------------------------------------------- the same, slowly, without a cache
 

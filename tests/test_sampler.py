@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import opd_titan.rollout.sampler as sampler_module
+from opd_titan.evaluation.validator import VALIDATION_STREAM
 from opd_titan.models.kernels import uniforms
 from opd_titan.models.logits import Distribution, VocabHead, truncate_, whole_logits
 from opd_titan.rollout.sampler import (
@@ -20,7 +21,6 @@ from opd_titan.rollout.sampler import (
     sample,
     sequence_key,
 )
-from opd_titan.validate import VALIDATION_STREAM
 
 MASK = (1 << 64) - 1
 ALMOST_ONE = math.nextafter(1.0, 0.0)

@@ -21,8 +21,8 @@ from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
-from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.sharding import fsdp_groups, keep_gathered
+from opd_titan.distributed.stopping import Stopped
 from opd_titan.distributed.world import World, build_world
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3.model import Qwen3Model

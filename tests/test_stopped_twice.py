@@ -17,7 +17,7 @@ from torch import nn
 
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
 from opd_titan.errors import StorageError
 
 
@@ -37,7 +37,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], N
     def arrange(place: str, act: Callable[[], None]) -> None:
         monkeypatch.undo()
         for name in ("enter", "beat"):
-            monkeypatch.setattr(Lifeline, name, getattr(Lifeline, name))
+            monkeypatch.setattr(Heartbeat, name, getattr(Heartbeat, name))
         when(place, 0, act)
 
     return arrange

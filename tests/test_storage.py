@@ -26,11 +26,12 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from opd_titan.checkpoint import manifest
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
 from opd_titan.checkpoint.dcp_io import METADATA, _MetadataUnpickler
-from opd_titan.checkpoint.faults import met_by_all, naming
+from opd_titan.checkpoint.faults import naming
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
 from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights
 from opd_titan.checkpoint.steps import MANIFEST, STATE, agree_on_step, open_folder, set_aside
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import CheckpointError, ConfigError, ModelError, StorageError
 
 DISTCP = "__0_0.distcp"
@@ -334,7 +335,7 @@ def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
 
 def test_an_error_without_a_number_keeps_its_words() -> None:
     with one_process_group(), pytest.raises(StorageError, match="^a/b: the disk is on fire$"):
-        with met_by_all(), naming("a/b"):
+        with raise_on_all_ranks(), naming("a/b"):
             raise OSError("the disk is on fire")
 
 

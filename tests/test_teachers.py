@@ -33,12 +33,12 @@ from tiny_world import (
 )
 from transformers import AutoTokenizer
 
-from opd_titan.build import inspect_models
 from opd_titan.config import load_config
-from opd_titan.data.grading import extract_answer
-from opd_titan.identity import differences, job_identity
+from opd_titan.grading.answers import extract_answer
 from opd_titan.plan.estimate import estimate
 from opd_titan.plan.simulate import simulate
+from opd_titan.training.fingerprint import differences, job_identity
+from opd_titan.training.models import inspect_models
 
 RECIPE = """
 [student]

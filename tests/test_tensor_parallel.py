@@ -33,7 +33,7 @@ from opd_titan.distill.head import (
     probed,
     score_head,
 )
-from opd_titan.distill.inspection import Watch
+from opd_titan.distill.inspection import Monitor
 from opd_titan.distill.objectives import policy_gradient, sft
 from opd_titan.distill.packing import pack, plan_minibatches
 from opd_titan.distill.update import UpdateRule, forward_backward
@@ -153,7 +153,7 @@ def inspected(world: World) -> tuple[Tensor, Tensor, Tensor]:
     """More of the likeliest tokens than one rank holds."""
     p = wide_problem()
     weight = nn.Parameter(distribute_tensor(p.weight_VD.detach(), world.tp_mesh, [Shard(0)]))
-    watch = Watch([slice(0, 2), slice(3, R)], VOCAB // 2 + 2)
+    watch = Monitor([slice(0, 2), slice(3, R)], VOCAB // 2 + 2)
     score_head(
         p.hidden_TD.detach(), weight, p.predict_R, p.targets_R, Distribution(0.9), watch=watch
     )

@@ -29,7 +29,7 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.data.graders import GRADERS
+from opd_titan.grading.graders import GRADERS
 
 ROW_KEYS = (
     "step prompt_index sample_index prompt response prompt_tokens response_tokens student_logprobs "

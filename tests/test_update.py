@@ -21,7 +21,7 @@ from torch import Tensor
 from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient, sft
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.update import UpdateRule, update
-from opd_titan.distributed.agreement import Stopped
+from opd_titan.distributed.stopping import Stopped
 from opd_titan.distributed.world import ALONE
 from opd_titan.models.logits import Distribution
 

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from tiny_rollout import CPU, EOS, Script, follow, prompts, requests, sharded, tiny
 
-from opd_titan.confidence import wilson
-from opd_titan.data.graders import GRADERS
 from opd_titan.data.types import Prompt
 from opd_titan.distributed.world import ALONE, World, build_world, init_world
-from opd_titan.measurement import HeldOut
-from opd_titan.preflight import TOLERANCE, probe, report
+from opd_titan.evaluation.metrics import HeldOut
+from opd_titan.evaluation.statistics import wilson
+from opd_titan.evaluation.validator import VALIDATION_STREAM, Validator
+from opd_titan.grading.graders import GRADERS
 from opd_titan.rollout.generator import Generator, SamplingParams
-from opd_titan.validate import VALIDATION_STREAM, Validator
+from opd_titan.training.self_check import TOLERANCE, probe, report
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def make_gradable(world: World, teacher: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    from opd_titan.data.grading import extract_answer
+    from opd_titan.grading.answers import extract_answer
 
     models = [load_hf(world.student), load_hf(teacher)]
     tokenizer = AutoTokenizer.from_pretrained(world.student)
@@ -373,7 +373,7 @@ def hf_greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[in
 
 def _fork_ranks() -> int:
     """Import the program once, for all ranks to share."""
-    import opd_titan.trainer  # noqa: F401
+    import opd_titan.training.trainer  # noqa: F401
 
     faulthandler.enable()
     ranks, *jobs = json.loads(sys.argv[1])

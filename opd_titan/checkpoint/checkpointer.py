@@ -35,10 +35,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from opd_titan.checkpoint.dcp_io import BeatingPlanner, LoadPlanner, Reader, Writer, read_metadata
-from opd_titan.checkpoint.faults import met_by_all, naming
+from opd_titan.checkpoint.faults import naming
 from opd_titan.checkpoint.manifest import describe, write_manifest
 from opd_titan.checkpoint.publish import publish, tmp_of
 from opd_titan.checkpoint.steps import MANIFEST, STATE, make_tmp, prune, require_intact
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import CheckpointError, StorageError, first_line
 
 logger = logging.getLogger("opd_titan")
@@ -67,7 +68,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     require_intact(path)
     state = {"model": get_model_state_dict(model)}
-    with met_by_all(), _naming_what_is_wrong(path):
+    with raise_on_all_ranks(), _naming_what_is_wrong(path):
         _check_same_model(path, state)
     with _naming_what_is_wrong(path):
         dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
@@ -177,7 +178,7 @@ class Checkpointer:
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         state = self._state_dict()
-        with met_by_all(), _naming_what_is_wrong(path):
+        with raise_on_all_ranks(), _naming_what_is_wrong(path):
             _check_same_model(path, state)
         with _naming_what_is_wrong(path):
             dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
@@ -210,7 +211,7 @@ class Checkpointer:
         planner = BeatingPlanner()
         dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
         mine: dict[str, Any] = {}
-        with met_by_all(group):
+        with raise_on_all_ranks(group):
             writer.raise_fault()
             if rank == 0:
                 with naming(folder / STATE):
@@ -218,20 +219,20 @@ class Checkpointer:
             mine = describe(folder, _own_files(folder, rank))
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine, group)
-        with met_by_all(group):
+        with raise_on_all_ranks(group):
             if rank == 0:
                 write_manifest(folder / MANIFEST, {k: v for part in parts for k, v in part.items()})
 
     def _publish(self, step: int) -> None:
         """All ranks have written: rename, drop what is too old."""
-        with met_by_all():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 publish(self.folder / f"step-{step}")
         self._prune(step)
         self._secured, self._fault = step, None
 
     def _prune(self, newest: int) -> None:
-        with met_by_all():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0 and self.keep_latest_k > 0:
                 prune(self.folder, newest, self.keep_latest_k)
 
@@ -240,7 +241,7 @@ class Checkpointer:
         try:
             yield
         except StorageError as error:
-            with met_by_all():  # for every rank it is gone after this
+            with raise_on_all_ranks():  # for every rank it is gone after this
                 if dist.get_rank() == 0:
                     shutil.rmtree(tmp_of(self.folder / f"step-{step}"), ignore_errors=True)
             safe = "none is safe yet"

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from opd_titan.checkpoint.faults import naming
-from opd_titan.distributed.lifeline import beat
+from opd_titan.data.files import is_plain_name
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import CheckpointError, first_line, reason
-from opd_titan.paths import is_plain_name
 
 METADATA = ".metadata"
 _METADATA_CLASSES = (

@@ -1,4 +1,4 @@
-"""What goes wrong with storage: named in one line, and met by all ranks together."""
+"""Name the file or the option at fault when storage fails."""
 
 from __future__ import annotations
 
@@ -8,30 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
-from opd_titan.distributed.agreement import together
-from opd_titan.errors import ConfigError, StorageError, reason
+from opd_titan.errors import ConfigError, reason
 
 # How the libraries in Rust spell an OSError.
 _OS_ERROR = re.compile(r"os error (\d+)")
-
-
-@contextmanager
-def met_by_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """`together`, where an OSError is a fault of storage.
-
-    Raises:
-        StorageError: something could not be written or read, on this rank or another.
-        CheckpointError: as the body raised it, on this rank or another.
-    """
-    with together(group):
-        try:
-            yield
-        except OSError as error:
-            file = f"{error.filename}: " if error.filename else ""
-            raise StorageError(file + reason(error)) from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opd_titan.checkpoint.faults import met_by_all, naming
+from opd_titan.checkpoint.faults import naming
 from opd_titan.checkpoint.hf_folder import (
     CHECKSUMS,
     CONFIG,
@@ -30,7 +30,8 @@ from opd_titan.checkpoint.hf_folder import (
 from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
 from opd_titan.checkpoint.manifest import describe, write_manifest
 from opd_titan.checkpoint.publish import fresh_tmp, publish, tmp_of
-from opd_titan.distributed.lifeline import beat
+from opd_titan.distributed.agreement import raise_on_all_ranks
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ModelError, StorageError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, transformers 4
@@ -70,17 +71,17 @@ def export_hf(
     native, tmp = native_tensors(model), tmp_of(out)
     tensors = {hf: native[name] for hf, name in key_table.items()}
     try:
-        with met_by_all(), _source_is_storage():
+        with raise_on_all_ranks(), _source_is_storage():
             config = read_hf_config(source_folder)
             if dtype is None:
                 dtypes = _own_dtypes(tensors, source_folder, config)
             else:
                 dtypes = dict.fromkeys(tensors, dtype)
-        with met_by_all():
+        with raise_on_all_ranks():
             if _writes():
                 fresh_tmp(out)
         plan = _write_weights(tmp, tensors, dtypes, max_shard_bytes)
-        with met_by_all():
+        with raise_on_all_ranks():
             if _writes():
                 _write_text(tmp / "README.md", card)
                 own = _with_dtype(config, tensors, dtypes)
@@ -136,7 +137,7 @@ def _write_weights(
             if _writes():
                 content[name] = tensor
         # After each: the ranks need not gather what will not be written.
-        with met_by_all():
+        with raise_on_all_ranks():
             if _writes():
                 with naming(folder / file_name):
                     save_file(content, folder / file_name, metadata={"format": "pt"})

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.distributed.lifeline import beat
+from opd_titan.data.hub import hub_in_reach, looks_like_hub_id
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ModelError, first_line, reason
-from opd_titan.hub import hub_in_reach, looks_like_hub_id
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

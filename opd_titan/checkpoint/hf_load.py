@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from opd_titan.checkpoint.hf_folder import check_unchanged, read_json
-from opd_titan.distributed.lifeline import beat
+from opd_titan.data.files import is_plain_name
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ModelError, first_line
-from opd_titan.paths import is_plain_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.faults import naming
-from opd_titan.distributed.lifeline import beat
+from opd_titan.data.files import is_plain_name
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import reason
-from opd_titan.paths import is_plain_name
 
 # Each piece of a file has its own checksum, so that any number of ranks and threads can share in
 # a large file; a rank of any world may have written it.

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.faults import met_by_all, refusing
+from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.checkpoint.publish import clear_leftovers, fresh_tmp, restore_replaced, tmp_of
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import CheckpointError, StorageError, reason
 
 logger = logging.getLogger("opd_titan")
@@ -92,7 +93,7 @@ def is_checkpoint(path: Path) -> bool:
 def _candidates(folder: Path, load_step: int) -> list[int]:
     """What to try, in this order. One rank looks: a file system may show two ranks two lists."""
     found: list[Any] = [None]
-    with met_by_all():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = [_look_for(folder, load_step)]
     dist.broadcast_object_list(found)
@@ -141,12 +142,12 @@ def open_folder(folder: Path) -> None:
             first save, hours later, would fail.
     """
     rank = dist.get_rank()
-    with met_by_all(), refusing(folder):
+    with raise_on_all_ranks(), refusing(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(folder)
     _require_everywhere(folder)
-    with met_by_all(), refusing(folder):
+    with raise_on_all_ranks(), refusing(folder):
         probe = folder / f".writable-{rank}"
         try:
             probe.write_bytes(bytes(4096))
@@ -168,7 +169,7 @@ def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
         The steps that were set aside.
     """
     later: list[Any] = [[]]
-    with met_by_all():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             later = [[n for n in _steps(folder) if n > after]]
             for n in later[0]:
@@ -221,10 +222,10 @@ def make_tmp(final: Path) -> Path:
         StorageError: it cannot be made, or a rank does not see it.
     """
     tmp = tmp_of(final)
-    with met_by_all():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             fresh_tmp(final)
-    with met_by_all():
+    with raise_on_all_ranks():
         if not tmp.is_dir():
             raise StorageError(f"{tmp}: is not there on every rank")
     return tmp

@@ -1,4 +1,1 @@
-"""Prompts: sources, templates, tokenizer, the resumable loader, and grading of answers.
-
-Nothing is imported here, so that `opd_titan.data.grading` stays as cheap as the standard library.
-"""
+"""Prompts: sources, templates, tokenizer, and the resumable loader."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from opd_titan.errors import DataError, first_line, reason
-from opd_titan.paths import is_plain_name
 
 # Suffix -> the `datasets` builder that reads it.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -40,6 +39,14 @@ def check_file(file: Path) -> None:
                 _json_places(file)
     except OSError as error:
         raise DataError(f"path: {file} cannot be read: {reason(error)}") from error
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether this is the name of a file in a folder and cannot lead out of it.
+
+    An index, a manifest or a data set is data, and must not point anywhere else.
+    """
+    return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
 
 
 def check_saved(folder: Path) -> None:

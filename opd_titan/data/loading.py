@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_titan.data.files import FORMATS, blame, check_file, check_saved, locate
+from opd_titan.data.hub import hub_in_reach, looks_like_hub_id
 from opd_titan.data.sources import DATASETS, DatasetSpec, Record, RowError
 from opd_titan.errors import DataError, first_line
-from opd_titan.hub import hub_in_reach, looks_like_hub_id
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,7 @@ from opd_titan.data.loading import Rows, load_rows
 from opd_titan.data.sources import Record, RowError
 from opd_titan.data.templates import check_template, render
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.lifeline import beat, enter
+from opd_titan.distributed.heartbeat import beat, set_phase
 from opd_titan.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def build_prompts(
 
     Raises DataError for data that cannot be used, ModelError for a missing chat template.
     """
-    enter(f"the reading of {section}.path")
+    set_phase(f"the reading of {section}.path")
     check_template(template, tokenizer)
     with _naming_the_table(section):
         rows = load_rows(dataset, path, split)

@@ -30,9 +30,9 @@ from opd_titan.distill.packing import (
 )
 from opd_titan.distill.scoring import gathered_heads
 from opd_titan.distill.vocabulary import TokenScores
-from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.collectives import max_scalar, sum_scalars
 from opd_titan.distributed.sharding import drop_gradients, exchange_gradients, resharding
+from opd_titan.distributed.stopping import Stopped
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
-from opd_titan.data.grading import after_prompt
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample
-from opd_titan.distributed.agreement import together
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.distributed.collectives import gather_lists, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.errors import reason
+from opd_titan.grading.answers import after_prompt
 from opd_titan.observability.console import report_outcome
 from opd_titan.observability.metrics import MetricLogger, PhaseClock, memory_stats, phase_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks
@@ -202,7 +202,7 @@ class Recorder:
         scored = [s for s in mine if (s.prompt.index, s.sample_index) in place]
         scored = gather_lists(scored, self.world.dp)
         scored.sort(key=lambda s: place[s.prompt.index, s.sample_index])
-        with together():  # a user's own grader may fail
+        with raise_on_all_ranks():  # a user's own grader may fail
             if self.rank == 0:
                 self._write(step, scored)
 

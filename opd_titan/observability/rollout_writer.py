@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_titan.data.grading import after_prompt
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample, Standing
+from opd_titan.grading.answers import after_prompt
 
 # Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}

@@ -194,7 +194,7 @@ def _own_bytes() -> float:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
-    import opd_titan.trainer  # noqa: F401
+    import opd_titan.training.trainer  # noqa: F401
 
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmRSS:")[1].split()[0]) + _CPU_RUN * 2**30

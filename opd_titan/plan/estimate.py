@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_titan.build import cpu_offload
 from opd_titan.config import JobConfig
 from opd_titan.config.sets import is_teacher
 from opd_titan.data.types import Sample
 from opd_titan.observability.step_scalars import cached_tokens_read, packed_flops, work
 from opd_titan.plan.cluster import Cluster
 from opd_titan.plan.simulate import Phase, Simulation
+from opd_titan.training.models import cpu_offload
 
 # Reads parameter, gradient and two moments; writes all but the gradient.
 _OPTIMIZER_BYTES = 28

@@ -19,7 +19,28 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opd_titan.build import (
+from opd_titan.checkpoint.hf_folder import resolve_model_folder
+from opd_titan.config import JobConfig
+from opd_titan.config.sets import data_sets, is_teacher, teacher_role, validation_sets
+from opd_titan.data.loader import share_out
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.optim import build_optimizer
+from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
+from opd_titan.distill.scoring import gathered_heads, score
+from opd_titan.distill.update import UpdateRule, forward_backward, models_of
+from opd_titan.distributed.sharding import exchange_gradients, resharding
+from opd_titan.distributed.tensor_parallel import local
+from opd_titan.distributed.world import World, axes, build_world
+from opd_titan.models.logits import Distribution
+from opd_titan.plan.cluster import Cluster
+from opd_titan.plan.kernels import know_collectives, like_cuda
+from opd_titan.plan.rollout import PlannedGenerator, PlannedRunner
+from opd_titan.plan.tracker import Tracker
+from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import Request
+from opd_titan.rollout.weights import GeneratorWeights
+from opd_titan.training.gathering import Gathering, choose
+from opd_titan.training.models import (
     ModelShape,
     allocate,
     common_vocab_size,
@@ -29,27 +50,6 @@ from opd_titan.build import (
     parallel_model,
     roles,
 )
-from opd_titan.checkpoint.hf_folder import resolve_model_folder
-from opd_titan.config import JobConfig
-from opd_titan.config.sets import data_sets, is_teacher, teacher_role, validation_sets
-from opd_titan.data.loader import share_out
-from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
-from opd_titan.distill.scoring import gathered_heads, score
-from opd_titan.distill.update import UpdateRule, forward_backward, models_of
-from opd_titan.distributed.sharding import exchange_gradients, resharding
-from opd_titan.distributed.tensor_parallel import local
-from opd_titan.distributed.world import World, axes, build_world
-from opd_titan.gathering import Gathering, choose
-from opd_titan.models.logits import Distribution
-from opd_titan.optim import build_optimizer
-from opd_titan.plan.cluster import Cluster
-from opd_titan.plan.kernels import know_collectives, like_cuda
-from opd_titan.plan.rollout import PlannedGenerator, PlannedRunner
-from opd_titan.plan.tracker import Tracker
-from opd_titan.rollout.sampler import SamplingParams
-from opd_titan.rollout.scheduler import Request
-from opd_titan.rollout.weights import GeneratorWeights
 
 # Where the recipe does not limit the validation, its set is taken to be as large as GSM8K's.
 _VALIDATION_PROMPTS = 1319

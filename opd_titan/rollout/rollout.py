@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.agreement import Stopped
 from opd_titan.distributed.collectives import gather_lists
+from opd_titan.distributed.stopping import Stopped
 from opd_titan.distributed.world import Axis
 from opd_titan.models.kernels import uniforms
 from opd_titan.rollout.generator import Generator

@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from opd_titan.config import RECIPE_FILE
 from opd_titan.errors import ConfigError, DataError
-from opd_titan.paths import RECIPE_FILE
 from opd_titan.view.curves import read_curves
 from opd_titan.view.packing import Packed, block, pack
 from opd_titan.view.rollouts import Rollout, read_rollouts, rollout_files

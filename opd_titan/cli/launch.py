@@ -1,4 +1,4 @@
-"""`torchrun` that keeps exit codes and signals: `python -m opd_titan.launch [its options] ...`.
+"""`torchrun` that keeps exit codes and signals: `python -m opd_titan.cli.launch [its options] ...`.
 
 torchrun itself turns every failure into exit code 1 and a page of traceback, which would hide what
 2 (your input is wrong) and 75 (stopped on a signal, start again) mean; and on SIGTERM it kills the
@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from opd_titan.distributed.lifeline import FOLDER, place_of
+from opd_titan.distributed.heartbeat import FOLDER, phase_of
 from opd_titan.errors import tell
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -91,7 +91,7 @@ def _tell(rank: int, failure: Any) -> int:
     if isinstance(said, str) and said != "<NONE>":  # a Fault, which says where
         tell(f"rank {rank}: {said}")
     else:
-        place = place_of(rank)
+        place = phase_of(rank)
         where = f" in {place}" if place else ""
         how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
         tell(f"rank {rank} {how}{where}")

@@ -15,15 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
 from opd_titan.config.sets import teacher_role, validation_sets
-from opd_titan.data.graders import Grade, Grader, load_grader
-from opd_titan.data.grading import after_prompt
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.agreement import together
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
 from opd_titan.errors import DataError
-from opd_titan.measurement import (
+from opd_titan.evaluation.metrics import (
     ByPrompt,
     Comparison,
     HeldOut,
@@ -31,6 +29,8 @@ from opd_titan.measurement import (
     SetResult,
     percent,
 )
+from opd_titan.grading.answers import after_prompt
+from opd_titan.grading.graders import Grade, Grader, load_grader
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
@@ -204,7 +204,7 @@ class Validator:
     def _grade(self, held_out: HeldOut, samples: list[Sample]) -> list[Grade]:
         """Each rank its share: a grader may be slow, and where it gives up, so must all ranks."""
         mine: list[tuple[int, Grade]] = []
-        with together():
+        with raise_on_all_ranks():
             for i in range(self.dp.rank, len(samples), self.dp.size):
                 prompt, response = samples[i].prompt, self.decode(samples[i].response_ids)
                 assert prompt.answer is not None  # `_read_set` lets none pass

@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opd_titan.build import ModelSource, ending_with, inspect_model
 from opd_titan.checkpoint.steps import is_checkpoint
-from opd_titan.config import JobConfig
+from opd_titan.config import RECIPE_FILE, JobConfig
 from opd_titan.config.job_config import TeacherModel
 from opd_titan.config.sets import teacher_role
 from opd_titan.data.tokenizer import compare_tokenizers
 from opd_titan.errors import ConfigError
-from opd_titan.paths import RECIPE_FILE
+from opd_titan.training.models import ModelSource, ending_with, inspect_model
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opd_titan.build import ModelSource, random_seed
 from opd_titan.config import JobConfig
 from opd_titan.config.sets import data_sets
 from opd_titan.data.types import Prompt
+from opd_titan.training.models import ModelSource, random_seed
 
 _EDGE_BYTES = 64 * 1024
 # By key: what tells one from another, and what people call it.

@@ -9,20 +9,20 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
-from opd_titan.distributed.agreement import Stopped, StopRequest
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.errors import LostOthers, OneLineError, first_line
-from opd_titan.exhausted import is_out_of_memory, out_of_memory
-from opd_titan.trainer import Trainer
+from opd_titan.training.out_of_memory import is_out_of_memory, out_of_memory
+from opd_titan.training.trainer import Trainer
 
 logger = logging.getLogger("opd_titan")
 
 
-Work = Callable[[JobConfig, StopRequest, Lifeline], int]
+Work = Callable[[JobConfig, StopRequest, Heartbeat], int]
 
 
-def _train(config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> int:
-    return Trainer(config, stop, lifeline).train()
+def _train(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
+    return Trainer(config, stop, heartbeat).train()
 
 
 def run(config: JobConfig, work: Work = _train) -> int:
@@ -34,26 +34,26 @@ def run(config: JobConfig, work: Work = _train) -> int:
     """
     comm = config.comm
     patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
-    lifeline = Lifeline(int(os.environ.get("RANK", 0)), patience)
+    heartbeat = Heartbeat(int(os.environ.get("RANK", 0)), patience)
     stop = StopRequest()  # at once: loading may take longer than a scheduler's patience
     try:
-        return work(config, stop, lifeline)
+        return work(config, stop, heartbeat)
     except Stopped:
-        where = "before the first step" if work is _train else f"in {lifeline.place}"
+        where = "before the first step" if work is _train else f"in {heartbeat.phase}"
         logger.warning("Stopped by signal %s %s; start again", stop.signal, where)
         return 75
     except OneLineError:
         raise
     except Exception as error:
-        logger.debug("Failed in %s", lifeline.place, exc_info=True)
+        logger.debug("Failed in %s", heartbeat.phase, exc_info=True)
         if is_out_of_memory(error):
-            raise out_of_memory(error, lifeline, config) from error
+            raise out_of_memory(error, heartbeat, config) from error
         if lost_others(error):
-            place, why = lifeline.place, first_line(error)
+            place, why = heartbeat.phase, first_line(error)
             raise LostOthers(f"in {place} another rank did not answer ({why})") from error
         raise
     finally:
-        lifeline.close()
+        heartbeat.close()
 
 
 def lost_others(error: Exception) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from opd_titan.config import JobConfig
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
 from opd_titan.errors import Fault, first_line
 from opd_titan.observability.metrics import peak_resident_bytes
 
@@ -21,16 +21,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(error: BaseException, lifeline: Lifeline, config: JobConfig) -> Fault:
+def out_of_memory(error: BaseException, heartbeat: Heartbeat, config: JobConfig) -> Fault:
     """Return the fault that says so in one line."""
     on_gpu = torch.cuda.is_available()
-    held = {name: size for name, size in lifeline.held().items() if size}
+    held = {name: size for name, size in heartbeat.memory().items() if size}
     total = torch.cuda.memory_allocated() if on_gpu else peak_resident_bytes()
     held["activations and the rest"] = max(0, total - sum(held.values()))
     parts = ", ".join(f"{name} {size / _GiB:.2f}" for name, size in held.items())
     return Fault(
-        f"out of memory in {lifeline.place}; in use, GiB: {parts}; "
-        f"{'; '.join(remedies(lifeline.place, config, on_gpu))} ({first_line(error)})"
+        f"out of memory in {heartbeat.phase}; in use, GiB: {parts}; "
+        f"{'; '.join(remedies(heartbeat.phase, config, on_gpu))} ({first_line(error)})"
     )
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from opd_titan.build import ModelShape, cpu_offload
 from opd_titan.config import JobConfig
 from opd_titan.distill.head import CHUNK_BYTES
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
@@ -23,6 +22,7 @@ from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.sharding import fsdp_groups, keep_gathered
 from opd_titan.distributed.world import World, axes
 from opd_titan.rollout.memory import total_bytes
+from opd_titan.training.models import ModelShape, cpu_offload
 
 logger = logging.getLogger("opd_titan")
 

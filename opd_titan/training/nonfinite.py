@@ -12,7 +12,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.update import UpdateResult
-from opd_titan.distributed.agreement import together
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import Fault, reason
 from opd_titan.observability.rollout_writer import write_rollouts
 
@@ -53,7 +53,7 @@ class SkippedUpdates:
         skipped = result.made.count(False)
         if not skipped:
             return
-        with together():  # a user's own grader may fail
+        with raise_on_all_ranks():  # a user's own grader may fail
             mine = self._dump(step, result.suspects)
         written = torch.tensor(int(mine))
         dist.all_reduce(written)

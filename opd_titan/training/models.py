@@ -28,7 +28,7 @@ from opd_titan.config import JobConfig
 from opd_titan.config.sets import is_teacher, teacher_role, teachers
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.data.types import Prompt
-from opd_titan.distributed.lifeline import enter, hold
+from opd_titan.distributed.heartbeat import set_phase, track_memory
 from opd_titan.distributed.sharding import device_bytes
 from opd_titan.distributed.world import Axis, World
 from opd_titan.errors import ModelError, first_line
@@ -148,7 +148,7 @@ def inspect_model(
         ModelError: in one line, what is wrong with the folder.
     """
     key = key or f"{role}.hf_path"
-    enter(f"the check of {key}")
+    set_phase(f"the check of {key}")
     shape = inspect_shape(role, hf_path, tensor_parallel, key)
     folder, family, args = shape.folder, shape.family, shape.args
     tokenizer = load_tokenizer(folder, key)
@@ -270,7 +270,7 @@ def load_model(
         load_hf_weights(model, source.files, source.key_table)
     model.assert_tied()  # type: ignore[operator]  # of our own models
     stored = device_bytes(model.parameters())
-    hold(f"{source.role} weights", model, lambda _: stored)
+    track_memory(f"{source.role} weights", model, lambda _: stored)
     logger.info(
         "%s: %s, %s parameters, %s, in %.1f s",
         source.role.capitalize(),
@@ -323,8 +323,8 @@ def build_generator(
         world.tp,
         room=lambda: weights.cache_room,
     )
-    hold(f"rollout's copy of the {source.role}", weights, lambda w: w.bytes_now)
-    hold(f"KV cache of the {source.role}", generator, lambda g: g.num_bytes)
+    track_memory(f"rollout's copy of the {source.role}", weights, lambda w: w.bytes_now)
+    track_memory(f"KV cache of the {source.role}", generator, lambda g: g.num_bytes)
     log = logger.warning if generator.path.why else logger.info
     log("Rollouts of the %s: %s", source.role, generator.path)
     return weights, generator

@@ -9,23 +9,19 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from opd_titan import __version__
 from opd_titan.checkpoint.faults import naming
-from opd_titan.confidence import CONFIDENCE
-from opd_titan.config import JobConfig, to_toml
-from opd_titan.distributed.agreement import together
+from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
+from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import ConfigError
-from opd_titan.measurement import Measurement, SetResult, percent
+from opd_titan.evaluation.metrics import Measurement, SetResult, percent
+from opd_titan.evaluation.statistics import CONFIDENCE
 from opd_titan.observability.rollout_writer import json_line
-from opd_titan.paths import RECIPE_FILE
-
-if TYPE_CHECKING:
-    from opd_titan.subject import Subject
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify")
@@ -44,7 +40,7 @@ def claim_folder(config: JobConfig, name: str) -> Path:
         ConfigError: it cannot be written, or `evaluate.folder` has a result already.
     """
     found: list[Any] = [None]
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = [_claim(config, name)]
     dist.broadcast_object_list(found)
@@ -76,12 +72,15 @@ def _claim(config: JobConfig, name: str) -> str:
 def write_results(
     folder: Path,
     config: JobConfig,
-    subject: Subject,
+    model: dict[str, Any],
     dtype: torch.dtype,
     measured: Measurement,
     decode: Callable[[list[int]], str],
 ) -> None:
     """Write all files, results.json last: where it is, the others are whole. Rank 0 calls.
+
+    Args:
+        model: name, weights and size of what was graded, as results.json has them.
 
     Raises:
         StorageError: a file could not be written.
@@ -94,7 +93,7 @@ def write_results(
         ) as file:
             for result in measured.sets:
                 file.writelines(_sample_lines(result, decode))
-    content = json.dumps(summary(config, subject, dtype, measured), indent=1, ensure_ascii=False)
+    content = json.dumps(summary(config, model, dtype, measured), indent=1, ensure_ascii=False)
     part = folder / f"{RESULTS}.tmp"
     with naming(folder / RESULTS):
         part.write_text(content + "\n", encoding="utf-8")
@@ -120,19 +119,14 @@ def _sample_lines(result: SetResult, decode: Callable[[list[int]], str]) -> Iter
 
 
 def summary(
-    config: JobConfig, subject: Subject, dtype: torch.dtype, measured: Measurement
+    config: JobConfig, model: dict[str, Any], dtype: torch.dtype, measured: Measurement
 ) -> dict[str, Any]:
     """results.json: figures, the conditions they were measured under, versions."""
     v, sampled = config.validation, measured.sets[0]
     several = len(sampled.samples) > len(sampled.held_out.prompts)
     method = METHODS["several" if several else "one"]
     return {
-        "model": {
-            "name": subject.name,
-            "given": config.evaluate.model or "student",
-            "weights": subject.weights,
-            "parameters": sum(p.numel() for p in _on_meta(subject).parameters()),
-        },
+        "model": model,
         "accuracy": measured.accuracy,
         "interval": list(measured.interval),
         "confidence": CONFIDENCE,
@@ -153,11 +147,6 @@ def summary(
         "versions": versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _on_meta(subject: Subject) -> torch.nn.Module:
-    with torch.device("meta"):
-        return subject.source.build()
 
 
 def _set_summary(result: SetResult) -> dict[str, Any]:

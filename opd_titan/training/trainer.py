@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.build import build_generator, common_vocab_size, compiles, load_model
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
+from opd_titan.checkpoint.model_card import model_card
 from opd_titan.checkpoint.publish import link_latest
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.config import JobConfig
@@ -23,29 +23,29 @@ from opd_titan.config.sets import is_teacher
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.prompts import given_response
 from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.optim import build_optimizer, learning_rate, set_learning_rate
 from opd_titan.distill.packing import Minibatch, plan_minibatches, taught_by
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
-from opd_titan.distributed.agreement import Stopped, StopRequest
-from opd_titan.distributed.lifeline import Lifeline
+from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.monitor import Monitor
+from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.distributed.world import set_timeout
 from opd_titan.errors import OneLineError, StorageError
-from opd_titan.gathering import keep_what_fits
-from opd_titan.model_card import model_card
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.console import report_job
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
 from opd_titan.observability.watchdog import Watchdog
-from opd_titan.optim import build_optimizer, learning_rate, set_learning_rate
-from opd_titan.preflight import probe, report
-from opd_titan.prepare import STATE_FORMAT, prepare, sent_back
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import divide, in_order, sample_responses
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.skipped import SkippedUpdates
-from opd_titan.watch import Watch
+from opd_titan.training.gathering import keep_what_fits
+from opd_titan.training.models import build_generator, common_vocab_size, compiles, load_model
+from opd_titan.training.nonfinite import SkippedUpdates
+from opd_titan.training.self_check import probe, report
+from opd_titan.training.setup import STATE_FORMAT, prepare, sent_back
 
 logger = logging.getLogger("opd_titan")
 
@@ -53,11 +53,11 @@ logger = logging.getLogger("opd_titan")
 class Trainer:
     """One distillation job. The constructor checks everything before it loads any weight."""
 
-    def __init__(self, config: JobConfig, stop: StopRequest, lifeline: Lifeline) -> None:
+    def __init__(self, config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> None:
         self.config, self.stop = config, stop
         self.job = prepare(config)
         self.world, self.device = self.job.world, self.job.world.device
-        self.watch = Watch(stop, lifeline, self.world)
+        self.monitor = Monitor(stop, heartbeat, self.world)
         self.sources, self.validator = self.job.sources, self.job.validator
         self.total_steps = self.job.total_steps
         self.on_policy = config.rollout.on_policy_fraction > 0.0
@@ -90,7 +90,7 @@ class Trainer:
         self.weights, self.generator = self._generator("student", self.student)
 
     def _load(self, role: str) -> Any:
-        self.watch.enter(f"the loading of the {role}")
+        self.monitor.set_phase(f"the loading of the {role}")
         self.stop.check()
         return load_model(self.sources[role], self.world, self.config, self.job.dtype)
 
@@ -122,7 +122,7 @@ class Trainer:
         self._start_recording()
         # Loading is over; from here on a rank may lag as long as a rollout takes.
         set_timeout(self.config.comm.train_timeout_seconds, self.device)
-        self.watch.lifeline.limit = self.config.comm.train_timeout_seconds
+        self.monitor.heartbeat.limit = self.config.comm.train_timeout_seconds
         stopped = False
         try:
             self._before_first_step()
@@ -215,7 +215,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.watch.enter(f"phase {name} of step {self.step}")
+        self.monitor.set_phase(f"phase {name} of step {self.step}")
         with self.recorder.clock.phase(name):
             yield
 
@@ -226,7 +226,7 @@ class Trainer:
         sampled, given = divide(prompts, r.on_policy_fraction, stream)
         most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
-            on_tokens = self.watch.on_tokens(bar)
+            on_tokens = self.monitor.on_tokens(bar)
             samples = sample_responses(
                 self.generator, sampled, r.group_size, self.sampling, stream, dp, on_tokens
             )
@@ -259,7 +259,7 @@ class Trainer:
                 plan,
                 self.rule.dist.untruncated,
                 self.world,
-                self.watch.on_sequences(bar),
+                self.monitor.on_sequences(bar),
                 whole,
                 name,
             )
@@ -273,7 +273,7 @@ class Trainer:
         frozen = self.frozen if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
             # Once the weights have moved, the step has to be done to its end.
-            on_sequences = self.watch.on_sequences(bar, stops=len(plan[0].microbatches))
+            on_sequences = self.monitor.on_sequences(bar, stops=len(plan[0].microbatches))
             result = update(
                 self.student,
                 self.optimizer,
@@ -296,7 +296,7 @@ class Trainer:
     def _before_first_step(self) -> None:
         teachers = [role for role in self.frozen if is_teacher(role)]
         if teachers:
-            self.watch.enter("the comparison of rollout and training")
+            self.monitor.set_phase("the comparison of rollout and training")
             self.weights.sync()
             prompts, seed = self.job.prompt_sets[0].prompts, self.config.training.seed
             found = probe(self.student, self.generator, prompts, self.sampling, seed, self.world)
@@ -324,14 +324,14 @@ class Trainer:
         self.generator.release()
         weights, generator = self._generator(role, self.frozen[role])
         weights.sync()
-        self.validator.measure_teacher(generator, role, self.watch.on_tokens)
+        self.validator.measure_teacher(generator, role, self.monitor.on_tokens)
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
     def _validate(self) -> dict[str, float]:
         assert self.validator is not None
         self.weights.sync()
-        scalars = self.validator.measure_student(self.generator, self.step, self.watch.on_tokens)
+        scalars = self.validator.measure_student(self.generator, self.step, self.monitor.on_tokens)
         self.generator.release()  # its cache suits no other phase
         self.recorder.metrics.validated(self.step, scalars)  # for what is exported or saved next
         return scalars
@@ -407,7 +407,7 @@ class Trainer:
         if self.job.saved_state is None:
             logger.info("Starting at step 1: %s in %s", self.job.why, self.checkpointer.folder)
             return
-        self.watch.enter(f"the loading of the checkpoint of step {self.job.resumed_at}")
+        self.monitor.set_phase(f"the loading of the checkpoint of step {self.job.resumed_at}")
         self.checkpointer.load(self.job.resumed_at)
         self.step = self.job.resumed_at
         self.skipped.in_a_row = self.job.saved_state["skipped_in_a_row"]

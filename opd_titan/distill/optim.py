@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_titan.config import JobConfig
-from opd_titan.distributed.lifeline import hold
+from opd_titan.distributed.heartbeat import track_memory
 from opd_titan.distributed.sharding import device_bytes, gradient_bytes
 from opd_titan.distributed.tensor_parallel import local
 
@@ -40,8 +40,8 @@ def build_optimizer(model: nn.Module, config: JobConfig) -> torch.optim.Optimize
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.fused)
-    hold("gradients", model, gradient_bytes)
-    hold("optimizer state", optimizer, _state_bytes)
+    track_memory("gradients", model, gradient_bytes)
+    track_memory("optimizer state", optimizer, _state_bytes)
     return optimizer
 
 

@@ -13,27 +13,32 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from opd_titan.build import ModelSource, check_lengths, compiles, compute_dtype, inspect_models
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
 from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.publish import clear_leftovers, lead_back
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
-from opd_titan.config import JobConfig, to_toml
+from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
 from opd_titan.config.sets import data_sets, is_teacher, teacher_role
-from opd_titan.data.graders import load_grader
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
-from opd_titan.distributed.agreement import together
-from opd_titan.distributed.lifeline import enter
+from opd_titan.distributed.agreement import raise_on_all_ranks
+from opd_titan.distributed.heartbeat import set_phase
 from opd_titan.distributed.world import World, axes, build_world, init_world
 from opd_titan.errors import CheckpointError, ConfigError, Fault, ModelError
-from opd_titan.identity import Identity, differences, job_identity
+from opd_titan.evaluation.validator import Validator, build_validator, prompt_options
+from opd_titan.grading.graders import load_grader
 from opd_titan.models.transforms import has_cpp_compiler
 from opd_titan.observability.logging import init_logging
-from opd_titan.paths import RECIPE_FILE
-from opd_titan.validate import Validator, build_validator, prompt_options
+from opd_titan.training.fingerprint import Identity, differences, job_identity
+from opd_titan.training.models import (
+    ModelSource,
+    check_lengths,
+    compiles,
+    compute_dtype,
+    inspect_models,
+)
 
 logger = logging.getLogger("opd_titan")
 
@@ -87,7 +92,7 @@ def prepare(config: JobConfig) -> PreparedJob:
             itself is at fault: then what could be written there has been.
     """
     world = join_world(config)
-    with together():
+    with raise_on_all_ranks():
         job = _inspect(config, world)
         if config.watchdog.action == "stop":
             for text in _at_odds(job):
@@ -204,7 +209,7 @@ def _at_odds(job: PreparedJob) -> Iterator[str]:
 
 def join_world(config: JobConfig) -> World:
     """Start the process group and lay out the mesh, where the recipe's options suit the device."""
-    enter("the meeting of all ranks")
+    set_phase("the meeting of all ranks")
     device = init_world(config.comm.init_timeout_seconds)
     _check_device_options(config, device)
     init_logging(None, dist.get_rank())
@@ -231,12 +236,12 @@ def _check_device_options(config: JobConfig, device: torch.device) -> None:
 def _find_checkpoint(job: PreparedJob) -> PreparedJob:
     """Which step to go on from, and whether this recipe can; the loader is moved there."""
     c, folder = job.config.checkpoint, job.folder / "checkpoint"
-    enter(f"the check of {folder}")
+    set_phase(f"the check of {folder}")
     step = agree_on_step(folder, c.load_step if c.enable else 0)
     if step is None:
         why = "no complete checkpoint" if c.enable else "checkpoint.enable is false"
         return replace(job, why="checkpoint.load_step is 0" if c.load_step == 0 else why)
-    with together():
+    with raise_on_all_ranks():
         with torch.device("meta"):
             shapes = job.sources["student"].build()
         state = inspect_checkpoint(folder, step, shapes)
@@ -275,7 +280,7 @@ def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None
 def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
-    with together(), refusing(job.folder):
+    with raise_on_all_ranks(), refusing(job.folder):
         if dist.get_rank() == 0:
             _warn_of_others_files(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)

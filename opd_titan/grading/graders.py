@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from opd_titan.data import grading
-from opd_titan.data.math_judge import math_judge
-from opd_titan.distributed.lifeline import beat
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ConfigError, first_line
+from opd_titan.grading import answers as grading
+from opd_titan.grading.math import math_judge
 
 
 class Grade(NamedTuple):

@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opd_titan.data.grading import normalize_number
 from opd_titan.errors import ConfigError, Fault
+from opd_titan.grading.answers import normalize_number
 
 logger = logging.getLogger("opd_titan")
 
@@ -99,7 +99,7 @@ class MathJudge:
         # One thread, no GPU: it must not take from the run what the run needs.
         settings = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "opd_titan.data.math_worker", str(MEMORY), str(self.seconds)],
+            [sys.executable, "-m", "opd_titan.grading.math_worker", str(MEMORY), str(self.seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from opd_titan.confidence import (
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.evaluation.statistics import (
     Interval,
     accuracy_interval,
     bootstrap_interval,
@@ -19,8 +20,7 @@ from opd_titan.confidence import (
     pass_at_k,
     prompt_means,
 )
-from opd_titan.data.graders import Grade, Grader
-from opd_titan.data.types import Prompt, Sample
+from opd_titan.grading.graders import Grade, Grader
 
 NOISE = 0.05  # a difference that chance alone makes this often is within noise
 ByPrompt = list[float]  # mean score of each prompt of a set

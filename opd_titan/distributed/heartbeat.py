@@ -1,4 +1,4 @@
-"""Where a rank is, for whoever asks why it died; and an end to one that stands still."""
+"""The present phase of a rank, for error reports; and an end to a rank that hangs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SECONDS_TO_TELL = 5.0
 T = TypeVar("T")
 logger = logging.getLogger("opd_titan")
 
-# The launcher's folder, where each of its ranks writes down what it is doing.
-FOLDER = "OPD_TITAN_PLACES"
+# Names the launcher's folder in which each of its ranks writes its present phase.
+FOLDER = "OPD_TITAN_PHASES"
 
 
-def place_of(rank: int) -> str:
-    """What a rank of this node was doing last; "" where it has not said."""
+def phase_of(rank: int) -> str:
+    """Return the last phase of a rank of this node; "" if it is not known."""
     folder = os.environ.get(FOLDER, "")
     try:
         return Path(folder, str(rank)).read_text(encoding="utf-8") if folder else ""
@@ -33,71 +33,73 @@ def place_of(rank: int) -> str:
         return ""
 
 
-def enter(place: str) -> None:
-    """Say to this process's lifeline, where there is one, what begins: "the check of the data"."""
-    if Lifeline.current is not None:
-        Lifeline.current.enter(place)
+def set_phase(phase: str) -> None:
+    """Record on this process's heartbeat, if it has one, what begins: "the check of the data"."""
+    if Heartbeat.current is not None:
+        Heartbeat.current.set_phase(phase)
 
 
 def beat() -> None:
-    """Say to this process's lifeline, where there is one, that the work goes on.
+    """Record on this process's heartbeat, if it has one, that work goes on.
 
-    For loops deep down. Threads may call it: a write in the background, for which others wait.
+    For long loops below the trainer. Thread-safe: a write in the background calls it too.
     """
-    if Lifeline.current is not None:
-        Lifeline.current.beat()
+    if Heartbeat.current is not None:
+        Heartbeat.current.beat()
 
 
-def hold(name: str, owner: T, size: Callable[[T], float]) -> None:
-    """Tell this process's lifeline, where there is one, what takes memory, for whoever runs out.
+def track_memory(name: str, owner: T, size: Callable[[T], float]) -> None:
+    """Register on this process's heartbeat, if it has one, an object that takes memory.
+
+    The report of an out-of-memory error lists it.
 
     Args:
-        owner: is not kept alive by this.
-        size: bytes that it takes when asked.
+        owner: the object, held by a weak reference.
+        size: returns the bytes that it takes at the time of the call.
     """
-    if Lifeline.current is not None:
-        Lifeline.current.owners[name] = weakref.ref(owner), size
+    if Heartbeat.current is not None:
+        Heartbeat.current.owners[name] = weakref.ref(owner), size
 
 
-class Lifeline:
-    """Ends this process with one line when it has not moved for `limit_seconds`.
+class Heartbeat:
+    """End this process, with one line, after `limit_seconds` without a beat.
 
-    A rank that waits for others is ended by its collective's timeout. This is for the one that they
-    wait for: it may hang in a file system or a library, where nobody else sees it.
+    The timeout of a collective ends the ranks that wait for others. This ends the rank that they
+    wait for, which may hang in a file system or in a library.
     """
 
-    current: ClassVar[Lifeline | None] = None  # the newest of this process that is not closed
+    current: ClassVar[Heartbeat | None] = None  # the newest of this process that is not closed
 
     def __init__(self, rank: int, limit_seconds: float) -> None:
-        self.rank, self.limit, self.place = rank, limit_seconds, "the start"
+        self.rank, self.limit, self.phase = rank, limit_seconds, "the start"
         self.owners: dict[str, tuple[weakref.ref[Any], Callable[[Any], float]]] = {}
         self._moved_at = time.monotonic()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
-        Lifeline.current = self
-        self.enter(self.place)
+        Heartbeat.current = self
+        self.set_phase(self.phase)
 
-    def enter(self, place: str) -> None:
-        """Say what begins: "the update of step 3"."""
-        self.place = place
+    def set_phase(self, phase: str) -> None:
+        """Record what begins: "the update of step 3"."""
+        self.phase = phase
         folder = os.environ.get(FOLDER)
         if folder:
             with suppress(OSError):  # a note for whoever asks: no reason to lose the run
-                Path(folder, str(self.rank)).write_text(place, encoding="utf-8")
+                Path(folder, str(self.rank)).write_text(phase, encoding="utf-8")
         self.beat()
 
-    def held(self) -> dict[str, float]:
+    def memory(self) -> dict[str, float]:
         """Return the bytes that each owner takes now, by name."""
         found = {name: (owner(), size) for name, (owner, size) in self.owners.items()}
         return {name: size(owner) for name, (owner, size) in found.items() if owner is not None}
 
     def beat(self) -> None:
-        """Say that the work goes on."""
+        """Record that work goes on."""
         self._moved_at = time.monotonic()
 
     def close(self) -> None:
-        Lifeline.current = None
+        Heartbeat.current = None
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -120,7 +122,7 @@ class Lifeline:
 
     def _end(self, still: float) -> None:
         text = (
-            f"rank {self.rank} has not moved for {still:.0f} s in {self.place}; ended "
+            f"rank {self.rank} has not moved for {still:.0f} s in {self.phase}; ended "
             f"(comm.train_timeout_seconds)"
         )
         # By another thread: what hangs may be the log's file system, or its lock.

@@ -1,0 +1,66 @@
+"""How a program ends: its exit code, and one line on stderr for what is wrong or failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from opd_titan.errors import Fault, LostOthers, OneLineError, UserError, tell
+
+
+def exit_code(job: Callable[[], int]) -> int:
+    """Do a job; what is wrong or fails is said in one line."""
+    try:
+        return job()
+    except UserError as error:
+        _tell(error)
+        return 2
+    except Fault as error:
+        _tell(error)
+        return 1
+
+
+def _tell(error: OneLineError) -> None:
+    """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is not None:
+        message = {"message": str(error), "timestamp": int(time.time())}
+        message["follows"] = isinstance(error, LostOthers)
+        try:
+            Path(report).write_text(json.dumps(message), encoding="utf-8")
+            return
+        except OSError:  # no space there: said here, and half a file would be none
+            with suppress(OSError):
+                Path(report).unlink(missing_ok=True)
+    tell(error)
+
+
+def _leave(code: int) -> None:
+    """Exit without waiting for ranks that may never come to a collective."""
+    if code == 1:
+        # Threads may wait for them too: of a save in the background, of NCCL.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+def run_and_leave(main: Callable[[list[str]], int]) -> None:
+    """Run a program's `main` on the command line, and exit with its code."""
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _leave(code)

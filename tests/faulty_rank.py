@@ -21,8 +21,8 @@ from opd_titan.distributed.heartbeat import Heartbeat
 
 
 def when(place: str, beats: int, act: Callable[[], None]) -> tuple[Any, Any]:
-    """Have `act` called there, once. Returns Heartbeat's own `enter` and `beat`."""
-    enter, beat = Heartbeat.enter, Heartbeat.beat
+    """Have `act` called there, once. Returns Heartbeat's own `set_phase` and `beat`."""
+    set_phase, beat = Heartbeat.set_phase, Heartbeat.beat
     seen = {"beats": -1, "acted": False}
 
     def count(self: Heartbeat) -> None:
@@ -32,8 +32,8 @@ def when(place: str, beats: int, act: Callable[[], None]) -> tuple[Any, Any]:
             seen["acted"] = True
             act()
 
-    Heartbeat.beat = count  # `enter` calls it too
-    return enter, beat
+    Heartbeat.beat = count  # `set_phase` calls it too
+    return set_phase, beat
 
 
 def poison() -> None:

@@ -29,7 +29,7 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.agreement import SIGNALS, Stopped, StopRequest
+from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 from opd_titan.distributed.heartbeat import Heartbeat
 
 # One is after an export, a validation, and before a checkpoint.
@@ -73,7 +73,7 @@ def test_a_signal_is_heard_inside_every_phase(
     argv = world.argv(f"{phase}-{number.name}", *OPTIONS)
     argv += ["--training.max_tokens_per_microbatch", "120"] if phase == "update" else []
     with monkeypatch.context() as patch:
-        for name in ("enter", "beat"):
+        for name in ("set_phase", "beat"):
             patch.setattr(Heartbeat, name, getattr(Heartbeat, name))  # put back at the end
         when(f"phase {phase} of step 2", beats, lambda: os.kill(os.getpid(), number))
         assert train(argv) == 75
@@ -96,7 +96,7 @@ def test_no_signal_stops_between_the_updates_of_a_step(
 ) -> None:
     argv = world.argv("minibatches", *OPTIONS, "--distill.minibatches", 4)
     with monkeypatch.context() as patch:
-        for name in ("enter", "beat"):
+        for name in ("set_phase", "beat"):
             patch.setattr(Heartbeat, name, getattr(Heartbeat, name))
         when("phase update of step 2", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(argv) == 75

@@ -36,7 +36,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], N
 
     def arrange(place: str, act: Callable[[], None]) -> None:
         monkeypatch.undo()
-        for name in ("enter", "beat"):
+        for name in ("set_phase", "beat"):
             monkeypatch.setattr(Heartbeat, name, getattr(Heartbeat, name))
         when(place, 0, act)
 

@@ -17,7 +17,7 @@ import ctypes, logging, os, sys, time
 from opd_titan.distributed.heartbeat import Heartbeat
 logger = logging.getLogger("opd_titan")
 line = Heartbeat(0, 1.0)
-line.enter("the test")
+line.set_phase("the test")
 """
 HANGS = {
     "a full disk under the log": """

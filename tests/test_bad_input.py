@@ -28,8 +28,9 @@ from tiny_world import (
     train,
 )
 
-from opd_titan.config import checks
-from opd_titan.config.checks import OPTIONS, literal, wanted
+from opd_titan.config import options as checks
+from opd_titan.config.options import OPTIONS, wanted
+from opd_titan.config.value_types import literal
 
 LONGEST = 1000
 

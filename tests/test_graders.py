@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_titan.config import checks
+from opd_titan.config import value_types
 from opd_titan.data.sources import gsm8k
 from opd_titan.errors import ConfigError
 from opd_titan.grading.graders import GRADERS, Grade, load_grader
@@ -166,7 +166,7 @@ def math_verify() -> Iterator[None]:
 
 
 def test_the_names_are_those_of_the_config() -> None:
-    assert tuple(GRADERS) == checks.GRADERS
+    assert tuple(GRADERS) == value_types.GRADERS
 
 
 @pytest.mark.parametrize(("response", "gold", "correct", "extracted"), GSM8K)

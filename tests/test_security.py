@@ -388,7 +388,7 @@ def test_no_secret_in_what_a_run_writes(
     monkeypatch.setattr(opd_titan.training.trainer, "load_model", load_model)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    options = ["--training.steps", 1, "--job.print_config", "--profiling.enable"]
+    options = ["--training.steps", 1, "--profiling.enable"]
     assert train(world.argv("written", *options, "--profiling.interval", 1)) == 0
     assert_no_secret(*capfd.readouterr(), caplog.text)
     assert_no_secret_in(world.folder / "written")

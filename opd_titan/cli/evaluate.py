@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from opd_titan.cli.exits import exit_code
 from opd_titan.config import RECIPE_FILE, JobConfig, load_config
 from opd_titan.config.consistency import check_evaluation
-from opd_titan.config.manager import read_arguments
 
 if TYPE_CHECKING:
     from opd_titan.cli.subject import Subject
@@ -38,9 +37,9 @@ def main(argv: list[str]) -> int:
 
 def with_own_recipe(argv: list[str]) -> list[str]:
     """The arguments, with the recipe of the run that the model comes from where none is given."""
-    given = read_arguments(argv)
-    model = given.get("evaluate.model", "")
-    if "job.config_file" in given or not model:
+    given = load_config(argv, check=lambda config: None)
+    model = given.evaluate.model
+    if given.job.config_file or not model:
         return argv
     # <dump_folder>/hf/step-N or <dump_folder>/checkpoint/step-N
     recipe = Path(model).parent.parent / RECIPE_FILE

@@ -290,8 +290,6 @@ def _open_folder(job: PreparedJob) -> None:
             clear_leftovers(job.folder / "hf")
     if job.config.checkpoint.enable:
         open_folder(job.folder / "checkpoint")
-    if job.config.job.print_config:
-        logger.info("Resolved config:\n%s", resolved)
 
 
 def _warn_of_others_files(folder: Path) -> None:

@@ -289,6 +289,7 @@ def test_bad_arguments(case: tuple) -> None:
 
 OUT_OF_RANGE = {
     "reference.coef": (-1, -2.5),
+    "rollout.group_size": (0, 2**20 + 1),
     "rollout.temperature": (0, -1),
     "rollout.top_p": (0, 1.5),
     "rollout.on_policy_fraction": (-0.5, 2),
@@ -299,14 +300,15 @@ OUT_OF_RANGE = {
     "lr_scheduler.min_lr_factor": (-0.1, 1.1),
     "parallelism.data_parallel_shard_degree": (-2,),
     "checkpoint.load_step": (-2,),
+    "validation.samples_per_prompt": (0, 2**20 + 1),
     "metrics.sample_rollouts": (-2,),
+    "comm.init_timeout_seconds": (0, 10**8),
+    "comm.train_timeout_seconds": (0, 10**8),
 }
-AT_LEAST_ONE = """data.max_prompt_tokens rollout.prompts_per_step rollout.group_size
-    rollout.max_new_tokens distill.minibatches distill.top_k training.steps
-    training.max_tokens_per_microbatch
+AT_LEAST_ONE = """data.max_prompt_tokens rollout.prompts_per_step rollout.max_new_tokens
+    distill.minibatches distill.top_k training.steps training.max_tokens_per_microbatch
     parallelism.data_parallel_replicate_degree parallelism.tensor_parallel_degree
-    validation.samples_per_prompt metrics.log_freq profiling.interval comm.init_timeout_seconds
-    comm.train_timeout_seconds""".split()
+    metrics.log_freq profiling.interval""".split()
 
 
 @pytest.mark.parametrize("name", [n for n, f in OPTIONS.items() if f.annotation in (int, float)])
@@ -337,6 +339,15 @@ def test_types(tmp_path: Path, name: str) -> None:
         (tmp_path / "train.toml").write_text(f"[{table}]\n{key} = {value}\n")
         message = refusal(["--job.config_file", str(tmp_path / "train.toml")])
         assert f"train.toml: [{table}] {key}: {value} is not " in message
+
+
+@pytest.mark.parametrize("name", [n for n in VALUES if n.endswith(("path", "evaluate.model"))])
+@pytest.mark.parametrize("value", ["s3://bucket/x", "~nobody-here/x", "x" * 300])
+def test_paths(name: str, value: str) -> None:
+    """Every option that names something to read wants a path or a hub id."""
+    rows, _, key = name.rpartition(".")
+    argv = [f"--{rows}", f"[{{{key} = '{value}'}}]"] if rows in LISTS else [f"--{name}", value]
+    assert refusal([*MODELS, *argv]).startswith(f"--{rows}")
 
 
 # --- help, and the printed config ---

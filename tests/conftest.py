@@ -75,6 +75,7 @@ def planned(arguments: Callable[..., list[str]]) -> Callable[..., Any]:
     from tiny_plan import H200
 
     from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.plan.estimate import estimate
     from opd_titan.plan.simulate import simulate
 
@@ -82,7 +83,8 @@ def planned(arguments: Callable[..., list[str]]) -> Callable[..., Any]:
     def plan(student: str, teacher: str, *options: Any, cluster: Any = H200) -> tuple[Any, ...]:
         config = load_config(arguments(student, teacher, *options))
         lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-        simulation = simulate(config, cluster, *lengths)
-        return config, simulation, estimate(config, cluster, simulation)
+        job = resolve(config, "cuda" if cluster.on_cuda else "cpu", cluster.world_size)
+        simulation = simulate(job, cluster, *lengths)
+        return config, simulation, estimate(job, cluster, simulation)
 
     return plan

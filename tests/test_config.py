@@ -14,7 +14,7 @@ import pytest
 
 from opd_titan.config import ConfigError, JobConfig, checks, job_config, load_config, to_toml
 from opd_titan.config.checks import LISTS, OPTIONS, TABLES, VALUES
-from opd_titan.config.sets import data_sets, teachers, validation_sets
+from opd_titan.config.resolve import data_sets, teachers, validation_sets
 
 MODELS = ["--student.hf_path", "s", "--teacher.hf_path", "t"]
 SFT = ["--student.hf_path", "s", "--distill.objective", "sft", "--rollout.on_policy_fraction", "0"]

@@ -9,7 +9,7 @@ from test_config import MODELS, load, refusal
 
 from opd_titan.config import load_config, to_toml
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.sets import validation_sets
+from opd_titan.config.resolve import validation_sets
 
 OWN = "my.module:grade"
 SETS = """

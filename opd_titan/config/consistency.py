@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_titan.config.checks import ROW_SOURCES, SOURCES, config_error, literal, show
 from opd_titan.config.job_config import JobConfig
-from opd_titan.config.sets import data_sets, is_teacher, teacher_role, teachers, validation_sets
+from opd_titan.config.resolve import data_sets, is_teacher, teacher_role, teachers, validation_sets
 
 # Objectives that a negative reference.coef has an optimum with: what they charge for leaving the
 # teacher grows as fast as what the reference term pays.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_layouts import assert_same_rollouts, assert_same_weights
-from test_plan import H200
+from tiny_plan import H200, resolved
 from tiny_world import (
     World,
     assert_same_run,

@@ -8,7 +8,7 @@ from test_config import load
 
 from opd_titan.config import JobConfig, load_config, to_toml
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.sets import data_sets, teachers, validation_sets
+from opd_titan.config.resolve import data_sets, teachers, validation_sets
 
 OWN = "my.module:grade"
 SETS = """

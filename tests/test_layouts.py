@@ -32,8 +32,9 @@ from tiny_world import (
 )
 
 from opd_titan.config import load_config
+from opd_titan.config.resolve import resolve
 from opd_titan.errors import ModelError
-from opd_titan.training.models import inspect_models
+from opd_titan.training.sources import inspect_models
 
 pytestmark = pytest.mark.slow  # worlds of four processes
 
@@ -275,7 +276,7 @@ def test_each_size_that_does_not_split_is_named(
     options = ["--student.hf_path", tmp_path / "student"]
     argv = world.argv("none", *options, "--parallelism.tensor_parallel_degree", ranks)
     with pytest.raises(ModelError) as caught:
-        inspect_models(load_config(argv))
+        inspect_models(resolve(load_config(argv), "cpu", ranks))
     message = str(caught.value)
     assert part in message and "\n" not in message
     assert "wanted a common divisor of" in message and str(tmp_path / "student") in message

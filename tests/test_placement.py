@@ -165,14 +165,15 @@ def test_copies_of_layers_with_one_input_lie_together(ranks: int) -> None:
 def check_resumed_trainer_gives_back(argv: list[str]) -> list[int]:
     """Bytes of the copy after each rollout of a run that has just been resumed."""
     from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
     from opd_titan.training.trainer import Trainer
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
-    held, score = [], trainer.score
-    trainer.score = lambda *args: (held.append(held_bytes(trainer.weights)), score(*args))
+    trainer = Trainer(resolve(load_config(argv), "cpu", 1), StopRequest(), Heartbeat(0, 600))
+    held, phases, score = [], trainer.phases, trainer.phases.score
+    phases.score = lambda *args: (held.append(held_bytes(trainer.models.weights)), score(*args))
     assert trainer.train() == 0
     return held
 
@@ -193,27 +194,29 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
     import weakref
 
     from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
-    from opd_titan.training.trainer import Trainer
+    from opd_titan.training import trainer as module
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
+    job = resolve(load_config(argv), "cpu", 1)
+    trainer = module.Trainer(job, StopRequest(), Heartbeat(0, 600))
     made: list[weakref.ref] = []
     beside: list[int] = []
-    generator_of, measure = trainer._generator, trainer.validator.measure_teacher
+    build, measure = module.build_generator, trainer.validator.measure_teacher
 
-    def generator(role: str, model: Any) -> Any:
-        found = generator_of(role, model)
+    def generator(*args: Any) -> Any:
+        found = build(*args)
         made.append(weakref.ref(found[0].model))
         return found
 
     def measured(*args: Any) -> None:
-        beside.append(held_bytes(trainer.weights))
+        beside.append(held_bytes(trainer.models.weights))
         measure(*args)
 
-    trainer._generator, trainer.validator.measure_teacher = generator, measured
-    trainer.weights.sync()
+    module.build_generator, trainer.validator.measure_teacher = generator, measured
+    trainer.models.weights.sync()
     trainer.recorder = SimpleNamespace(metrics=SimpleNamespace(log=lambda *_: None))
     trainer._measure_teacher("teacher")
     return beside[0], sum(ref() is not None for ref in made)

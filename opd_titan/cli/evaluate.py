@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_titan.cli.exits import exit_code
-from opd_titan.config import RECIPE_FILE, JobConfig, load_config
+from opd_titan.config import RECIPE_FILE, load_config
 from opd_titan.config.consistency import check_evaluation
+from opd_titan.config.resolve import ResolvedJob
 
 if TYPE_CHECKING:
     from opd_titan.cli.subject import Subject
@@ -46,7 +47,7 @@ def with_own_recipe(argv: list[str]) -> list[str]:
     return ["--job.config_file", str(recipe), *argv] if recipe.is_file() else argv
 
 
-def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
+def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     """The whole job on one rank; all ranks call."""
     import torch
     import torch.distributed as dist
@@ -57,10 +58,11 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
     from opd_titan.distributed.world import set_timeout
     from opd_titan.evaluation.results import claim_folder, table, write_results
     from opd_titan.evaluation.validator import build_validator, prompt_options
-    from opd_titan.training.models import build_generator, check_lengths, compute_dtype
+    from opd_titan.training.models import build_generator, compute_dtype
     from opd_titan.training.setup import join_world
+    from opd_titan.training.sources import check_lengths
 
-    world = join_world(config)
+    config, world = job.config, join_world(job)
     with raise_on_all_ranks():
         subject = find_subject(config)
         decode = partial(subject.tokenizer.decode, skip_special_tokens=True)
@@ -72,9 +74,9 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
     torch.use_deterministic_algorithms(config.training.deterministic)
     monitor.set_phase(f"the loading of {subject.name}")
     stop.check()
-    dtype = compute_dtype(config, world.device)
-    model = _load(subject, world, config, dtype)
-    weights, generator = build_generator(subject.source, model, world, config, dtype)
+    dtype = compute_dtype(job)
+    model = _load(job, subject, world)
+    weights, generator = build_generator(job, subject.source, model, world)
     set_timeout(config.comm.train_timeout_seconds, world.device)
     heartbeat.limit = config.comm.train_timeout_seconds
     monitor.set_phase(f"the evaluation of {subject.name}")
@@ -95,14 +97,13 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
     return 0
 
 
-def _load(subject: Subject, world: World, config: JobConfig, dtype: Any) -> Any:
+def _load(job: ResolvedJob, subject: Subject, world: World) -> Any:
     from opd_titan.checkpoint.checkpointer import load_weights
-    from opd_titan.training.models import allocate, load_model, parallel_model
+    from opd_titan.training.models import allocated_model, load_model
 
     if subject.checkpoint is None:
-        return load_model(subject.source, world, config, dtype)
-    model = parallel_model(subject.source, world, config, dtype)
-    allocate(model, world.device)
+        return load_model(job, subject.source, world)
+    model = allocated_model(job, subject.source, world)
     load_weights(subject.checkpoint, model)
     model.assert_tied()  # type: ignore[operator]  # of our own models
     return model

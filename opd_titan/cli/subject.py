@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.steps import is_checkpoint
 from opd_titan.config import RECIPE_FILE, JobConfig
 from opd_titan.config.job_config import TeacherModel
-from opd_titan.config.sets import teacher_role
+from opd_titan.config.resolve import ModelSpec, teacher_role
 from opd_titan.data.tokenizer import compare_tokenizers
 from opd_titan.errors import ConfigError
-from opd_titan.training.models import ModelSource, ending_with, inspect_model
+from opd_titan.training.sources import ModelSource, inspect_model
 
 
 @dataclass(frozen=True)
@@ -48,36 +47,49 @@ def find_subject(config: JobConfig) -> Subject:
         UserError: there is no such model.
     """
     model, tp = config.evaluate.model or "student", config.parallelism.tensor_parallel_degree
-    student, teacher = config.student, config.teacher
-    # Where the student's weights are not needed they need not be there.
-    template = partial(inspect_model, "student", student.hf_path, True, tp)
+    c, teacher = config.student, config.teacher
+    student = ModelSpec(
+        "student", c.hf_path, "student.hf_path", c.random_init, config.training.seed
+    )
+    # Where the weights of the student are not needed, they need not exist.
+    template = replace(student, random_init=True)
     one = TeacherModel(hf_path=teacher.hf_path)
     teachers = {teacher_role(t.name): t.hf_path for t in (one, *teacher.models)}
     if model in teachers:
-        source = inspect_model(model, teachers[model], teacher.random_init, tp)
-        if not student.hf_path:
+        spec = ModelSpec(
+            model,
+            teachers[model],
+            f"{model}.hf_path",
+            teacher.random_init,
+            config.training.seed,
+            teacher.cpu_offload,
+        )
+        source = inspect_model(spec, tp)
+        if not c.hf_path:
             return Subject(model, source, source.tokenizer)
-        # As during training: it is asked what the student is asked.
-        tokenizer = template().tokenizer
+        # As during training, the teacher gets the prompts of the student.
+        tokenizer = inspect_model(template, tp).tokenizer
         compare_tokenizers(tokenizer, source.tokenizer)
         return Subject(model, source, tokenizer)
     checkpoint = None
     if model == "student":
-        source = inspect_model("student", student.hf_path, student.random_init, tp)
+        source = inspect_model(replace(student, eos_token=c.eos_token), tp)
     elif is_checkpoint(Path(model)):
-        if not student.hf_path:
+        if not c.hf_path:
             raise ConfigError(
                 f"evaluate.model: the checkpoint {model} has weights only; give its run's recipe "
                 f"(--job.config_file .../{RECIPE_FILE}) or student.hf_path for sizes and tokenizer"
             )
-        source, checkpoint = template(), Path(model)
+        source, checkpoint = (
+            inspect_model(replace(template, eos_token=c.eos_token), tp),
+            Path(model),
+        )
     else:
         _refuse_dump_folder(Path(model))
-        source = inspect_model("student", model, False, tp, key="evaluate.model")
-    if student.eos_token and (model == "student" or checkpoint is not None):
-        source = ending_with(source, student.eos_token)  # an export says so itself
-    # Not trained here: frozen, and in the dtype that it computes in.
-    source = replace(source, role="model")
+        # An export has student.eos_token in its own files.
+        source = inspect_model(ModelSpec("student", model, "evaluate.model"), tp)
+    # It is not trained here: frozen, and in the compute dtype.
+    source = replace(source, spec=replace(source.spec, role="model", cpu_offload=False))
     return Subject(short_name(model), source, source.tokenizer, checkpoint)
 
 

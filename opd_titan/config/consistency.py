@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_titan.config.job_config import JobConfig
 from opd_titan.config.options import in_recipe
-from opd_titan.config.sets import data_sets, is_teacher, teacher_role, teachers, validation_sets
+from opd_titan.config.resolve import data_sets, is_teacher, teacher_role, teachers, validation_sets
 from opd_titan.config.value_types import literal, show
 from opd_titan.errors import ConfigError
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.sets import teacher_role, validation_sets
+from opd_titan.config.resolve import teacher_role, validation_sets
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.agreement import raise_on_all_ranks

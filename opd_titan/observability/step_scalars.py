@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from opd_titan.config.sets import is_teacher
+from opd_titan.config.resolve import is_teacher
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import gather_vector, max_scalar, sum_scalars
 from opd_titan.distributed.world import World

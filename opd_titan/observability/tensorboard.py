@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from opd_titan.config import JobConfig, to_toml
-from opd_titan.config.sets import data_sets, teachers
+from opd_titan.config.resolve import data_sets, teachers
 from opd_titan.observability.events import Events
 
 # Steps of a run that leave samples and a histogram, its first and last one aside.

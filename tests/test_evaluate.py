@@ -263,7 +263,7 @@ WRONG = {
     "an answer that is no letter": (
         [MODEL, "{world}/student", "--validation.path", "{world}/letters.jsonl"]
         + ["--validation.dataset", "prompts", "--validation.grader", "choice"],
-        ["letters.jsonl, line 2: the answer 'Rome' is none that grader choice knows: a letter"],
+        ["letters.jsonl, line 2: the answer 'Rome' cannot be graded by choice; expected a letter"],
     ),
     "a grader that raises": (
         [MODEL, "{world}/student", *DATA, "--validation.grader", "own_graders:broken"],

@@ -45,9 +45,7 @@ def auto(response: str, gold: str) -> Grade:
     return Grade(found is not None and same_answer(found, gold), found)
 
 
-_GSM8K_ANSWER = re.compile(
-    rf"####[ \t]*(-?[$]?-?(?:{WHOLE}(?:\.\d+)?|\.\d+))(?=%|[.,]*(?:\s|$))"
-)
+_GSM8K_ANSWER = re.compile(rf"####[ \t]*(-?[$]?-?(?:{WHOLE}(?:\.\d+)?|\.\d+))(?=%|[.,]*(?:\s|$))")
 
 
 def gsm8k(response: str, gold: str) -> Grade:

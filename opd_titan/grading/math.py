@@ -114,9 +114,10 @@ class MathJudge:
         except (EOFError, OSError):
             ready = b""
         if not ready:
-            code = self._process.poll()
             self.close()
-            raise Fault(f"the process that runs math-verify does not start (exit code {code})")
+            raise Fault(
+                "math-verify does not start in a separate process: try `import math_verify`"
+            )
         return connection
 
 

@@ -125,15 +125,17 @@ class Grader:
 
 
 _EXPRESSION = "a number, an expression or LaTeX"
-_TABLE = (
-    Grader("auto", auto),
-    Grader("gsm8k", gsm8k, _is_number, "a number"),
-    Grader("math", math_answer, golds=_EXPRESSION, package="math_verify"),
-    Grader("boxed", boxed_answer, golds=_EXPRESSION, package="math_verify"),
-    Grader("choice", choice, _is_letter, 'a letter, such as "B", "(B)" or "B) Paris"'),
-    Grader("exact", exact),
-)
-GRADERS = {grader.name: grader for grader in _TABLE}
+GRADERS = {
+    grader.name: grader
+    for grader in (
+        Grader("auto", auto),
+        Grader("gsm8k", gsm8k, _is_number, "a number"),
+        Grader("math", math_answer, golds=_EXPRESSION, package="math_verify"),
+        Grader("boxed", boxed_answer, golds=_EXPRESSION, package="math_verify"),
+        Grader("choice", choice, _is_letter, 'a letter, such as "B", "(B)" or "B) Paris"'),
+        Grader("exact", exact),
+    )
+}
 
 
 def load_grader(name: str, key: str) -> Grader:

@@ -137,7 +137,7 @@ def test_a_function_of_ones_own(
     response, answer = "<think>well", "well"
     expected = eval(returned)
     found = load_grader(path, KEY)(response, answer)
-    assert found.score == expected and found.correct is (expected == 1)
+    assert found.score == expected
     assert isinstance(found.score, bool) == isinstance(expected, bool)
 
 

@@ -136,12 +136,12 @@ def measured(*sets: list[list[float]]) -> Measurement:
 
 
 def test_a_measurement_of_several_sets_is_the_plain_mean_of_its_sets() -> None:
-    m = measured([[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 0, 0, 0]])
+    m = measured([[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 1, 1, 0]])
     scalars = m.scalars()
-    assert scalars["validation/s0/accuracy"] == 0.25 == scalars["validation/s1/accuracy"]
-    assert scalars["validation/accuracy"] == 0.25
+    assert scalars["validation/s0/accuracy"] == 0.25 and scalars["validation/s1/accuracy"] == 0.75
+    assert scalars["validation/accuracy"] == 0.5
     assert m.sets[0].pass_at == {1: 0.25, 2: pytest.approx(5 / 12), 4: 0.5}
-    assert scalars["validation/pass_at_2"] == pytest.approx((5 / 12 + 1 / 2) / 2)
+    assert scalars["validation/pass_at_2"] == pytest.approx((5 / 12 + 1) / 2)
     assert scalars["validation/s1/pass_at_4"] == 1.0
     assert scalars["validation/response_tokens_mean"] == 2.5
     only = measured([[1.0], [0.5]])

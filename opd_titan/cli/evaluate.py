@@ -69,7 +69,9 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
         validator = build_validator(config, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
         check_lengths([subject.source], validator.prompts, new_tokens, "validation")
-    folder, monitor = claim_folder(config, subject.name), Monitor(stop, heartbeat, world)
+    with raise_on_all_ranks():
+        folder = claim_folder(config, subject.name) if dist.get_rank() == 0 else None
+    monitor = Monitor(stop, heartbeat, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
     monitor.set_phase(f"the loading of {subject.name}")
     stop.check()
@@ -82,7 +84,7 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
     weights.sync()
     measured = validator.measure(generator, subject.name, monitor.on_tokens)
     with raise_on_all_ranks():
-        if dist.get_rank() == 0:
+        if folder is not None:
             model_summary = {
                 "name": subject.name,
                 "given": config.evaluate.model or "student",

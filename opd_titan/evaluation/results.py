@@ -18,7 +18,6 @@ import torch.distributed as dist
 from opd_titan import __version__
 from opd_titan.checkpoint.faults import naming
 from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
-from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import ConfigError, reason
 from opd_titan.evaluation.metrics import Measurement, SetResult, percent
 from opd_titan.evaluation.statistics import CONFIDENCE
@@ -31,7 +30,7 @@ BOOTSTRAP = "percentile bootstrap over the prompts of each set"
 
 
 def claim_folder(config: JobConfig, name: str) -> Path:
-    """Make the folder for the results and return it. All ranks call.
+    """Make the folder for the results and return it. Rank 0 calls.
 
     It is `evaluate.folder`, else `<dump_folder>/evaluation/<name>` with the first free number after
     it: "name", "name-2", "name-3".
@@ -39,15 +38,6 @@ def claim_folder(config: JobConfig, name: str) -> Path:
     Raises:
         ConfigError: it cannot be written, or `evaluate.folder` holds a result already.
     """
-    chosen: list[Any] = [None]
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            chosen = [_make_folder(config, name)]
-    dist.broadcast_object_list(chosen)
-    return chosen[0]
-
-
-def _make_folder(config: JobConfig, name: str) -> Path:
     given = config.evaluate.folder
     key = "[evaluate] folder" if given else "[job] dump_folder"
     first = folder = Path(given or Path(config.job.dump_folder, "evaluation", name))

@@ -33,11 +33,6 @@ class Grade(NamedTuple):
     score: bool | float
     extracted: str | None = None
 
-    @property
-    def correct(self) -> bool:
-        """Whether the response has the full score."""
-        return self.score >= 1.0
-
 
 def auto(response: str, gold: str) -> Grade:
     """Compare numbers, or words, in the forms that `extract_answer` finds."""
@@ -97,7 +92,7 @@ class Grader:
         name: its name in the configuration.
         grade: (response, gold answer) -> Grade.
         can_grade: whether a gold answer is one that this grader can compare with.
-        golds: such an answer in words, for error messages.
+        golds: those gold answers in words, for error messages.
         package: an optional package that it imports, empty for none.
         sees_thinking: whether it is given the whole response, including the thinking.
     """
@@ -105,7 +100,7 @@ class Grader:
     name: str
     grade: Callable[[str, str], Grade]
     can_grade: Callable[[str], bool] = lambda gold: True
-    golds: str = "text"
+    golds: str = ""
     package: str = ""
     sees_thinking: bool = False
 
@@ -124,14 +119,13 @@ class Grader:
         return self(response, gold).score if self.can_grade(gold) else None
 
 
-_EXPRESSION = "a number, an expression or LaTeX"
 GRADERS = {
     grader.name: grader
     for grader in (
         Grader("auto", auto),
         Grader("gsm8k", gsm8k, _is_number, "a number"),
-        Grader("math", math_answer, golds=_EXPRESSION, package="math_verify"),
-        Grader("boxed", boxed_answer, golds=_EXPRESSION, package="math_verify"),
+        Grader("math", math_answer, package="math_verify"),
+        Grader("boxed", boxed_answer, package="math_verify"),
         Grader("choice", choice, _is_letter, 'a letter, such as "B", "(B)" or "B) Paris"'),
         Grader("exact", exact),
     )

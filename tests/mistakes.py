@@ -383,7 +383,7 @@ TABLE |= {
     ),
     "a grader that is no function": (
         given("--validation.grader", "math:pi"),
-        ["validation.grader: 'math:pi' is a float, not a function"],
+        ["validation.grader: 'math:pi' cannot be called as function(response, answer)"],
     ),
     "a grader of one argument": (
         given("--validation.grader", "json:dumps"),
@@ -391,7 +391,7 @@ TABLE |= {
     ),
     "answers that are no letters": (
         given("--validation.grader", "choice"),
-        ["validation.path: ", "test.jsonl, line 1: the answer '", "grader choice", 'as "B"'],
+        ["validation.path: ", "test.jsonl, line 1: the answer '", "graded by choice", 'as "B"'],
     ),
     "responses outgrow the model": (
         given("--rollout.max_new_tokens", 300),

@@ -230,7 +230,7 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "a grader that is no function": (
         given("--validation.grader", "math:pi"),
-        ["validation.grader: 'math:pi' is a float, not a function"],
+        ["validation.grader: 'math:pi' cannot be called as function(response, answer)"],
     ),
     "a grader of one argument": (
         given("--validation.grader", "json:dumps"),
@@ -238,7 +238,7 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "answers that are no letters": (
         given("--validation.grader", "choice"),
-        ["validation.path: ", "test.jsonl, line 1: the answer '", "grader choice", 'as "B"'],
+        ["validation.path: ", "test.jsonl, line 1: the answer '", "graded by choice", 'as "B"'],
     ),
     # ---- models
     "no model": (given("--student.hf_path", "{new}/no"), ["student.hf_path = ", "local folder"]),

@@ -42,12 +42,12 @@ class WeightsLoaded(Exception):
 
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    import opd_titan.training.trainer
+    import opd_titan.training.models
 
     def load_model(*args: Any, **kwargs: Any) -> None:
         raise WeightsLoaded
 
-    monkeypatch.setattr(opd_titan.training.trainer, "load_model", load_model)
+    monkeypatch.setattr(opd_titan.training.models, "load_model", load_model)
 
 
 def listing(folder: Path) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Grade one model on held-out prompts: `python -m opd_titan.evaluate --evaluate.model PATH`.
 
-The model is a training checkpoint, a Hugging Face folder or hub id, or a recipe's student or
-teacher. Prompts, sampling and graders are those of the recipe's [validation]. A model that lies in
-the dump folder of a run needs no recipe: it takes that run's own.
+The model is a training checkpoint, a Hugging Face folder or hub id, or the student or a teacher of
+the recipe. The recipe's [validation] says which prompts, sampling and graders are used. Without a
+recipe, a model in a run's dump folder is evaluated with the recipe of that run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate one model. Returns the exit code, see `train.main`; 75: start again."""
+    """Evaluate one model. Return the exit code, see `train.main`."""
 
     def job() -> int:
-        found = argv if {"-h", "--help"} & set(argv) else with_own_recipe(argv)
-        config = load_config(found, check_evaluation, "opd_titan.evaluate")
+        arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
+        config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
         from opd_titan.cli.run import run
 
         return run(config, evaluate)
@@ -36,19 +36,19 @@ def main(argv: list[str]) -> int:
     return exit_code(job)
 
 
-def with_own_recipe(argv: list[str]) -> list[str]:
-    """The arguments, with the recipe of the run that the model comes from where none is given."""
+def add_own_recipe(argv: list[str]) -> list[str]:
+    """Return the arguments, with the recipe of the model's own run if they name none."""
     given = load_config(argv, check=lambda config: None)
     model = given.evaluate.model
     if given.job.config_file or not model:
         return argv
-    # <dump_folder>/hf/step-N or <dump_folder>/checkpoint/step-N
+    # The model is in <dump_folder>/hf/step-N or <dump_folder>/checkpoint/step-N.
     recipe = Path(model).parent.parent / RECIPE_FILE
     return ["--job.config_file", str(recipe), *argv] if recipe.is_file() else argv
 
 
 def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
-    """The whole job on one rank; all ranks call."""
+    """Evaluate the model on all ranks, and write its results. All ranks call; returns 0."""
     import torch
     import torch.distributed as dist
 
@@ -70,7 +70,9 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
         validator = build_validator(config, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
         check_lengths([subject.source], validator.prompts, new_tokens, "validation")
-    folder, monitor = claim_folder(config, subject.name), Monitor(stop, heartbeat, world)
+    with raise_on_all_ranks():
+        folder = claim_folder(config, subject.name) if dist.get_rank() == 0 else None
+    monitor = Monitor(stop, heartbeat, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
     monitor.set_phase(f"the loading of {subject.name}")
     stop.check()
@@ -83,17 +85,17 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     weights.sync()
     measured = validator.measure(generator, subject.name, monitor.on_tokens)
     with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            graded = {
+        if folder is not None:
+            model_summary = {
                 "name": subject.name,
                 "given": config.evaluate.model or "student",
                 "weights": subject.weights,
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
-            write_results(folder, config, graded, dtype, measured, decode)
+            write_results(folder, config, model_summary, dtype, measured, decode)
             print(table(subject.name, measured), flush=True)
             print(f"Results and samples: {folder}", flush=True)
-    dist.barrier()  # a rank that leaves early breaks the others' last collective
+    dist.barrier()  # a rank that exits early would break the last collective of the others
     return 0
 
 
@@ -105,5 +107,5 @@ def _load(job: ResolvedJob, subject: Subject, world: World) -> Any:
         return load_model(job, subject.source, world)
     model = allocated_model(job, subject.source, world)
     load_weights(subject.checkpoint, model)
-    model.assert_tied()  # type: ignore[operator]  # of our own models
+    model.assert_tied()  # type: ignore[operator]  # our models have it
     return model

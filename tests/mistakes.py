@@ -271,7 +271,7 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
     "no tokenizer": (model(without("tokenizer.json")), ["student.hf_path", "no tokenizer.json"]),
     "an end that is no token": (
         given("--student.eos_token", "<|end|>"),
-        ["student.eos_token: '<|end|>' is no token of ", "such as '<eos>'"],
+        ["student.eos_token: '<|end|>' is not a token of ", "such as '<eos>'"],
     ),
     "broken chat template": (
         model(put("chat_template.jinja", "{% for %}")),

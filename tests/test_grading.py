@@ -61,6 +61,7 @@ AUTO = [
     ("<think>It is 5. #### 5</think>\n#### 6", "5", False),
     ("<think>It is 5. #### 5", "5", False),
     ("It is 5.</think>The answer is 6", "6", True),
+    ("It is 5.</think>#### 5</think>Or is it?", "5", False),
     ("9" * 6000, "9", False),
     # words
     ("The answer is B.", "B", True),

@@ -255,7 +255,8 @@ def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None
     allow_changes = job.config.checkpoint.allow_changes
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path}: was made by another version of this program; choose another "
+            f"{path}: was written by opd_titan {state.get('version', '0.1.0 or older')} in format "
+            f"{state.get('format')}, and this version reads format {STATE_FORMAT}; choose another "
             f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
     differ = differences(state["identity"], job.identity)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd_titan import __version__
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.model_card import model_card
@@ -446,6 +447,7 @@ class Trainer:
     def _save(self, written: Callable[[], None] = lambda: None) -> None:
         state = {
             "format": STATE_FORMAT,
+            "version": __version__,
             "identity": self.job.identity,
             "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),

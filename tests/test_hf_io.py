@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
+from full_disk import largest_file
 from safetensors.torch import load_file, save_file
 from test_model import BASE, packed_logits, random_sequences
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from opd_titan.checkpoint import hf_export
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import (
     TOKENIZER_FILES,
@@ -268,9 +268,7 @@ def test_auto_dtype_is_the_sources_tensor_by_tensor_or_its_configs(tmp_path: Pat
     assert {t.dtype for t in stored(tmp_path / "b").values()} == {torch.bfloat16}
 
 
-def test_export_replaces_what_is_there_and_survives_a_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_replaces_what_is_there_and_survives_a_full_disk(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     model, table = load_plain(source)
     out, tmp = tmp_path / "hf" / "step-1", tmp_path / "hf" / "step-1.tmp"
@@ -279,12 +277,8 @@ def test_export_replaces_what_is_there_and_survives_a_crash(
         (folder / "stale.safetensors").write_text("")
     options = dict(source_folder=source, key_table=table, dtype=None, card=CARD)
 
-    def full_disk(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hf_export, "save_file", full_disk)
-        with pytest.raises(StorageError, match="step-1.tmp/model.safetensors: No space left"):
+    with largest_file(1000):
+        with pytest.raises(StorageError, match="step-1.tmp/model.safetensors: File too large"):
             export_hf(model, out, **options)
     assert [p.name for p in out.parent.iterdir()] == ["step-1"]
     assert [p.name for p in out.iterdir()] == ["stale.safetensors"]

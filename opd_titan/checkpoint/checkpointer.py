@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from opd_titan.checkpoint.manifest import Entry, describe, write_manifest
@@ -72,9 +71,8 @@ def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, A
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     path = folder / f"step-{step}"
-    _check_same_model(path, _read_index(path), model)
-    with _one_line_if_damaged(path):
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    _read_index(path, model)
+    return _read_json(path / STATE)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -85,10 +83,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     require_intact(path)
     with raise_on_all_ranks():
-        index = _read_index(path)
-        _check_same_model(path, index, model)
-        with _one_line_if_damaged(path):
-            read_slices(_weights(model), index)
+        read_slices(_weights(model), _read_index(path, model))
 
 
 class Checkpointer:
@@ -192,12 +187,11 @@ class Checkpointer:
         """
         path = self.folder / f"step-{step}"
         with raise_on_all_ranks():
-            index = _read_index(path)
-            _check_same_model(path, index, self.model)
-            with _one_line_if_damaged(path):
-                self._allocate_optimizer_state(index)
-                read_slices(self._tensors(), index)
-        self._prune(step)  # the run that published it may have been killed before it could
+            index = _read_index(path, self.model)
+            self._allocate_optimizer_state(index)
+            read_slices(self._tensors(), index)
+        # The run that published it may have been killed before it could delete older ones.
+        prune(self.folder, step, self.keep_latest_k)
         self._secured = step
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -246,12 +240,8 @@ class Checkpointer:
             publish(final)
 
         call_on_rank_0(complete)
-        self._prune(step)
+        prune(self.folder, step, self.keep_latest_k)
         self._secured, self._fault = step, None
-
-    def _prune(self, newest: int) -> None:
-        if self.keep_latest_k > 0:
-            call_on_rank_0(lambda: prune(self.folder, newest, self.keep_latest_k))
 
     @contextmanager
     def _log_faults(self, step: int) -> Iterator[None]:
@@ -298,35 +288,32 @@ def _write_index(folder: Path, parts: list[dict[str, FileSlice]]) -> None:
     write_file(folder / INDEX, json.dumps(slices))
 
 
-def _read_index(path: Path) -> Index:
+def _read_index(path: Path, model: nn.Module) -> Index:
     """Return the slices of each tensor of the checkpoint `step-N` at this path.
 
     Raises:
-        CheckpointError: there is no index, or it lacks slices.
+        CheckpointError: it is of another model or of an older version, or the index is damaged.
     """
+    if not (path / INDEX).exists() and (path / ".metadata").exists():
+        raise CheckpointError(
+            f"{path}: was written by an older version of opd_titan (format "
+            f"{_read_json(path / STATE).get('format')}, torch.distributed.checkpoint), which this "
+            f"version cannot read; go on with the older one, choose another job.dump_folder, or "
+            f"start afresh with checkpoint.load_step = 0"
+        )
     index: Index = {}
-    with _one_line_if_damaged(path):
-        if not (path / INDEX).exists() and (path / ".metadata").exists():
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            raise CheckpointError(
-                f"{path}: was written by an older version of opd_titan (format {state['format']}, "
-                f"torch.distributed.checkpoint), which this version cannot read; go on with the "
-                f"older one, choose another job.dump_folder, or start afresh with "
-                f"checkpoint.load_step = 0"
-            )
-        content = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        for name, slices in content.items():
+    try:
+        for name, slices in _read_json(path / INDEX).items():
             if not all(is_plain_name(file) for file, _, _ in slices):
-                raise ValueError(f"{INDEX} names a file that is not beside it")
+                raise ValueError("it names a file that is not beside it")
             index[name] = [FileSlice(path / f, tuple(o), tuple(s)) for f, o, s in slices]
             # Slices do not overlap: the ranks save every value once.
             if sum(prod(part.shape) for part in index[name]) != prod(_whole_shape(index[name])):
-                raise ValueError(f"{INDEX} lacks slices of {name}")
+                raise ValueError(f"it lacks slices of {name}")
+    except (ValueError, TypeError) as error:
+        raise _unreadable(path / INDEX, error) from error
+    _check_same_model(path, index, model)
     return index
-
-
-def _whole_shape(slices: list[FileSlice]) -> Shape:
-    return tuple(map(max, zip(*(ends(part.offset, part.shape) for part in slices), strict=True)))
 
 
 def _check_same_model(path: Path, index: Index, model: nn.Module) -> None:
@@ -342,13 +329,22 @@ def _check_same_model(path: Path, index: Index, model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def _one_line_if_damaged(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged checkpoint raises into a CheckpointError."""
+def _whole_shape(slices: list[FileSlice]) -> Shape:
+    return tuple(map(max, zip(*(ends(part.offset, part.shape) for part in slices), strict=True)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({type(error).__name__}: {first_line(error)}); choose another "
-            f"step with checkpoint.load_step or another job.dump_folder"
-        ) from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be read ({first_line(error)}); choose another step with "
+        f"checkpoint.load_step or another job.dump_folder"
+    )

@@ -202,16 +202,24 @@ def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
 
 
 def prune(folder: Path, newest: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to step `newest`. Rank 0 calls.
+    """Delete all but the last `keep` checkpoints up to step `newest`. All ranks call.
 
     Newer steps, if any, belong to another run: they are neither counted nor deleted.
+
+    Args:
+        keep: 0 keeps all.
     """
-    for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
-        gone = tmp_of(folder / f"step-{old}")
-        try:
-            shutil.rmtree(gone, ignore_errors=True)
-            # Renamed first: after a kill half-way it must not look complete.
-            (folder / f"step-{old}").rename(gone)
-            shutil.rmtree(gone)
-        except OSError as error:  # the new checkpoint is safe: the run goes on
-            logger.warning("Checkpoint: %s cannot be deleted: %s", gone, reason(error))
+
+    def delete() -> None:
+        for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
+            gone = tmp_of(folder / f"step-{old}")
+            try:
+                shutil.rmtree(gone, ignore_errors=True)
+                # Renamed first: after a kill half-way it must not look complete.
+                (folder / f"step-{old}").rename(gone)
+                shutil.rmtree(gone)
+            except OSError as error:  # the new checkpoint is safe: the run goes on
+                logger.warning("Checkpoint: %s cannot be deleted: %s", gone, reason(error))
+
+    if keep > 0:
+        call_on_rank_0(delete)

@@ -116,12 +116,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "bytes; ",
     ),
     "weights_flipped": (lambda s: flip(s / WEIGHTS), WEIGHTS, "CRC-32"),
-    "metadata_flipped": (lambda s: flip(s / TENSORS), TENSORS, "CRC-32"),
-    "metadata_empty": (lambda s: cut(s / TENSORS, 0), TENSORS, " to 0 bytes"),
-    "state_flipped": (lambda s: flip(s / STATE), STATE, "CRC-32"),
-    "state_empty": (lambda s: cut(s / STATE, 0), STATE, " to 0 bytes"),
+    "index_flipped": (lambda s: flip(s / TENSORS), TENSORS, "CRC-32"),
     "weights_gone": (lambda s: (s / WEIGHTS).unlink(), WEIGHTS, "is missing"),
-    "metadata_gone": (lambda s: (s / TENSORS).unlink(), TENSORS, "is missing"),
     "state_gone": (lambda s: (s / STATE).unlink(), STATE, "is missing"),
     "weights_a_folder": (lambda s: become_folder(s / WEIGHTS), WEIGHTS, "is not a file"),
     "manifest_cut": (lambda s: cut(s / MANIFEST, 0.5), MANIFEST, "is damaged"),
@@ -130,7 +126,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "manifest_a_folder": (lambda s: become_folder(s / MANIFEST), MANIFEST, "cannot be read"),
     "manifest_gone": (lambda s: (s / MANIFEST).unlink(), MANIFEST, "is missing"),
     "half_copied": (half_copied, MANIFEST, "is missing"),
-    "nothing_in_it": (lambda s: [p.unlink() for p in s.iterdir()], MANIFEST, "is missing"),
     "a_file": (become_file, "step-4", "is not a folder"),
 }
 
@@ -411,7 +406,7 @@ def test_a_checkpoint_of_an_older_version_says_so(saved: Path, tmp_path: Path) -
     manifest.write_manifest(step / MANIFEST, manifest.describe(step, [".metadata", STATE]))
     with one_process_group():
         assert agree_on_step(tmp_path, -1) == 2
-        with pytest.raises(CheckpointError, match=r"an older version of opd_titan \(format 2, "):
+        with pytest.raises(CheckpointError, match=r"another version of opd_titan \(.* format 2: "):
             inspect_checkpoint(tmp_path, 2, nn.Linear(40, 40))
 
 

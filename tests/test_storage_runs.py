@@ -142,17 +142,3 @@ def test_a_flipped_bit_in_a_students_weights_is_refused(
         (line,) = capfd.readouterr().err.splitlines()
         assert f"{weights}: its bytes are not those that were written" in line
     assert not (world.folder / "never").exists()
-    flip(weights)
-    assert run(world, "again", "--student.hf_path", folder, "--training.steps", 1) == 0
-    assert read_weights(world.folder / "again", 1)
-
-
-def test_a_file_in_the_checkpoints_place_is_refused_at_the_start(
-    world: World, capfd: pytest.CaptureFixture[str]
-) -> None:
-    out = world.folder / "in_the_way"
-    out.mkdir()
-    (out / "checkpoint").write_text("")
-    assert run(world, out.name) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert f"dump_folder: {out}/checkpoint cannot be written (File exists)" in line

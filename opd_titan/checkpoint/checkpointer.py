@@ -296,10 +296,10 @@ def _read_index(path: Path, model: nn.Module) -> Index:
     """
     if not (path / INDEX).exists() and (path / ".metadata").exists():
         raise CheckpointError(
-            f"{path}: was written by an older version of opd_titan (format "
-            f"{_read_json(path / STATE).get('format')}, torch.distributed.checkpoint), which this "
-            f"version cannot read; go on with the older one, choose another job.dump_folder, or "
-            f"start afresh with checkpoint.load_step = 0"
+            f"{path}: was written by another version of opd_titan (0.1.0 or older, format "
+            f"{_read_json(path / STATE).get('format')}: torch.distributed.checkpoint); go on with "
+            f"that one, choose another job.dump_folder, or start afresh with "
+            f"checkpoint.load_step = 0"
         )
     index: Index = {}
     try:

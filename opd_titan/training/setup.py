@@ -43,7 +43,7 @@ from opd_titan.training.models import (
 logger = logging.getLogger("opd_titan")
 
 # Of what a checkpoint says besides tensors: another one cannot be read.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -255,9 +255,9 @@ def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None
     allow_changes = job.config.checkpoint.allow_changes
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path}: was written by opd_titan {state.get('version', '0.1.0 or older')} in format "
-            f"{state.get('format')}, and this version reads format {STATE_FORMAT}; choose another "
-            f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
+            f"{path}: was written by another version of opd_titan ({state.get('version')}, format "
+            f"{state.get('format')}; this one reads format {STATE_FORMAT}); go on with that one, "
+            f"choose another job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
     differ = differences(state["identity"], job.identity)
     told = "; ".join(differ.values())

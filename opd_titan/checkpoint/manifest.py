@@ -102,7 +102,7 @@ def _wrong_size(folder: Path, name: str, size: int) -> str | None:
 
 def _checksums(pieces: list[tuple[Path, int]], length: int) -> list[str]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda piece: _crc32(*piece, length), pieces))
+        return list(pool.map(lambda piece: _crc32(piece[0], piece[1], length), pieces))
 
 
 def _crc32(path: Path, start: int, length: int) -> str:

@@ -51,7 +51,7 @@ def local_slice(tensor: Tensor) -> LocalSlice:
     assert not tensor.is_meta, "allocate the model before its weights are read or saved"
     if not isinstance(tensor, DTensor):
         return LocalSlice(tensor.detach(), (0,) * tensor.dim())
-    local = tensor.detach().to_local()
+    local = tensor.to_local().detach()
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )

@@ -112,7 +112,7 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
 def _agree_on_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, as any rank finds it in its share. All ranks call."""
     _require_everywhere(path)
-    mine = f"{path}: is not a folder"
+    mine: str | None = f"{path}: is not a folder"
     found: list[Any] = [None] * dist.get_world_size()
     if path.is_dir():
         mine = find_damage(path / MANIFEST, dist.get_rank(), dist.get_world_size())

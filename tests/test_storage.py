@@ -334,7 +334,7 @@ def test_an_error_without_a_number_keeps_its_words() -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
-    # The superuser may write everywhere, so a file stands in the way.
+    # A file in place of the folder fails for the superuser too.
     (tmp_path / "checkpoint").write_text("")
     with one_process_group():
         for folder in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "below"):

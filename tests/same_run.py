@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tiny_world import MEASURED, rollout_bytes
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch import Tensor
 
 
 def differences(truth: Path, other: Path) -> list[str]:
@@ -118,34 +119,21 @@ def _checkpoints(truth: Path, other: Path) -> list[str]:
         if not (other / inside).is_dir():
             continue
         found += _names(truth, other, inside)
-        a, b = (tensors(run / inside, run.with_name("tensors.pt")) for run in (truth, other))
+        a, b = (tensors(run / inside) for run in (truth, other))
         if a.keys() != b.keys():
             found.append(f"{inside}: other tensors: {sorted(a.keys() ^ b.keys())}")
         for name in a.keys() & b.keys():
-            same = torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
-            if not same:
+            if not torch.equal(a[name], b[name]):
                 found.append(f"{inside}: {name} differs")
         states = [_plain(run / inside / "train_state.json") for run in (truth, other)]
         found += [f"{inside}: train_state.json differs"] * (states[0] != states[1])
     return found
 
 
-def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
-    """Everything DCP saved, flattened."""
-    dcp_to_torch_save(checkpoint, scratch)
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, (dict, list)):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, inner in items:
-                walk(f"{prefix}/{key}", inner)
-        else:
-            flat[prefix] = value
-
-    walk("", torch.load(scratch, weights_only=False))
-    scratch.unlink()
-    return flat
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything that one process saved."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def _plain(path: Path) -> dict[str, Any]:

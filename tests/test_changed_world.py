@@ -3,7 +3,7 @@
 Elsewhere: `test_train` goes from 2 x FSDP to 1 process; `test_layouts` from 2 x 2 (FSDP x TP) to
 1 process and to 2 x TP. Here: from 2 processes to 4, to another split of the same 2 (FSDP to TP and
 back), to copies (HSDP), and from 2 over 4 to 1; over the end of an epoch, with several updates a
-step, whose order is that of the prompts.
+step in the order of the prompts.
 """
 
 from __future__ import annotations

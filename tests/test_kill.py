@@ -1,4 +1,4 @@
-"""Jobs that are killed and started again end as those that nobody touched, bit for bit.
+"""Jobs that are killed and started again end like undisturbed jobs, bit for bit.
 
 The long form, which kills in every phase: `python tests/kill_anywhere.py --kills 50 --out ...`.
 """

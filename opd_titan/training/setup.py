@@ -255,8 +255,9 @@ def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
     allow_changes = setup.job.config.checkpoint.allow_changes
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path}: was written by another version of this program; choose another "
-            f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
+            f"{path}: was written by another version of opd_titan ({state.get('version')}, format "
+            f"{state.get('format')}; this one reads format {STATE_FORMAT}); go on with that one, "
+            f"choose another job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
     differ = differences(state["fingerprint"], setup.fingerprint)
     changes = "; ".join(differ.values())

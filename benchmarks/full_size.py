@@ -49,8 +49,9 @@ def main() -> None:
             model = write_model(size, folder / role, a.data / "qwen3_tokenizer", **small)
             options |= {f"{role}.hf_path": model, f"{role}.random_init": "true"}
         scalars = train(options | NO_PAUSES)
-    for step in range(1, a.steps + 1):
-        emit({"step": step, **{name: scalars[key][step] for name, key in COLUMNS.items()}})
+    for number in range(1, a.steps + 1):
+        figures = {name: scalars[key][number] for name, key in COLUMNS.items()}
+        emit({"number": number, **figures})
 
 
 if __name__ == "__main__":

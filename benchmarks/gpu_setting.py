@@ -57,7 +57,7 @@ class Setting:
     microbatches: tuple[int, ...] = (2, 8)
     step_sequences: int = 32
     step_new_tokens: int = 1024
-    device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device: torch.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
     @classmethod
     def small(cls, emit: Callable[[Record], None] = emit) -> Setting:

@@ -42,7 +42,7 @@ def machine() -> Record:
 
     found: Record = {
         "figure": "machine",
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -57,6 +57,11 @@ def machine() -> Record:
     if found["cuda"]:
         found |= {"device": torch.cuda.get_device_name(), "cuda_version": torch.version.cuda}
     return found
+
+
+def command_line() -> str:
+    """Return the command that started this script."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

@@ -153,7 +153,7 @@ def run_works(name: str, works: Iterable[Work], journal: Journal, miniature: boo
 
 def run_stage(name: str, limit: float, a: argparse.Namespace, journal: Journal) -> str:
     """Run the stage in a process and print its records as they come; return how it ended."""
-    command = [sys.executable, "-X", "faulthandler", __file__, "--stage", name]
+    command = [sys.executable, "-X", "faulthandler", sys.argv[0], "--stage", name]
     command += ["--out", str(a.out), *(["--miniature"] if a.miniature else [])]
     seen, problems = len(journal.read()), 0
     with tempfile.TemporaryDirectory() as cache, (a.out / f"{name}.log").open("ab") as log:

@@ -29,8 +29,8 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 
 # One is after an export, a validation, and before a checkpoint.
 OPTIONS = ["--checkpoint.interval", 3, "--rollout.max_concurrent", 8]

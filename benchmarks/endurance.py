@@ -24,6 +24,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--objective", default="policy_gradient", help="or reverse_kl, ...")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--out", type=Path, default=REPO / "outputs" / "endurance" / now)
     parser.add_argument("--count", type=int, default=25, help="steps between counts of objects")
     parser.add_argument("--seconds", type=float, default=1.0, help="between samples from outside")
     a = parser.parse_args()

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -33,15 +33,12 @@ from harness import REPO, Journal, Record, command_line, machine, show, table
 SHORTEST = 8.0  # seconds: a stage that has less left is not started
 
 
-class Work(NamedTuple):
-    """A function of another file, named so that the parent process need not import torch."""
-
-    function: str
-    options: dict[str, Any]
+Work = tuple[str, dict[str, Any]]
 
 
 def work(function: str, **options: Any) -> Work:
-    return Work(function, options)
+    """Name a function of another file, so that the parent process need not import torch."""
+    return function, options
 
 
 class Stage(NamedTuple):
@@ -52,47 +49,49 @@ class Stage(NamedTuple):
     """
 
     limit: float
-    works: tuple[Work, ...]
-
-
-def _stage(limit: float, *works: Work) -> Stage:
-    return Stage(limit, works)
+    works: Sequence[Work]
 
 
 STAGES = {
-    "env": _stage(45, work("gpu_ceiling.measure_device")),
-    "attention": _stage(
+    "env": Stage(45, [work("gpu_ceiling.measure_device")]),
+    "attention": Stage(
         45,
-        work("gpu_kernels.measure_operators", group="attention"),
-        work("gpu_kernels.check_independence"),
-        work("gpu_kernels.measure_splits"),
+        [
+            work("gpu_kernels.measure_operators", group="attention"),
+            work("gpu_kernels.check_independence"),
+            work("gpu_kernels.measure_splits"),
+        ],
     ),
-    "layers": _stage(30, work("gpu_kernels.measure_operators", group="layers")),
-    "logits": _stage(
+    "layers": Stage(30, [work("gpu_kernels.measure_operators", group="layers")]),
+    "logits": Stage(
         30,
-        work("gpu_kernels.measure_operators", group="logits"),
-        work("gpu_kernels.check_truncation"),
-        work("gpu_kernels.check_draw"),
+        [
+            work("gpu_kernels.measure_operators", group="logits"),
+            work("gpu_kernels.check_truncation"),
+            work("gpu_kernels.check_draw"),
+        ],
     ),
-    "engine": _stage(50, work("gpu_engine.check_engine", size="0.6B")),
-    "trainer": _stage(90, work("gpu_update.train_debug_recipe")),
-    "decode": _stage(
-        90, *(work("rollout_limits.measure_steps", size=n) for n in ("0.6B", "1.7B", "8B"))
+    "engine": Stage(50, [work("gpu_engine.check_engine", size="0.6B")]),
+    "trainer": Stage(90, [work("gpu_update.train_debug_recipe")]),
+    "decode": Stage(
+        90, [work("rollout_limits.measure_steps", size=size) for size in ("0.6B", "1.7B", "8B")]
     ),
-    "update": _stage(
+    "update": Stage(
         60,
-        work("gpu_update.measure_update", size="1.7B", compile=False),
-        work("gpu_ceiling.measure_ceiling", size="1.7B"),
+        [
+            work("gpu_update.measure_update", size="1.7B", compile=False),
+            work("gpu_ceiling.measure_ceiling", size="1.7B"),
+        ],
     ),
-    "step": _stage(70, work("gpu_update.measure_step", objective="policy_gradient")),
-    "step-exact": _stage(70, work("gpu_update.measure_step", objective="reverse_kl")),
-    "score": _stage(50, work("gpu_update.measure_score", size="4B")),
-    "nano": _stage(60, work("rollout_limits.measure_ours", size="0.6B", workload="nano")),
-    "burst": _stage(90, work("rollout_limits.measure_ours", size="8B", workload="burst")),
-    "gap": _stage(40, work("gpu_engine.measure_gap")),
-    "numerics": _stage(90, work("gpu_numerics.measure_numerics")),
-    "head": _stage(60, work("gpu_ceiling.measure_head", size="1.7B")),
-    "update-compiled": _stage(110, work("gpu_update.measure_update", size="1.7B", compile=True)),
+    "step": Stage(70, [work("gpu_update.measure_step", objective="policy_gradient")]),
+    "step-exact": Stage(70, [work("gpu_update.measure_step", objective="reverse_kl")]),
+    "score": Stage(50, [work("gpu_update.measure_score", size="4B")]),
+    "nano": Stage(60, [work("rollout_limits.measure_ours", size="0.6B", workload="nano")]),
+    "burst": Stage(90, [work("rollout_limits.measure_ours", size="8B", workload="burst")]),
+    "gap": Stage(40, [work("gpu_engine.measure_gap")]),
+    "numerics": Stage(90, [work("gpu_numerics.measure_numerics")]),
+    "head": Stage(60, [work("gpu_ceiling.measure_head", size="1.7B")]),
+    "update-compiled": Stage(110, [work("gpu_update.measure_update", size="1.7B", compile=True)]),
 }
 SLOW_TO_COMPILE = ("update-compiled",)  # left out in miniature unless --only names it
 

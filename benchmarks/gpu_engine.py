@@ -111,6 +111,7 @@ def check_engine(s: Setting, size: str) -> None:
     student.check(samples, "engine, weights changed in place", same < 1.0, same_as_before=same)
     generator.release()
     gc.collect()
+    s.reset_memory()
     _check_failed_capture(student, eos, requests, params)
 
 

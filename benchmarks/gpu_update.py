@@ -83,7 +83,9 @@ def measure_update(s: Setting, size: str, compile: bool) -> None:
         timed, count = s.seconds(one), len(plan[0].microbatches)
         rates = s.rates(timed["median_s"], flops / count, sum(fed_in(samples)) // count)
         s.emit({"figure": "microbatch", "budget": budget, **timed, **rates})
-    s.emit({"figure": "microbatch kernels", "budget": budget, **s.kernels(one)})
+        if budget == max(s.budgets):
+            s.emit({"figure": "microbatch kernels", "budget": budget, **s.kernels(one)})
+        optimizer.zero_grad(set_to_none=True)
 
 
 def measure_score(s: Setting, size: str) -> None:

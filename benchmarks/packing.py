@@ -27,7 +27,7 @@ from opd_titan.distributed.world import ALONE, Axis, World
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 
-WORLD = World(torch.device("cpu"), None, ALONE, ALONE)  # type: ignore[arg-type]
+WORLD = World(torch.device("cpu"), None, ALONE, ALONE)
 VOCAB = 4096
 Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses
 

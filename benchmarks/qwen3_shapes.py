@@ -96,7 +96,7 @@ def write_model(name: str, folder: Path, tokenizer: Path, **changes: object) -> 
     """Write a model folder without weights: a tokenizer's files, and config.json as above."""
     without = shutil.ignore_patterns("*.safetensors*")
     shutil.copytree(tokenizer, folder, ignore=without, dirs_exist_ok=True)
-    return write_config(name, folder, **changes)  # type: ignore[arg-type]
+    return write_config(name, folder, **changes)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def record_in_turn(recorded: list[int]) -> dict[int, list[float]]:
             seconds[number].append(time.process_time() - start)
         return result
 
-    Trainer.train_step = timed  # type: ignore[method-assign]
+    Trainer.train_step = timed
     return seconds
 
 

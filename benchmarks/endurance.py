@@ -21,7 +21,6 @@ import re
 import subprocess
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -202,33 +201,16 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> Record:
     return {"mean": y.mean(), "per 1,000 steps": 1000.0 * per_step, "+-": 1000.0 * interval}
 
 
-def step_times(folder: Path) -> list[tuple[int, float, float]]:
-    """Return (step, time at which it was recorded, seconds it took), from TensorBoard."""
-    events = scalar_events(folder)["time/step(s)"]
-    return [(e.step, e.wall_time, e.value) for e in events]
-
-
-def step_at(moment: float, steps: Sequence[tuple[int, float, float]]) -> float:
-    """Return the last completed step and the fraction of the next; 0 before the first."""
-    i = bisect_right(steps, moment, key=lambda row: row[1])
-    if i in (0, len(steps)):
-        return float(steps[i - 1][0]) if i else 0.0
-    (step, begun, _), (_, ended, _) = steps[i - 1], steps[i]
-    return step + (moment - begun) / max(ended - begun, 1e-9)
-
-
 def slopes(
-    samples: dict[str, list[Record]],
-    counts: list[Record],
-    steps: Sequence[tuple[int, float, float]],
+    samples: dict[str, list[Record]], counts: list[Record], times: list[Record]
 ) -> list[Record]:
     """Return a row for each process and quantity, over the last three quarters of the steps."""
-    start, end = steps[-1][0] / 4, steps[-1][0]
+    start, end = times[-1]["step"] / 4, times[-1]["step"]
     series = {name: [r for r in rows if r["step"] < end] for name, rows in samples.items()}
     quantities = [(name, key) for name in series for key in ("resident", "files", "threads")]
     series["rank 0's counts"] = counts
     quantities += [("rank 0's counts", key) for key in ("objects", "tensors", "heap")]
-    series["steps"] = [{"step": step, "seconds": seconds} for step, _, seconds in steps]
+    series["steps"] = times
     rows = []
     for name, key in [*quantities, ("steps", "seconds")]:
         late = [r for r in series[name] if r["step"] > start and key in r]
@@ -254,11 +236,14 @@ def main() -> None:
     a.out = a.out.resolve()
     a.out.mkdir(parents=True)
     samples = run(a)
-    steps = step_times(a.out / "run")
+    events = scalar_events(a.out / "run")["time/step(s)"]
+    times = [{"step": e.step, "seconds": e.value} for e in events]
+    # The last completed step and the fraction of the next; 0 before the first.
+    recorded, steps = [e.wall_time for e in events], [e.step for e in events]
     for row in (row for taken in samples.values() for row in taken):
-        row["step"] = step_at(row["time"], steps)
+        row["step"] = float(np.interp(row["time"], recorded, steps, left=0.0))
     counts = [json.loads(line) for line in (a.out / "counts.jsonl").open(encoding="utf-8")]
-    about, rows = machine(), slopes(samples, counts, steps)
+    about, rows = machine(), slopes(samples, counts, times)
     report = about | {"slopes": rows, "counts": counts, "samples": samples}
     (a.out / "endurance.json").write_text(json.dumps(report) + "\n")
     emit(about)

@@ -201,7 +201,8 @@ def _gap_recovered(scalars: dict[str, dict[int, float]]) -> dict[int, float]:
 def _variance(name: str, a: argparse.Namespace) -> float:
     """Of the gradient at the start, over batches: its trace over the squared norm of the mean."""
     with tempfile.TemporaryDirectory() as out:
-        options = _recipe(name, a.batches) | NO_PAUSES | {"job.dump_folder": out}
+        options = _recipe(name, a.batches) | NO_PAUSES
+        options |= {"job.dump_folder": out, "training.max_grad_norm": 0}  # not clipped
         text = run([__file__, "_variance", *words(options)], a.threads)
     return float(text.strip().splitlines()[-1])
 
@@ -210,30 +211,28 @@ def variance_at_start(argv: list[str]) -> None:
     import torch
 
     from opd_titan.config import load_config
-    from opd_titan.distill.scoring import gathered_heads
-    from opd_titan.distill.update import forward_backward
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
     from opd_titan.training.trainer import Trainer
 
     trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
-    trainer.weights.sync()
     gradients = []
-    frozen = trainer.frozen if trainer.rule.needs_vocabulary else {}
+
+    def take(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Keep the update's gradient, and let the weights stay as they are."""
+        with_grad = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in with_grad]))
+        for parameter in with_grad:
+            parameter.grad = None
+
+    trainer.optimizer.register_step_pre_hook(take)
+    trainer.weights.sync()
     for _ in range(trainer.total_steps):
         trainer.step += 1
         plan = trainer.plan(trainer.rollout(next(trainer.job.loader)))
         for role in trainer.frozen:
             trainer.score(role, role, plan)
-        with gathered_heads(frozen) as heads:
-            for part in plan:
-                for samples in part.microbatches:
-                    tokens = part.response_tokens
-                    rule, world = trainer.rule, trainer.world
-                    forward_backward(trainer.student, samples, tokens, rule, world, heads)
-        parameters = [p for p in trainer.student.parameters() if p.grad is not None]
-        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in parameters]))
-        trainer.optimizer.zero_grad()
+        trainer.update(plan)
     stacked = torch.stack(gradients)
     print((stacked.var(dim=0).sum() / stacked.mean(dim=0).square().sum()).item())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import test_two_ranks
 import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
@@ -16,6 +17,7 @@ from test_two_ranks import (
     OBJECTIVES,
     WAYS,
     assert_same_update,
+    by_split,
     make,
     one_step,
     student,
@@ -260,13 +262,9 @@ def test_ranks_of_one_model_go_on_with_the_same_tokens(ranks: list[Any]) -> None
     assert [rank["tokens"] for rank in ranks] == [expected] * 4
 
 
-@pytest.mark.parametrize("i", range(len(SPLIT)), ids=lambda i: "-".join(map(str, SPLIT[i])))
-def test_the_head_over_a_split_vocabulary_is_the_whole_one(ranks: list[Any], i: int) -> None:
-    truth = split_results(None, *SPLIT[i])
-    for mine in (rank["head"][i] for rank in ranks):
-        assert mine.keys() == truth.keys()
-        for name, expected in truth.items():
-            torch.testing.assert_close(mine[name], expected, rtol=2e-5, atol=2e-6, msg=name)
+@by_split
+def test_the_head_over_a_vocabulary_in_four_parts(ranks: list[Any], i: int) -> None:
+    test_two_ranks.test_the_head_over_a_split_vocabulary_is_the_whole_one(ranks, i)
 
 
 def moved_each_way(layout: tuple[int, int, int]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from threading import Timer
 
 import pytest
 
-from opd_titan.config import checks
+from opd_titan.config import value_types
 from opd_titan.errors import ConfigError, Fault
 from opd_titan.grading.graders import GRADERS, load_grader
 from opd_titan.grading.math import MathJudge
@@ -29,7 +29,7 @@ HOSTILE = [
 
 
 def test_the_names_are_those_of_the_config() -> None:
-    assert tuple(GRADERS) == checks.GRADERS
+    assert tuple(GRADERS) == value_types.GRADERS
     assert all(load_grader(name, KEY).name == name for name in ("auto", "gsm8k", "choice", "exact"))
 
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_world import REPO, World, make_model, make_sums, read_log, read_scalars, train, write_rows
 
 from opd_titan.config import JobConfig, load_config
-from opd_titan.config.checks import literal
+from opd_titan.config.value_types import literal
 from opd_titan.observability.metrics import is_scalar
 from opd_titan.plan.__main__ import main as plan
 

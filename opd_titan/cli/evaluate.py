@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from opd_titan.cli.exits import exit_code
 from opd_titan.config import RECIPE_FILE, load_config
 from opd_titan.config.consistency import check_evaluation
-from opd_titan.config.manager import read_arguments
 from opd_titan.config.resolve import ResolvedJob
 
 if TYPE_CHECKING:
@@ -39,9 +38,9 @@ def main(argv: list[str]) -> int:
 
 def add_own_recipe(argv: list[str]) -> list[str]:
     """Return the arguments, with the recipe of the model's own run if they name none."""
-    given = read_arguments(argv)
-    model = given.get("evaluate.model", "")
-    if "job.config_file" in given or not model:
+    given = load_config(argv, check=lambda config: None)
+    model = given.evaluate.model
+    if given.job.config_file or not model:
         return argv
     # The model is in <dump_folder>/hf/step-N or <dump_folder>/checkpoint/step-N.
     recipe = Path(model).parent.parent / RECIPE_FILE

@@ -297,8 +297,6 @@ def _open_folder(setup: Setup) -> None:
             clear_leftovers(folder / "hf")
     if config.checkpoint.enable:
         open_folder(setup.checkpoints)
-    if config.job.print_config:
-        logger.info("Resolved config:\n%s", resolved)
 
 
 def _warn_of_foreign_files(folder: Path) -> None:

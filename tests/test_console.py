@@ -28,7 +28,7 @@ SCALARS = {
     "throughput/teacher(tok/s/gpu)": 131_072.0,
     "throughput/update(tok/s/gpu)": 7_707.0,
     "memory/max_reserved(GiB)": 71.25,
-    "loss/total": 0.0571,
+    "loss/policy": 0.0571,
     "grad_norm": 0.55,
     "time/step(s)": 31.5,
     "lr": 1e-6,

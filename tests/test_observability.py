@@ -214,8 +214,8 @@ def test_every_scalar_round_trips_through_tensorboard(tmp_path):
 
 def test_unknown_scalar_raises_on_every_rank(tmp_path):
     for rank in (0, 1):
-        with pytest.raises(ValueError, match="los/total"):
-            MetricLogger(tmp_path, rank=rank).log(1, {"los/total": 1.0})
+        with pytest.raises(ValueError, match="los/policy"):
+            MetricLogger(tmp_path, rank=rank).log(1, {"los/policy": 1.0})
 
 
 def test_only_rank_zero_writes_and_only_when_asked(tmp_path):
@@ -230,7 +230,7 @@ def test_only_rank_zero_writes_and_only_when_asked(tmp_path):
 def test_windows_mean_max_and_last_step(tmp_path):
     logger = MetricLogger(tmp_path, log_freq=3, total_steps=8)
     for step in range(1, 9):
-        scalars = {"loss/total": float(step), "rollout/response_tokens_max": float(-step)}
+        scalars = {"loss/policy": float(step), "rollout/response_tokens_max": float(-step)}
         if step in (2, 5):
             scalars["time/checkpoint(s)"] = 10.0 * step
         logger.log(step, scalars)
@@ -238,7 +238,7 @@ def test_windows_mean_max_and_last_step(tmp_path):
             logger.log(step, {"validation/accuracy": 0.5})
     logger.close()
     assert read_scalars(tmp_path) == {
-        "loss/total": [(1, 1.0), (3, 2.5), (6, 5.0), (8, 7.5)],
+        "loss/policy": [(1, 1.0), (3, 2.5), (6, 5.0), (8, 7.5)],
         "rollout/response_tokens_max": [(1, -1.0), (3, -2.0), (6, -4.0), (8, -7.0)],
         "time/checkpoint(s)": [(2, 20.0), (5, 50.0)],
         "validation/accuracy": [(5, 0.5)],
@@ -273,7 +273,7 @@ def test_resume_after_a_crash_gives_the_scalars_of_a_run_that_never_stopped(tmp_
         if start == 0:
             logger.log(0, {"validation/accuracy": 0.1})
         for step in steps:
-            logger.log(step, {"loss/total": step * 1.5, "memory/max_active(GiB)": step % 4})
+            logger.log(step, {"loss/policy": step * 1.5, "memory/max_active(GiB)": step % 4})
             if step == at:
                 saved = logger.state_dict()
         return logger, saved
@@ -282,7 +282,7 @@ def test_resume_after_a_crash_gives_the_scalars_of_a_run_that_never_stopped(tmp_
     crashed, state = run(tmp_path / "resumed", range(1, 9), at=5)  # not closed: it was killed
     run(tmp_path / "resumed", range(6, 13), start=5, state=state)[0].close()
     assert read_scalars(tmp_path / "resumed") == read_scalars(tmp_path / "whole")
-    steps = [step for step, _ in read_scalars(tmp_path / "resumed")["loss/total"]]
+    steps = [step for step, _ in read_scalars(tmp_path / "resumed")["loss/policy"]]
     assert steps == sorted(set(steps)) and steps[-1] == 12
     crashed.close()
 
@@ -339,10 +339,10 @@ def test_a_disk_that_is_full_for_a_while_costs_no_scalar(
 
 def test_non_finite_values_are_written_and_flagged(tmp_path):
     logger = MetricLogger(tmp_path, log_freq=2, color=False)
-    logger.log(1, {"loss/total": float("nan"), "kl/p99": float("inf")})
+    logger.log(1, {"loss/policy": float("nan"), "kl/p99": float("inf")})
     assert "loss nan (!)" in logger.console_line(1, 2)
     assert "not finite (!): kl/p99" in logger.console_line(1, 2)
-    for name in ("policy/logprob_gap_max", "loss/total"):
+    for name in ("policy/logprob_gap_max", "loss/policy"):
         for order in ((1.0, float("nan")), (float("nan"), 1.0)):
             window = MetricLogger(tmp_path / name / str(order[0]), log_freq=3)
             window.log(2, {name: order[0]})
@@ -351,13 +351,13 @@ def test_non_finite_values_are_written_and_flagged(tmp_path):
             [(step, value)] = read_scalars(tmp_path / name / str(order[0]))[name]
             assert step == 3 and math.isnan(value)
     logger.close()
-    assert math.isnan(read_scalars(tmp_path)["loss/total"][0][1])
+    assert math.isnan(read_scalars(tmp_path)["loss/policy"][0][1])
 
 
 def test_console_line():
     scalars = {
         "kl/student_teacher": 0.12345,
-        "loss/total": -0.5,
+        "loss/policy": -0.5,
         "grad_norm": 1.25,
         "lr": 1e-5,
         "rollout/response_tokens_mean": 87.25,
@@ -402,9 +402,9 @@ def test_the_time_left_counts_the_pauses_between_steps(tmp_path):
 def test_a_step_does_not_show_what_another_one_had(tmp_path):
     """With rollout.on_policy_fraction below 1 a step may have none of the student's samples."""
     logger = MetricLogger(tmp_path, enable_tensorboard=False, color=False)
-    logger.log(1, {"loss/total": 1.0, "kl/student_teacher": 0.5, "kl/p99": math.inf})
+    logger.log(1, {"loss/policy": 1.0, "kl/student_teacher": 0.5, "kl/p99": math.inf})
     logger.log(1, {"validation/gap_recovered": 0.25})
-    logger.log(2, {"loss/total": 2.0})
+    logger.log(2, {"loss/policy": 2.0})
     assert logger.console_line(2, 9) == "step 2/9  gap recovered 25.0%  loss 2.0000"
 
 

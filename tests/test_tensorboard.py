@@ -92,16 +92,16 @@ def test_the_layout_grows_with_what_is_measured(tmp_path: Path) -> None:
     """The first step of a mixture may have none of the student's samples; a resumed run may be the
     first to validate. TensorBoard shows the newest layout that there is."""
     logger = MetricLogger(tmp_path)
-    logger.log(1, {"loss/total": 1.0})
-    logger.log(2, {"loss/total": 1.0, "kl/student_teacher": 0.5})
-    logger.log(3, {"loss/total": 1.0})
+    logger.log(1, {"loss/policy": 1.0})
+    logger.log(2, {"loss/policy": 1.0, "kl/student_teacher": 0.5})
+    logger.log(3, {"loss/policy": 1.0})
     state = logger.state_dict()
     logger.close()
     resumed = MetricLogger(tmp_path, start_step=3)
     resumed.load_state_dict(state)
-    resumed.log(4, {"loss/total": 1.0})
+    resumed.log(4, {"loss/policy": 1.0})
     resumed.log(4, {f"validation/accuracy{end}": 0.5 for end in ("", "_low", "_high")})
-    resumed.log(5, {"loss/total": 1.0, "kl/student_teacher": 0.5})
+    resumed.log(5, {"loss/policy": 1.0, "kl/student_teacher": 0.5})
     resumed.close()
     found = [
         [chart.title.partition(",")[0] for group in each.category for chart in group.chart]

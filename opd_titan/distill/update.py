@@ -134,7 +134,6 @@ class _Totals:
         return {
             **mean,
             **known,
-            "loss/total": mean["loss/policy"],
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
 

@@ -55,7 +55,7 @@ _COLUMNS = (
     _Column("throughput/update(tok/s/gpu)", "update {} tok/s", 4, "cyan"),
     _Column("memory/max_reserved(GiB)", "mem {:.2f} GiB", 5),
     _Column("throughput/teacher(tok/s/gpu)", "teacher {} tok/s", 6, "cyan"),
-    _Column("loss/total", "loss {:.4f}", 7, "yellow"),
+    _Column("loss/policy", "loss {:.4f}", 7, "yellow"),
     _Column("grad_norm", "grad {:.3f}", 8, "magenta"),
     _Column("time/step(s)", "{:.2f} s/step", 9),
     _Column("lr", "lr {:.2e}", 10),

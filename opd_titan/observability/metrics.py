@@ -45,7 +45,6 @@ _VALIDATION = {
 # stands for a part of the name that has no slash.
 SCALARS: dict[str, str] = {
     "loss/policy": "the objective, summed over response tokens / their global number",
-    "loss/total": "what is differentiated; loss/policy and whatever is added to it",
     "kl/student_teacher": "nats per response token, from the student's samples",
     "kl/student_reference": "nats per response token, from the student's samples",
     "kl/p1": "nats; 1st percentile over response tokens of the student-teacher term",

@@ -55,7 +55,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "Truncated, repetitive": ("rollout/truncated_fraction", "rollout/repetition"),
         "Entropy, nats per token": ("policy/entropy", "policy/teacher_entropy"),
         "Gradient norm": ("grad_norm",),
-        "Loss": ("loss/policy", "loss/total"),
+        "Loss": ("loss/policy",),
         "Rollout against update log-probs, clipped share": (
             "policy/logprob_gap_max",
             "policy/clip_fraction",

@@ -19,9 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import opd_titan.rollout.generator as generator_module
 from opd_titan.models.kernels import plain
-from opd_titan.rollout.attention_path import AttentionPath, choose_path
+from opd_titan.models.kernels.paged import TableAttention, choose_path
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.limit import cut
+from opd_titan.rollout.rollout import cut
 from opd_titan.rollout.runner import LAG, Runner, bucket
 from opd_titan.rollout.sampler import SamplingParams
 
@@ -34,7 +34,7 @@ class Recorded:
         self.play()
 
 
-def through_table(*_: Any) -> AttentionPath:
+def through_table(*_: Any) -> TableAttention:
     """A kernel that reads pages through a table, as a GPU has."""
 
     def kernel(q_THK: Tensor, *args: Any) -> Tensor:
@@ -50,7 +50,7 @@ def through_table(*_: Any) -> AttentionPath:
             :, :, 0
         ]
 
-    return AttentionPath("varlen", 64, kernel)
+    return TableAttention("varlen", 64, kernel)
 
 
 @pytest.fixture

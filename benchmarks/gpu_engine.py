@@ -143,7 +143,7 @@ def _check_changed_weights(
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.neg_()
-    student.weights.outdate()
+    student.weights.mark_stale()
     student.weights.sync()
     samples = generator.generate(requests, params)
     found = {"same_as_before": _share(samples, before), **_gap(student.gaps(samples))}

@@ -21,6 +21,7 @@ from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.observability.peaks import percent_of_peak
 from opd_titan.observability.step_scalars import cached_tokens_read, work
 from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.weights import GeneratorWeights
@@ -147,11 +148,12 @@ class _Step:
         compiled = compiles_rollouts(self.config, s.device)
         build = partial(self.shapes["student"].build_share, s.world.tp, compiled)
         self.weights = GeneratorWeights(self.student, build, s.dtype, s.device, not compiled)
+        self.memory = StepMemory(s.device)
         self.generator = Generator(
             self.weights.model,
             {0},
             max_prefill_tokens=max(s.budgets),
-            room=lambda: self.weights.cache_room,
+            room=lambda: self.memory.room_beside(self.weights),
         )
         self.prompts = s.prompts(s.step_sequences, self.shapes["student"].args.vocab_size)
 
@@ -173,7 +175,7 @@ class _Step:
         stream = (42, number)
         sampling = (self.generator, self.prompts, 1, params, stream, s.world.dp)
         samples = phase("rollout", sample_responses, *sampling)
-        self.weights.release_if_short(self.generator)
+        self.memory.make_room(self.weights, self.generator)
         budget = self.config.training.max_tokens_per_microbatch
         plan = plan_minibatches(samples, 1, budget, s.world.dp)
         self.rule = rule(self.config)
@@ -186,7 +188,8 @@ class _Step:
         frozen = {"teacher": self.teacher} if whole else {}
         learning = partial(update, frozen=frozen, exchange_once=self.kept.gradients)
         self.scalars = phase("update", learning, *moving).scalars
-        self.weights.outdate()
+        self.weights.mark_stale()
+        self.memory.measure()
         times["step"] = time.perf_counter() - start
         return times, samples
 

@@ -29,7 +29,7 @@ from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import build_world
 from opd_titan.observability.recorder import Recorder
-from opd_titan.rollout.rollout import divide, in_order
+from opd_titan.rollout.rollout import in_order, split_on_policy
 
 SEED = 42  # the default of training.seed
 Row = dict[str, Any]
@@ -41,7 +41,7 @@ def prompts(count: int) -> list[Prompt]:
 
 def chosen(count: int, fraction: float, *stream: int) -> set[int]:
     """The prompts, by index, that the student answers."""
-    return {p.index for p in divide(prompts(count), fraction, stream)[0]}
+    return {p.index for p in split_on_policy(prompts(count), fraction, stream)[0]}
 
 
 # ------------------------------------------------------------- who answers what
@@ -49,9 +49,9 @@ def chosen(count: int, fraction: float, *stream: int) -> set[int]:
 
 def test_the_ends_leave_nothing_to_chance() -> None:
     everyone = prompts(1000)
-    assert divide(everyone, 1.0, (0, 1)) == (everyone, [])
-    assert divide(everyone, 0.0, (0, 1)) == ([], everyone)
-    assert divide([], 0.5, (0, 1)) == ([], [])
+    assert split_on_policy(everyone, 1.0, (0, 1)) == (everyone, [])
+    assert split_on_policy(everyone, 0.0, (0, 1)) == ([], everyone)
+    assert split_on_policy([], 0.5, (0, 1)) == ([], [])
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
@@ -73,7 +73,7 @@ def test_the_draw_depends_on_seed_step_and_prompt_alone() -> None:
     assert len({frozenset(chosen(500, 0.5, *s)) for s in ((SEED, 7), (SEED, 8), (43, 7))}) == 3
     # Whatever else is in the batch, in whatever order; a larger fraction keeps who was in.
     some = prompts(500)[::-3]
-    assert {p.index for p in divide(some, 0.5, (SEED, 7))[0]} == first & {p.index for p in some}
+    assert {p.index for p in split_on_policy(some, 0.5, (SEED, 7))[0]} == first & {p.index for p in some}
     assert first < chosen(500, 0.6, SEED, 7)
 
 
@@ -132,7 +132,7 @@ def sampled(rows: list[Row]) -> list[Row]:
 
 
 def is_ours(name: str, step: int, index: int) -> bool:
-    return bool(divide([Prompt(index, "", (0,))], FRACTION[name], (SEED, step))[0])
+    return bool(split_on_policy([Prompt(index, "", (0,))], FRACTION[name], (SEED, step))[0])
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -34,8 +34,7 @@ import opd_titan.rollout.generator as generator_module
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.models.attention import PackedAttention
-from opd_titan.models.kernels import uniforms
-from opd_titan.models.layers import can_pack
+from opd_titan.models.kernels import can_pack, uniforms
 from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.generator import Generator, SamplingParams
@@ -374,7 +373,7 @@ def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool, p
         with torch.no_grad():
             p.to_local().add_(1.0)
         assert torch.equal(held(weights, name), stale[name])
-    weights.outdate()
+    weights.mark_stale()
     weights.sync()
     for name, p in source.named_parameters():
         assert torch.equal(held(weights, name), p.to_local().bfloat16()), name
@@ -403,7 +402,7 @@ def test_packed_weights_give_the_same_log_probs(world: World) -> None:
             for p in source.parameters():
                 p.to_local().mul_(1.2)
         for weights in both:
-            weights.outdate()
+            weights.mark_stale()
             weights.sync()
 
 
@@ -418,7 +417,7 @@ def gathered_weights_are_whole(dtype: torch.dtype, tied: bool) -> list[bool]:
     with torch.no_grad():
         for p in source.parameters():
             p.to_local().mul_(1.5 + rank)
-    weights.outdate()
+    weights.mark_stale()
     weights.sync()
     same = []
     for name, p in plain.named_parameters():

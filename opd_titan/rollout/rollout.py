@@ -20,7 +20,7 @@ from opd_titan.rollout.scheduler import UNLIMITED, Request, common_length
 _CHOICE = -1
 
 
-def divide(
+def split_on_policy(
     prompts: Sequence[Prompt], on_policy_fraction: float, stream: tuple[int, ...]
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts that the student answers, and those that keep the data set's response.

@@ -37,6 +37,7 @@ from opd_titan.models.attention import why_padded
 from opd_titan.models.kernels import why_unavailable
 from opd_titan.models.transforms import apply_compile
 from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.weights import GeneratorWeights
 
 logger = logging.getLogger("opd_titan")
@@ -309,9 +310,18 @@ def parallel_model(
 
 
 def build_generator(
-    source: ModelSource, model: nn.Module, world: World, config: JobConfig, dtype: torch.dtype
+    source: ModelSource,
+    model: nn.Module,
+    world: World,
+    config: JobConfig,
+    dtype: torch.dtype,
+    memory: StepMemory | None = None,
 ) -> tuple[GeneratorWeights, Generator]:
-    """What samples from a loaded model; its weights have to be synced before."""
+    """Return what samples from a loaded model. The weights must be synced before sampling.
+
+    Args:
+        memory: says what may stay in use between rollouts; without it, all free memory is used.
+    """
     compiled = compiles_rollouts(config, world.device)
     build = partial(source.build_share, world.tp, compiled)
     weights = GeneratorWeights(model, build, dtype, world.device, pack=not compiled)
@@ -321,7 +331,7 @@ def build_generator(
         config.rollout.max_concurrent,
         config.training.max_tokens_per_microbatch,
         world.tp,
-        room=lambda: weights.cache_room,
+        room=lambda: None if memory is None else memory.room_beside(weights),
     )
     track_memory(f"rollout's copy of the {source.role}", weights, lambda w: w.bytes_now)
     track_memory(f"KV cache of the {source.role}", generator, lambda g: g.num_bytes)

@@ -39,7 +39,8 @@ from opd_titan.observability.progress import Bar, progress
 from opd_titan.observability.recorder import Recorder
 from opd_titan.observability.watchdog import Watchdog
 from opd_titan.rollout.generator import Generator, SamplingParams
-from opd_titan.rollout.rollout import divide, in_order, sample_responses
+from opd_titan.rollout.memory import StepMemory
+from opd_titan.rollout.rollout import in_order, sample_responses, split_on_policy
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.training.gathering import keep_what_fits
 from opd_titan.training.models import build_generator, common_vocab_size, compiles, load_model
@@ -87,15 +88,19 @@ class Trainer:
             keep_latest_k=c.checkpoint.keep_latest_k,
             background=c.checkpoint.async_mode == "async",
         )
-        self.weights, self.generator = self._generator("student", self.student)
+        self.memory = StepMemory(self.device)
+        self.weights, self.generator = self._generator("student", self.student, self.memory)
 
     def _load(self, role: str) -> Any:
         self.monitor.set_phase(f"the loading of the {role}")
         self.stop.check()
         return load_model(self.sources[role], self.world, self.config, self.job.dtype)
 
-    def _generator(self, role: str, model: Any) -> tuple[GeneratorWeights, Generator]:
-        return build_generator(self.sources[role], model, self.world, self.config, self.job.dtype)
+    def _generator(
+        self, role: str, model: Any, memory: StepMemory | None = None
+    ) -> tuple[GeneratorWeights, Generator]:
+        source, dtype = self.sources[role], self.job.dtype
+        return build_generator(source, model, self.world, self.config, dtype, memory)
 
     def _build_rules(self) -> None:
         c, r = self.config, self.config.rollout
@@ -200,7 +205,7 @@ class Trainer:
             with phase("rollout"):
                 samples = self.rollout(prompts)
                 self.recorder.choose(samples)
-                self.weights.release_if_short(self.generator)
+                self.memory.make_room(self.weights, self.generator)
             plan = self.plan(samples)
             with phase("teacher"):
                 for role in filter(is_teacher, self.frozen):
@@ -210,7 +215,9 @@ class Trainer:
                     self.score("reference", "reference", plan)
             with phase("update"):
                 result = self.update(plan)
-                self.weights.outdate(any(result.made), self.kept.usable - self.kept.needed)
+                self.weights.mark_stale()
+                if any(result.made):
+                    self.memory.measure(self.kept.usable - self.kept.needed)
         return samples, result
 
     @contextmanager
@@ -223,7 +230,7 @@ class Trainer:
         """The step's responses, of each prompt the student's own or the data set's."""
         r, dp = self.config.rollout, self.world.dp
         stream = (self.config.training.seed, self.step)
-        sampled, given = divide(prompts, r.on_policy_fraction, stream)
+        sampled, given = split_on_policy(prompts, r.on_policy_fraction, stream)
         most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with progress(most, f"step {self.step} rollout", "tok", rank=dist.get_rank()) as bar:
             on_tokens = self.monitor.on_tokens(bar)

@@ -22,8 +22,8 @@ from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
 from opd_titan.distributed.sharding import resharding
+from opd_titan.models.kernels.paged import choose_path
 from opd_titan.models.logits import Distribution
-from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request

@@ -24,7 +24,8 @@ from gpu_setting import draw_weights
 from torch import nn
 
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.models.layers import Linear, can_pack, join
+from opd_titan.models.kernels import can_pack
+from opd_titan.models.layers import Linear, join
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import sequence_key

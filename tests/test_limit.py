@@ -12,8 +12,9 @@ from tiny_world import REPO
 from opd_titan.config import load_config
 from opd_titan.errors import ConfigError
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.limit import UNLIMITED, common_length, cut
+from opd_titan.rollout.rollout import cut
 from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import UNLIMITED, common_length
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 200))

@@ -31,7 +31,7 @@ from tiny_world import (
 from opd_titan.config import load_config
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.errors import ModelError
-from opd_titan.rollout.rollout import divide, in_order
+from opd_titan.rollout.rollout import in_order, split_on_policy
 
 SEED = 42  # the default of training.seed
 TOKENS = 98  # of the tokenizer; the model "padded" has more rows
@@ -133,14 +133,14 @@ def prompts(count: int) -> list[Prompt]:
 
 def chosen(count: int, fraction: float, *stream: int) -> set[int]:
     """Return the prompts, by index, that the student answers."""
-    return {p.index for p in divide(prompts(count), fraction, stream)[0]}
+    return {p.index for p in split_on_policy(prompts(count), fraction, stream)[0]}
 
 
 def test_nothing_is_drawn_at_fractions_of_0_and_1() -> None:
     everyone = prompts(1000)
-    assert divide(everyone, 1.0, (0, 1)) == (everyone, [])
-    assert divide(everyone, 0.0, (0, 1)) == ([], everyone)
-    assert divide([], 0.5, (0, 1)) == ([], [])
+    assert split_on_policy(everyone, 1.0, (0, 1)) == (everyone, [])
+    assert split_on_policy(everyone, 0.0, (0, 1)) == ([], everyone)
+    assert split_on_policy([], 0.5, (0, 1)) == ([], [])
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9])
@@ -162,7 +162,9 @@ def test_the_draw_depends_on_seed_step_and_prompt_alone() -> None:
     assert len({frozenset(chosen(500, 0.5, *s)) for s in ((SEED, 7), (SEED, 8), (43, 7))}) == 3
     # It does not depend on the rest of the batch or its order; a larger fraction adds prompts.
     some = prompts(500)[::-3]
-    assert {p.index for p in divide(some, 0.5, (SEED, 7))[0]} == first & {p.index for p in some}
+    assert {p.index for p in split_on_policy(some, 0.5, (SEED, 7))[0]} == first & {
+        p.index for p in some
+    }
     assert first < chosen(500, 0.6, SEED, 7)
 
 
@@ -230,7 +232,7 @@ def test_each_prompt_has_samples_or_the_data_sets_response(
             by_prompt.setdefault(row["prompt_index"], []).append(row)
         assert len(by_prompt) == PROMPTS[name]
         for index, group in by_prompt.items():
-            ours = bool(divide([Prompt(index, "", (0,))], FRACTION[name], (SEED, step))[0])
+            ours = bool(split_on_policy([Prompt(index, "", (0,))], FRACTION[name], (SEED, step))[0])
             sources.add(ours)
             assert [row["sample_index"] for row in group] == ([0, 1] if ours else [0])
             for row in group:

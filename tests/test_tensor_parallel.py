@@ -98,7 +98,7 @@ def generated(world: World, tied: bool) -> list[list[Any]]:
     with torch.no_grad():
         for p in source.parameters():
             p.to_local().mul_(1.1)
-    weights.outdate()
+    weights.mark_stale()
     weights.release()
     copies = [p for p in weights.model.parameters() if p.untyped_storage().size() == 0]
     # Without FSDP the generator reads a rank's share from the trained model.

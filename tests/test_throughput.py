@@ -27,6 +27,7 @@ from opd_titan.distill.packing import PackedBatch
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.world import build_world
 from opd_titan.models.attention import PackedAttention
+from opd_titan.models.kernels.paged import choose_path
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.parallelize import rank_args
@@ -34,7 +35,6 @@ from opd_titan.observability.metrics import is_scalar, work_scalars
 from opd_titan.observability.peaks import Peaks, device_peaks, percent_of_peak
 from opd_titan.observability.recorder import Recorder
 from opd_titan.observability.step_scalars import cached_tokens_read, work
-from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, bytes_per_token
 

@@ -24,10 +24,11 @@ from harness import alternate, emit, machine, table
 from qwen3_shapes import NAMES, write_config
 from torch import Tensor, nn
 
+from opd_titan.config.resolve import ModelSpec
 from opd_titan.models import transforms
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.qwen3.model import Qwen3Model
-from opd_titan.training.models import inspect_shape
+from opd_titan.training.sources import inspect_shape
 
 VOCAB = 1024
 MODES = ("none", "selective", "full")
@@ -98,7 +99,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         write_config(a.model, Path(folder), vocab_size=VOCAB, num_hidden_layers=a.layers)
-        base = Qwen3Model(inspect_shape("student", folder, 1).args)
+        base = Qwen3Model(inspect_shape(ModelSpec("student", folder, "student.hf_path"), 1).args)
     for p in base.parameters():
         p.grad = torch.zeros_like(p)
     batch = torch.randint(VOCAB, (a.tokens,)), [a.sequence] * (a.tokens // a.sequence)

@@ -123,7 +123,8 @@ def measure_head(s: Setting, size: str) -> None:
     weight_VD = weight_VD.to(s.dtype)
     targets_R = torch.randint(args.vocab_size, (rows,), device=s.device)
     teacher_R = torch.randn(rows, device=s.device) * 0.3 - 11.0
-    rule = UpdateRule.of(JobConfig(), Distribution())
+    c = JobConfig()
+    rule = UpdateRule.of(c.distill, c.reference, c.training, Distribution())
 
     def both() -> Tensor:
         leaves = hidden_RD.detach().requires_grad_(), weight_VD.detach().requires_grad_()

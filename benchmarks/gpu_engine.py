@@ -17,6 +17,7 @@ from harness import REPO, Record
 from torch import Tensor, nn
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ModelSpec
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
@@ -28,8 +29,9 @@ from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.training.models import inspect_model, load_model
+from opd_titan.training.models import load_model
 from opd_titan.training.self_check import TOLERANCE
+from opd_titan.training.sources import inspect_model
 
 DEBUG = REPO / "assets" / "debug"
 # Around the ends of pages of 64 and of 256 tokens; the samples of a prompt share its pages.
@@ -104,7 +106,7 @@ def check_engine(s: Setting, size: str) -> None:
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.neg_()
-    student.weights.outdate()
+    student.weights.mark_stale()
     student.weights.sync()
     samples = generator.generate(requests, params)
     same = _equal(samples, first[True])
@@ -152,8 +154,8 @@ def measure_gap(s: Setting) -> None:
     _emit_gap(student, "0.6B, random weights", prompts, params, {0})
     del student
     gc.collect()
-    source = inspect_model("student", str(DEBUG / "student"), False, 1)
-    model = load_model(source, s.world, JobConfig(), s.dtype)
+    source = inspect_model(ModelSpec("student", str(DEBUG / "student"), "student.hf_path"), 1)
+    model = load_model(s.job(JobConfig()), source, s.world)
     student = _Student(s, model, partial(source.build_share, s.world.tp, False))
     with (DEBUG / "data" / "test.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(4 * s.step_sequences)]

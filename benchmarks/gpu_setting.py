@@ -20,17 +20,13 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ModelSpec, ResolvedJob, resolve
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.observability.peaks import Peaks, device_peaks, percent_of_peak
-from opd_titan.training.models import (
-    ModelShape,
-    allocate,
-    compute_dtype,
-    inspect_shape,
-    parallel_model,
-)
+from opd_titan.training.models import allocate, compute_dtype, parallel_model
+from opd_titan.training.sources import ModelShape, inspect_shape
 
 GIB = 1024**3
 
@@ -78,7 +74,10 @@ class Setting:
     @property
     def dtype(self) -> torch.dtype:
         """What the trainer computes in: bf16 on CUDA, else fp32."""
-        return compute_dtype(JobConfig(), self.device)
+        return compute_dtype(self.job(JobConfig()))
+
+    def job(self, config: JobConfig) -> ResolvedJob:
+        return resolve(config, self.device.type, 1)
 
     @property
     def peaks(self) -> Peaks:
@@ -90,13 +89,14 @@ class Setting:
         """Return the shape of a released size, with these keys of its config.json changed."""
         with tempfile.TemporaryDirectory() as folder:
             write_config(size, Path(folder), miniature=self.miniature, **changes)
-            return inspect_shape(role, folder, 1)
+            return inspect_shape(ModelSpec(role, folder, f"{role}.hf_path"), 1)
 
     def model(
         self, shape: ModelShape, config: JobConfig, seed: int = 0, dtype: torch.dtype | None = None
     ) -> nn.Module:
         """Build and shard a model as the program does; draw its weights on the device, quickly."""
-        model = parallel_model(shape, self.world, config, dtype or self.dtype)
+        mode, compiled = config.activation_checkpoint.mode, self.job(config).compiled
+        model = parallel_model(shape, self.world, dtype or self.dtype, mode, compiled)
         allocate(model, self.device)
         draw_weights(model, shape.args.init_std, seed)
         return model

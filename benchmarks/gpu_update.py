@@ -26,6 +26,7 @@ from opd_titan.distill.update import UpdateRule, forward_backward, update
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.weights import GeneratorWeights
@@ -49,17 +50,17 @@ def recipe(compile: bool = False, objective: str = "policy_gradient") -> JobConf
 
 
 def rule(config: JobConfig) -> UpdateRule:
-    return UpdateRule.of(config, Distribution())
+    return UpdateRule.of(config.distill, config.reference, config.training, Distribution())
 
 
 def measure_update(s: Setting, size: str, compile: bool) -> None:
     """Measure updates of each number of micro-batches of each size, and one micro-batch."""
     config, shape = recipe(compile), s.shape("student", size)
     model = s.model(shape, config)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config.optimizer)
     for budget in s.budgets:
         config.training.max_tokens_per_microbatch = budget
-        kept = keep_what_fits(config, {"student": model}, {"student": shape}, s.world, s.dtype)
+        kept = keep_what_fits(s.job(config), {"student": model}, {"student": shape}, s.world)
         for count in s.microbatches:
             samples = s.samples(budget, count, shape.args.vocab_size)
             plan = plan_minibatches(samples, 1, budget, s.world.dp)
@@ -114,16 +115,17 @@ class _Step:
         shapes = {"student": s.shape("student", "0.6B"), "teacher": s.shape("teacher", "4B")}
         models = {role: s.model(shape, self.config, i) for i, (role, shape) in
                   enumerate(shapes.items())}  # fmt: skip
-        self.kept = keep_what_fits(self.config, models, shapes, s.world, s.dtype)
+        self.kept = keep_what_fits(s.job(self.config), models, shapes, s.world)
         self.student, self.teacher = models.values()
-        self.optimizer = build_optimizer(self.student, self.config)
+        self.optimizer = build_optimizer(self.student, self.config.optimizer)
         build = partial(shapes["student"].build_share, s.world.tp, False)
         self.weights = GeneratorWeights(self.student, build, s.dtype, s.device)
+        self.memory = StepMemory(s.device)
         self.generator = Generator(
             self.weights.model,
             {0},
             max_prefill_tokens=max(s.budgets),
-            room=lambda: self.weights.cache_room,
+            room=lambda: self.memory.room_beside(self.weights),
         )
         self.prompts = s.prompts(s.step_sequences, shapes["student"].args.vocab_size)
 
@@ -144,7 +146,7 @@ class _Step:
         params = SamplingParams(new_tokens, ignore_eos=True)
         sampling = (self.generator, self.prompts, 1, params, (42, number), s.world.dp)
         samples: list[Sample] = phase("rollout", sample_responses, *sampling)
-        self.weights.release_if_short(self.generator)
+        self.memory.make_room(self.weights, self.generator)
         plan = plan_minibatches(samples, 1, max(s.budgets), s.world.dp)
         update_rule = rule(self.config)
         whole = update_rule.needs_vocabulary
@@ -162,7 +164,8 @@ class _Step:
             frozen={"teacher": self.teacher} if whole else {},
             exchange_once=self.kept.gradients,
         )
-        self.weights.outdate()
+        self.weights.mark_stale()
+        self.memory.measure()
         times["step"] = time.perf_counter() - start
         gap = result.scalars["policy/logprob_gap_max"]
         forwards = self.generator.stats.decode_forwards

@@ -211,11 +211,13 @@ def variance_at_start(argv: list[str]) -> None:
     import torch
 
     from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
     from opd_titan.training.trainer import Trainer
 
-    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
+    job = resolve(load_config(argv), "cpu", 1)
+    trainer = Trainer(job, StopRequest(), Heartbeat(0, 600))
     gradients = []
 
     def take(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -225,8 +227,8 @@ def variance_at_start(argv: list[str]) -> None:
         for parameter in with_grad:
             parameter.grad = None
 
-    trainer.optimizer.register_step_pre_hook(take)
-    trainer.weights.sync()
+    trainer.models.optimizer.register_step_pre_hook(take)
+    trainer.models.weights.sync()
     for _ in range(trainer.total_steps):
         trainer.step += 1
         plan = trainer.plan(trainer.rollout(next(trainer.job.loader)))

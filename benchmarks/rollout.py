@@ -69,13 +69,17 @@ def compare(a: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
     )
     from rollout_limits import engine_figures, measure_limit
 
-    from opd_titan.training.models import inspect_shape
+    from opd_titan.config.resolve import ModelSpec
+    from opd_titan.training.sources import inspect_shape
 
     device = torch.device("cpu")
     s = Setting(miniature=a.miniature, warmup=1, device=device)
     small = {} if a.setting == "0.6B" else SMALL | {"head_dim": 32, "eos_token_id": 151645}
     write_config("0.6B", folder, miniature=a.miniature, **({} if a.miniature else small))
-    shape, pick = inspect_shape("student", str(folder), 1), random.Random(0)
+    shape, pick = (
+        inspect_shape(ModelSpec("student", str(folder), "student.hf_path"), 1),
+        random.Random(0),
+    )
     span = (a.shortest, a.longest) if a.setting == "ragged" else (a.new_tokens, a.new_tokens)
     prompts = gsm8k_prompts(a.requests, shape.args.vocab_size, a.data)
     work = Workload(prompts, [pick.randint(*span) for _ in prompts])

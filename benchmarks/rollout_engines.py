@@ -30,7 +30,7 @@ from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import sequence_key
 from opd_titan.rollout.scheduler import Request
-from opd_titan.training.models import ModelShape
+from opd_titan.training.sources import ModelShape
 
 # ------------------------------------------------------------------ the workload
 

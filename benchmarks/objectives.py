@@ -229,12 +229,12 @@ def variance_at_start(argv: list[str]) -> None:
 
     trainer.models.optimizer.register_step_pre_hook(take)
     trainer.models.weights.sync()
-    for _ in range(trainer.total_steps):
-        trainer.step += 1
-        plan = trainer.plan(trainer.rollout(next(trainer.job.loader)))
-        for role in trainer.frozen:
-            trainer.score(role, role, plan)
-        trainer.update(plan)
+    phases = trainer.phases
+    for step in range(1, trainer.total_steps + 1):
+        plan = phases.plan(phases.rollout(step, next(trainer.setup.loader)))
+        for role in trainer.models.frozen:
+            phases.score(role, plan)
+        phases.update(plan, 1.0)
     stacked = torch.stack(gradients)
     print((stacked.var(dim=0).sum() / stacked.mean(dim=0).square().sum()).item())
 

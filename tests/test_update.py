@@ -26,10 +26,17 @@ from tiny_student import (
 from torch import Tensor
 
 from opd_titan.distill import head as head_module
-from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient, sft
+from opd_titan.distill.objectives import (
+    Objective,
+    ObjectiveSettings,
+    TokenLoss,
+    policy_gradient,
+    sft,
+)
 from opd_titan.distill.packing import Minibatch, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
+from opd_titan.distill.vocabulary import Rows
 from opd_titan.distributed.sharding import fsdp_groups
 from opd_titan.distributed.world import ALONE, build_world
 from opd_titan.models.logits import Distribution
@@ -177,6 +184,16 @@ def test_a_non_finite_update_is_skipped_and_the_next_one_made(bad, objective) ->
     assert update(model, optimizer, plan[1:], how, lone_world()).made == [True]
     update(twin, twin_optimizer, plan[1:], how, lone_world())
     assert torch.equal(weights(model), weights(twin)) and not torch.equal(weights(model), before)
+
+
+def test_a_non_finite_loss_is_seen_though_its_gradient_is_finite() -> None:
+    def loss(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+        return TokenLoss(math.inf - rows.logprob_C, torch.zeros_like(rows.logprob_C))
+
+    model, samples = tiny_qwen3(), random_samples(LENGTHS)
+    how = UpdateRule(Objective(loss, whole=False), ObjectiveSettings(), Distribution(), 1.0)
+    scalars, moved = run_update(model, plan_minibatches(samples, 1, 99, ALONE), how)
+    assert scalars["skipped_updates"] == 1 and not moved.any()
 
 
 # ---------------------------------------------------------------- memory and frozen models

@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from test_config import MODELS
 from test_config_properties import ARGUMENTS, NAMES, SCRAPS, TOML_TEXTS
-from test_data import own_datasets_cache  # noqa: F401  leaves the user's own cache alone
 
 from opd_titan.config import JobConfig, load_config, to_toml
 from opd_titan.data.loading import load_rows

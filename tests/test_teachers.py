@@ -306,7 +306,8 @@ def test_random_teachers_in_another_order_are_another_job(world: World) -> None:
     for models in (rows, rows[::-1]):
         listed = ["--teacher.models", f"[{', '.join(models)}]", "--teacher.random_init"]
         config = load_config([str(word) for word in world.argv("order", *listed)])
-        found.append(job_identity(config, inspect_models(config), {"sums": [], "words": []}))
+        counted = {"sums": (0, ""), "words": (0, "")}
+        found.append(job_identity(config, inspect_models(config), counted))
     assert set(differences(*found)) == {"teacher.small.hf_path", "teacher.large.hf_path"}
 
 

@@ -68,7 +68,7 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
         options = prompt_options(config, subject.tokenizer)
         validator = build_validator(config, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
-        check_lengths([subject.source], validator.prompts, new_tokens, "validation")
+        check_lengths([subject.source], validator.longest, new_tokens, "validation")
     folder, monitor = claim_folder(config, subject.name), Monitor(stop, heartbeat, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
     monitor.set_phase(f"the loading of {subject.name}")

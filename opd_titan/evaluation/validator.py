@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
 from opd_titan.config.sets import teacher_role, validation_sets
+from opd_titan.data.cache import Prompts
 from opd_titan.data.prompts import build_prompts
-from opd_titan.data.types import Prompt, Sample
+from opd_titan.data.types import Sample
 from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
@@ -84,9 +85,9 @@ class Validator:
         self._of_teachers: dict[str, ByPrompt] = {}  # by set, as far as measured
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """Of all sets."""
-        return [prompt for held_out in self.sets for prompt in held_out.prompts]
+    def longest(self) -> int:
+        """The number of tokens of the longest prompt."""
+        return max(len(p.token_ids) for held_out in self.sets for p in held_out.prompts)
 
     def warn_if_not_held_out(self) -> None:
         for held_out in self.sets:
@@ -226,7 +227,7 @@ def prompt_options(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> dic
 def build_validator(
     config: JobConfig,
     options: dict[str, Any],
-    training_prompts: Sequence[Prompt],
+    training_sets: Sequence[Prompts],
     decode: Callable[[list[int]], str],
     dp: Axis,
     teacher: str | None,
@@ -242,9 +243,8 @@ def build_validator(
             grader cannot grade.
     """
     c, v = config, config.validation
-    trained_on = {p.text for p in training_prompts}
     sets = [
-        _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, trained_on)
+        _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, training_sets)
         for i, row in enumerate(validation_sets(config))
     ]
     params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
@@ -252,7 +252,7 @@ def build_validator(
 
 
 def _read_set(
-    row: ValidationSet, section: str, options: dict[str, Any], trained_on: set[str]
+    row: ValidationSet, section: str, options: dict[str, Any], training_sets: Sequence[Prompts]
 ) -> HeldOut:
     grader = load_grader(row.grader, f"{section}.grader")
     found = build_prompts(
@@ -272,7 +272,9 @@ def _read_set(
             f"{section}.dataset and {section}.path a set with answers, or set "
             f"validation.enable = false"
         )
-    known = sum(p.text in trained_on for p in prompts)
+    texts = [p.text for p in prompts]
+    trained_on = set().union(*(s.texts_among(texts) for s in training_sets))
+    known = sum(text in trained_on for text in texts)
     return HeldOut(row.name, prompts, grader, found.source, known, teacher_role(row.teacher))
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from opd_titan.config import JobConfig
 from opd_titan.config.sets import data_sets
-from opd_titan.data.types import Prompt
 from opd_titan.training.models import ModelSource, random_seed
 
 _EDGE_BYTES = 64 * 1024
@@ -18,20 +16,20 @@ Identity = dict[str, dict[str, str]]
 
 
 def job_identity(
-    config: JobConfig, sources: Mapping[str, ModelSource], sets: Mapping[str, Sequence[Prompt]]
+    config: JobConfig, sources: Mapping[str, ModelSource], sets: Mapping[str, tuple[int, str]]
 ) -> Identity:
     """Plain JSON values. What only changes how fast or how long a job learns is not in it.
 
     Args:
-        sets: the prompts by the name of their set.
+        sets: the number of prompts and their digest, by the name of the set.
     """
     found = {
         f"{role}.hf_path": _entry(_model_digest(source, config), str(source.folder))
         for role, source in sources.items()
     }
     for row in data_sets(config):
-        digest = _prompts_digest(sets[row.name])
-        told = f"{row.path} ({len(sets[row.name]):,} prompts)"
+        count, digest = sets[row.name]
+        told = f"{row.path} ({count:,} prompts)"
         if row.teacher:
             digest, told = f"{digest} {row.teacher}", f"{told} taught by {row.teacher}"
         found[f"data.{row.name}.path" if row.name else "data.path"] = _entry(digest, told)
@@ -80,10 +78,3 @@ def _ends(path: Path) -> bytes:
         head = file.read(_EDGE_BYTES)
         file.seek(max(0, size - _EDGE_BYTES))
         return b"%d" % size + head + file.read()
-
-
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(array("q", (len(prompt.token_ids), *prompt.token_ids)).tobytes())
-    return digest.hexdigest()

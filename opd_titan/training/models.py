@@ -27,7 +27,6 @@ from opd_titan.checkpoint.hf_load import check_hf_weights, load_hf_weights, rand
 from opd_titan.config import JobConfig
 from opd_titan.config.sets import is_teacher, teacher_role, teachers
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
-from opd_titan.data.types import Prompt
 from opd_titan.distributed.heartbeat import set_phase, track_memory
 from opd_titan.distributed.sharding import device_bytes
 from opd_titan.distributed.world import Axis, World
@@ -231,14 +230,14 @@ def common_vocab_size(sources: Mapping[str, ModelShape]) -> int:
 
 
 def check_lengths(
-    sources: Iterable[ModelSource], prompts: Iterable[Prompt], new_tokens: int, section: str
+    sources: Iterable[ModelSource], longest: int, new_tokens: int, section: str
 ) -> None:
     """Raise ModelError where prompt and response outgrow the positions a model was made for.
 
     Args:
+        longest: tokens of the longest prompt.
         section: the config table whose max_new_tokens the error names.
     """
-    longest = max(len(p.token_ids) for p in prompts)
     for source in sources:
         if longest + new_tokens > source.args.max_seq_len:
             raise ModelError(

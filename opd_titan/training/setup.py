@@ -43,7 +43,7 @@ from opd_titan.training.models import (
 logger = logging.getLogger("opd_titan")
 
 # Of what a checkpoint says besides tensors: another one cannot be read.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,11 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
         seed=config.training.seed,
         shuffle=config.data.shuffle,
     )
-    prompts = [prompt for s in prompt_sets for prompt in s.prompts]
-    check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
+    longest = max(s.prompts.longest for s in prompt_sets)
+    check_lengths(sources.values(), longest, config.rollout.max_new_tokens, "rollout")
     epochs = config.training.epochs
-    identity = job_identity(config, sources, {s.name: s.prompts for s in prompt_sets})
+    counted = {s.name: (len(s.prompts), s.prompts.digest) for s in prompt_sets}
+    identity = job_identity(config, sources, counted)
     validator = None
     if config.validation.enable:
         # Where a teacher stops is not in its weights, but shows in its accuracy.
@@ -155,9 +156,11 @@ def _inspect(config: JobConfig, world: World) -> PreparedJob:
             if is_teacher(role)
         ]
         teacher = "; ".join(told) or None
-        validator = build_validator(config, options, prompts, decode, world.dp, teacher)
+        validator = build_validator(
+            config, options, [s.prompts for s in prompt_sets], decode, world.dp, teacher
+        )
         new_tokens = validator.params.max_new_tokens
-        check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
+        check_lengths(sources.values(), validator.longest, new_tokens, "validation")
     return PreparedJob(
         config=config,
         world=world,

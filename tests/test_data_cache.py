@@ -26,6 +26,8 @@ from opd_titan.data.cache import TokenizedRow, Write, cached_prompts
 from opd_titan.data.files import digest_of_files
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet
+from opd_titan.data.sources import DATASETS, Record, dataset
+from opd_titan.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +149,7 @@ def test_files_are_compared_by_content_when_anything_about_them_changes(
     os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
     other.replace(file)
     assert build(tiny, "prompts", file).prompts[0].text == "own"
-    # Touched, moved or copied files are the same data.
+    # A touched or copied file has the same content.
     digest = digest_of_files([file])
     os.utime(file, (1, 1))
     assert digest_of_files([file]) == digest == digest_of_files([shutil.copy(file, other)])
@@ -186,6 +188,22 @@ def test_everything_that_changes_prompts_changes_the_key(tmp_path, monkeypatch) 
     assert len({repr(f) for f in found}) == len(changes)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "empty")
     assert [content(build(**o)) for o in options] == found[::2]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_cached(tiny, tmp_path) -> None:
+    file = write_lines(tmp_path / "train.jsonl", [{"riddle": "a"}, {"riddle": "b"}])
+    try:
+
+        @dataset("riddles", columns=("riddle",))
+        def riddles(row) -> Record:
+            write_lines(file, [{"riddle": "c"}])
+            return Record([{"role": "user", "content": row["riddle"]}])
+
+        with pytest.raises(DataError, match="data.path: .*train.jsonl changed while it was read"):
+            build(tiny, "riddles", file)
+        assert [p.text for p in build(tiny, "riddles", file).prompts] == ["c"]
+    finally:
+        del DATASETS["riddles"]
 
 
 # ------------------------------------------------------------------ damage

@@ -33,12 +33,12 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 class WrittenFloat(float):
     """A JSON number with a fraction or an exponent; its text is the one in the file."""
 
+    text: str
+
     def __new__(cls, text: str) -> WrittenFloat:
         number = super().__new__(cls, text)
         number.text = text
         return number
-
-    text: str
 
     def __repr__(self) -> str:
         return self.text

@@ -34,9 +34,11 @@ class Rows:
 
     Attributes:
         where: the path or hub id, for messages.
-        split: as the user wrote it. bounds: the ends of its slice, "" if there are none.
+        split: the split as the user wrote it.
+        bounds: the two ends of its slice; "" for one that is not given.
         read: yields each row of the whole split with its place.
-        files: that `read` reads. version: of a hub set, changes when its rows do.
+        files: the files that `read` reads; none for a hub set.
+        version: a hash of a hub set's revision and configuration.
     """
 
     spec: DatasetSpec
@@ -53,7 +55,8 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the rows do."""
-        return self.version or digest_of_files(self.files)
+        kinds = [file.suffix for file in self.files]
+        return self.version or f"{digest_of_files(self.files)} {kinds}"
 
     def records(self) -> Iterator[tuple[int, str, Record]]:
         """Yield the number of each row in the split (from 0), its place, and its record.

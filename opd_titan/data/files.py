@@ -89,6 +89,7 @@ def _checked(row: Any, file: Path, place: str) -> Row:
 def _parse(text: bytes, file: Path, first: int) -> Any:
     """Parse JSON that starts at line `first` of the file. Raise DataError naming the line."""
     line: int | None = first
+    cause: Exception
     try:
         value = json.loads(
             text.decode("utf-8-sig"), parse_float=WrittenFloat, object_pairs_hook=_object

@@ -26,7 +26,6 @@ from test_bad_input import (  # noqa: F401
     refused,
     started,
 )
-from test_data import own_datasets_cache  # noqa: F401  leaves the user's own cache alone
 from tiny_world import REPO, World, make_sums, make_world, train
 
 import opd_titan.training.models

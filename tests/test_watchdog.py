@@ -117,7 +117,7 @@ def test_different_templates_are_a_warning_or_an_error(
     options = (*models, "--data.template", "chat", "--training.steps", 1)
     assert train(argv(tmp_path / "warned", *options)) == 0
     (line,) = warnings(tmp_path / "warned")
-    assert "the chat templates of student and teacher make two prompts of one question" in line
+    assert "the chat templates of student and teacher render the same question differently" in line
     assert train(argv(tmp_path / "stopped", *options, "--watchdog.action", "stop")) == 2
     assert "watchdog.action is stop: the chat templates" in capsys.readouterr().err
     assert not (tmp_path / "stopped").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 # Tests run several processes on few cores; one thread each keeps them from fighting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing is left in the user's own cache. Removed at the end of this process.
+_CACHE = tempfile.TemporaryDirectory(prefix="opd_titan_tests_", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""A disk that is full, for this process."""
+"""Simulate a full disk for this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow past so many bytes: the same errors as a full disk, for this process."""
+    """Limit the size of files, in bytes. Writing more raises an OSError, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Kill a whole job, at random and everywhere; it must end as the job that nobody touched.
+"""Kill a whole job in every phase; it must end like an undisturbed job, bit for bit.
 
     python tests/kill_anywhere.py --kills 50 --processes 1 --out /tmp/kills
 
@@ -116,8 +116,8 @@ class Timeline:
         """The phase that was begun last and has not ended."""
         running: list[str] = []
         seen = False
-        for _, whose, _, kind, name in self.lines:
-            if whose != rank:
+        for _, of_rank, _, kind, name in self.lines:
+            if of_rank != rank:
                 continue
             seen = True
             if kind == "begin":
@@ -176,7 +176,7 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL to all that belongs to it; returns when none is left."""
-        # Those known by now at once, for the moment counts; then whoever else there is.
+        # First the workers that are known, at once, because the moment counts; then all others.
         workers = {int(line[0]) for line in self.timeline.lines}
         if self.process.poll() is None:
             for pid in (*workers, self.process.pid):
@@ -255,7 +255,7 @@ class Harness:
         return self.world.argv(out, *COMMON, *VARIANTS[variant], *exact, *self.options)
 
     def truth(self, variant: str) -> Path:
-        """The run that nobody touches."""
+        """Return the folder of an undisturbed run."""
         job = Job(self.argv(f"truth-{variant}", variant), self.processes, self.scratch)
         if code := job.wait():
             raise RuntimeError(f"undisturbed, exit code {code}: {job.stderr.read_text()}")

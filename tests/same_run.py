@@ -1,4 +1,4 @@
-"""In what two dump folders of the same recipe differ, measured times and memory aside."""
+"""The differences between the dump folders of two runs, except measured times and memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tiny_world import MEASURED, rollout_bytes
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch import Tensor
 
 
 def differences(truth: Path, other: Path) -> list[str]:
-    """One line for each: files, scalars, rollouts, exports, checkpoints."""
+    """Return a line for each difference in files, scalars, rollouts, exports and checkpoints."""
     found = [f"left over: {path}" for path in leftovers(other)]
     found += _names(truth, other, ".")
     found += _scalars(truth, other)
@@ -31,7 +32,7 @@ def differences(truth: Path, other: Path) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Half-written, replaced or half-deleted things that nothing will clear away."""
+    """Return temporary and replaced files that nothing has removed."""
     paths = (path for path in folder.rglob("*") if path.suffix in (".tmp", ".replaced"))
     return sorted(str(path.relative_to(folder)) for path in paths)
 
@@ -47,7 +48,7 @@ def _names(truth: Path, other: Path, inside: str) -> list[str]:
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each scalar in the order that TensorBoard shows."""
+    """Return (step, value) of each scalar, in the order that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0}).Reload()
@@ -55,7 +56,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def written_again(folder: Path) -> int:
-    """Events on disk for a step that has had one: what TensorBoard purges."""
+    """Return the number of events on disk for steps that have had one, which TensorBoard purges."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     seen: Counter[tuple[str, int]] = Counter()
@@ -107,7 +108,7 @@ def _exports(truth: Path, other: Path) -> list[str]:
 
 
 def _content(path: Path, run: Path) -> bytes:
-    """A model card has the recipe, and this where the run was."""
+    """Return a file without the folder of its run, which the recipe in a model card has."""
     return path.read_bytes().replace(str(run).encode(), b"")
 
 
@@ -118,38 +119,25 @@ def _checkpoints(truth: Path, other: Path) -> list[str]:
         if not (other / inside).is_dir():
             continue
         found += _names(truth, other, inside)
-        a, b = (tensors(run / inside, run.with_name("tensors.pt")) for run in (truth, other))
+        a, b = (tensors(run / inside) for run in (truth, other))
         if a.keys() != b.keys():
             found.append(f"{inside}: other tensors: {sorted(a.keys() ^ b.keys())}")
         for name in a.keys() & b.keys():
-            same = torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
-            if not same:
+            if not torch.equal(a[name], b[name]):
                 found.append(f"{inside}: {name} differs")
         states = [_plain(run / inside / "train_state.json") for run in (truth, other)]
         found += [f"{inside}: train_state.json differs"] * (states[0] != states[1])
     return found
 
 
-def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
-    """Everything DCP saved, flattened."""
-    dcp_to_torch_save(checkpoint, scratch)
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, (dict, list)):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, inner in items:
-                walk(f"{prefix}/{key}", inner)
-        else:
-            flat[prefix] = value
-
-    walk("", torch.load(scratch, weights_only=False))
-    scratch.unlink()
-    return flat
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything that one process saved."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def _plain(path: Path) -> dict[str, Any]:
-    """The JSON state; of measured scalars only how many there are."""
+    """Return the JSON state, with only the number of measured scalars."""
     state = json.loads(path.read_text())
     window = {
         name: len(values) if name.startswith(MEASURED) else values

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from mistakes import TABLE
-from test_data import own_datasets_cache  # noqa: F401  leaves the user's own cache alone
 from tiny_world import (
     REPO,
     TIMEOUT,

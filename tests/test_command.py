@@ -175,7 +175,7 @@ def test_without_packages_and_network_one_line_says_what_to_bring(bare: Path) ->
     done = without_index(bare, ["bash", str(bare / "scripts" / "run_train.sh")])
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("opd_titan: python3 lacks torch, torchdata, ")
+    assert line.startswith("opd_titan: python3 lacks torch, transformers, ")
     assert "--find-links wheels" in line
 
 

@@ -285,7 +285,7 @@ def broken(world: World, run: Path) -> dict[str, Path]:
     copy = world.folder / "copy"
     for step in (1, 2):
         shutil.copytree(run / "checkpoint" / "step-2", copy / f"step-{step}")
-    part = max((copy / "step-1").glob("*.distcp"))
+    part = max((copy / "step-1").glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-100])
     write_rows(world.folder / "rows.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b"}])
     letters = [{"prompt": "a", "answer": "(A)"}, {"prompt": "b", "answer": "Rome"}]

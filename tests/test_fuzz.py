@@ -21,7 +21,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_config import MODELS
-from test_data import own_datasets_cache  # noqa: F401  leaves the user's own cache alone
 
 from opd_titan.config import JobConfig, load_config, to_toml
 from opd_titan.config.options import OPTIONS, TABLES

@@ -61,6 +61,7 @@ AUTO = [
     ("<think>It is 5. #### 5</think>\n#### 6", "5", False),
     ("<think>It is 5. #### 5", "5", False),
     ("It is 5.</think>The answer is 6", "6", True),
+    ("It is 5.</think>#### 5</think>Or is it?", "5", False),
     ("9" * 6000, "9", False),
     # words
     ("The answer is B.", "B", True),
@@ -316,6 +317,7 @@ def test_math_on_real_gsm8k_answers(shared_data: Path, math_verify: None) -> Non
         assert GRADERS["math"](f"So it is ${int(gold) + 1}$.", gold).score is False, gold
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**9), 10**9), st.integers(0, 10**6))
 def test_formatting_never_changes_a_number(value: int, other: int) -> None:
     for shape in ("{:,}", "{}.00", "{} apples", "${}", "\\boxed{{{}}}"):

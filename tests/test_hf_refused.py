@@ -63,24 +63,14 @@ def only_bin(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
 
-def big_header(data: bytes) -> bytes:
-    return (2**40).to_bytes(8, "little") + data[8:]
-
-
 # kind of source, what breaks it, what the message must name
 BROKEN: dict[str, tuple[dict[str, Any], Callable[[Path], Any], tuple[str, ...]]] = {
     "no_config": ({}, lambda f: (f / "config.json").unlink(), ("config.json", "missing")),
     "config_not_json": ({}, text("config.json", "{"), ("config.json", "JSON")),
     "config_not_an_object": ({}, text("config.json", "[1]"), ("config.json", "list")),
-    "config_not_utf8": (
-        {},
-        lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'),
-        ("config.json",),
-    ),
     "no_weights": ({}, lambda f: (f / SINGLE).unlink(), (SINGLE, INDEX)),
     "only_pytorch_bin": ({}, only_bin, (SINGLE, "pytorch_model.bin")),
     "missing_tensor": ({}, tensors(lambda t: t.pop(WQ)), (SINGLE, WQ)),
-    "missing_layer": ({}, config(num_hidden_layers=3), (SINGLE, "layers.2.", "and 10 more")),
     "extra_layer": ({}, config(num_hidden_layers=1), (SINGLE, "layers.1.", "and 10 more")),
     "extra_bias": (
         {},
@@ -88,11 +78,8 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Path], Any], tuple[str, ...]]]
         (SINGLE, "q_proj.bias"),
     ),
     "misshapen": ({}, tensors(lambda t: t.update({WQ: t[WQ].T.contiguous()})), (SINGLE, WQ)),
-    "flat": ({}, tensors(lambda t: t.update({WQ: t[WQ].flatten()})), (SINGLE, WQ, "[4096]")),
-    "other_vocab": ({}, config(vocab_size=38), (SINGLE, EMBEDDING, "[37, 32]", "[38, 32]")),
     "other_heads": ({}, config(num_key_value_heads=2), (SINGLE, "k_proj", "[64, 32]")),
     "fp8": ({}, tensors(lambda t: t.update({WQ: t[WQ].to(torch.float8_e4m3fn)})), (WQ, "F8_E4M3")),
-    "int8": ({}, tensors(lambda t: t.update({WQ: t[WQ].char()})), (SINGLE, WQ, "I8")),
     "untied_without_head": (
         dict(tied=True),
         config(tie_word_embeddings=False),
@@ -109,31 +96,17 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Path], Any], tuple[str, ...]]]
         (SINGLE, "lm_head.weight", "[36, 32]"),
     ),
     "truncated": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b[:-100]), (SINGLE, "truncated")),
-    "truncated_header": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b[:100]), (SINGLE,)),
-    "empty_file": ({}, lambda f: edit_bytes(f / SINGLE, lambda b: b""), (SINGLE, "truncated")),
-    "not_safetensors": ({}, text(SINGLE, "<html>429 Too Many Requests</html>"), (SINGLE,)),
     "lfs_pointer": ({}, text(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), (SINGLE,)),
-    "header_too_long": ({}, lambda f: edit_bytes(f / SINGLE, big_header), (SINGLE,)),
     "weights_are_a_folder": (
         {},
         lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()),
         (SINGLE,),
     ),
     "no_shard": (dict(sharded=True), lambda f: second_shard(f).unlink(), (SHARD, INDEX)),
-    "truncated_shard": (
-        dict(sharded=True),
-        lambda f: edit_bytes(second_shard(f), lambda b: b[:-1]),
-        (SHARD, "truncated"),
-    ),
     "index_escapes": (
         dict(sharded=True),
         weight_map(lambda m: m.update({WQ: "../other.safetensors"})),
         (INDEX, WQ, "../other.safetensors"),
-    ),
-    "index_absolute": (
-        dict(sharded=True),
-        weight_map(lambda m: m.update({WQ: "/etc/passwd"})),
-        (INDEX, WQ, "/etc/passwd"),
     ),
     "index_not_text": (dict(sharded=True), weight_map(lambda m: m.update({WQ: 2})), (INDEX, WQ)),
     "index_without_map": (
@@ -141,7 +114,6 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Path], Any], tuple[str, ...]]]
         lambda f: edit_json(f / INDEX, lambda i: i.pop("weight_map")),
         (INDEX, "weight_map"),
     ),
-    "index_not_json": (dict(sharded=True), text(INDEX, "nope"), (INDEX, "JSON")),
     "index_lacks_a_tensor": (dict(sharded=True), weight_map(lambda m: m.pop(WQ)), (WQ, INDEX)),
     "index_names_a_ghost": (
         dict(sharded=True),

@@ -169,7 +169,7 @@ def test_it_runs(name: str, world: World) -> None:
     out = world.folder / "out" / name
     assert "Done: 2 steps" in read_log(out)
     scalars = read_scalars(out)
-    assert list(scalars["loss/total"]) == [1, 2]
+    assert list(scalars["loss/policy"]) == [1, 2]
     text = re.sub(r"[\w/]+ of\s+the OPD run", "", head(name).replace("#", ""))
     shows = text[text.index("Shows: ") : text.index("Takes: ")]
     promised = {word for word in re.findall(r"\b\w+/\w+\b", shows) if is_scalar(word)}

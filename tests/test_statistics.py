@@ -144,6 +144,8 @@ def test_a_measurement_of_several_sets_is_the_plain_mean_of_its_sets() -> None:
     assert scalars["validation/pass_at_2"] == pytest.approx((5 / 12 + 1) / 2)
     assert scalars["validation/s1/pass_at_4"] == 1.0
     assert scalars["validation/response_tokens_mean"] == 2.5
+    # A partial score does not pass.
+    assert measured([[0.5, 1.0, 0.0, 0.5]]).pass_at == {1: 0.25, 2: 0.5, 4: 1.0}
     only = measured([[1.0], [0.5]])
     assert only.accuracy == 0.75 and only.pass_at == {} and only.by_prompt == [[1.0, 0.5]]
     assert only.interval == wilson(0.75, 2)

@@ -15,10 +15,10 @@ from tiny_student import one_process_group
 from tiny_world import World, assert_same_run, make_world, read_scalars, train
 from torch import nn
 
+from opd_titan.checkpoint import checkpointer
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.distributed.heartbeat import Heartbeat
-from opd_titan.errors import StorageError
 
 
 class Killed(Exception):
@@ -74,14 +74,14 @@ def test_a_stop_saves_again_what_the_storage_refused_before(
 ) -> None:
     argv = world.argv("refused", "--checkpoint.interval", 2, "--validation.enable", False)
     at("phase rollout of step 3", terminate)
-    write, calls = Checkpointer._write, iter(range(100))
+    write, calls = checkpointer.write_slices, iter(range(100))
 
-    def refused_once(*args: Any) -> None:
+    def refused_once(*args: Any) -> Any:
         if next(calls) == 0:
-            raise StorageError("no space left")
-        write(*args)
+            raise OSError("no space left")
+        return write(*args)
 
-    monkeypatch.setattr(Checkpointer, "_write", refused_once)
+    monkeypatch.setattr(checkpointer, "write_slices", refused_once)
     assert train(argv) == 75 and steps_of(argv) == [2]
 
 
@@ -117,8 +117,7 @@ def test_an_optimizer_that_has_not_moved_yet_is_saved_as_such(tmp_path: Path) ->
         before = [p.clone() for p in models[0].parameters()]
         assert checkpointers[0].save(1, {})
         checkpointers[1].load(1)
-        for optimizer in optimizers:
-            assert [int(s["step"]) for s in optimizer.state.values()] == [0, 0]
+        assert not optimizers[0].state and not optimizers[1].state
         for now, was, loaded in zip(
             models[0].parameters(), before, models[1].parameters(), strict=True
         ):

@@ -1,12 +1,10 @@
-"""Storage that fails or lies: full disks, damaged files, pickles that would run code."""
+"""Storage faults: full disks, damaged files, files that a stranger has altered."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,14 +16,13 @@ import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
 from full_disk import largest_file
+from safetensors.torch import load_file
 from test_hf_io import load_plain, make_source
 from tiny_student import one_process_group
 from torch import nn
-from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from opd_titan.checkpoint import manifest
-from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint
-from opd_titan.checkpoint.dcp_io import METADATA, _MetadataUnpickler
+from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint, load_weights
 from opd_titan.checkpoint.faults import naming
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
@@ -34,7 +31,7 @@ from opd_titan.checkpoint.steps import MANIFEST, STATE, agree_on_step, open_fold
 from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import CheckpointError, ConfigError, ModelError, StorageError
 
-DISTCP = "__0_0.distcp"
+WEIGHTS, TENSORS = "rank-0-0.safetensors", "index.json"
 
 
 def make_pair(size: int = 40) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -105,35 +102,30 @@ def become_file(path: Path) -> None:
 
 def half_copied(step: Path) -> None:
     """As a copy that was stopped leaves it: the first files, the last of them in part."""
-    for name in (STATE, MANIFEST, METADATA):
+    for name in (STATE, MANIFEST, TENSORS):
         (step / name).unlink(missing_ok=True)
-    cut(step / DISTCP, 0.5)
+    cut(step / WEIGHTS, 0.5)
 
 
 # what is done, the file that must be named, what must be said of it
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "weights_truncated": (lambda s: cut(s / DISTCP, 0.7), DISTCP, "is truncated from "),
+    "weights_truncated": (lambda s: cut(s / WEIGHTS, 0.7), WEIGHTS, "is truncated from "),
     "weights_longer": (
-        lambda s: (s / DISTCP).open("ab").write(b"x"),
-        DISTCP,
+        lambda s: (s / WEIGHTS).open("ab").write(b"x"),
+        WEIGHTS,
         "bytes; ",
     ),
-    "weights_flipped": (lambda s: flip(s / DISTCP), DISTCP, "CRC-32"),
-    "metadata_flipped": (lambda s: flip(s / METADATA), METADATA, "CRC-32"),
-    "metadata_empty": (lambda s: cut(s / METADATA, 0), METADATA, " to 0 bytes"),
-    "state_flipped": (lambda s: flip(s / STATE), STATE, "CRC-32"),
-    "state_empty": (lambda s: cut(s / STATE, 0), STATE, " to 0 bytes"),
-    "weights_gone": (lambda s: (s / DISTCP).unlink(), DISTCP, "is missing"),
-    "metadata_gone": (lambda s: (s / METADATA).unlink(), METADATA, "is missing"),
+    "weights_flipped": (lambda s: flip(s / WEIGHTS), WEIGHTS, "CRC-32"),
+    "index_flipped": (lambda s: flip(s / TENSORS), TENSORS, "CRC-32"),
+    "weights_gone": (lambda s: (s / WEIGHTS).unlink(), WEIGHTS, "is missing"),
     "state_gone": (lambda s: (s / STATE).unlink(), STATE, "is missing"),
-    "weights_a_folder": (lambda s: become_folder(s / DISTCP), DISTCP, "is not a file"),
+    "weights_a_folder": (lambda s: become_folder(s / WEIGHTS), WEIGHTS, "is not a file"),
     "manifest_cut": (lambda s: cut(s / MANIFEST, 0.5), MANIFEST, "is damaged"),
     "manifest_flipped": (lambda s: flip(s / MANIFEST, 0.02), MANIFEST, "is damaged"),
     "manifest_a_list": (lambda s: (s / MANIFEST).write_text("[]"), MANIFEST, "is damaged"),
     "manifest_a_folder": (lambda s: become_folder(s / MANIFEST), MANIFEST, "cannot be read"),
     "manifest_gone": (lambda s: (s / MANIFEST).unlink(), MANIFEST, "is missing"),
     "half_copied": (half_copied, MANIFEST, "is missing"),
-    "nothing_in_it": (lambda s: [p.unlink() for p in s.iterdir()], MANIFEST, "is missing"),
     "a_file": (become_file, "step-4", "is not a folder"),
 }
 
@@ -171,7 +163,7 @@ def test_what_is_damaged_is_kept_under_another_name(saved: Path, tmp_path: Path)
     shutil.copytree(saved, folder)
     with one_process_group():
         for kept in (["step-4.damaged"], ["step-4.damaged", "step-4.damaged-2"]):
-            flip(folder / "step-4" / DISTCP)
+            flip(folder / "step-4" / WEIGHTS)
             assert agree_on_step(folder, -1) == 2
             assert set_aside(folder, 2, "damaged") == [4]
             assert names(folder) == ["step-2", *kept]
@@ -206,7 +198,7 @@ def test_a_kill_between_two_renames_loses_nothing(saved: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("file", [DISTCP, STATE])
+@pytest.mark.parametrize("file", [WEIGHTS, STATE])
 def test_a_save_that_fails_leaves_the_last_good_one(
     tmp_path: Path, said: list[str], background: bool, file: str
 ) -> None:
@@ -238,7 +230,7 @@ def test_a_background_save_that_failed_does_not_keep_the_next_from_starting(
         checkpointer = make_checkpointer(tmp_path, background=True)
         with largest_file(1000):
             checkpointer.save(2, {})
-            checkpointer._pending[1].exception(60)
+            checkpointer._pending[-1].exception(60)
         assert checkpointer.save(4, {})
         checkpointer.require(4)
     assert len(said) == 1 and names(tmp_path) == ["step-4"]
@@ -270,7 +262,7 @@ def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path, background: bool)
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
         ballast.write_bytes(bytes(free - 16 * 1024))
         checkpointer.save(4, {})
-        with pytest.raises(StorageError, match=f"{DISTCP}: No space left on device; step 2 is"):
+        with pytest.raises(StorageError, match=f"{WEIGHTS}: No space left on device; step 2 is"):
             checkpointer.require(4)
         with pytest.raises(StorageError, match="safetensors: No space left on device$"):
             export_hf(model, small_disk / "hf", **options)
@@ -312,7 +304,7 @@ def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
     out["export"] = str(caught.value)
     dist.barrier()
     if rank == 0:
-        flip(folder / "step-6" / "__1_0.distcp", 0.9)
+        flip(folder / "step-6" / "rank-1-0.safetensors", 0.9)
     dist.barrier()
     out["chosen"] = agree_on_step(folder, -1)
     total = torch.ones(1)
@@ -328,7 +320,9 @@ def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
     assert f"hf.tmp/{SINGLE}: File too large" in first["export"]
     for background in (False, True):
         for poor in (0, 1):
-            assert f"__{poor}_0.distcp: File too large" in first[f"save {background} {poor}"]
+            assert (
+                f"rank-{poor}-0.safetensors: File too large" in first[f"save {background} {poor}"]
+            )
             assert "step-4" not in " ".join(first[f"left {background} {poor}"])
     assert names(tmp_path / "out") == ["step-2", "step-6"]
 
@@ -340,7 +334,7 @@ def test_an_error_without_a_number_keeps_its_words() -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
-    # The superuser may write everywhere, so a file stands in the way.
+    # A file in place of the folder fails for the superuser too.
     (tmp_path / "checkpoint").write_text("")
     with one_process_group():
         for folder in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "below"):
@@ -351,75 +345,69 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) ->
         assert names(tmp_path / "small") == []
 
 
-# ------------------------------------------------------------------- pickles
+# ----------------------------------------------------- altered and older checkpoints
 
 
-class Evil:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.target),)
-
-
-class Looked:
-    """Pickles as Python 3.11.0 to 3.11.3 do a member of an enum."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.found = (owner, name)
-
-    def __reduce__(self) -> Any:
-        return getattr, self.found
+def rewrite(step: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Alter the index of a step, with checksums that fit."""
+    index = json.loads((step / TENSORS).read_text())
+    change(index)
+    (step / TENSORS).write_text(json.dumps(index))
+    files = [name for name in names(step) if name != MANIFEST]
+    manifest.write_manifest(step / MANIFEST, manifest.describe(step, files))
 
 
-def test_getattr_in_metadata_finds_members_of_one_enum_and_nothing_else() -> None:
-    kind = dcp_metadata._MEM_FORMAT_ENCODING
+BIAS = "model.bias"
+ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no such tensor": (lambda i: i.pop(BIAS), "is of another model: model.bias is absent there"),
+    "one tensor more": (lambda i: i.update({"model.x": i[BIAS]}), "absent in student.hf_path"),
+    "another shape": (lambda i: i[BIAS][0].__setitem__(2, [39]), r"\[39\] there and \[40\]"),
+    "a lost slice": (lambda i: i[BIAS][0].__setitem__(1, [1]), "lacks slices of model.bias"),
+    "no slices": (lambda i: i[BIAS].clear(), "cannot be read"),
+    "a file elsewhere": (lambda i: i[BIAS][0].__setitem__(0, "../x"), "that is not beside it"),
+    "no shape": (lambda i: i[BIAS][0].pop(), "cannot be read"),
+    "a number": (lambda i: i.update({BIAS: 3}), "cannot be read"),
+}
 
-    def load(owner: Any, name: str) -> Any:
-        return _MetadataUnpickler(io.BytesIO(pickle.dumps(Looked(owner, name)))).load()
 
-    assert load(kind, "TORCH_CONTIGUOUS_FORMAT") is kind.TORCH_CONTIGUOUS_FORMAT
-    for owner, name in ((kind, "__class__"), (dcp_metadata.Metadata, "__init__")):
-        with pytest.raises((pickle.UnpicklingError, KeyError)):
-            load(owner, name)
-
-
-def test_metadata_that_would_run_code_is_refused(saved: Path, tmp_path: Path) -> None:
-    folder, target = tmp_path / "checkpoint", tmp_path / "ran"
+@pytest.mark.parametrize("name", ALTERED)
+def test_an_index_that_does_not_fit_is_one_line(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoint"
     shutil.copytree(saved, folder)
-    step = folder / "step-4"
-    (step / METADATA).write_bytes(pickle.dumps(Evil(target)))
-    (step / MANIFEST).unlink()
-    # Whoever plants a pickle writes its checksum too.
-    manifest.write_manifest(step / MANIFEST, manifest.describe(step, names(step)))
-    model, optimizer = make_pair()
+    change, message = ALTERED[name]
+    rewrite(folder / "step-4", change)
     with one_process_group():
+        checkpointer = make_checkpointer(folder)
         assert agree_on_step(folder, -1) == 4
-        checkpointer = Checkpointer(folder, model, optimizer, keep_latest_k=0, background=False)
-        for look in (lambda: inspect_checkpoint(folder, 4, model), lambda: checkpointer.load(4)):
-            with pytest.raises(CheckpointError) as caught:
+        for look in (
+            lambda: inspect_checkpoint(folder, 4, checkpointer.model),
+            lambda: checkpointer.load(4),
+            lambda: load_weights(folder / "step-4", checkpointer.model),
+        ):
+            with pytest.raises(CheckpointError, match=message) as caught:
                 look()
-            assert f"{step / METADATA}: cannot be read" in str(caught.value)
-            assert "posix.mkdir, which no checkpoint has" in str(caught.value)
-    assert not target.exists()
-    pickle.loads((step / METADATA).read_bytes())
-    assert target.exists(), "the pickle must be one that does run"
+            assert str(caught.value).startswith(f"{folder}/step-4")
 
 
-def test_settings_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    """DCP unpickles whatever is not a tensor, as the optimizer's settings are."""
-    model, optimizer = make_pair()
-    optimizer.param_groups[0]["foreach"] = Evil(tmp_path / "ran")
+def test_a_checkpoint_is_json_and_safetensors_only(saved: Path) -> None:
+    """Neither can run code when it is read."""
+    for path in (saved / "step-4").iterdir():
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            assert load_file(path)
+
+
+def test_a_checkpoint_of_an_older_version_says_so(saved: Path, tmp_path: Path) -> None:
+    step = tmp_path / "step-2"
+    step.mkdir()
+    (step / ".metadata").write_bytes(b"a pickle")
+    (step / STATE).write_text('{"format": 2}')
+    manifest.write_manifest(step / MANIFEST, manifest.describe(step, [".metadata", STATE]))
     with one_process_group():
-        checkpointer = Checkpointer(
-            tmp_path / "c", model, optimizer, keep_latest_k=0, background=False
-        )
-        (tmp_path / "c").mkdir()
-        assert checkpointer.save(1, {})
-        optimizer.param_groups[0]["foreach"] = None
-        with pytest.raises(CheckpointError, match="step-1: cannot be read .*foreach holds more"):
-            checkpointer.load(1)
-    assert not (tmp_path / "ran").exists()
+        assert agree_on_step(tmp_path, -1) == 2
+        with pytest.raises(CheckpointError, match=r"another version of opd_titan \(.* format 2: "):
+            inspect_checkpoint(tmp_path, 2, nn.Linear(40, 40))
 
 
 # ------------------------------------------------------- Hugging Face folders

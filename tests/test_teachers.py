@@ -308,7 +308,7 @@ def test_random_teachers_in_another_order_are_another_job(world: World) -> None:
         listed = ["--teacher.models", f"[{', '.join(models)}]", "--teacher.random_init"]
         config = load_config([str(word) for word in world.argv("order", *listed)])
         job = resolve(config, "cpu", 1)
-        found.append(fingerprint(job, inspect_models(job), {"sums": [], "words": []}))
+        found.append(fingerprint(job, inspect_models(job), {"sums": (0, ""), "words": (0, "")}))
     assert set(differences(*found)) == {"teacher.small.hf_path", "teacher.large.hf_path"}
 
 

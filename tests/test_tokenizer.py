@@ -49,7 +49,7 @@ def test_bad_tokenizer_folders(tiny, tmp_path) -> None:
     config["tokenizer_class"] = "EvilTokenizer"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('code from the folder ran')")
-    refuse("cannot be read", "no code of their own")
+    refuse("cannot be read", "need no own code")
 
 
 def test_tokenizers_that_differ_are_named(tiny) -> None:
@@ -69,7 +69,7 @@ def test_tokenizers_that_differ_are_named(tiny) -> None:
     a, b = tiny_tokenizer(("\u00e4", "\u00f6")), tiny_tokenizer(("\u00f6", "\u00e4"))
     with pytest.raises(ModelError) as error:
         compare_tokenizers(a, b)
-    one_line(error, "2 tokens have other ids .*student 98, teacher 99")
+    one_line(error, "2 tokens have different ids .*student 98, teacher 99")
 
 
 def test_eos_warning_says_what_will_happen(qwen3) -> None:

@@ -1,11 +1,22 @@
-"""Exact-resume checkpoints: weights and optimizer through DCP, the rest as JSON beside them.
+"""Checkpoints for exact resume, on any number of ranks and in any layout.
 
-A step is written to `step-N.tmp` and renamed when every rank is done, so a folder called `step-N`
-was whole; a manifest of checksums in it tells whether it still is. Nothing of the sampler has to be
-saved: its random numbers have no state.
+    step-N/
+        rank-R-K.safetensors   slices of the weights (fp32) and of the optimizer state
+        index.json             the slices of each tensor: file, offset, shape
+        train_state.json       everything else that a run resumes from
+        checksums.json         size and CRC-32 of every other file
 
-A fault of storage does not end the run: it is logged, the last good checkpoint stays, and the next
-save tries again. Whoever has to know that a step is safe asks `secured` or `require`.
+Each rank writes the slices that it holds to `step-N.tmp`. When all have, rank 0 adds the JSON files
+and renames the folder, so that a folder named `step-N` is complete. The sampler's random numbers
+have no state to save.
+
+A storage fault does not end the run: it is logged, the last good checkpoint stays, and the next
+save tries again. Callers that need a step to be on the disk ask `secured` or `require`.
+
+torch.distributed.checkpoint can write safetensors too (HuggingFaceStorageWriter, torch 2.13) and
+reshards them. It is not used because it needs twice the state's size in host memory to write it
+(2.0 GiB for 1.0 GiB; `save_file` needs none), and because it has no index: where a file is missing,
+it loads the others and reports nothing.
 """
 
 from __future__ import annotations
@@ -16,37 +27,42 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch import Tensor, nn
 
-from opd_titan.checkpoint.dcp_io import BeatingPlanner, LoadPlanner, Reader, Writer, read_metadata
-from opd_titan.checkpoint.faults import naming
-from opd_titan.checkpoint.manifest import describe, write_manifest
-from opd_titan.checkpoint.publish import publish, tmp_of
+from opd_titan.checkpoint.manifest import Entry, describe, write_manifest
+from opd_titan.checkpoint.publish import publish, tmp_of, write_file
+from opd_titan.checkpoint.slices import (
+    FileSlice,
+    LocalSlice,
+    Shape,
+    ends,
+    read_slices,
+    slices_to_save,
+    write_slices,
+)
 from opd_titan.checkpoint.steps import MANIFEST, STATE, make_tmp, prune, require_intact
-from opd_titan.distributed.agreement import raise_on_all_ranks
+from opd_titan.data.files import is_plain_name
+from opd_titan.distributed.agreement import call_on_rank_0, raise_on_all_ranks
 from opd_titan.errors import CheckpointError, StorageError, first_line
 
 logger = logging.getLogger("opd_titan")
 
+INDEX = "index.json"
+MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the names in the index
+
+Index = dict[str, list[FileSlice]]
+# What one rank has written: its slices, and the checksums of its files.
+Written = tuple[dict[str, FileSlice], dict[str, Entry]]
+
 
 def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, Any]:
-    """The JSON state of a checkpoint, without reading a tensor.
+    """Return the train state of a checkpoint, without reading a tensor.
 
     Args:
         model: may be on the meta device.
@@ -55,24 +71,19 @@ def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, A
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     path = folder / f"step-{step}"
-    with _naming_what_is_wrong(path):
-        _check_same_model(path, {"model": model.state_dict()})
-        return json.loads((path / STATE).read_text())
+    _read_index(path, model)
+    return _read_json(path / STATE)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Read a checkpoint's weights, and nothing else of it, into the model in its dtype. All call.
+    """Read a checkpoint's weights, and nothing else, into the model in its dtype. All ranks call.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     require_intact(path)
-    state = {"model": get_model_state_dict(model)}
-    with raise_on_all_ranks(), _naming_what_is_wrong(path):
-        _check_same_model(path, state)
-    with _naming_what_is_wrong(path):
-        dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
-    set_model_state_dict(model, state["model"])
+    with raise_on_all_ranks():
+        read_slices(_weights(model), _read_index(path, model))
 
 
 class Checkpointer:
@@ -94,10 +105,9 @@ class Checkpointer:
     ) -> None:
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.keep_latest_k = keep_latest_k
-        # Its own group: a background save must not mix its collectives with training's.
-        self._group = dist.new_group(backend="gloo") if background else None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._pending: tuple[int, Future] | None = None
+        # The save in the background: its step, its train state, and what the thread will return.
+        self._pending: tuple[int, str, Future[Written]] | None = None
         self._secured: int | None = None
         self._fault: StorageError | None = None
 
@@ -106,31 +116,31 @@ class Checkpointer:
     ) -> bool:
         """Write one checkpoint, or start writing it when in background mode. All ranks call.
 
-        Storage that fails, on any rank, is logged as an error and leaves nothing of this step.
+        A storage fault on any rank is logged as an error, and nothing of this step is left.
 
         Args:
-            written: is called when all is written, and nothing published yet; in background mode
-                when the write has begun; not after a failure.
+            written: called when all tensors are written and nothing is published yet; in background
+                mode when writing has begun; not called after a failure.
 
         Returns:
             Whether the checkpoint is written, or being written.
         """
         self.wait()
         text = json.dumps(train_state)
-        with self._surviving_faults(step):
+        with self._log_faults(step):
             tmp = make_tmp(self.folder / f"step-{step}")
-            state, writer = self._state_dict(), Writer(tmp)
+            slices = slices_to_save(self._tensors())
             if self._thread is None:
-                self._write(writer, state, text)
+                with raise_on_all_ranks():
+                    found = _write(tmp, slices)
                 written()
-                self._publish(step)
+                self._publish(step, text, found)
             else:
-                # As dcp.async_save does: on the host when this returns.
-                stager = DefaultStager(StagingOptions(False, False, False, False))
-                staged: Any = stager.stage(_snapshot(state))  # a future only if asked for one
-                future = self._thread.submit(self._write, writer, staged, text)
-                future.add_done_callback(lambda _: stager.close())
-                self._pending = (step, future)
+                copies = {
+                    name: LocalSlice(part.values.to("cpu", copy=True), part.offset)
+                    for name, part in slices.items()
+                }
+                self._pending = step, text, self._thread.submit(_write, tmp, copies)
                 written()
         return self._pending is not None or self._fault is None
 
@@ -138,8 +148,7 @@ class Checkpointer:
         """Complete a background save if all ranks have written their part. All ranks call."""
         if self._pending is None:
             return
-        done = torch.tensor(int(self._pending[1].done()))
-        # Not in the save's own group, where its thread may be talking at this moment.
+        done = torch.tensor(int(self._pending[-1].done()))
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         if done:
             self.wait()
@@ -147,14 +156,15 @@ class Checkpointer:
     def wait(self) -> None:
         """Block until no save is under way. All ranks call."""
         if self._pending is not None:
-            step, future = self._pending
+            step, text, future = self._pending
             self._pending = None
-            with self._surviving_faults(step):
-                future.result()
-                self._publish(step)
+            with self._log_faults(step):
+                with raise_on_all_ranks():
+                    found = future.result()
+                self._publish(step, text, found)
 
     def secured(self) -> int | None:
-        """The newest step that was loaded, or is on the disk. Waits. All ranks call."""
+        """Return the newest step that was loaded or is on the disk. Waits. All ranks call."""
         self.wait()
         return self._secured
 
@@ -162,88 +172,85 @@ class Checkpointer:
         """Make sure that a step is on the disk. All ranks call.
 
         Raises:
-            StorageError: it is not; with what its save met.
+            StorageError: it is not; says why its save failed.
         """
         if self.secured() != step:
             raise self._fault or StorageError(f"{self.folder}: step {step} was not saved")
 
     def load(self, step: int) -> None:
-        """Load weights and optimizer state in place; for the rest there is `inspect_checkpoint`.
+        """Load weights and optimizer state in place. `inspect_checkpoint` returns the rest.
+
+        The optimizer keeps its own settings (betas, weight decay, ...), which are the recipe's.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another model.
         """
         path = self.folder / f"step-{step}"
-        # The recipe's own settings (betas, weight decay, ...) win over the checkpoint's.
-        groups = self.optimizer.param_groups
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
-        state = self._state_dict()
-        with raise_on_all_ranks(), _naming_what_is_wrong(path):
-            _check_same_model(path, state)
-        with _naming_what_is_wrong(path):
-            dcp.load(state, storage_reader=Reader(path), planner=LoadPlanner())
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        self._prune(step)  # the run that published it may have been killed before it could
+        with raise_on_all_ranks():
+            index = _read_index(path, self.model)
+            self._allocate_optimizer_state(index)
+            read_slices(self._tensors(), index)
+        # The run that published it may have been killed before it could delete older ones.
+        prune(self.folder, step, self.keep_latest_k)
         self._secured = step
 
-    def _state_dict(self) -> dict[str, Any]:
-        untouched = not self.optimizer.state
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        if untouched:  # DCP has made its state with an update of nothing, which counts as one
-            for state in self.optimizer.state.values():
-                state["step"].zero_()
-        return {"model": model_state, "optimizer": optimizer_state}
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return everything that is saved, by its name in the index."""
+        tensors = _weights(self.model)
+        for name, parameter in list(tensors.items()):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{OPTIMIZER}{name.removeprefix(MODEL)}.{key}"] = value
+        return tensors
 
-    def _write(self, writer: Writer, state: dict[str, Any], train_state: str) -> None:
-        """All of a step's files, on the disk when this returns. May be in a thread of its own.
+    def _allocate_optimizer_state(self, index: Index) -> None:
+        """Give the optimizer the state that the checkpoint has, with any values."""
+        weights = _weights(self.model)
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for full_name in (n for n in index if n.startswith(OPTIMIZER)):
+            name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
+            parameter = weights[MODEL + name]
+            held = self.optimizer.state.get(parameter, {}).get(key)
+            if held is None:
+                # As AdamW has it: two moments like the parameter, and a scalar for the step.
+                moment = _whole_shape(index[full_name]) == tuple(parameter.shape)
+                held = torch.empty_like(parameter) if moment else torch.tensor(0.0)
+            state.setdefault(parameter, {})[key] = held
+        own = self.optimizer.state_dict()
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own["state"] = {i: state[p] for i, p in enumerate(ordered) if p in state}
+        self.optimizer.load_state_dict(own)
 
-        Raises:
-            StorageError: on all ranks, when one of them could not write.
-        """
-        folder, rank, group = Path(writer.path), dist.get_rank(), self._group
-        planner = BeatingPlanner()
-        dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
-        mine: dict[str, Any] = {}
-        with raise_on_all_ranks(group):
-            writer.raise_fault()
-            if rank == 0:
-                with naming(folder / STATE):
-                    (folder / STATE).write_text(train_state)
-            mine = describe(folder, _own_files(folder, rank))
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine, group)
-        with raise_on_all_ranks(group):
-            if rank == 0:
-                write_manifest(folder / MANIFEST, {k: v for part in parts for k, v in part.items()})
+    def _publish(self, step: int, train_state: str, written: Written) -> None:
+        """Complete the folder, which all ranks have written to, and rename it. All ranks call."""
+        parts: list[Any] | None = None
+        if dist.get_rank() == 0:
+            parts = [None] * dist.get_world_size()
+        dist.gather_object(written, parts)
 
-    def _publish(self, step: int) -> None:
-        """All ranks have written: rename, drop what is too old."""
-        with raise_on_all_ranks():
-            if dist.get_rank() == 0:
-                publish(self.folder / f"step-{step}")
-        self._prune(step)
+        def complete() -> None:
+            assert parts is not None
+            final = self.folder / f"step-{step}"
+            tmp = tmp_of(final)
+            _write_index(tmp, [slices for slices, _ in parts])
+            write_file(tmp / STATE, train_state)
+            files = describe(tmp, [INDEX, STATE])
+            for _, own in parts:
+                files |= own
+            write_manifest(tmp / MANIFEST, files)
+            publish(final)
+
+        call_on_rank_0(complete)
+        prune(self.folder, step, self.keep_latest_k)
         self._secured, self._fault = step, None
 
-    def _prune(self, newest: int) -> None:
-        with raise_on_all_ranks():
-            if dist.get_rank() == 0 and self.keep_latest_k > 0:
-                prune(self.folder, newest, self.keep_latest_k)
-
     @contextmanager
-    def _surviving_faults(self, step: int) -> Iterator[None]:
+    def _log_faults(self, step: int) -> Iterator[None]:
+        """Log a StorageError, which all ranks have raised, and delete what the save has left."""
         try:
             yield
         except StorageError as error:
-            with raise_on_all_ranks():  # for every rank it is gone after this
-                if dist.get_rank() == 0:
-                    shutil.rmtree(tmp_of(self.folder / f"step-{step}"), ignore_errors=True)
+            tmp = tmp_of(self.folder / f"step-{step}")
+            call_on_rank_0(lambda: shutil.rmtree(tmp, ignore_errors=True))
             safe = "none is safe yet"
             if self._secured is not None:
                 safe = f"step {self._secured} is the newest that is safe"
@@ -252,40 +259,66 @@ class Checkpointer:
             logger.error("Storage: %s", self._fault)
 
 
-def _own_files(folder: Path, rank: int) -> list[str]:
-    """What this rank has written itself, so that it is still in this node's memory."""
-    names = [path.name for path in folder.iterdir()]
-    shared = [name for name in names if not name.startswith("__")] if rank == 0 else []
-    return [*shared, *(name for name in names if name.startswith(f"__{rank}_"))]
+def _write(tmp: Path, slices: dict[str, LocalSlice]) -> Written:
+    """Write this rank's slices. May run in a thread.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    found = write_slices(tmp, slices)
+    return found, describe(tmp, {part.path.name for part in found.values()})
 
 
-@contextmanager
-def _naming_what_is_wrong(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint raises into one line."""
-    try:
-        yield
-    # DCP's exception is a BaseException, which `except Exception` would let through.
-    except (CheckpointException, OSError, ValueError, EOFError, UnpicklingError) as error:
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):
-            cause = next(iter(error.failures.values()))[0]
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by their names in the index, a tied one under its first name.
+
+    Under FSDP they are the sharded ones: `state_dict` reshards what a forward has gathered.
+    """
+    first: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    return {MODEL + n: t for n, t in tensors.items() if first.setdefault(id(t), n) == n}
+
+
+def _write_index(folder: Path, parts: list[dict[str, FileSlice]]) -> None:
+    by_offset: dict[str, dict[Shape, Any]] = {}
+    for part in parts:
+        for name, (path, offset, shape) in part.items():
+            by_offset.setdefault(name, {})[offset] = [path.name, offset, shape]
+    slices = {name: list(found.values()) for name, found in by_offset.items()}
+    write_file(folder / INDEX, json.dumps(slices))
+
+
+def _read_index(path: Path, model: nn.Module) -> Index:
+    """Return the slices of each tensor of the checkpoint `step-N` at this path.
+
+    Raises:
+        CheckpointError: it is of another model or of an older version, or the index is damaged.
+    """
+    if not (path / INDEX).exists() and (path / ".metadata").exists():
         raise CheckpointError(
-            f"{path}: cannot be read ({type(cause).__name__}: {first_line(cause)}); choose another "
-            f"step with checkpoint.load_step or another job.dump_folder"
-        ) from error
+            f"{path}: was written by another version of opd_titan (0.1.0 or older, format "
+            f"{_read_json(path / STATE).get('format')}: torch.distributed.checkpoint); go on with "
+            f"that one, choose another job.dump_folder, or start afresh with "
+            f"checkpoint.load_step = 0"
+        )
+    index: Index = {}
+    try:
+        for name, slices in _read_json(path / INDEX).items():
+            if not all(is_plain_name(file) for file, _, _ in slices):
+                raise ValueError("it names a file that is not beside it")
+            index[name] = [FileSlice(path / f, tuple(o), tuple(s)) for f, o, s in slices]
+            # Slices do not overlap: the ranks save every value once.
+            if sum(prod(part.shape) for part in index[name]) != prod(_whole_shape(index[name])):
+                raise ValueError(f"it lacks slices of {name}")
+    except (ValueError, TypeError) as error:
+        raise _unreadable(path / INDEX, error) from error
+    _check_same_model(path, index, model)
+    return index
 
 
-def _check_same_model(path: Path, state: dict[str, Any]) -> None:
-    """DCP itself would not miss a layer that only the checkpoint has."""
-    wanted = {f"model.{name}": list(tensor.shape) for name, tensor in state["model"].items()}
-    for name, entries in state.get("optimizer", {"state": {}})["state"].items():
-        wanted |= {f"optimizer.state.{name}.{key}": list(t.shape) for key, t in entries.items()}
-    compared = ("model.", "optimizer.state.") if "optimizer" in state else ("model.",)
-    saved = {
-        name: list(entry.size) if isinstance(entry, TensorStorageMetadata) else []
-        for name, entry in read_metadata(path).state_dict_metadata.items()
-        if name.startswith(compared)
-    }
+def _check_same_model(path: Path, index: Index, model: nn.Module) -> None:
+    wanted = {name: list(tensor.shape) for name, tensor in _weights(model).items()}
+    saved = {n: list(_whole_shape(s)) for n, s in index.items() if n.startswith(MODEL)}
     differ = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
     if differ:
         name = differ[0]
@@ -296,11 +329,22 @@ def _check_same_model(path: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _snapshot(state: Any) -> Any:
-    """DCP stages CUDA tensors to the host before it returns, but writes CPU tensors from where
-    they are, while training is already changing them."""
-    if isinstance(state, dict):
-        return {k: _snapshot(v) for k, v in state.items()}
-    if isinstance(state, torch.Tensor) and state.device.type == "cpu":
-        return state.detach().clone()
-    return state
+def _whole_shape(slices: list[FileSlice]) -> Shape:
+    return tuple(map(max, zip(*(ends(part.offset, part.shape) for part in slices), strict=True)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be read ({first_line(error)}); choose another step with "
+        f"checkpoint.load_step or another job.dump_folder"
+    )

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 from opd_titan.errors import ConfigError, reason
 
-# How the libraries in Rust spell an OSError.
-_OS_ERROR = re.compile(r"os error (\d+)")
-
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Before the run begins, what cannot be written was the user's choice of a folder."""
+    """Raise ConfigError, naming `job.dump_folder`, for an OSError of the body.
+
+    Before the run begins, a folder that cannot be written is the user's mistake.
+    """
     try:
         yield
     except OSError as error:
@@ -30,24 +30,13 @@ def refusing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """An OSError from the body, however a library wraps it, names this file."""
+    """Make an OSError of the body, also one that safetensors wraps, name this file."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        found = _os_error(error)
-        if found is None:
+    except OSError as error:
+        raise OSError(error.errno, reason(error), str(path)) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
             raise
-        raise OSError(found.errno, reason(found), str(path)) from error
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """torch.save's writer complains about the file that it could not finish, not about why."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        number = _OS_ERROR.search(str(seen))
-        if number and isinstance(seen, SafetensorError):
-            return OSError(int(number[1]), os.strerror(int(number[1])))
-        seen = seen.__cause__ or seen.__context__
-    return None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -1,4 +1,4 @@
-"""Write a native model as a Hugging Face folder that loads as it stands."""
+"""Write a native model as a Hugging Face folder that other programs load without changes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -29,8 +29,9 @@ from opd_titan.checkpoint.hf_folder import (
 )
 from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
 from opd_titan.checkpoint.manifest import describe, write_manifest
-from opd_titan.checkpoint.publish import fresh_tmp, publish, tmp_of
-from opd_titan.distributed.agreement import raise_on_all_ranks
+from opd_titan.checkpoint.publish import fresh_tmp, publish, tmp_of, write_file
+from opd_titan.checkpoint.slices import write_tensors
+from opd_titan.distributed.agreement import call_on_rank_0
 from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ModelError, StorageError
 
@@ -49,20 +50,20 @@ def export_hf(
     edits: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     max_shard_bytes: int = 4 * 1024**3,
 ) -> None:
-    """Write weights, config, generation config, tokenizer and model card to `out`. Collective.
+    """Write weights, config, generation config, tokenizer and model card to `out`. All ranks call.
 
-    Parameters are gathered one at a time and rank 0 keeps one file's worth of them. The folder
-    is complete or absent; an older `out` is replaced when the new one is complete. It carries the
+    Parameters are gathered one at a time, and rank 0 keeps one file's worth of them. The folder
+    is complete or absent; an older `out` is replaced when the new one is complete. It has the
     checksums of its files.
 
     Args:
         source_folder: the folder the model came from; its JSON files are copied.
-        key_table: native parameter of each Hugging Face tensor. A tied head is not in it.
-        dtype: of the written tensors; None keeps that of each tensor in `source_folder`, or of
-            its config where it has no weights.
+        key_table: native parameter of each Hugging Face tensor, without a tied head.
+        dtype: of the written tensors; None: the dtype of each tensor in `source_folder`, or of
+            its config if it has no weights.
         card: text of README.md.
-        edits: by name of a JSON file, the keys that it gets other values of.
-        max_shard_bytes: a file holds no more than this, or else a single tensor.
+        edits: by name of a JSON file, new values of some of its keys.
+        max_shard_bytes: the largest size of a file with more than one tensor.
 
     Raises:
         StorageError: on all ranks; a file could not be written, or one of the source not read.
@@ -70,46 +71,43 @@ def export_hf(
     """
     native, tmp = native_tensors(model), tmp_of(out)
     tensors = {hf: native[name] for hf, name in key_table.items()}
-    try:
-        with raise_on_all_ranks(), _source_is_storage():
+
+    def begin() -> tuple[dict[str, Any], dict[str, torch.dtype]]:
+        with _source_is_storage():
             config = read_hf_config(source_folder)
-            if dtype is None:
-                dtypes = _own_dtypes(tensors, source_folder, config)
-            else:
-                dtypes = dict.fromkeys(tensors, dtype)
-        with raise_on_all_ranks():
-            if _writes():
-                fresh_tmp(out)
+            dtypes = _own_dtypes(tensors, source_folder, config)
+        fresh_tmp(out)
+        return config, dtypes if dtype is None else dict.fromkeys(tensors, dtype)
+
+    def complete() -> None:
+        write_file(tmp / "README.md", card)
+        _write_json(tmp / CONFIG, {**_with_dtype(config, tensors, dtypes), **edits.get(CONFIG, {})})
+        _copy_files(source_folder, tmp, edits)
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            _write_json(tmp / INDEX, index)
+        # README.md is not checked: users write their own model cards.
+        names = (path.name for path in tmp.iterdir() if path.name != "README.md")
+        write_manifest(tmp / CHECKSUMS, describe(tmp, names))
+        publish(out)
+
+    try:
+        config, dtypes = call_on_rank_0(begin)
         plan = _write_weights(tmp, tensors, dtypes, max_shard_bytes)
-        with raise_on_all_ranks():
-            if _writes():
-                _write_text(tmp / "README.md", card)
-                own = _with_dtype(config, tensors, dtypes)
-                _write_json(tmp / CONFIG, {**own, **edits.get(CONFIG, {})})
-                _copy_files(source_folder, tmp, edits)
-                _complete(tmp, plan)
-                publish(out)
+        call_on_rank_0(complete)
     except StorageError as error:
-        if _writes():
-            shutil.rmtree(tmp, ignore_errors=True)
+        call_on_rank_0(lambda: shutil.rmtree(tmp, ignore_errors=True))
         raise StorageError(f"export {out} not written: {error}") from error
 
 
 def is_exported(out: Path) -> bool:
-    """Whether an export is there, as rank 0 sees it. All ranks call."""
-    found: list[Any] = [(out / CONFIG).is_file()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _writes() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Return whether an export is there, as rank 0 sees it. All ranks call."""
+    return call_on_rank_0((out / CONFIG).is_file)
 
 
 @contextmanager
 def _source_is_storage() -> Iterator[None]:
-    """What was right when the run began, days ago, is not the user's mistake now."""
+    """Raise StorageError for a ModelError: the source was valid when the run began."""
     try:
         yield
     except ModelError as error:
@@ -125,36 +123,22 @@ def _write_weights(
     """Gather and write the tensors, one file after another. All ranks call."""
     plan = split_state_dict_into_shards_factory(
         {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()},
-        get_storage_size=int,  # they are sizes already
+        get_storage_size=int,  # the values are sizes
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
+    keeps = not dist.is_initialized() or dist.get_rank() == 0
     for file_name, names in plan.filename_to_tensors.items():
         content = {}
         for name in names:
             tensor = _gather(tensors[name], dtypes[name])
             beat()
-            if _writes():
+            if keeps:
                 content[name] = tensor
-        # After each: the ranks need not gather what will not be written.
-        with raise_on_all_ranks():
-            if _writes():
-                with naming(folder / file_name):
-                    save_file(content, folder / file_name, metadata={"format": "pt"})
-            beat()
+        # Checked after each file: after a fault the ranks need not gather the rest.
+        call_on_rank_0(partial(write_tensors, folder / file_name, content))
+        beat()
     return plan
-
-
-def _complete(folder: Path, plan: StateDictSplit) -> None:
-    """The index, the files' permissions, and the checksums of all."""
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / INDEX, index)
-    for file_name in plan.filename_to_tensors:  # safetensors lets only their owner read them
-        shutil.copymode(folder / CONFIG, folder / file_name)
-    # People write their own model cards.
-    names = (path.name for path in folder.iterdir() if path.name != "README.md")
-    write_manifest(folder / CHECKSUMS, describe(folder, names))
 
 
 def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]]) -> None:
@@ -166,7 +150,7 @@ def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]])
                 own = read_json(source / name)
             _write_json(target / name, {**own, **edits[name]})
         else:
-            content = (source / name).read_bytes()  # hub caches hold links
+            content = (source / name).read_bytes()  # the hub's cache holds links
             with naming(target / name):
                 (target / name).write_bytes(content)
 
@@ -174,7 +158,7 @@ def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]])
 def _own_dtypes(
     tensors: dict[str, Tensor], source_folder: Path, config: dict[str, Any]
 ) -> dict[str, torch.dtype]:
-    """Each tensor's dtype in the source, else the dtype in its config, else the model's."""
+    """Return each tensor's dtype in the source, else that of its config, else the model's."""
     stored = stored_dtypes(source_folder)
     name = next((str(config[k]) for k in _DTYPE_KEYS if config.get(k)), "")
     fallback = getattr(torch, name.removeprefix("torch."), None)
@@ -184,7 +168,7 @@ def _own_dtypes(
 
 
 def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole tensor on the CPU, cast before it travels."""
+    """Return the whole tensor on the CPU, cast before it is sent."""
     tensor = tensor.to(dtype)
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
@@ -194,20 +178,15 @@ def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_dtype(
     config: dict[str, Any], tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]
 ) -> dict[str, Any]:
-    """The config with its dtype set to that of most weights, under the key that it had."""
+    """Return the config with the dtype of most weights, under the key that it had."""
     counts: Counter[torch.dtype] = Counter()
     for name, tensor in tensors.items():
         counts[dtypes[name]] += tensor.numel()
     value = str(counts.most_common(1)[0][0]).removeprefix("torch.")
-    # Both versions of transformers read the old key; neither key in the source is rare.
+    # Both versions of transformers read the old key.
     keys = [k for k in _DTYPE_KEYS if k in config] or ["torch_dtype"]
     return {**config, **dict.fromkeys(keys, value)}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with naming(path):
-        path.write_text(text, encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

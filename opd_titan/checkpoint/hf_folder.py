@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: where it is, and what its JSON files say."""
+"""A Hugging Face model folder: where it is, and what its JSON files contain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opd_titan.errors import ModelError, first_line, reason
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-CHECKSUMS = "opd_titan_checksums.json"  # of an export of ours; other folders have none
+CHECKSUMS = "opd_titan_checksums.json"  # written by `export_hf`; other folders have none
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,17 +38,17 @@ HUB_FILES = [
 
 
 def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = HUB_FILES) -> Path:
-    """The folder of a model: a local one as it stands, else a snapshot from the hub.
+    """Return a model's folder: a local one, or a snapshot from the hub.
 
     Every rank may call this at once: the hub's cache has its own locks.
 
     Args:
         path_or_id: a local folder, or a hub id `org/name`.
         key: the config key it came from, for error messages.
-        files: what to get from the hub, as patterns of names.
+        files: patterns of the names of the files to download.
 
     Raises:
-        ModelError: neither a folder nor a model that the hub can give.
+        ModelError: there is no such folder, and the model cannot be downloaded.
     """
     folder = Path(path_or_id).expanduser()
     if path_or_id and folder.is_dir():
@@ -63,7 +63,10 @@ def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = HUB_F
     from huggingface_hub.utils import tqdm
 
     class BeatingBar(tqdm):
-        """By bytes in new versions of the library, by files in old ones."""
+        """A progress bar that is a heartbeat too.
+
+        New versions of the library call `update` with bytes; old ones iterate over files.
+        """
 
         def update(self, n: float | None = 1) -> bool | None:
             beat()
@@ -99,7 +102,7 @@ def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = HUB_F
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ModelError, naming the file."""
+    """Return the object in a JSON file. Raise ModelError, naming the file, if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json`. Raises ModelError where there is none."""
+    """Return the parsed `config.json`. Raise ModelError if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"{path}: is missing; a model folder needs its {CONFIG}")
@@ -120,12 +123,12 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path) -> None:
-    """Check the files of an export of ours against its checksums. No collective.
+    """Check the files of an export of this program against its checksums. No collective.
 
-    Each rank reads its share of them: what one finds, it has to tell the others.
+    Each rank reads its share of them, so that the caller must raise the error on all ranks.
 
     Raises:
-        ModelError: a file is missing, truncated or holds other bytes than were written.
+        ModelError: a file is missing, truncated or altered.
     """
     if not (folder / CHECKSUMS).exists():
         return
@@ -139,10 +142,10 @@ def check_unchanged(folder: Path) -> None:
 
 
 def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> set[int]:
-    """Every token id that ends a response: generation_config.json's, else config.json's.
+    """Return the token ids that end a response: generation_config.json's, else config.json's.
 
     Raises:
-        ModelError: neither file names one, or one of them is no token id of the model.
+        ModelError: neither file has one, or one of them is not a token id of the model.
     """
     path = folder / GENERATION_CONFIG
     value = read_json(path).get("eos_token_id") if path.is_file() else None

@@ -1,46 +1,40 @@
-"""Weights of a Hugging Face folder (or random ones) into a native model, sharded or not.
+"""Weights of a Hugging Face folder, or random ones, into a native model, sharded or not.
 
-No rank ever holds a full copy of the model: each maps the files and copies its own slices, one
-parameter at a time.
+No rank holds a full copy of the model: each copies its own slices from the files.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from opd_titan.checkpoint.hf_folder import check_unchanged, read_json
+from opd_titan.checkpoint.slices import FileSlice, local_slice, open_safetensors, read_slices
 from opd_titan.data.files import is_plain_name
 from opd_titan.distributed.heartbeat import beat
-from opd_titan.errors import ModelError, first_line
+from opd_titan.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What safetensors calls the dtypes that are plain numbers; others (int8, fp8) need scales.
+# By safetensors' names: the dtypes of plain numbers. Others (int8, fp8) need scales.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Tables that old versions of transformers saved; they follow from the config.
+# Old versions of transformers saved these tables; they follow from the config.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _ROWS_PER_COMPARE = 8192
 
 
 def native_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own parameters by canonical name, detached but sharing their storage.
+    """Return the model's parameters by name, detached but sharing their storage.
 
-    Under FSDP these are the sharded ones in their own dtype, never a gathered copy (state_dict
+    Under FSDP these are the sharded ones in their own dtype, never a gathered copy (`state_dict`
     reshards first). A tied parameter appears under each of its names.
     """
     return dict(model.state_dict())
@@ -49,20 +43,21 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
 def check_hf_weights(
     folder: Path, expected: dict[str, tuple[int, ...]], tied: dict[str, str]
 ) -> dict[str, Path]:
-    """Check that the folder's safetensors hold exactly the model. Only headers are read, but of an
-    export of ours every byte.
+    """Check that the folder's safetensors hold exactly the model.
+
+    Only headers are read, except that an export of this program is checked against its checksums.
 
     Args:
         expected: shape of each tensor by its Hugging Face name.
-        tied: the expected tensor behind each name that a file may or may not ship too. Shipped,
-            the two must be equal (this alone reads weights): transformers 5 unties them where
-            they differ and transformers 4 does not.
+        tied: names that a file may or may not have too, and the expected tensor that each is tied
+            to. If a file has it, the two must be equal (this alone reads weights): if they differ,
+            transformers 5 unties them and transformers 4 does not.
 
     Returns:
         The file of each expected tensor.
 
     Raises:
-        ModelError: a tensor is missing, unknown, misshapen or of a dtype that needs scales; a
+        ModelError: a tensor is missing, unknown, misshapen or of a dtype that needs scales; or a
             file is missing, truncated or corrupt. The message names the tensor and the file.
     """
     check_unchanged(folder)
@@ -97,30 +92,27 @@ def check_hf_weights(
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Dtype of each tensor in the folder's safetensors; empty where there are none."""
+    """Return the dtype of each tensor in the folder's safetensors; empty if it has none."""
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return {}
     return {name: DTYPES[d] for name, (_, d) in _find_tensors(folder)[1].items() if d in DTYPES}
 
 
-@torch.no_grad()
 def load_hf_weights(model: nn.Module, files: dict[str, Path], key_table: dict[str, str]) -> None:
     """Copy each tensor, or this rank's slice of it, into the model's parameters, cast to theirs.
 
     Args:
-        model: materialised (not on meta), its parameters plain tensors or DTensors.
+        model: allocated (not on meta), its parameters plain tensors or DTensors.
         files: the file of each tensor, from `check_hf_weights`.
         key_table: native parameter of each Hugging Face tensor.
     """
-    tensors = native_tensors(model)
-    for path in dict.fromkeys(files.values()):
-        # One file open at a time: closing it gives back the pages that were mapped.
-        with _open(path) as file:
-            for name in (n for n, p in files.items() if p == path and n in key_table):
-                target, window = _local_window(tensors[key_table[name]])
-                if target.numel():
-                    target.copy_(file.get_slice(name)[window])
-                beat()
+    native = native_tensors(model)
+    tensors = {hf: native[name] for hf, name in key_table.items() if hf in files}
+    stored = {
+        hf: [FileSlice(files[hf], (0,) * tensor.dim(), tuple(tensor.shape))]
+        for hf, tensor in tensors.items()
+    }
+    read_slices(tensors, stored)
 
 
 @torch.no_grad()
@@ -128,14 +120,14 @@ def random_init_weights(model: nn.Module, seed: int, std: float) -> None:
     """Draw matrices from normal(0, std) and set vectors (norm weights) to one.
 
     Each parameter is drawn whole on the CPU from its own generator, keyed by the seed and the
-    parameter's name, and only then sliced: the same values at any world size and sharding.
-    (Random ops on a CPU DTensor draw the same values on every rank.)
+    parameter's name, and then sliced: the same values at any world size and sharding. (Random ops
+    on a CPU DTensor draw the same values on every rank.)
     """
     done: set[int] = set()
     for name, tensor in native_tensors(model).items():
-        target, window = _local_window(tensor)
+        target, offset = local_slice(tensor)
         if target.numel() == 0 or target.data_ptr() in done:
-            continue  # nothing of it here, or tied and drawn under its first name
+            continue  # no part of it is here, or it is tied and was drawn under its first name
         done.add(target.data_ptr())
         if tensor.dim() == 1:
             target.fill_(1.0)
@@ -143,27 +135,16 @@ def random_init_weights(model: nn.Module, seed: int, std: float) -> None:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.empty(tensor.shape).normal_(0.0, std, generator=generator)
-        target.copy_(full[window])
+        for dim, (start, size) in enumerate(zip(offset, target.shape, strict=True)):
+            full = full.narrow(dim, start, size)
+        target.copy_(full)
         beat()
-
-
-def _local_window(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this rank stores of `tensor`, and where that lies in the whole."""
-    assert not tensor.is_meta, "materialise the model before filling it"
-    if not isinstance(tensor, DTensor):
-        return tensor, tuple(slice(0, n) for n in tensor.shape)
-    local = tensor.to_local()
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    assert tuple(local.shape) == tuple(shape), f"local {local.shape}, computed {shape}"
-    return local, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 def _find_tensors(
     folder: Path,
 ) -> tuple[dict[str, Path], dict[str, tuple[tuple[int, ...], str]]]:
-    """File, and (shape, dtype name), of every tensor in the folder's safetensors."""
+    """Return the file, and (shape, dtype name), of each tensor in the folder's safetensors."""
     if (folder / SINGLE).is_file():  # first, as transformers does
         shards, indexed = [folder / SINGLE], None
     elif (folder / INDEX).is_file():
@@ -178,7 +159,7 @@ def _find_tensors(
     for path in shards:
         if not path.is_file():
             raise ModelError(f"{path}: is missing, but {INDEX} names it")
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             for name in file.keys():
                 if indexed is not None and indexed.get(name) != path.name:
                     place = repr(indexed[name]) if name in indexed else "nowhere"
@@ -204,20 +185,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        file = safe_open(path, framework="pt")
-    except Exception as error:  # SafetensorError, OSError, mmap's ValueError
-        raise ModelError(
-            f"{path}: is truncated or not a safetensors file ({first_line(error)})"
-        ) from error
-    with file:
-        yield file
-
-
 def _check_equal(files: dict[str, Path], name: str, other: str) -> None:
-    with _open(files[name]) as file_a, _open(files[other]) as file_b:
+    with open_safetensors(files[name]) as file_a, open_safetensors(files[other]) as file_b:
         a, b = file_a.get_slice(name), file_b.get_slice(other)
         for start in range(0, a.get_shape()[0], _ROWS_PER_COMPARE):
             beat()

@@ -1,8 +1,8 @@
-"""Sizes and checksums of a folder's files, written beside them, and what differs from them later.
+"""Sizes and checksums of a folder's files, in a JSON file beside them.
 
-CRC-32 finds every run of up to 32 wrong bits and misses other damage once in 4 billion times, at
-several GB a second and thread, more than disks deliver. It is not made to stop an attacker, who
-would write a new manifest too: what is read is restricted elsewhere (see `dcp_io`).
+CRC-32 finds every run of up to 32 wrong bits, and misses other damage once in 4 billion times. It
+runs at several GB per second and thread, faster than disks. It does not protect from an attacker:
+checkpoints and exports are JSON and safetensors only, which cannot run code.
 """
 
 from __future__ import annotations
@@ -14,60 +14,57 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from opd_titan.checkpoint.faults import naming
+from opd_titan.checkpoint.publish import write_file
 from opd_titan.data.files import is_plain_name
 from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import reason
 
-# Each piece of a file has its own checksum, so that any number of ranks and threads can share in
-# a large file; a rank of any world may have written it.
+# Each piece of a file has its own checksum, so that ranks and threads can share a large file.
 PIECE_BYTES = 256 * 1024**2
 _BUFFER_BYTES = 4 * 1024**2
-_THREADS = 4  # of one rank; zlib and reading leave the interpreter to others
+_THREADS = 4  # per rank; zlib and file reads release the interpreter's lock
 
-Entry = dict[str, Any]  # "size": bytes, "crc32": one number a piece, in hexadecimal
+Entry = dict[str, Any]  # "size": bytes, "crc32": one hexadecimal number per piece
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
-    """The manifest's entries of these files, read back from where they lie.
+    """Return the manifest's entries of these files, which are read.
 
     Raises:
         OSError: one of them cannot be read.
     """
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    pieces = [
-        (name, start) for name, size in sizes.items() for start in range(0, size, PIECE_BYTES)
-    ]
-    sums = _in_threads([(folder / name, at) for name, at in pieces], PIECE_BYTES)
-    entries: dict[str, Entry] = {name: {"size": size, "crc32": []} for name, size in sizes.items()}
-    for (name, _), value in zip(pieces, sums, strict=True):
-        entries[name]["crc32"].append(value)
+    entries: dict[str, Entry] = {}
+    for name in names:
+        size = (folder / name).stat().st_size
+        pieces = [(folder / name, start) for start in range(0, size, PIECE_BYTES)]
+        entries[name] = {"size": size, "crc32": _checksums(pieces, PIECE_BYTES)}
     return entries
 
 
 def write_manifest(path: Path, entries: dict[str, Entry]) -> None:
-    """Write the manifest, which describes every file beside it."""
+    """Write the manifest. `entries` describe every file beside it."""
     content = {"piece_bytes": PIECE_BYTES, "files": dict(sorted(entries.items()))}
-    with naming(path):
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with the files that a manifest describes, as one line; None if nothing is.
+    """Return what is wrong with the files that a manifest describes, as one line, or None.
 
-    Every rank looks at the sizes of all files and at its share of the bytes.
+    Every rank checks the sizes of all files, and its share of the bytes.
 
     Args:
         path: the manifest, beside the files.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        entries: dict[str, Entry] = content["files"]
-        step = int(content["piece_bytes"])
+        sizes = {name: int(entry["size"]) for name, entry in content["files"].items()}
+        length = int(content["piece_bytes"])
         wanted = {
             (name, start): value
-            for name, entry in entries.items()
-            for start, value in zip(range(0, entry["size"], step), entry["crc32"], strict=True)
+            for name, size in sizes.items()
+            for start, value in zip(
+                range(0, size, length), content["files"][name]["crc32"], strict=True
+            )
         }
     except FileNotFoundError:
         return f"{path}: is missing"
@@ -77,11 +74,10 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
         return f"{path}: is damaged, it is not a list of checksums"
     mine = sorted(wanted)[rank::world]
     try:
-        for name, entry in entries.items():
-            wrong = _wrong_at_sight(path.parent, name, entry["size"])
-            if wrong:
+        for name, size in sizes.items():
+            if wrong := _wrong_size(path.parent, name, size):
                 return f"{path.parent / name}: {wrong}"
-        found = _in_threads([(path.parent / name, start) for name, start in mine], step)
+        found = _checksums([(path.parent / name, start) for name, start in mine], length)
     except OSError as error:
         return f"{error.filename}: cannot be read ({reason(error)})"
     for (name, start), value in zip(mine, found, strict=True):
@@ -90,7 +86,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
     return None
 
 
-def _wrong_at_sight(folder: Path, name: str, size: int) -> str | None:
+def _wrong_size(folder: Path, name: str, size: int) -> str | None:
     if not is_plain_name(name):
         return "is no name of a file beside its manifest"
     path = folder / name
@@ -104,26 +100,20 @@ def _wrong_at_sight(folder: Path, name: str, size: int) -> str | None:
     return f"has {now} bytes; {size} were written" if now > size else None
 
 
-def _in_threads(pieces: list[tuple[Path, int]], length: int) -> list[str]:
-    def checksum(piece: tuple[Path, int]) -> str:
-        return _crc32(*piece, length)
-
-    with ThreadPoolExecutor(max(1, min(_THREADS, len(pieces)))) as pool:
-        return list(pool.map(checksum, pieces))
+def _checksums(pieces: list[tuple[Path, int]], length: int) -> list[str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda piece: _crc32(piece[0], piece[1], length), pieces))
 
 
 def _crc32(path: Path, start: int, length: int) -> str:
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    buffer = memoryview(bytearray(min(length, _BUFFER_BYTES)))
     value, left = 0, length
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            while left > 0:
-                got = file.readinto(buffer[: min(left, _BUFFER_BYTES)])
-                if not got:
-                    break
+            while got := file.readinto(buffer[:left]):
                 value, left = zlib.crc32(buffer[:got], value), left - got
                 beat()
-    except OSError as error:  # read() does not say of which file
+    except OSError as error:  # errors of `readinto` do not name the file
         raise OSError(error.errno, reason(error), str(path)) from error
     return f"{value:08x}"

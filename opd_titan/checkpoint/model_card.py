@@ -45,10 +45,10 @@ tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 
 
 def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> str:
-    """Markdown with the hub's front matter.
+    """Return the card: Markdown with the hub's front matter.
 
     Args:
-        scalars: the last values by TensorBoard name; absent ones are left out.
+        scalars: the last values by TensorBoard name; the card omits those that are absent.
     """
     r = config.rollout
     rows: list[tuple[str, object]] = [
@@ -81,7 +81,7 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
 
 
 def _front_matter(config: JobConfig, title: str, scalars: Mapping[str, float]) -> ModelCardData:
-    """What the hub reads. It takes only its own ids: local paths are left to the table."""
+    """Return what the hub reads. It takes only hub ids; local paths are in the table alone."""
     sets, results = validation_sets(config), []
     for row in sets:
         name = "validation/accuracy" if len(sets) == 1 else f"validation/{row.name}/accuracy"
@@ -112,7 +112,7 @@ def _title(config: JobConfig) -> str:
 
 
 def _listed(rows: Iterable[tuple[str, str]]) -> str:
-    """What rows of a list are, by name where they have one."""
+    """Return `name: text` of each row, or its text alone if it has no name."""
     return ", ".join(f"{name}: {what}" if name else what for name, what in rows)
 
 

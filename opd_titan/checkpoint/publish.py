@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written as `<name>.tmp`, then renamed. Rank 0 calls."""
+"""Folders that are complete or absent: written as `<name>.tmp`, then renamed. Rank 0 calls."""
 
 from __future__ import annotations
 
@@ -17,27 +17,43 @@ _REPLACED = ".replaced"
 
 
 def tmp_of(final: Path) -> Path:
-    """Where `final` is until it is whole."""
+    """Return where a folder is until it is complete."""
     return final.with_name(final.name + ".tmp")
 
 
 def fresh_tmp(final: Path) -> None:
-    """An empty `tmp_of(final)`; what a killed run left there is deleted."""
+    """Make `tmp_of(final)`, empty: what a killed run left there is deleted."""
     tmp = tmp_of(final)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
 
 
+def write_file(path: Path, content: str) -> None:
+    """Write a text file. Raise OSError, naming it, if that fails."""
+    with naming(path):
+        path.write_text(content, encoding="utf-8")
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def publish(final: Path) -> None:
-    """Put the finished `tmp_of(final)` in its place, after its bytes are on the disk.
+    """Rename `tmp_of(final)`, which is complete, to `final`, after its bytes are on the disk.
 
     Raises:
-        OSError: what was there is there still.
+        OSError: an older `final` is still there.
     """
     tmp = tmp_of(final)
     for path in [*tmp.iterdir(), tmp]:
-        _fsync(path)
-    # A folder cannot be renamed onto a full one. Not ".old": checkpoints set aside are called so.
+        sync_to_disk(path)
+    # A folder cannot be renamed to one that has files. Not ".old": that is a step set aside.
     replaced = final.with_name(final.name + _REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -45,15 +61,31 @@ def publish(final: Path) -> None:
     try:
         tmp.rename(final)
     finally:
-        restore_replaced(final)
-    _fsync(final.parent)
+        restore_replaced(final.parent)
+    sync_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def link_latest(final: Path) -> None:
-    """Let `latest` beside `final` lead to it: a name that recipes and scripts can count on.
+def restore_replaced(folder: Path) -> None:
+    """Rename back the steps that were to be replaced when a run was killed between two renames."""
+    for replaced in folder.glob("*" + _REPLACED):
+        if not replaced.with_suffix("").exists():
+            replaced.rename(replaced.with_suffix(""))
 
-    Relative, so that the folder can be moved. Where there are no links it is done without.
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a killed run left in a folder of steps; restore what it was about to replace."""
+    restore_replaced(folder)
+    for pattern in ("step-*" + _REPLACED, "step-*.tmp"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def link_latest(final: Path) -> None:
+    """Make the link `latest` beside `final` point to it.
+
+    The link is relative, so that the folder can be moved. Where links are not supported, a warning
+    says so.
     """
     link, new = final.with_name(LATEST), final.with_name(LATEST + ".tmp")
     try:
@@ -65,7 +97,7 @@ def link_latest(final: Path) -> None:
 
 
 def lead_back(folder: Path, step: int) -> None:
-    """Let `latest` lead to the export of an earlier step again; 0: to none.
+    """Make `latest` point to the export of an earlier step again; delete it if step is 0.
 
     A run that goes back has given up what it exported since.
     """
@@ -75,28 +107,3 @@ def lead_back(folder: Path, step: int) -> None:
     elif link.is_symlink():
         with suppress(OSError):
             link.unlink()
-
-
-def restore_replaced(final: Path) -> None:
-    """Put back what had to make way for something that did not come: its run was killed."""
-    replaced = final.with_name(final.name + _REPLACED)
-    if replaced.exists() and not final.exists():
-        replaced.rename(final)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Put right what a killed run left in a folder of steps: half-written, half-replaced ones."""
-    for replaced in folder.glob("step-*" + _REPLACED):
-        restore_replaced(replaced.with_suffix(""))
-        shutil.rmtree(replaced, ignore_errors=True)
-    for tmp in folder.glob("step-*.tmp"):
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

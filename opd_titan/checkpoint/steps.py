@@ -1,8 +1,8 @@
-"""The folders of checkpoints, one a step: which are there, which are whole, which to go on from.
+"""The folders of checkpoints, one per step: which exist, which are intact, which to resume from.
 
-step-N            a checkpoint; written as step-N.tmp and renamed when every rank is done
-step-N.damaged    was not whole when a run was to go on from it; kept for people, never read
-step-N.old        of a run that was sent back to an earlier step and replaced it
+step-N            a checkpoint; written as step-N.tmp and renamed when it is complete
+step-N.damaged    was damaged when a run resumed from an earlier step; kept for people, never read
+step-N.old        replaced by a run that went back to an earlier step; kept likewise
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +19,51 @@ import torch.distributed as dist
 from opd_titan.checkpoint.faults import refusing
 from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.checkpoint.publish import clear_leftovers, fresh_tmp, restore_replaced, tmp_of
-from opd_titan.distributed.agreement import raise_on_all_ranks
+from opd_titan.distributed.agreement import call_on_rank_0, raise_on_all_ranks
 from opd_titan.errors import CheckpointError, StorageError, reason
 
 logger = logging.getLogger("opd_titan")
 
 STATE = "train_state.json"
 MANIFEST = "checksums.json"
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9]\d*)")
+
+
+# ------------------------------------------------------------------ which step to resume from
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in `folder` that were finished, oldest first; none is read."""
-    return [n for n in _steps(folder) if (folder / f"step-{n}" / STATE).is_file()]
+    """Return the steps in `folder` that have a complete checkpoint, oldest first; reads none."""
+    return [n for n in _steps(folder) if is_checkpoint(folder / f"step-{n}")]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder looks like a complete checkpoint."""
+    return (path / STATE).is_file()
 
 
 def _steps(folder: Path) -> list[int]:
-    """Every step that something in `folder` is called by, oldest first."""
-    if not folder.is_dir():
-        return []
-    matches = (_STEP.fullmatch(p.name) for p in folder.iterdir())
-    return sorted({int(m.group(1)) for m in matches if m and m.group(1) == str(int(m.group(1)))})
+    """Return N of every `step-N` in `folder`, complete or not, oldest first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
 def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> int | None:
-    """The step to resume from, the same on every rank. All ranks call.
+    """Return the step to resume from, the same on every rank. All ranks call.
 
     Args:
-        load_step: -1 is the newest that is intact, past any that are not (a warning names them);
-            0 is none.
-        at_most: pass later steps over.
+        load_step: -1: the newest that is intact; warnings name those that are not. 0: None.
+        at_most: ignore later steps.
 
     Raises:
-        CheckpointError: the one that was asked for, or every one that is there, is damaged or
-            absent; or the ranks do not see the same folder.
+        CheckpointError: the step that was asked for is damaged or absent, or all steps are damaged;
+            or the ranks do not see the same folder.
     """
     damaged: list[str] = []
-    candidates = _candidates(folder, load_step)
-    for step in [n for n in candidates if at_most is None or n <= at_most]:
-        path = folder / f"step-{step}"
-        damage = _agree_on_damage(path)
+    for step in call_on_rank_0(lambda: _candidates(folder, load_step)):
+        if at_most is not None and step > at_most:
+            continue
+        damage = _agree_on_damage(folder / f"step-{step}")
         if damage is None:
             for text in damaged:
                 logger.warning("Damaged checkpoint: %s; going back to step %s", text, step)
@@ -79,130 +83,41 @@ def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> i
 
 
 def require_intact(path: Path) -> None:
-    """Raise CheckpointError on all ranks unless `step-N` at this path is whole. All ranks call."""
+    """Raise CheckpointError on all ranks if `step-N` at this path is damaged. All ranks call."""
     damage = _agree_on_damage(path)
     if damage is not None:
         raise CheckpointError(f"{damage}; choose another checkpoint")
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder looks like a `step-N` that was finished."""
-    return (path / STATE).is_file()
-
-
 def _candidates(folder: Path, load_step: int) -> list[int]:
-    """What to try, in this order. One rank looks: a file system may show two ranks two lists."""
-    found: list[Any] = [None]
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            found = [_look_for(folder, load_step)]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _look_for(folder: Path, load_step: int) -> list[int]:
+    """Return the steps to try, in this order. One rank looks: others may see another list."""
+    if load_step == 0:
+        return []
     try:
-        for replaced in folder.glob("step-*.replaced"):
-            restore_replaced(replaced.with_suffix(""))
+        restore_replaced(folder)
         there, complete = _steps(folder), complete_steps(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({reason(error)})") from error
-    if load_step > 0 and load_step not in there:
+    if load_step < 0:
+        return there[::-1]
+    if load_step not in there:
         have = ", ".join(map(str, complete)) or "none"
         raise CheckpointError(
             f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
             f"complete steps: {have}; to go on with a run, -1 takes the newest intact one"
         )
-    if load_step > 0:
-        return [load_step]
-    return there[::-1] if load_step < 0 else []
+    return [load_step]
 
 
 def _agree_on_damage(path: Path) -> str | None:
-    """What the ranks, each reading its share, find wrong with a checkpoint. All ranks call."""
+    """Return what is wrong with a checkpoint, as any rank finds it in its share. All ranks call."""
     _require_everywhere(path)
-    start = time.perf_counter()
+    mine: str | None = f"{path}: is not a folder"
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _damage(path, dist.get_rank(), dist.get_world_size()))
-    logger.debug("Read %s to check it, in %.1f s", path, time.perf_counter() - start)
+    if path.is_dir():
+        mine = find_damage(path / MANIFEST, dist.get_rank(), dist.get_world_size())
+    dist.all_gather_object(found, mine)
     return next((text for text in found if text is not None), None)
-
-
-def _damage(path: Path, rank: int, world: int) -> str | None:
-    if not path.is_dir():
-        return f"{path}: is not a folder"
-    return find_damage(path / MANIFEST, rank, world)
-
-
-def open_folder(folder: Path) -> None:
-    """Make the checkpoints' folder, and clear what killed runs left half-written. All ranks call.
-
-    Raises:
-        ConfigError, CheckpointError: a rank cannot write there, or the ranks do not share it; the
-            first save, hours later, would fail.
-    """
-    rank = dist.get_rank()
-    with raise_on_all_ranks(), refusing(folder):
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(folder)
-    _require_everywhere(folder)
-    with raise_on_all_ranks(), refusing(folder):
-        probe = folder / f".writable-{rank}"
-        try:
-            probe.write_bytes(bytes(4096))
-        finally:
-            probe.unlink(missing_ok=True)
-
-
-def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
-    """Rename what is newer than step `after` to `step-N.<suffix>`. All ranks call.
-
-    What comes after `after` will be another run's: it must neither be resumed from nor push this
-    run's checkpoints out.
-
-    Args:
-        suffix: "old" for what a run replaces that was sent back, "damaged" for what is not whole.
-            A name that is taken gets a number: nobody but people delete what was set aside.
-
-    Returns:
-        The steps that were set aside.
-    """
-    later: list[Any] = [[]]
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            later = [[n for n in _steps(folder) if n > after]]
-            for n in later[0]:
-                (folder / f"step-{n}").rename(_free_name(folder / f"step-{n}.{suffix}"))
-    dist.broadcast_object_list(later)
-    if later[0]:
-        names = ", ".join(f"step-{n}" for n in later[0])
-        logger.info("Set aside as step-N.%s, for this run replaces them: %s", suffix, names)
-    return later[0]
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def prune(folder: Path, newest: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to step `newest`, which is one. Rank 0 calls.
-
-    Newer ones, if any, are of nobody knows whom: they neither count nor go.
-    """
-    for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
-        gone = tmp_of(folder / f"step-{old}")
-        try:
-            shutil.rmtree(gone, ignore_errors=True)
-            # First another name: killed half-way, it must not look whole.
-            (folder / f"step-{old}").rename(gone)
-            shutil.rmtree(gone)
-        except OSError as error:  # the new one is safe: that is no reason to fail
-            logger.warning("Checkpoint: %s cannot be deleted: %s", gone, reason(error))
 
 
 def _require_everywhere(path: Path) -> None:
@@ -215,17 +130,96 @@ def _require_everywhere(path: Path) -> None:
         )
 
 
+# ----------------------------------------------------------------- making room for new steps
+
+
+def open_folder(folder: Path) -> None:
+    """Make the checkpoints' folder and delete what killed runs left there. All ranks call.
+
+    Raises:
+        ConfigError, CheckpointError: a rank cannot write there, or the ranks do not share it.
+            Otherwise the first save would fail, hours later.
+    """
+
+    def make() -> None:
+        with refusing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(folder)
+
+    call_on_rank_0(make)
+    _require_everywhere(folder)
+    with raise_on_all_ranks(), refusing(folder):
+        probe = folder / f".writable-{dist.get_rank()}"
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+
+
 def make_tmp(final: Path) -> Path:
-    """An empty `tmp_of(final)` that every rank sees. All ranks call.
+    """Make `tmp_of(final)`, empty, and return it. All ranks call.
 
     Raises:
         StorageError: it cannot be made, or a rank does not see it.
     """
     tmp = tmp_of(final)
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            fresh_tmp(final)
+    call_on_rank_0(lambda: fresh_tmp(final))
     with raise_on_all_ranks():
         if not tmp.is_dir():
             raise StorageError(f"{tmp}: is not there on every rank")
     return tmp
+
+
+def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
+    """Rename the steps later than `after` to `step-N.<suffix>`. All ranks call.
+
+    The run will write those steps itself. The older ones must neither be resumed from nor make
+    `prune` delete the run's own.
+
+    Args:
+        suffix: "old" or "damaged", see above. A number is appended to a name that is taken: the
+            program never deletes what it has set aside.
+
+    Returns:
+        The steps that were renamed.
+    """
+
+    def rename() -> list[int]:
+        later = [n for n in _steps(folder) if n > after]
+        for n in later:
+            aside, number = folder / f"step-{n}.{suffix}", 1
+            while aside.exists():
+                number += 1
+                aside = folder / f"step-{n}.{suffix}-{number}"
+            (folder / f"step-{n}").rename(aside)
+        return later
+
+    later = call_on_rank_0(rename)
+    if later:
+        names = ", ".join(f"step-{n}" for n in later)
+        logger.info("Set aside as step-N.%s, because this run replaces them: %s", suffix, names)
+    return later
+
+
+def prune(folder: Path, newest: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`. All ranks call.
+
+    Newer steps, if any, belong to another run: they are neither counted nor deleted.
+
+    Args:
+        keep: 0 keeps all.
+    """
+
+    def delete() -> None:
+        for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
+            gone = tmp_of(folder / f"step-{old}")
+            try:
+                shutil.rmtree(gone, ignore_errors=True)
+                # Renamed first: after a kill half-way it must not look complete.
+                (folder / f"step-{old}").rename(gone)
+                shutil.rmtree(gone)
+            except OSError as error:  # the new checkpoint is safe: the run goes on
+                logger.warning("Checkpoint: %s cannot be deleted: %s", gone, reason(error))
+
+    if keep > 0:
+        call_on_rank_0(delete)

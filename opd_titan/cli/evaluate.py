@@ -69,7 +69,7 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
         options = prompt_options(config, subject.tokenizer)
         validator = build_validator(config, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
-        check_lengths([subject.source], validator.prompts, new_tokens, "validation")
+        check_lengths([subject.source], validator.longest, new_tokens, "validation")
     with raise_on_all_ranks():
         folder = claim_folder(config, subject.name) if dist.get_rank() == 0 else None
     monitor = Monitor(stop, heartbeat, world)

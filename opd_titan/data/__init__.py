@@ -1,1 +1,1 @@
-"""Prompts: sources, templates, tokenizer, and the resumable loader."""
+"""Prompts: data sets, templates, the tokenizer, the cache, and the resumable loader."""

@@ -1,148 +1,120 @@
-"""Data files on disk: where each row of one lies, and which line is broken.
+"""Data files on disk: the rows of JSON files, and whether any file has changed.
 
-Reading goes through `datasets`, whose errors rarely say which line of which file is at fault; so
-after a failure the files are read once more here, only to find the place.
+Arrow infers one type for each column of a JSON file and casts the values to it, which changes
+numbers, dates and texts. So these files are parsed here, and values stay as they are written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import DataError, first_line, reason
 
-# Suffix -> the `datasets` builder that reads it.
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-BOM_AND_BLANK = b"\xef\xbb\xbf \t\r\n"
-# Of a row. Arrow takes no more levels; some ten thousand overflow its stack and kill the process.
-MAX_DEPTH = 63
-_BRACKETS = b'"[]{}'
-_NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
-_NUMBER_END = 2**64
+Row = dict[str, Any]
+
+BLOCK = 1 << 24  # bytes
+# A file that has changed in the last seconds may change again without a change of its times.
+_SETTLED = 2.0
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, too
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def check_file(file: Path) -> None:
-    """Catch what `datasets` reports badly or, for a JSON line that is no object, crashes on."""
-    if file.suffix not in FORMATS:
-        raise DataError(f"path: {file} must end in one of {', '.join(FORMATS)}")
-    try:
-        if file.stat().st_size == 0:
-            raise DataError(f"path: {file} is empty")
-        if _is_json(file):
-            with file.open("rb") as lines:
-                plain = all(map(_is_plain, lines))
-            if not plain:
-                _json_places(file)
-    except OSError as error:
-        raise DataError(f"path: {file} cannot be read: {reason(error)}") from error
+class WrittenFloat(float):
+    """A JSON number with a fraction or an exponent; its text is the one in the file."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether this is the name of a file in a folder and cannot lead out of it.
+    """Return whether this is a file name without folders.
 
-    An index, a manifest or a data set is data, and must not point anywhere else.
+    An index, a manifest or a data set is data, and must not name files in other folders.
     """
     return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
 
 
-def check_saved(folder: Path) -> None:
-    """Raise DataError where the `state.json` of a save_to_disk folder names files outside of it."""
-    state = folder / "state.json"
-    for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-        name = entry["filename"]
-        if not is_plain_name(name):
-            raise DataError(f"path: {state} names {name!r}; expected the name of a file beside it")
+def read_json(file: Path) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its place in the file, "line 3" or "row 3".
+
+    The file has one object a line, an array of objects, or one object over several lines.
+
+    Raises:
+        DataError: names the file, and the line if one is wrong.
+    """
+    try:
+        with file.open("rb") as lines:
+            filled = ((n, line) for n, line in enumerate(lines, 1) if line.strip(_BLANK))
+            first = next(filled, None)
+            if first is None:
+                raise DataError(f"path: {file} {'holds no rows' if lines.tell() else 'is empty'}")
+            start = first[1].strip(_BLANK)
+            if not start.startswith(b"[") and (start != b"{" or file.suffix == ".jsonl"):
+                for number, line in chain([first], filled):
+                    place = f"line {number}"
+                    yield place, _checked(_parse(line.rstrip(b"\r\n"), file, number), file, place)
+                return
+        value = _parse(file.read_bytes(), file, 1)
+    except OSError as error:
+        raise DataError(f"path: {file} cannot be read: {reason(error)}") from error
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        place = f"row {number}"
+        yield place, _checked(row, file, place)
 
 
-def blame(files: list[Path]) -> None:
-    """Raise DataError at the first place in JSON files that is not sound, if there is one."""
-    fields = 0
-    for file in filter(_is_json, files):
-        for place, row in _json_rows(file):
-            fields += len(row)
-            if problem := _problem(row):
-                raise DataError(f"path: {file}, {place}: {problem}")
-    if not fields and all(map(_is_json, files)):
-        raise DataError(f"path: {', '.join(map(str, files))}: the rows are objects without fields")
-
-
-def locate(files: list[Path], number: int) -> str | None:
-    """Say where row `number` (from 0) of the files lies: file and line for JSON Lines, else row."""
-    for file in files:
-        if _is_json(file):
-            places = _json_places(file)
-        else:
-            import pyarrow.parquet
-
-            count = pyarrow.parquet.read_metadata(file).num_rows
-            places = [f"row {n}" for n in range(1, count + 1)]
-        if number < len(places):
-            return f"{file}, {places[number]}"
-        number -= len(places)
-    return None
-
-
-def _is_json(file: Path) -> bool:
-    return FORMATS[file.suffix] == "json"
-
-
-def _is_plain(line: bytes) -> bool:
-    """Whether this can be a line of JSON Lines; if not, the file is an array or at fault."""
-    start = line.lstrip(BOM_AND_BLANK)[:1]
-    return not start or (start == b"{" and not _too_deep(line))
-
-
-def _json_places(file: Path) -> list[str]:
-    """Where each row lies. Raises DataError at the first that is not a JSON object."""
-    return [place for place, _ in _json_rows(file)]
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row lies, and the row. Raises DataError at the first that is not an object."""
-    content = file.read_bytes()
-    lines = enumerate(content.split(b"\n"), 1)
-    filled = [(number, line) for number, line in lines if line.strip(BOM_AND_BLANK)]
-    if not filled:
-        raise DataError(f"path: {file} holds no rows")
-    start = filled[0][1].strip(BOM_AND_BLANK)
-    # An array, or an object over several lines of a .json file; else JSON Lines.
-    if start.startswith(b"[") or (start == b"{" and file.suffix == ".json"):
-        value = _parse(content, file, 1)
-        rows = enumerate(value if isinstance(value, list) else [value], 1)
-        found = ((f"row {number}", row) for number, row in rows)
-    else:
-        found = ((f"line {number}", _parse(line, file, number)) for number, line in filled)
-    for place, row in found:
-        if not isinstance(row, dict):
-            raise DataError(f"path: {file}, {place}: not a JSON object; each row must be one")
-        yield place, row
+def _checked(row: Any, file: Path, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"path: {file}, {place}: not a JSON object; each row must be one")
+    return row
 
 
 def _parse(text: bytes, file: Path, first: int) -> Any:
-    """Parse JSON that starts at line `first` of the file; DataError names the line at fault."""
-    line, cause, problem = first, ValueError(), ""
+    """Parse JSON that starts at line `first` of the file. Raise DataError naming the line."""
+    line: int | None = first
+    cause: Exception
     try:
-        if _too_deep(text):
-            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
+        value = json.loads(
+            text.decode("utf-8-sig"), parse_float=WrittenFloat, object_pairs_hook=_object
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError as error:
-        line += text.count(b"\n", 0, error.start)
-        cause, problem = error, "not UTF-8"
+        line, cause, problem = first + text.count(b"\n", 0, error.start), error, "not UTF-8"
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        cause, problem = error, f"half of a surrogate pair ({half!r}) is not a character"
     except json.JSONDecodeError as error:
-        line += error.lineno - 1
+        line = first + error.lineno - 1
         cause, problem = error, f"broken JSON: {error.msg} (column {error.colno})"
-    except ValueError as error:  # too deep, a repeated field, a number of thousands of digits
-        cause, problem = error, first_line(error).partition(";")[0]
-        if b"\n" in text.strip():
-            raise DataError(f"path: {file}: {problem}") from cause
-    raise DataError(f"path: {file}, line {line}: {problem}") from cause
+    except (ValueError, RecursionError) as error:
+        # A repeated field, a number of thousands of digits, or too many levels.
+        line = None if b"\n" in text.strip() else first
+        deep = isinstance(error, RecursionError)
+        cause, problem = error, "nested too deeply" if deep else first_line(error).split(";")[0]
+    place = f"{file}, line {line}" if line else str(file)
+    raise DataError(f"path: {place}: {problem}") from cause
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -151,31 +123,51 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _too_deep(text: bytes) -> bool:
-    """Whether a row in JSON text has more than MAX_DEPTH levels of arrays and objects.
+def cache_folder() -> Path:
+    """Return the folder of this program in the cache of `datasets` (HF_DATASETS_CACHE).
 
-    Counted without parsing. An array around the rows is a level of its own.
+    It may not exist, and may be deleted at any time.
     """
-    if len(text) <= 2 * MAX_DEPTH:
-        return False
-    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_BRACKETS)
-    bare = re.sub(rb'"[^"]*"?', b"", bare)
-    depth = max(accumulate(1 if c in b"[{" else -1 for c in bare), default=0)
-    return depth > MAX_DEPTH + bare.startswith(b"[")
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE, "opd_titan")
 
 
-def _problem(value: Any) -> str:
-    """What in a parsed value Arrow cannot hold; empty if nothing is."""
-    problems: Iterable[str]
-    if isinstance(value, dict):
-        problems = (_problem(part) for pair in value.items() for part in pair)
-    elif isinstance(value, list):
-        problems = map(_problem, value)
-    elif isinstance(value, str):
-        half = next((c for c in value if "\ud800" <= c <= "\udfff"), "")
-        return f"half of a surrogate pair ({half!r}) is no character" if half else ""
-    elif isinstance(value, (int, float)) and not abs(value) < _NUMBER_END and value == value:
-        return "a number too large for 64 bits"
-    else:
-        return ""
-    return next(filter(None, problems), "")
+def digest_of_files(files: Sequence[Path]) -> str:
+    """Return a hash of the files' contents.
+
+    They are read again only if a size, a time or an inode has changed.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    names = repr([os.path.abspath(file) for file in files]).encode()
+    note = cache_folder() / f"{hashlib.blake2b(names, digest_size=16).hexdigest()}.json"
+    try:
+        stats = [file.stat() for file in files]
+        now = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            noted = json.loads(note.read_text(encoding="utf-8"))
+            if noted["files"] == now:
+                return str(noted["digest"])
+        digest = _digest(files)
+    except OSError as error:
+        raise DataError(f"path: {error.filename} cannot be read: {reason(error)}") from error
+    if time.time() - max(max(s.st_mtime, s.st_ctime) for s in stats) > _SETTLED:
+        with suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as new:
+                json.dump({"files": now, "digest": digest}, new)
+            os.replace(new.name, note)
+    return digest
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(b"%d " % os.fstat(content.fileno()).st_size)
+            while block := content.read(BLOCK):
+                digest.update(block)
+                beat()
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what an id looks like, and what happens where it cannot be reached."""
+"""The Hugging Face hub: the form of an id, and a quick failure when it cannot be reached."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 from opd_titan.errors import first_line
 
-_PATIENCE = 10.0  # seconds
+_TIMEOUT = 10.0  # seconds
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Tell whether `name` can be "org/name"; a path that starts with `.`, `/` or `~` cannot."""
+    """Return whether `name` can be "org/name"; a path that starts with `.`, `/` or `~` cannot."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 @contextmanager
 def hub_in_reach() -> Iterator[str]:
-    """Where the hub does not answer, only what was downloaded before is looked for meanwhile.
+    """Use only earlier downloads in the body if the hub does not answer.
 
-    Its own clients would first try again for half a minute, and log each time.
+    The hub's own clients would retry for half a minute, and log each time.
 
     Yields:
-        Why it does not answer, for errors; empty where it does.
+        Why the hub does not answer, for error messages; "" if it answers.
     """
     import datasets
     from huggingface_hub import constants
@@ -47,7 +47,7 @@ def _trouble(endpoint: str) -> str:
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
-        get_session().head(endpoint, timeout=_PATIENCE)
-    except Exception as error:  # of whichever HTTP client this version has
+        get_session().head(endpoint, timeout=_TIMEOUT)
+    except Exception as error:  # depends on the HTTP client of this version
         return f"the hub at {endpoint} does not answer ({first_line(error)})"
     return ""

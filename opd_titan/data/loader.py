@@ -2,129 +2,82 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from opd_titan.data.types import Prompt
 from opd_titan.errors import CheckpointError, DataError
 
 
-@dataclass
 class Epochs:
     """The positions of one set of prompts without end, a part of a batch at a time.
 
-    Epoch e's order depends on (seed, e, the set's number) and the number of prompts alone, never on
-    the rank, the world size or another random generator. What is left of an epoch's order when a
-    batch needs more is left out, so that no batch holds a prompt twice and none is seen twice in an
-    epoch.
+    The order of epoch e depends only on (seed, e, the set's number) and the number of prompts. If
+    fewer positions are left in an epoch than a batch needs, they are dropped: no batch has a prompt
+    twice, and no epoch either.
     """
 
-    num_prompts: int
-    seed: int
-    shuffle: bool
-    number: int = 0
-    epoch: int = 0
-    taken: int = 0
-    _order: list[int] = field(default_factory=list, init=False)
+    def __init__(self, size: int, seed: int, shuffle: bool, number: int) -> None:
+        self.size, self.seed, self.shuffle, self.number = size, seed, shuffle, number
+        self.move_to(0, 0)
 
-    def order(self) -> list[int]:
-        """Return all positions in the order of the present epoch (from 0)."""
-        if not self.shuffle:
-            return list(range(self.num_prompts))
-        # SeedSequence mixes them: (seed 1, epoch 0) and (seed 0, epoch 1) are strangers.
-        entropy = (self.seed % 2**64, self.epoch, self.number)
-        mixed = np.random.SeedSequence(entropy).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(mixed))
-        return torch.randperm(self.num_prompts, generator=generator).tolist()
+    def move_to(self, epoch: int, taken: int) -> None:
+        """Go to the place after the first `taken` positions of an epoch (from 0)."""
+        self.epoch, self.taken = epoch, taken
+        if self.shuffle:
+            # SeedSequence mixes them: (seed 1, epoch 0) and (seed 0, epoch 1) have no relation.
+            entropy = (self.seed % 2**64, epoch, self.number)
+            mixed = np.random.SeedSequence(entropy).generate_state(1)[0]
+            generator = torch.Generator().manual_seed(int(mixed))
+            self._order = torch.randperm(self.size, generator=generator)
+        else:
+            self._order = torch.arange(self.size)
 
     def take(self, count: int) -> list[int]:
-        """The next `count` <= num_prompts positions, of one epoch."""
-        if self.taken + count > self.num_prompts:
-            self.epoch, self.taken, self._order = self.epoch + 1, 0, []
-        self._order = self._order or self.order()
+        """Return the next `count` <= size positions, all of one epoch."""
+        if self.taken + count > self.size:
+            self.move_to(self.epoch + 1, 0)
         self.taken += count
-        return self._order[self.taken - count : self.taken]
+        return self._order[self.taken - count : self.taken].tolist()
 
 
 def share_out(
     sizes: Sequence[int], weights: Sequence[float], picked: list[int] | None = None
 ) -> Iterator[int]:
-    """Whose each place of a batch is, of sets of these sizes; none gives more than it has.
+    """Yield the number of the set that each place of a batch goes to.
 
-    Each goes to the set that is furthest behind its share (Webster's method of apportionment), so
-    that after any number of places every set has had its share to within about one, and the sets
-    are mixed within a batch, too.
+    Each place goes to the set that is furthest behind its share (Webster's method of
+    apportionment): after any number of places every set has had its share to within about one,
+    and the sets are mixed within a batch, too. No set gives more than its size.
 
     Args:
-        picked: by set, the places that it has had so far; kept up to date.
+        sizes, weights: by set.
+        picked: by set, the places that it has had so far; updated. None: no places yet.
     """
     picked, left = picked if picked is not None else [0] * len(sizes), list(sizes)
     while any(left):
         able = [i for i, count in enumerate(left) if count]
-        # The first of those that are as far behind.
+        # The first of those that are equally far behind.
         chosen = min(able, key=lambda i: (2 * picked[i] + 1) / weights[i])
         picked[chosen] += 1
         left[chosen] -= 1
         yield chosen
 
 
-class MixedBatches:
-    """Batches of positions in the sets laid end to end, without end, as a stateful batch sampler.
-
-    Args:
-        sizes, weights: by set.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        weights: Sequence[float],
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-    ) -> None:
-        self.sizes, self.weights, self.batch_size = sizes, weights, batch_size
-        self.epochs = [Epochs(size, seed, shuffle, i) for i, size in enumerate(sizes)]
-        self.picked = [0] * len(sizes)
-        self._first = [0, *accumulate(sizes)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            sets = list(islice(share_out(self.sizes, self.weights, self.picked), self.batch_size))
-            counts = Counter(sets)
-            taken = {i: iter(self.epochs[i].take(count)) for i, count in counts.items()}
-            yield [self._first[i] + next(taken[i]) for i in sets]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "picked": list(self.picked),
-            "epochs": [{"epoch": e.epoch, "taken": e.taken} for e in self.epochs],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.picked = list(state["picked"])
-        self.epochs = [
-            replace(e, **place) for e, place in zip(self.epochs, state["epochs"], strict=True)
-        ]
-
-
 class PromptLoader:
-    """Global batches of `prompts_per_step` prompts, the same on every rank; ranks take their slice.
+    """Global batches of `prompts_per_step` prompts, the same on every rank.
 
         loader = PromptLoader([prompts], prompts_per_step=8, seed=0)
         batch = next(loader)
 
     Args:
-        sets: of prompts.
-        weights: of the sets, whose shares of the prompts are proportional to them; None: equal.
+        sets: sets of prompts.
+        weights: by set; its share of the prompts is proportional. None: equal shares.
 
     Raises:
         DataError: a set has fewer prompts than its share of one batch.
@@ -139,55 +92,54 @@ class PromptLoader:
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
     ) -> None:
-        sizes, weights = [len(prompts) for prompts in sets], list(weights or [1.0] * len(sets))
-        _check_shares(sizes, weights, prompts_per_step)
-        self._sampler = MixedBatches(sizes, weights, prompts_per_step, seed, shuffle)
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls torch.set_vital, which newer torch warns about.
-            warnings.simplefilter("ignore")
-            self._loader = StatefulDataLoader(
-                list(chain(*sets)),
-                batch_sampler=self._sampler,
-                collate_fn=list,
-                num_workers=0,
-                # Its own generator: the default draws from the global one at every start.
-                generator=torch.Generator(),
-            )
-        self._batches = iter(self._loader)
+        self._sets, self._weights = sets, list(weights or [1.0] * len(sets))
+        self._sizes = [len(prompts) for prompts in sets]
+        _check_shares(self._sizes, self._weights, prompts_per_step)
+        self._batch_size, self._seed, self._shuffle = prompts_per_step, seed, shuffle
+        self._epochs = [Epochs(size, seed, shuffle, i) for i, size in enumerate(self._sizes)]
+        self._picked = [0] * len(sets)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Steps in one pass over the data, which several sets have none of."""
-        (size,) = self._sampler.sizes
-        return size // self._sampler.batch_size
+        """Steps in one pass over the only set."""
+        (size,) = self._sizes
+        return size // self._batch_size
 
     def __next__(self) -> list[Prompt]:
-        return next(self._batches)
+        shares = share_out(self._sizes, self._weights, self._picked)
+        sets = list(islice(shares, self._batch_size))
+        taken = {i: iter(self._epochs[i].take(count)) for i, count in Counter(sets).items()}
+        return [self._sets[i][next(taken[i])] for i in sets]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain JSON values, with what it is a position in."""
-        return {**self._identity_of_order(), "loader": self._loader.state_dict()}
+        """Return the position, and what decides the order, as plain JSON values."""
+        epochs = [[epochs.epoch, epochs.taken] for epochs in self._epochs]
+        return {**self._order(), "picked": list(self._picked), "epochs": epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises CheckpointError when it belongs to another order."""
-        for key, value in self._identity_of_order().items():
+        """Go to a saved position.
+
+        Raises:
+            CheckpointError: it belongs to a different order.
+        """
+        for key, value in self._order().items():
             if state.get(key) != value:
                 raise CheckpointError(
                     f"{key} is {value} but was {state.get(key)} when the checkpoint was saved; the "
                     f"prompts' order cannot be resumed: set it back, or start in a new folder"
                 )
-        self._loader.load_state_dict(state["loader"])
-        # Build the iterator now: the sampler takes the position over only then.
-        self._batches = iter(self._loader)
+        self._picked = list(state["picked"])
+        for epochs, (epoch, taken) in zip(self._epochs, state["epochs"], strict=True):
+            epochs.move_to(epoch, taken)
 
-    def _identity_of_order(self) -> dict[str, Any]:
-        sampler = self._sampler
+    def _order(self) -> dict[str, Any]:
+        """Return what decides the order of the prompts, by its name in the configuration."""
         return {
-            "data.num_prompts": list(sampler.sizes),
-            "data.weights": list(sampler.weights),
-            "rollout.prompts_per_step": sampler.batch_size,
-            "training.seed": sampler.epochs[0].seed,
-            "data.shuffle": sampler.epochs[0].shuffle,
+            "data.num_prompts": self._sizes,
+            "data.weights": self._weights,
+            "rollout.prompts_per_step": self._batch_size,
+            "training.seed": self._seed,
+            "data.shuffle": self._shuffle,
         }
 
 

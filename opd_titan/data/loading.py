@@ -1,7 +1,6 @@
-"""Find and read a data set's rows, from the hub or from disk, and know where each row lies.
+"""Find the rows of a data set, on disk or on the hub.
 
-A DataError from here begins with the key at fault, without the config table that it stands in:
-who knows the table puts it before.
+The message of a DataError from here begins with the key, without its table: the caller adds it.
 """
 
 from __future__ import annotations
@@ -10,70 +9,104 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd_titan.data.files import FORMATS, blame, check_file, check_saved, locate
+from opd_titan.data.files import Row, digest_of_files, is_plain_name, read_json
 from opd_titan.data.hub import hub_in_reach, looks_like_hub_id
 from opd_titan.data.sources import DATASETS, DatasetSpec, Record, RowError
 from opd_titan.errors import DataError, first_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
+SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLIT = re.compile(r"([\w.]+)(?:\[(-?\d{1,12}%?)?:(-?\d{1,12}%?)?\])?")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that `split` asks for.
+    """The rows of one split or of a slice of it; none is read before `records` is called.
 
-    table: the whole split. numbers: each row's number in it, from 0: row 3 of "train[100:200]" is
-        number 103.
-    files: what it was read from, in order; empty for hub and save_to_disk sets.
-    label, source: one phrase for the whole split and for the rows, for errors and the log.
+    Attributes:
+        where: the path or hub id, for messages.
+        split: the split as the user wrote it.
+        bounds: the two ends of its slice; "" for one that is not given.
+        read: yields each row of the whole split with its place.
+        files: the files that `read` reads; none for a hub set.
+        version: a hash of a hub set's revision and configuration.
     """
 
     spec: DatasetSpec
-    table: Dataset
-    numbers: range
-    files: list[Path]
-    label: str
-    source: str
+    where: str
+    split: str
+    bounds: tuple[str, str]
+    read: Callable[[], Iterator[tuple[str, Row]]]
+    files: Sequence[Path] = ()
+    version: str = ""
 
-    def error(self, number: int, message: object) -> DataError:
-        """Return the one-line DataError for the row with this number, wherever it lies."""
-        place = locate(self.files, number) or f"{self.label}, row {number + 1}"
-        return DataError(f"path: {place}: {' '.join(str(message).split())}")
+    @property
+    def source(self) -> str:
+        return f"{self.where} ({self.split})"
 
-    def records(self) -> Iterator[tuple[int, Record]]:
-        """Yield (number, record) in the source's order. Raises DataError at a row at fault."""
-        try:
-            for number, row in zip(self.numbers, self.table.select(self.numbers), strict=True):
-                try:
-                    record = self.spec.to_record(row)
-                except RowError as error:
-                    raise self.error(number, f"{error} (dataset {self.spec.name})") from error
-                yield number, record
-        # Arrow takes text on trust when it reads a file; only here does bad UTF-8 come out.
-        except UnicodeDecodeError as error:
-            blame(self.files)
-            raise DataError(f"path: {self.label}: text that is not UTF-8") from error
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the rows do."""
+        kinds = [file.suffix for file in self.files]
+        return self.version or f"{digest_of_files(self.files)} {kinds}"
+
+    def records(self) -> Iterator[tuple[int, str, Record]]:
+        """Yield the number of each row in the split (from 0), its place, and its record.
+
+        Raises:
+            DataError: names the place of the row that cannot be used.
+        """
+        columns = self.spec.all_columns
+        numbers = self._numbers()
+        number = None
+        for number, (place, row) in islice(enumerate(self.read()), numbers.start, numbers.stop):
+            if number == numbers.start:
+                _check_columns(self.spec, list(row), place)
+            try:
+                record = self.spec.to_record({n: row[n] for n in columns if n in row})
+            except RowError as error:
+                raise row_error(place, f"{error} (dataset {self.spec.name})") from error
+            yield number, place, record
+        if number is None:
+            raise DataError(f'path: {self.where} holds no rows in split "{self.split}"')
+
+    def place(self, number: int) -> str:
+        """Return where the row with this number is."""
+        return next(place for n, (place, _) in enumerate(self.read()) if n == number)
+
+    def _numbers(self) -> range:
+        relative = any(c in bound for bound in self.bounds for c in "-%")
+        size = sum(1 for _ in self.read()) if relative else sys.maxsize
+        first, last = (_bound(bound, size) for bound in self.bounds)
+        return range(size)[first:last]
+
+
+def row_error(place: str, message: object) -> DataError:
+    """Return the one-line error for the row at this place."""
+    return DataError(f"path: {place}: {' '.join(str(message).split())}")
 
 
 def load_rows(dataset: str, path: str, split: str) -> Rows:
-    """Find the rows of `split` of a data set named in `sources.DATASETS`.
+    """Find the rows of a data set of `sources.DATASETS`.
 
-    path: "" for the set's home on the hub; else a `save_to_disk` folder (a plain Dataset is taken
-        as the split asked for, whatever its name); a folder with `<split>.jsonl`, `.json`,
-        `.parquet` or `<split>-*` shards, in it or in its `data/` (or, for gsm8k, `main/`), or with
-        one single data file, which then is "train"; one such file, taken as the split asked for;
-        else a hub id, "org/name" or "org/name:config".
-    split: one split or a slice of it: "train", "train[:100]", "train[10%:20%]".
+    Args:
+        path: "" for the set's own hub id; else a `save_to_disk` folder (a plain Dataset is taken
+            as any split); a folder with `<split>.jsonl`, `.json`, `.parquet` or `<split>-*`
+            shards, in it or in its `data/` (for gsm8k also `main/`), or with a single data file,
+            which then is "train"; such a file, taken as any split; else a hub id, "org/name" or
+            "org/name:config".
+        split: one split or a slice of it: "train", "train[:100]", "train[10%:20%]".
 
-    Raises DataError, naming the key, file and line, whenever there is nothing sound to return.
+    Raises:
+        DataError: names the key, and the file if there is one.
     """
     spec = DATASETS[dataset]
     match = _SPLIT.fullmatch(split)
@@ -81,56 +114,132 @@ def load_rows(dataset: str, path: str, split: str) -> Rows:
         raise DataError(
             f'split = "{split}" is not a split; write "train", "train[:100]" or "train[10%:20%]"'
         )
-    name = match[1]
-    _quiet()
+    name, bounds = match[1], (match[2] or "", match[3] or "")
     local = Path(os.path.expanduser(path))
-    if path and os.path.exists(local):  # False also for what can be no path
-        table, files = _read_local(spec, local, name)
-        where = path
+    if not path or not os.path.exists(local):  # False also for what cannot be a path
+        table, where = _load_hub(spec, path, name)
+        read = partial(_read_table, spec, table, f"{where}, split {name}")
+        return Rows(spec, where, split, bounds, read, version=table._fingerprint)
+    if any((local / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        folder = _saved_folder(local, name)
+        read = partial(_read_saved, spec, folder, f"{path}, split {name}")
+        files = sorted(file for file in folder.iterdir() if file.is_file())
     else:
-        table, where = _read_hub(spec, path, name)
-        files = []
-    label = f"{where}, split {name}"
-    table = _used_columns(spec, table, ", ".join(map(str, files)) or label)
-    size = table.num_rows
-    numbers = range(size)[_bound(match[2], size) : _bound(match[3], size)]
-    if not numbers:
-        raise DataError(f'path: {where} holds no rows in split "{split}"')
-    return Rows(spec, table, numbers, files, label, f"{where} ({split})")
+        files = _split_files(spec, local, name) if local.is_dir() else [local]
+        if files[0].suffix not in SUFFIXES:
+            raise DataError(f"path: {local} must end in one of {', '.join(SUFFIXES)}")
+        read = partial(_read_files, spec, files)
+    return Rows(spec, path, split, bounds, read, files)
 
 
-def _bound(text: str | None, size: int) -> int | None:
-    """One end of a slice of `size` rows, in rows or percent, counted from the end if negative."""
+def _bound(text: str, size: int) -> int | None:
+    """Return one end of a slice of `size` rows, given in rows or percent."""
     if not text:
         return None
     return round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
 
 
-def _quiet() -> None:
-    """No progress bars off a terminal, and no log lines beside the one-line errors raised here."""
+def _read_files(spec: DatasetSpec, files: Sequence[Path]) -> Iterator[tuple[str, Row]]:
+    for file in files:
+        if file.suffix == ".parquet":
+            yield from _read_parquet(spec, file)
+        else:
+            for place, row in read_json(file):
+                yield f"{file}, {place}", row
+
+
+def _read_parquet(spec: DatasetSpec, file: Path) -> Iterator[tuple[str, Row]]:
     import datasets
 
-    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
-        datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    _silence()
+    pattern = re.sub(r"([*?\[])", r"[\1]", str(file))  # the name itself
+    try:
+        # Streaming: without a copy in the cache of `datasets`, which may be of an older file.
+        table = datasets.load_dataset(
+            "parquet", data_files={"rows": [pattern]}, split="rows", streaming=True
+        )
+        yield from _read_table(spec, table, str(file))
+    except DataError:
+        raise
+    except Exception as error:  # a broken file raises one of many classes
+        raise DataError(f"path: {file} cannot be read: {first_line(error)}") from error
 
 
-def _read_hub(spec: DatasetSpec, path: str, name: str) -> tuple[Dataset, str]:
-    """A whole split from the hub, or from the cache of an earlier download; and where it lies."""
+def _read_table(
+    spec: DatasetSpec, table: Dataset | IterableDataset, label: str
+) -> Iterator[tuple[str, Row]]:
+    _check_columns(spec, table.column_names, label)
+    names = [name for name in spec.all_columns if name in table.column_names]
+    for name in names:
+        if kind := _read_from_files(table.features[name]):
+            raise DataError(
+                f"path: {label}: column '{name}' holds {kind}, which names files to open; wanted "
+                "text"
+            )
+    table = table.select_columns(names)
+    try:
+        # A save_to_disk folder may ask for tensors instead of Python values.
+        for number, row in enumerate(table.with_format(None), 1):
+            yield f"{label}, row {number}", row
+    except UnicodeDecodeError as error:  # Arrow does not check text before
+        raise DataError(f"path: {label}: text that is not UTF-8") from error
+
+
+def _read_saved(spec: DatasetSpec, folder: Path, label: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name in (entry["filename"] for entry in state["_data_files"]):
+            if not is_plain_name(name):
+                raise DataError(
+                    f"path: {folder / 'state.json'} names {name!r}; expected the name of a file "
+                    "beside it"
+                )
+        _silence()
+        table = datasets.load_from_disk(str(folder))
+        # Arrow would follow wrong offsets in the file to any place in memory.
+        table.data.validate(full=True)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"path: the save_to_disk folder {folder} cannot be read ({first_line(error)})"
+        ) from error
+    yield from _read_table(spec, table, label)
+
+
+def _saved_folder(path: Path, name: str) -> Path:
+    """Return the folder of one split of a `save_to_disk` folder."""
+    listed = path / "dataset_dict.json"
+    if not listed.is_file():
+        return path
+    try:
+        splits = list(map(str, json.loads(listed.read_text(encoding="utf-8"))["splits"]))
+    except Exception as error:
+        raise DataError(f"path: {listed} cannot be read ({first_line(error)})") from error
+    if name not in splits or not (path / name).is_dir():  # without "/": it stays in the folder
+        raise _no_split(path, name, splits)
+    return path / name
+
+
+def _load_hub(spec: DatasetSpec, path: str, name: str) -> tuple[Dataset, str]:
+    """Load a split from the hub, or from an earlier download. Returns it with its hub id."""
     import datasets
 
     hub_id, _, config = path.partition(":")
     if not path:
         hub_id, config = spec.hub_id, spec.hub_config
-    if not looks_like_hub_id(hub_id) or Path(hub_id).suffix in FORMATS:
+    if not looks_like_hub_id(hub_id) or Path(hub_id).suffix in SUFFIXES:
         raise DataError(
             f'path = "{path}" does not exist; give a folder, a .jsonl, .json or .parquet file, or '
             'a hub id "org/name"'
         )
+    _silence()
     with hub_in_reach() as trouble:
         try:
             table = datasets.load_dataset(hub_id, config or None, split=name)
-        except Exception as error:  # of an unknown split or config, the first line lists the known
+        except Exception as error:  # the first line for a wrong split or config lists the known
             raise DataError(
                 f'path: "{hub_id}" is no local path and its split "{name}" cannot be read from the '
                 f"hub ({trouble or first_line(error)}); log in if it is private; without a "
@@ -139,60 +248,22 @@ def _read_hub(spec: DatasetSpec, path: str, name: str) -> tuple[Dataset, str]:
     return table, f"{hub_id}:{config}" if config else hub_id
 
 
-def _read_local(spec: DatasetSpec, path: Path, name: str) -> tuple[Dataset, list[Path]]:
-    """A whole split from a folder or a file that exists; and the files, if it has rows in files."""
+def _silence() -> None:
+    """Turn off the log of `datasets`, and its progress bars where nobody sees them."""
     import datasets
 
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _read_saved(path, name), []
-
-    files = _split_files(spec, path, name) if path.is_dir() else [path]
-    for file in files:
-        check_file(file)
-    # `datasets` splits names at characters like "[" or "*": escape what it would take as a pattern.
-    patterns = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]
-    kind = FORMATS[files[0].suffix]
-    try:
-        return datasets.load_dataset(kind, data_files={"rows": patterns}, split="rows"), files
-    except Exception as error:
-        blame(files)
-        names, cause = ", ".join(map(str, files)), first_line(error.__cause__ or error)
-        raise DataError(f"path: {names} cannot be read: {cause}") from error
-
-
-def _read_saved(path: Path, name: str) -> Dataset:
-    """A whole split of a `save_to_disk` folder."""
-    import datasets
-
-    try:
-        listed = path / "dataset_dict.json"
-        if not listed.is_file():
-            check_saved(path)
-            saved = datasets.load_from_disk(str(path))
-        else:
-            splits = json.loads(listed.read_text(encoding="utf-8"))["splits"]
-            if name not in splits:
-                raise _no_split(path, name, list(map(str, splits)))
-            check_saved(path / name)  # a split's name is `\w.`, so it stays in the folder
-            saved = datasets.load_from_disk(str(path / name))
-        # Arrow trusts the file's offsets and would follow wrong ones anywhere in memory.
-        saved.data.validate(full=True)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"path: the save_to_disk folder {path} cannot be read ({first_line(error)})"
-        ) from error
-    return saved
+    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
+        datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
 
 
 def _split_files(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
     """Choose the files of one split by name; see `load_rows` for the rule."""
     subfolders = {".", "data", spec.hub_config or "."}  # the latter two as hub snapshots do
     found = [f for sub in sorted(subfolders) for f in sorted((folder / sub).glob("*.*"))]
-    every = [f for f in found if f.suffix in FORMATS and f.name != "dataset_infos.json"]
+    every = [f for f in found if f.suffix in SUFFIXES and f.name != "dataset_infos.json"]
     mine = [f for f in every if _split_name(f) == name]
-    # One folder's one format: a train.jsonl beside its own train.parquet must not count twice.
+    # A train.jsonl beside its own train.parquet must not count twice.
     if len({(f.parent, f.suffix) for f in mine}) > 1:
         shown = ", ".join(map(str, mine[:4]))
         raise DataError(
@@ -220,30 +291,18 @@ def _split_name(file: Path) -> str:
     return file.stem.split("-")[0]
 
 
-def _used_columns(spec: DatasetSpec, table: Dataset, where: str) -> Dataset:
-    """Keep the columns that the data set reads. Raises DataError for one that is missing."""
-    have = table.column_names
+def _check_columns(spec: DatasetSpec, have: Sequence[str], place: str) -> None:
     for wanted in spec.columns:
         if not set(wanted.split("|")) & set(have):
             shown = " or ".join(f"'{name}'" for name in wanted.split("|"))
             raise DataError(
-                f"path: {where} has no column {shown}, which dataset {spec.name} needs; it has "
-                f"{', '.join(repr(name) for name in have) or 'none'}"
+                f"path: {place} has no column {shown}, which dataset {spec.name} needs; it has "
+                f"{', '.join(map(repr, have)) or 'none'}"
             )
-    used = [name for wanted in spec.columns for name in wanted.split("|")]
-    names = [n for n in (*used, *spec.optional_columns) if n in have]
-    for name in names:
-        if kind := _decoded(table.features[name]):
-            raise DataError(
-                f"path: {where}: column '{name}' holds {kind}, which names files to open; wanted "
-                "text"
-            )
-    # A save_to_disk folder may ask for tensors instead of Python values.
-    return table.select_columns(names).with_format(None)
 
 
-def _decoded(feature: Any) -> str:
-    """The name of a type such as Image, whose values `datasets` makes of other files, if any."""
+def _read_from_files(feature: Any) -> str:
+    """Return the name of a type such as Image, which `datasets` reads from other files; else ""."""
     if isinstance(feature, Mapping):
         parts = list(feature.values())
     elif isinstance(feature, (list, tuple)):
@@ -251,6 +310,5 @@ def _decoded(feature: Any) -> str:
     elif hasattr(feature, "decode_example") and type(feature).__name__ != "Json":
         return type(feature).__name__
     else:
-        inner = getattr(feature, "feature", None)  # of a list
-        parts = [] if inner is None else [inner]
-    return next(filter(None, map(_decoded, parts)), "")
+        parts = [feature.feature] if hasattr(feature, "feature") else []  # of a list
+    return next(filter(None, map(_read_from_files, parts)), "")

@@ -1,4 +1,4 @@
-"""Text of single tokens, for people to read."""
+"""The text of each token of a response, for display."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BROKEN = "\ufffd"  # what decoders write for bytes that are no UTF-8
-# A character of UTF-8 has 4 bytes at most: up to 3 of them may wait for the next token.
-_MOST_WAITING = 3
-# Tokens before one that are decoded with it: so many that a character cut off at their start is
-# never among those that wait, even if all of them are broken.
+_BROKEN = "\ufffd"  # decoders write it for bytes that are not UTF-8
+# A character has at most 4 bytes in UTF-8: up to 3 of them may be incomplete before the next token.
+_MAX_INCOMPLETE = 3
+# The number of earlier tokens that are decoded together with a token. A character that is cut off
+# at their start is then never among the incomplete ones at their end.
 _CONTEXT = 16
 
 
 class TokenTexts:
-    """Which part of a text each token is. Special tokens are shown by their names."""
+    """Splits a decoded text into the part of each token. Special tokens are shown by name."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._alone: dict[int, str] = {}
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """A text for each token; joined they are the decoded tokens, special ones included.
+        """Return a text for each token; joined, they are the decoded text, special tokens included.
 
-        A character that several tokens make up is the last one's, the others' text is empty.
+        A character that consists of several tokens is the text of the last one; the others' text
+        is empty.
         """
         alone = [self._decoded(i) for i in ids]
         if _BROKEN not in "".join(alone) and "".join(alone) == self._decode(ids):
             return alone
-        # Tokens that are parts of characters, or whose text depends on their neighbours: each one
-        # adds what the text so far gains by it. What ends in a broken character may still change.
+        # Some tokens are parts of characters, or their text depends on their neighbours. Each
+        # token's text is then what it adds to the decoded text, without an incomplete end.
         pieces = []
         for t in range(len(ids)):
             start, last = max(0, t - _CONTEXT), t == len(ids) - 1
-            before = _settled(self._decode(ids[start:t]))
+            before = _complete(self._decode(ids[start:t]))
             text = self._decode(ids[start : t + 1])
-            pieces.append((text if last else _settled(text))[len(before) :])
+            pieces.append((text if last else _complete(text))[len(before) :])
         return pieces
 
     def alone(self, token: int) -> str:
-        """One token's own text; its name in the vocabulary where that is part of a character."""
+        """Return one token's own text; its name in the vocabulary if it is part of a character."""
         text = self._decoded(token)
         if _BROKEN in text:
             return str(self._tokenizer.convert_ids_to_tokens(int(token)) or text)
@@ -61,7 +62,7 @@ class TokenTexts:
         return text
 
 
-def _settled(text: str) -> str:
-    """Without what the next token may still complete."""
-    waiting = len(text) - len(text.rstrip(_BROKEN))
-    return text[: len(text) - min(waiting, _MOST_WAITING)]
+def _complete(text: str) -> str:
+    """Return the text without the characters at its end that the next token may complete."""
+    broken = len(text) - len(text.rstrip(_BROKEN))
+    return text[: len(text) - min(broken, _MAX_INCOMPLETE)]

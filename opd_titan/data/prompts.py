@@ -1,47 +1,64 @@
-"""Build a run's prompts: rows -> records -> rendered text -> token ids, filtered and counted."""
+"""Build the prompts of a job: rows -> records -> rendered texts -> token ids."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from opd_titan.data.loading import Rows, load_rows
-from opd_titan.data.sources import Record, RowError
+from opd_titan.data.cache import Prompts, TokenizedRow, Write, cached_prompts
+from opd_titan.data.loading import Rows, load_rows, row_error
+from opd_titan.data.sources import DatasetSpec, Record, RowError
 from opd_titan.data.templates import check_template, render
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.heartbeat import beat, set_phase
+from opd_titan.distributed.heartbeat import set_phase
 from opd_titan.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_BATCH = 1024
-# A text of more characters is measured against the longest token before it is tokenized: what a
-# broken row holds, perhaps a whole file, would take gigabytes only to be dropped.
+# Texts with more characters are compared with the longest token before they are tokenized: a
+# broken row may hold a whole file, which would take gigabytes only to be dropped.
 LARGE_TEXT = 100_000
 NO_RESPONSE = (
     "no response, which rollout.on_policy_fraction < 1 and sft learn from; use a set that has them"
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are left, in the source's order, and what became of the other rows.
+    """The prompts that are left, in the order of the source, and the number of other rows.
 
-    num_rows: rows read; num_duplicates and num_too_long: how many of them were dropped and why.
-    source: where they came from, for the log. name: empty for the only set.
+    Attributes:
+        source: where they come from, for messages. name: empty for the only set.
+        num_rows: rows read.
+        num_duplicates, num_too_long: how many of them were dropped for this reason.
     """
 
     source: str
-    name: str = ""
-    prompts: list[Prompt] = field(default_factory=list)
-    num_rows: int = 0
-    num_duplicates: int = 0
-    num_too_long: int = 0
+    name: str
+    prompts: Prompts
+    num_rows: int
+    num_duplicates: int
+    num_too_long: int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `build_prompts` that decide which prompts are made of the rows."""
+
+    template: str
+    enable_thinking: bool
+    max_prompt_tokens: int
+    keep_responses: bool
+    max_prompts: int
 
 
 def build_prompts(
@@ -55,93 +72,176 @@ def build_prompts(
     tokenizer: PreTrainedTokenizerBase,
     keep_responses: bool,
     max_prompts: int = 0,
-    answer_problem: Callable[[str], str] = lambda answer: "",
+    answer_problem: Callable[[str], str] | None = None,
     section: str = "data",
     first_index: int = 0,
     name: str = "",
     teacher: str = "teacher",
 ) -> PromptSet:
-    """Load, render, tokenize and filter. `Prompt.index` is the row's number in the source.
+    """Load, render, tokenize and filter, or take the result of an earlier start from the cache.
 
-    keep_responses: keep the data set's own responses, which every prompt then must have; else
-        drop them (OpenThoughts3's are gigabytes).
-    max_prompts: stop after this many prompts (0: take all).
-    answer_problem: what is wrong with a gold answer, if anything; the row is then refused.
-    section: the config table that errors name, "data" or "validation".
-    first_index: of the source's first row; name, teacher: of each prompt.
+    `Prompt.index` is the number of the row in the source.
 
-    Raises DataError for data that cannot be used, ModelError for a missing chat template.
+    Args:
+        keep_responses: keep the data set's own responses, which every prompt then must have; else
+            drop them (OpenThoughts3's take gigabytes).
+        max_prompts: stop after this many prompts (0: take all).
+        answer_problem: returns what is wrong with an answer, "" if nothing is.
+        section: the config table that errors name, "data" or "validation".
+        first_index: index of the source's first row.
+        name, teacher: of each prompt.
+
+    Raises:
+        DataError: the data cannot be used.
+        ModelError: the tokenizer has no chat template, or one that fails.
     """
     set_phase(f"the reading of {section}.path")
     check_template(template, tokenizer)
-    with _naming_the_table(section):
-        rows = load_rows(dataset, path, split)
-        result = PromptSet(rows.source, name)
-        how = {"template": template, "tokenizer": tokenizer, "enable_thinking": enable_thinking}
-        shortest = None
-        largest = max(LARGE_TEXT, max_prompt_tokens * max(map(len, tokenizer.get_vocab())))
-        records = _unique(rows, result)
-        while batch := list(islice(records, TOKENIZE_BATCH)):
-            beat()
-            read = [(*entry, _text_of(rows, *entry, how)) for entry in batch]
-            kept = [entry for entry in read if len(entry[-1]) <= largest]
-            result.num_too_long += len(read) - len(kept)
-            tokenized = _tokenize(tokenizer, [text for *_, text in kept])
-            for (number, record, text), ids in zip(kept, tokenized, strict=True):
-                if not ids:
-                    raise rows.error(number, "the prompt has no tokens")
-                shortest = min(shortest or len(ids), len(ids))
-                if len(ids) > max_prompt_tokens:
-                    result.num_too_long += 1
-                    continue
-                if keep_responses and record.response is None:
-                    raise rows.error(number, NO_RESPONSE)
-                if record.answer is not None and (problem := answer_problem(record.answer)):
-                    raise rows.error(number, problem)
-                response = record.response if keep_responses else None
-                index = first_index + number
-                result.prompts.append(
-                    Prompt(index, text, tuple(ids), response, record.answer, name, teacher)
-                )
-                if len(result.prompts) == max_prompts:
-                    return result
-    if not result.prompts:
-        raise _none_fits(rows, max_prompt_tokens, shortest, largest)
-    return result
-
-
-def _text_of(rows: Rows, number: int, record: Record, how: dict[str, Any]) -> str:
+    settings = _Settings(template, enable_thinking, max_prompt_tokens, keep_responses, max_prompts)
     try:
-        return render(record, raw_format=rows.spec.raw_format, **how)
-    except RowError as error:
-        raise rows.error(number, error) from error
+        rows = load_rows(dataset, path, split)
+        version = rows.fingerprint()
+        key = _cache_key(rows.spec, version, rows.bounds, settings, tokenizer)
+
+        def make(write: Write) -> dict[str, int]:
+            counts = _make(rows, tokenizer, settings, write)
+            if rows.fingerprint() != version:
+                raise DataError(f"path: {rows.where} changed while it was read; start again")
+            return counts
+
+        prompts = cached_prompts(key, make)
+        if answer_problem is not None:
+            _check_answers(rows, prompts, answer_problem)
+    except DataError as error:  # which begins with a key of the table
+        raise DataError(f"{section}.{error}") from error
+    if not prompts:
+        raise _none_fits(rows.source, max_prompt_tokens, prompts.info["shortest"])
+    prompts.first_index, prompts.data_set, prompts.teacher = first_index, name, teacher
+    counts = (prompts.info[key] for key in ("num_rows", "num_duplicates", "num_too_long"))
+    return PromptSet(rows.source, name, prompts, *counts)
 
 
-def _none_fits(rows: Rows, limit: int, shortest: int | None, largest: int) -> DataError:
+def _check_answers(rows: Rows, prompts: Prompts, answer_problem: Callable[[str], str]) -> None:
+    for prompt in prompts:
+        problem = "" if prompt.answer is None else answer_problem(prompt.answer)
+        if problem:
+            raise row_error(rows.place(prompt.index), problem)
+
+
+def _cache_key(
+    spec: DatasetSpec,
+    version: str,
+    bounds: tuple[str, str],
+    settings: _Settings,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """Return a hash of everything that decides which prompts `_make` writes."""
+    import tokenizers
+    import transformers
+
+    # The code of this folder, and that of the data set, which may be the user's own.
+    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(spec.to_record))]
+    parts = [
+        *(file.read_bytes() for file in code if file.is_file()),
+        spec.to_record.__code__.co_code,
+        [getattr(spec, field.name) for field in fields(spec) if field.name != "to_record"],
+        version,
+        bounds,
+        settings,
+        _model_digest(tokenizer),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _model_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of the vocabulary and the rules, which take a second to write out."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # as each call of the tokenizer sets it
+    backend.no_padding()
+    return hashlib.blake2b(backend.to_str().encode(), digest_size=16).hexdigest()
+
+
+def _make(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: _Settings, write: Write
+) -> dict[str, int]:
+    """Write the prompts in batches. Returns the counts of a PromptSet and the shortest length."""
+    counts = {"num_rows": 0, "num_duplicates": 0, "num_too_long": 0}
+    limit, left = settings.max_prompt_tokens, settings.max_prompts or sys.maxsize
+    most_text = max(LARGE_TEXT, limit * max(map(len, tokenizer.get_vocab())))
+    shortest = sys.maxsize
+    rendered = _rendered(rows, tokenizer, settings, counts)
+    while left and (batch := list(islice(rendered, TOKENIZE_BATCH))):
+        small = [row for row in batch if len(row[-1]) <= most_text]
+        tokenized = _tokenize(tokenizer, [text for *_, text in small])
+        shortest = min([shortest, *map(len, tokenized)])
+        fits = [(*row, ids) for row, ids in zip(small, tokenized, strict=True) if len(ids) <= limit]
+        counts["num_too_long"] += len(batch) - len(fits)
+        found = []
+        for number, place, record, text, ids in fits[:left]:
+            if not ids:
+                raise row_error(place, "the prompt has no tokens")
+            if settings.keep_responses and record.response is None:
+                raise row_error(place, NO_RESPONSE)
+            response = record.response if settings.keep_responses else None
+            found.append(TokenizedRow(number, text, ids, response, record.answer))
+        left -= len(found)
+        write(found)
+    return {**counts, "shortest": shortest}
+
+
+def _rendered(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: _Settings, counts: dict[str, int]
+) -> Iterator[tuple[int, str, Record, str]]:
+    """Yield number, place, record and text of each row, without duplicates. Count both."""
+    seen: set[bytes] = set()
+    for number, place, record in rows.records():
+        counts["num_rows"] += 1
+        if rows.spec.deduplicate:
+            question = " ".join(" ".join(m["content"] for m in record.messages).split())
+            # 16 bytes a prompt instead of its text: there are over a million rows.
+            key = hashlib.blake2b(question.encode(), digest_size=16).digest()
+            if key in seen:
+                counts["num_duplicates"] += 1
+                continue
+            seen.add(key)
+        try:
+            text = render(
+                record,
+                template=settings.template,
+                raw_format=rows.spec.raw_format,
+                tokenizer=tokenizer,
+                enable_thinking=settings.enable_thinking,
+            )
+        except RowError as error:
+            raise row_error(place, error) from error
+        yield number, place, record, text
+
+
+def _none_fits(source: str, limit: int, shortest: int) -> DataError:
     least = f"the shortest has {shortest} tokens"
-    if shortest is None:
-        least = f"every text has over {largest} letters"
-    return DataError(
-        f"data.max_prompt_tokens = {limit} drops every prompt of {rows.source}; {least}"
-    )
+    if shortest == sys.maxsize:
+        least = f"every text has over {LARGE_TEXT:,} characters"
+    return DataError(f"data.max_prompt_tokens = {limit} drops every prompt of {source}; {least}")
 
 
-def response_token_ids(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, eos_id: int
-) -> tuple[int, ...]:
-    """Tokenize the data set's own response, with the end token after it. Both templates alike.
-
-    The response follows the prompt's tokens as it stands, nothing between them.
-    """
-    assert prompt.response is not None, "build the prompts with keep_responses"
-    ids = _tokenize(tokenizer, [prompt.response])[0]
-    return (*ids, eos_id) if ids[-1:] != [eos_id] else tuple(ids)
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return token ids, without added special tokens."""
+    if not texts:
+        return []
+    # verbose=False: no warning about long texts, which are dropped.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]
 
 
 def given_response(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], limit: int
 ) -> Sample:
-    """The data set's own response in the place of a sampled one, cut at `limit` tokens.
+    """Return the data set's own response in place of a sampled one, cut at `limit` tokens.
 
     A model may have several stop tokens; the tokenizer's own ends what people wrote.
     """
@@ -150,34 +250,10 @@ def given_response(
     return Sample(prompt, 0, list(ids[:limit]), "stop" if len(ids) <= limit else "length")
 
 
-@contextmanager
-def _naming_the_table(section: str) -> Iterator[None]:
-    """Whoever reads rows knows only the key that is at fault, not whose key it is."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{section}.{error}") from error
-
-
-def _unique(rows: Rows, result: PromptSet) -> Iterator[tuple[int, Record]]:
-    """Yield the records, for a set that repeats its prompts only the first of each; count both."""
-    seen: set[bytes] = set()
-    for number, record in rows.records():
-        result.num_rows += 1
-        if rows.spec.deduplicate:
-            text = "\n".join(message["content"] for message in record.messages)
-            # 16 bytes a prompt instead of its text: there are over a million rows.
-            key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-            if key in seen:
-                result.num_duplicates += 1
-                continue
-            seen.add(key)
-        yield number, record
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids with no special tokens added; verbose=False: long prompts are dropped, not news."""
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]
+def response_token_ids(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, eos_id: int
+) -> tuple[int, ...]:
+    """Tokenize the data set's own response, followed by the end token, with either template."""
+    assert prompt.response is not None, "build the prompts with keep_responses"
+    ids = _tokenize(tokenizer, [prompt.response])[0]
+    return (*ids, eos_id) if ids[-1:] != [eos_id] else tuple(ids)

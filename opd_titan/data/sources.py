@@ -1,7 +1,7 @@
-"""The data sets that the program knows. A new one is one small function with `@dataset` above it.
+"""The data sets that the program knows. A new one is one small function with `@dataset`.
 
-A function turns one row into a `Record` and raises `RowError` for a row that lacks something;
-finding, reading and naming the rows is `loading.py`'s work.
+The function turns one row into a `Record`, or raises `RowError` if the row cannot be used.
+`loading.py` finds and reads the rows.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ Message = dict[str, str]
 
 # The prompt of the prototype that this project grew from, kept to the byte.
 QUESTION_FORMAT = "Question: {}\nAnswer: Let's solve this step by step.\n"
-# For sets whose rows already are prompts: the text alone, nothing around it.
+# For sets with rows that already are prompts.
 TEXT_FORMAT = "{}"
 
 
 class RowError(ValueError):
-    """One row cannot be used. Whoever knows where the row lies turns this into a `DataError`."""
+    """A row cannot be used. The reader of the rows adds the place and raises a `DataError`."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a row gives: the turns to answer and, where the set has them, a response and an answer.
+    """The turns of a row to answer and, if the row has them, a response and a gold answer.
 
-    messages: `{"role", "content"}` turns up to and including the last user turn.
+    Attributes:
+        messages: `{"role", "content"}` turns up to and including the last user turn.
     """
 
     messages: list[Message]
@@ -37,11 +38,12 @@ class Record:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set: how to find it, which columns it has, how to read a row.
+    """One data set: its name on the hub, its columns, and how to read a row.
 
-    columns: what a row must have; "a|b" is either.
-    raw_format: what the raw template puts around the prompt, with one `{}`.
-    deduplicate: keep only the first row of each prompt (compared with whitespace normalised).
+    Attributes:
+        columns: the columns that a row must have; "a|b" is either.
+        raw_format: the text around the prompt in the raw template, with one `{}`.
+        deduplicate: keep only the first row of each prompt (compared with whitespace normalised).
     """
 
     name: str
@@ -53,12 +55,18 @@ class DatasetSpec:
     raw_format: str = TEXT_FORMAT
     deduplicate: bool = False
 
+    @property
+    def all_columns(self) -> list[str]:
+        """The names of all columns that `to_record` may see."""
+        needed = [name for column in self.columns for name in column.split("|")]
+        return [*needed, *self.optional_columns]
+
 
 DATASETS: dict[str, DatasetSpec] = {}
 
 
 def dataset(name: str, **spec: Any) -> Callable[[Callable], Callable]:
-    """Enter the function below under `name` in `DATASETS`."""
+    """Register the decorated function under `name` in `DATASETS`."""
 
     def enter(to_record: Callable) -> Callable:
         DATASETS[name] = DatasetSpec(name, to_record, **spec)
@@ -78,7 +86,7 @@ _GSM8K_ANSWER = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")
     raw_format=QUESTION_FORMAT,
 )
 def gsm8k(row: Mapping[str, Any]) -> Record:
-    """`question`, and a worked `answer` that ends in `#### <number>`."""
+    """Read `question`, and a worked `answer` that ends in `#### <number>`."""
     question, answer = _text(row, "question"), _text(row, "answer")
     golds = _GSM8K_ANSWER.findall(answer)
     if not golds:
@@ -93,10 +101,10 @@ def gsm8k(row: Mapping[str, Any]) -> Record:
     deduplicate=True,
 )
 def openthoughts3(row: Mapping[str, Any]) -> Record:
-    """The first human turn alone is the prompt; the gpt turn after it is the response.
+    """Read the first human turn as the prompt, and the gpt turn after it as the response.
 
-    The set has about 16 traces per question and no gold answer; whatever answer it does have
-    stands in the gpt turn, which never reaches the prompt.
+    The set has about 16 traces per question and no gold answers. The gpt turn may contain the
+    answer and is never part of the prompt.
     """
     turns = row.get("conversations")
     if not isinstance(turns, list):
@@ -118,10 +126,10 @@ def openthoughts3(row: Mapping[str, Any]) -> Record:
 
 @dataset("prompts", columns=("prompt|messages",), optional_columns=("response", "answer"))
 def prompts(row: Mapping[str, Any]) -> Record:
-    """Any set with a `prompt` (text) or `messages` (turns) column; `prompt` wins if it has both.
+    """Read any set with a `prompt` (text) or `messages` (turns) column; `prompt` takes precedence.
 
-    Of messages, all up to the last user turn is the prompt; one assistant turn after it is the
-    response unless a `response` column gives one. A list of turns in `prompt` reads the same way.
+    The messages up to the last user turn are the prompt. A single assistant turn after it is the
+    response, unless a `response` column has one. `prompt` may be a list of turns, too.
     """
     field = "prompt" if row.get("prompt") is not None else "messages"
     if row.get(field) is None:
@@ -137,7 +145,7 @@ def prompts(row: Mapping[str, Any]) -> Record:
 
 
 def _split_turns(turns: list[Any], field: str) -> tuple[list[Message], str | None]:
-    """Part turns into the prompt and, if exactly one assistant turn follows it, the response."""
+    """Split turns into the prompt and the response, if exactly one assistant turn follows it."""
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping):
@@ -153,12 +161,12 @@ def _split_turns(turns: list[Any], field: str) -> tuple[list[Message], str | Non
 
 
 def _answer(value: Any) -> str | None:
-    """A gold answer is text or a number; empty or absent means that there is nothing to grade."""
+    """Return a gold answer, which is text or a number; None if it is empty, absent or NaN."""
     if value is None or isinstance(value, str):
         return (value or "").strip() or None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowError(f"field 'answer' is {_kind(value)}, not text or a number")
-    return repr(value)
+    return repr(value) if value == value else None
 
 
 def _user(content: str) -> Message:
@@ -166,7 +174,7 @@ def _user(content: str) -> Message:
 
 
 def _text(row: Mapping[str, Any], field: str, shown: str | None = None) -> str:
-    """Return `row[field]`, which must be text with something in it."""
+    """Return `row[field]`, which must be text that is not blank."""
     value = row.get(field)
     shown = shown or field
     if value is None:
@@ -179,7 +187,7 @@ def _text(row: Mapping[str, Any], field: str, shown: str | None = None) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Name a value's type in JSON's words where it has one."""
+    """Return the name of a value's type, in JSON's terms if it has one."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     if value is None:
         return "missing or null"

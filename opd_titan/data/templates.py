@@ -1,7 +1,7 @@
-"""From a record to the text that the student continues.
+"""Render a record to the text that the student continues.
 
-Both templates render to text first and tokenize it with `add_special_tokens=False`, so text and
-token ids always agree and a BOS appears only where a chat template writes one.
+The text is tokenized with `add_special_tokens=False`, so text and token ids always agree, and a BOS
+appears only where a chat template writes one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError for "chat" where the tokenizer has no chat template."""
+    """Raise ModelError for "chat" if the tokenizer has no chat template."""
     if template == "chat" and not tokenizer.chat_template:
         raise ModelError(
             f'data.template = "chat", but the tokenizer in {tokenizer.name_or_path!r} has no '
@@ -34,18 +34,20 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     enable_thinking: bool,
 ) -> str:
-    """Return the prompt text. Raises RowError for a row that the template cannot show.
+    """Return the text of the prompt.
 
-    raw: `raw_format` around the one user turn. chat: the tokenizer's own template with a generation
-    prompt; with `enable_thinking` off, Qwen3's ends in an empty, closed think block.
+    raw: `raw_format` around the only user turn. chat: the tokenizer's own template with a
+    generation prompt; without `enable_thinking`, Qwen3's ends in an empty, closed think block.
 
-    Raises ModelError, naming its file, for a chat template that fails.
+    Raises:
+        RowError: the template cannot show this record.
+        ModelError: the chat template fails; names its file.
     """
     if template == "raw":
         if len(record.messages) != 1:
             raise RowError(
-                f"the prompt has {len(record.messages)} turns, which the raw template would run "
-                'together; use template = "chat"'
+                f"the prompt has {len(record.messages)} turns, which the raw template would join; "
+                'use template = "chat"'
             )
         return raw_format.format(record.messages[0]["content"])
 
@@ -64,7 +66,7 @@ def render(
             raise RowError(f"the chat template refuses this prompt: {error}") from error
         raise ModelError(
             f"{_template_file(tokenizer)}: the chat template fails ({type(error).__name__}: "
-            f'{first_line(error)}); mend it, or set data.template = "raw"'
+            f'{first_line(error)}); fix it, or set data.template = "raw"'
         ) from error
     assert isinstance(text, str)  # not tokenized
     return text
@@ -73,10 +75,10 @@ def render(
 def template_warning(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, enable_thinking: bool
 ) -> str | None:
-    """How the teacher's chat template differs from the student's on one question, None if equal.
+    """Return how the teacher's chat template differs from the student's on one question, or None.
 
-    The teacher scores what the student's template made; in a form that it was not trained on, its
-    scores are worth less (tinker-cookbook issue 796).
+    The teacher scores prompts in the student's form. If it was trained on another form, its scores
+    are worse (tinker-cookbook issue 796).
     """
     if not teacher.chat_template:
         return "the teacher's tokenizer has no chat template: it scores a form it may not know"
@@ -94,14 +96,14 @@ def template_warning(
         return None
     at = len(commonprefix([mine, other]))
     return (
-        f"the chat templates of student and teacher make two prompts of one question: after "
+        f"the chat templates of student and teacher render the same question differently: after "
         f"{mine[:at][-20:]!r} come {mine[at:][:20]!r} and {other[at:][:20]!r}; the teacher scores "
         f"the student's form; copy the teacher's chat template to the student's folder"
     )
 
 
 def _template_file(tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The file of the folder that transformers takes the chat template from."""
+    """Return the file that transformers reads the chat template from."""
     folder = Path(tokenizer.name_or_path)
     alone = (folder / name for name in ("chat_template.jinja", "chat_template.json"))
     return next((file for file in alone if file.is_file()), folder / "tokenizer_config.json")

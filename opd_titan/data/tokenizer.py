@@ -1,4 +1,4 @@
-"""The tokenizer, and whether it fits the model and the other model's tokenizer."""
+"""Load the tokenizer, and check that it fits its model and the other models' tokenizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a local folder. No code from the folder is ever run.
+    """Load the fast tokenizer of a local folder, without running code from the folder.
 
-    Raises ModelError, naming the key `where`, for one that is missing or broken.
+    Args:
+        where: the key that errors name.
+
+    Raises:
+        ModelError: the tokenizer is missing or broken.
     """
-    # Without this file transformers 5 quietly builds an empty tokenizer from the model's type.
+    # Without this file transformers 5 silently builds an empty tokenizer from the model's type.
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{where}: the folder {str(folder)!r} has no tokenizer.json")
     from transformers import AutoTokenizer
@@ -28,7 +32,7 @@ def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers and tokenizers raise nearly every class here
         raise ModelError(
             f"{where}: the tokenizer in {str(folder)!r} cannot be read ({first_line(error)}); "
-            "tokenizer.json and tokenizer_config.json must be whole and need no code of their own"
+            "tokenizer.json and tokenizer_config.json must be complete and need no own code"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{where}: {str(folder)!r} has no fast tokenizer; save a tokenizer.json")
@@ -44,7 +48,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, wh
     if highest >= vocab_size:
         raise ModelError(
             f"{where}: the tokenizer's highest token id is {highest}, but the model's vocab_size "
-            f"is {vocab_size}; the tokenizer belongs to another model"
+            f"is {vocab_size}; the tokenizer belongs to a different model"
         )
 
 
@@ -53,8 +57,8 @@ def compare_tokenizers(
 ) -> None:
     """Raise ModelError unless both map every token, special ones included, to the same id.
 
-    The other model, named by its `role`, scores the student's token ids, so equal maps are what
-    distillation needs. Which token ends a response may differ: see `eos_warning`.
+    The other model, named by its `role`, scores the student's token ids, so the maps must be equal.
+    The token that ends a response may differ: see `eos_warning`.
     """
     student_ids, other_ids = student.get_vocab(), other.get_vocab()
     if student_ids == other_ids:
@@ -64,7 +68,7 @@ def compare_tokenizers(
     if moved:
         token = moved[0]
         parts.append(
-            f"{len(moved)} tokens have other ids ({token!r}: student {student_ids[token]}, "
+            f"{len(moved)} tokens have different ids ({token!r}: student {student_ids[token]}, "
             f"{role} {other_ids[token]})"
         )
     for name, mine, others in (("student", student_ids, other_ids), (role, other_ids, student_ids)):
@@ -82,7 +86,7 @@ def compare_tokenizers(
 def eos_warning(
     student_eos: Collection[int], teacher_eos: Collection[int], tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
-    """Return what will happen when student and teacher end with different tokens, None if equal."""
+    """Return the effect if student and teacher end with different tokens, None if they do not."""
     if set(student_eos) == set(teacher_eos):
         return None
 
@@ -92,6 +96,6 @@ def eos_warning(
 
     return (
         f"student ends with {show(student_eos)}, teacher ends with {show(teacher_eos)}; a response "
-        "stops only at the student's, so where the teacher would end with another token the "
-        "student learns to write that token and to go on, up to rollout.max_new_tokens"
+        "stops only at the student's; where the teacher would end with a different token, the "
+        "student learns to write that token and to continue, up to rollout.max_new_tokens"
     )

@@ -1,4 +1,4 @@
-"""What flows through the program: a `Prompt` goes in, `Sample`s come out and gather scores."""
+"""The data of a step: a `Prompt`, and the `Sample`s of it, which collect scores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ FinishReason = Literal["stop", "length"]
 class Prompt:
     """One prompt, rendered and tokenized.
 
-    index: row in the source, stable under filtering and shuffling; part of the key of every
-        random number drawn for this prompt. Of several sets: in these laid end to end.
-    response: the data set's own answer text (SFT, offline distillation), None where it has none.
-    answer: the gold final answer, None when there is nothing to grade.
-    data_set: the name of the set that it is of; empty for the only one.
-    teacher: among the job's models, who scores the responses.
+    Attributes:
+        index: number of the row in the source, the same after filtering and shuffling; part of the
+            key of every random number drawn for this prompt. With several sets, the rows of all
+            sets are numbered in order.
+        response: the data set's own response (SFT, offline distillation), or None.
+        answer: the gold final answer; None if there is nothing to grade.
+        data_set: the name of its set; empty for the only one.
+        teacher: the role of the model that scores the responses.
     """
 
     index: int
@@ -34,13 +36,13 @@ class Prompt:
 
 @dataclass
 class Standing:
-    """Where a response's tokens stand in a model's distribution, on the CPU.
+    """Ranks of a response's tokens in a model's distribution, on the CPU.
 
     Attributes:
-        ranks: int64 [its tokens], from 1, the likeliest; 0 where the model's numbers are not
+        ranks: int64 [tokens], 1 for the most likely token; 0 where the model's numbers are not
             finite.
-        ids, logprobs: of the K likeliest tokens at each place, likeliest first: int64 and fp32
-            [its tokens, K]; K may be 0.
+        ids, logprobs: the K most likely tokens at each position, most likely first: int64 and fp32
+            [tokens, K]; K may be 0.
     """
 
     ranks: Tensor
@@ -52,15 +54,15 @@ class Standing:
 class Sample:
     """One response to one prompt.
 
-    `response_ids` includes the stop token when `finish_reason` is "stop". The other tensors are
-    fp32, on the CPU, one natural logarithm (or advantage) per response token; None where that
-    model is not there. `student_logprobs` are those of the sampling itself.
+    `response_ids` includes the stop token if `finish_reason` is "stop". The log-probs (natural
+    logarithm) and advantages are fp32 [tokens], on the CPU; None if there is no such model.
+    `student_logprobs` are from the sampling itself.
 
-    `inspection` is there for samples that are written down: by role, where the tokens stand. On the
-    rank that updates on a sample it is complete.
+    `inspection` has the ranks by role, for samples that are written to disk. It is complete on the
+    rank that updates on the sample.
 
-    `teacher_hidden` and `reference_hidden` [its tokens, their width] are there between scoring and
-    update where whole distributions are needed, on the device.
+    `teacher_hidden` and `reference_hidden` [tokens, width] are on the device, between scoring and
+    update, for objectives that need whole distributions.
     """
 
     prompt: Prompt

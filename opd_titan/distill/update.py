@@ -132,7 +132,6 @@ class _Totals:
         return {
             **mean,
             **known,
-            "loss/total": mean["loss/policy"],
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from opd_titan.errors import OneLineError, StorageError, reason
 
+T = TypeVar("T")
+
 
 @contextmanager
-def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Raise on every rank the first error that any rank raises in the body.
 
-    All ranks of the group enter. The body must have no collectives. Without a process group this
+    All ranks enter. The body must have no collectives. Without a process group this
     rank is alone.
 
     Raises:
@@ -33,9 +35,28 @@ def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]
         mine.__cause__ = error
     found: list[Any] = [mine]
     if dist.is_initialized():
-        found = [None] * dist.get_world_size(group)
+        found = [None] * dist.get_world_size()
         # Without its traceback, and whatever it was raised from.
-        dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args), group)
+        dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args))
     for theirs in found:
         if theirs is not None:
             raise theirs from mine
+
+
+def call_on_rank_0(function: Callable[[], T]) -> T:
+    """Call the function on rank 0; return what it returned, or raise its error, on every rank.
+
+    All ranks call. The function must have no collectives. Without a process group this rank is
+    alone.
+
+    Raises:
+        OneLineError, StorageError: as `raise_on_all_ranks`.
+    """
+    alone = not dist.is_initialized()
+    found: list[Any] = [None]
+    with raise_on_all_ranks():
+        if alone or dist.get_rank() == 0:
+            found = [function()]
+    if not alone:
+        dist.broadcast_object_list(found)
+    return found[0]

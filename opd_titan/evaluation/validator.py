@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
 from opd_titan.config.resolve import teacher_role, validation_sets
+from opd_titan.data.cache import Prompts
 from opd_titan.data.prompts import build_prompts
-from opd_titan.data.types import Prompt, Sample
+from opd_titan.data.types import Sample
 from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.distributed.collectives import gather_lists
 from opd_titan.distributed.world import Axis
@@ -89,9 +90,9 @@ class Validator:
         self._teacher_scores: dict[str, ByPrompt] = {}  # by the names of the sets measured so far
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """The prompts of all sets."""
-        return [prompt for held_out in self.sets for prompt in held_out.prompts]
+    def longest(self) -> int:
+        """The number of tokens of the longest prompt."""
+        return max(len(p.token_ids) for held_out in self.sets for p in held_out.prompts)
 
     def warn_if_not_held_out(self) -> None:
         """Log a warning for each set that shares more than 1 % of its prompts with training."""
@@ -241,7 +242,7 @@ def prompt_options(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> dic
 def build_validator(
     config: JobConfig,
     options: dict[str, Any],
-    training_prompts: Sequence[Prompt],
+    training_sets: Sequence[Prompts],
     decode: Callable[[list[int]], str],
     dp: Axis,
     teacher: str | None,
@@ -250,7 +251,7 @@ def build_validator(
 
     Args:
         options: from `prompt_options`.
-        training_prompts: to count the validation prompts that are among them.
+        training_sets: to count the validation prompts that are among them.
         decode, dp, teacher: see `Validator`.
 
     Raises:
@@ -259,9 +260,8 @@ def build_validator(
             grade.
     """
     v = config.validation
-    trained_on = {prompt.text for prompt in training_prompts}
     sets = [
-        _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, trained_on)
+        _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, training_sets)
         for i, row in enumerate(validation_sets(config))
     ]
     params = SamplingParams(v.max_new_tokens or config.rollout.max_new_tokens, v.temperature)
@@ -270,7 +270,7 @@ def build_validator(
 
 
 def _read_set(
-    row: ValidationSet, section: str, options: dict[str, Any], trained_on: set[str]
+    row: ValidationSet, section: str, options: dict[str, Any], training_sets: Sequence[Prompts]
 ) -> HeldOut:
     grader = load_grader(row.grader, f"{section}.grader")
 
@@ -297,6 +297,8 @@ def _read_set(
             f"{section}.dataset and {section}.path a data set with answers, or set "
             f"validation.enable = false"
         )
-    shared = sum(prompt.text in trained_on for prompt in found.prompts)
+    texts = [prompt.text for prompt in found.prompts]
+    trained_on = set().union(*(s.texts_among(texts) for s in training_sets))
+    shared = sum(text in trained_on for text in texts)
     role = teacher_role(row.teacher)
     return HeldOut(row.name, found.prompts, grader, found.source, shared, role)

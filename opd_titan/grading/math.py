@@ -1,7 +1,7 @@
 """Compare mathematical answers with math-verify, whatever text a model has written.
 
-An expression such as `9^{9^{9^9}}` takes for ever to simplify, or all memory, in code that no
-Python signal can interrupt. Answers are therefore compared in a separate process with limits of
+An expression such as `9^{9^{9^9}}` takes forever to simplify, or all memory, in code that no Python
+signal can interrupt. Answers are therefore compared in a separate process with limits of
 memory and time. The kernel ends it when it exceeds them; the answer is then wrong, and the next
 comparison starts a new process.
 """

@@ -6,12 +6,10 @@ A checkpoint carries it, so that another job does not resume from it.
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from opd_titan.config.resolve import ResolvedJob
-from opd_titan.data.types import Prompt
 from opd_titan.training.sources import ModelSource
 
 _EDGE_BYTES = 64 * 1024
@@ -20,14 +18,14 @@ Fingerprint = dict[str, dict[str, str]]
 
 
 def fingerprint(
-    job: ResolvedJob, sources: Mapping[str, ModelSource], sets: Mapping[str, Sequence[Prompt]]
+    job: ResolvedJob, sources: Mapping[str, ModelSource], sets: Mapping[str, tuple[int, str]]
 ) -> Fingerprint:
     """Return the fingerprint as plain JSON values.
 
     Options that only change how fast or how long a job learns are not part of it.
 
     Args:
-        sets: the prompts by the name of their set.
+        sets: the number of prompts and their digest, by the name of the set.
     """
     config = job.config
     found = {
@@ -35,8 +33,8 @@ def fingerprint(
         for role, source in sources.items()
     }
     for row in job.data_sets:
-        digest = _prompts_digest(sets[row.name])
-        name = f"{row.path} ({len(sets[row.name]):,} prompts)"
+        count, digest = sets[row.name]
+        name = f"{row.path} ({count:,} prompts)"
         if row.teacher != "teacher":
             digest, name = f"{digest} {row.teacher}", f"{name} scored by {row.teacher}"
         found[f"data.{row.name}.path" if row.name else "data.path"] = _entry(digest, name)
@@ -85,10 +83,3 @@ def _ends(path: Path) -> bytes:
         head = file.read(_EDGE_BYTES)
         file.seek(max(0, size - _EDGE_BYTES))
         return b"%d" % size + head + file.read()
-
-
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(array("q", (len(prompt.token_ids), *prompt.token_ids)).tobytes())
-    return digest.hexdigest()

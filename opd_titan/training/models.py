@@ -20,6 +20,7 @@ from opd_titan.distributed.world import World
 from opd_titan.models.attention import why_padded
 from opd_titan.models.kernels import why_unavailable
 from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.training.gathering import Gathering, keep_what_fits
 from opd_titan.training.sources import ModelShape, ModelSource
@@ -34,6 +35,7 @@ class JobModels:
     Attributes:
         frozen: teachers and reference, by role.
         weights: the generator's copy of the student's weights.
+        memory: decides whether that copy and the KV cache stay in use between rollouts.
         kept: what stays gathered between micro-batches.
     """
 
@@ -42,6 +44,7 @@ class JobModels:
     optimizer: torch.optim.Optimizer
     weights: GeneratorWeights
     generator: Generator
+    memory: StepMemory
     kept: Gathering
 
 
@@ -61,8 +64,9 @@ def load_models(
     kept = keep_what_fits(job, models, sources, world)
     student = models.pop("student")
     optimizer = build_optimizer(student, job.config.optimizer)
-    weights, generator = build_generator(job, sources["student"], student, world)
-    return JobModels(student, models, optimizer, weights, generator, kept)
+    memory = StepMemory(world.device)
+    weights, generator = build_generator(job, sources["student"], student, world, memory)
+    return JobModels(student, models, optimizer, weights, generator, memory, kept)
 
 
 def load_model(job: ResolvedJob, source: ModelSource, world: World) -> nn.Module:
@@ -138,9 +142,17 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def build_generator(
-    job: ResolvedJob, source: ModelSource, model: nn.Module, world: World
+    job: ResolvedJob,
+    source: ModelSource,
+    model: nn.Module,
+    world: World,
+    memory: StepMemory | None = None,
 ) -> tuple[GeneratorWeights, Generator]:
-    """Return what samples from a loaded model. The weights must be synced before use."""
+    """Return what samples from a loaded model. The weights must be synced before use.
+
+    Args:
+        memory: says what may stay in use between rollouts; without it, all free memory is used.
+    """
     # Where fused kernels run, they do what the compiler would do.
     compiled = job.compiled and bool(why_unavailable(world.device))
     build = partial(source.build_share, world.tp, compiled)
@@ -152,7 +164,7 @@ def build_generator(
         job.config.rollout.max_concurrent,
         job.config.training.max_tokens_per_microbatch,
         world.tp,
-        room=lambda: weights.cache_room,
+        room=lambda: None if memory is None else memory.room_beside(weights),
     )
     track_memory(f"rollout's copy of the {source.role}", weights, lambda w: w.bytes_now)
     track_memory(f"KV cache of the {source.role}", generator, lambda g: g.num_bytes)

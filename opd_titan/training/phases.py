@@ -14,7 +14,7 @@ from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.monitor import Monitor
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.rollout.generator import SamplingParams
-from opd_titan.rollout.rollout import divide, in_order, sample_responses
+from opd_titan.rollout.rollout import in_order, sample_responses, split_on_policy
 from opd_titan.training.models import JobModels
 from opd_titan.training.setup import Setup
 from opd_titan.training.sources import common_vocab_size
@@ -51,7 +51,7 @@ class Phases:
         self.step = step
         r, dp = self.config.rollout, self.world.dp
         stream = (self.config.training.seed, self.step)
-        sampled, given = divide(prompts, r.on_policy_fraction, stream)
+        sampled, given = split_on_policy(prompts, r.on_policy_fraction, stream)
         most = len(sampled[dp.rank :: dp.size]) * r.group_size * r.max_new_tokens
         with self._bar("rollout", most, "tok") as bar:
             on_tokens = self.monitor.on_tokens(bar)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd_titan import __version__
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.model_card import model_card
@@ -73,6 +74,7 @@ class Saver:
         """
         state = {
             "format": STATE_FORMAT,
+            "version": __version__,
             "fingerprint": self.setup.fingerprint,
             "exported_at": self.exported_at,
             **state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 def probe(
     student: nn.Module,
     generator: Generator,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     params: SamplingParams,
     seed: int,
     world: World,

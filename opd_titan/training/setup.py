@@ -138,10 +138,11 @@ def _inspect(job: ResolvedJob, world: World) -> Setup:
         seed=config.training.seed,
         shuffle=config.data.shuffle,
     )
-    prompts = [prompt for s in prompt_sets for prompt in s.prompts]
-    check_lengths(sources.values(), prompts, config.rollout.max_new_tokens, "rollout")
+    longest = max(s.prompts.longest for s in prompt_sets)
+    check_lengths(sources.values(), longest, config.rollout.max_new_tokens, "rollout")
     epochs = config.training.epochs
-    found = fingerprint(job, sources, {s.name: s.prompts for s in prompt_sets})
+    counted = {s.name: (len(s.prompts), s.prompts.digest) for s in prompt_sets}
+    found = fingerprint(job, sources, counted)
     validator = None
     if job.validation_sets:
         # A teacher's stop tokens are not in its weights, but they change its accuracy.
@@ -150,9 +151,10 @@ def _inspect(job: ResolvedJob, world: World) -> Setup:
             for role in job.teachers
         ]
         teacher = "; ".join(teachers) or None
-        validator = build_validator(config, options, prompts, decode, world.dp, teacher)
+        training_sets = [s.prompts for s in prompt_sets]
+        validator = build_validator(config, options, training_sets, decode, world.dp, teacher)
         new_tokens = validator.params.max_new_tokens
-        check_lengths(sources.values(), validator.prompts, new_tokens, "validation")
+        check_lengths(sources.values(), validator.longest, new_tokens, "validation")
     return Setup(
         job=job,
         world=world,
@@ -255,8 +257,9 @@ def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
     allow_changes = setup.job.config.checkpoint.allow_changes
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path}: was written by another version of this program; choose another "
-            f"job.dump_folder, or start afresh with checkpoint.load_step = 0"
+            f"{path}: was written by another version of opd_titan ({state.get('version')}, format "
+            f"{state.get('format')}; this one reads format {STATE_FORMAT}); go on with that one, "
+            f"choose another job.dump_folder, or start afresh with checkpoint.load_step = 0"
         )
     differ = differences(state["fingerprint"], setup.fingerprint)
     changes = "; ".join(differ.values())

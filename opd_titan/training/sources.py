@@ -24,7 +24,6 @@ from opd_titan.checkpoint.hf_folder import (
 from opd_titan.checkpoint.hf_load import check_hf_weights
 from opd_titan.config.resolve import ModelSpec, ResolvedJob
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
-from opd_titan.data.types import Prompt
 from opd_titan.distributed.heartbeat import set_phase
 from opd_titan.distributed.world import Axis
 from opd_titan.errors import ModelError, first_line
@@ -212,14 +211,14 @@ def common_vocab_size(sources: Mapping[str, ModelShape]) -> int:
 
 
 def check_lengths(
-    sources: Iterable[ModelSource], prompts: Iterable[Prompt], new_tokens: int, section: str
+    sources: Iterable[ModelSource], longest: int, new_tokens: int, section: str
 ) -> None:
     """Raise ModelError if prompt and response exceed the positions of a model.
 
     Args:
+        longest: tokens of the longest prompt.
         section: the config table whose max_new_tokens the error names.
     """
-    longest = max(len(p.token_ids) for p in prompts)
     for source in sources:
         if longest + new_tokens > source.args.max_seq_len:
             raise ModelError(

@@ -108,7 +108,7 @@ class Trainer:
                 with phase("rollout"):
                     samples = phases.rollout(self.step, prompts)
                     self.recorder.choose(samples)
-                    models.weights.release_if_short(models.generator)
+                    models.memory.make_room(models.weights, models.generator)
                 plan = phases.plan(samples)
                 with phase("teacher"):
                     for role in self.job.teachers:
@@ -118,8 +118,9 @@ class Trainer:
                         phases.score("reference", plan)
                 with phase("update"):
                     result = phases.update(plan, self.watchdog.slowdown)
-                    room = models.kept.usable - models.kept.needed
-                    models.weights.outdate(any(result.made), room)
+                    models.weights.mark_stale()
+                    if any(result.made):
+                        models.memory.measure(models.kept.usable - models.kept.needed)
         except Stopped:
             self.step -= 1
             self.setup.loader.load_state_dict(position)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
-from opd_titan.checkpoint.faults import refusing
-from opd_titan.checkpoint.publish import clear_leftovers, lead_back
+from opd_titan.checkpoint.faults import config_error_if_unwritable
+from opd_titan.checkpoint.publish import clear_leftovers, reset_latest
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
 from opd_titan.config.sets import data_sets, is_teacher, teacher_role
@@ -124,7 +124,7 @@ def sent_back(job: PreparedJob, good: int) -> PreparedJob:
     state = inspect_checkpoint(folder, step, shapes)
     job.loader.load_state_dict(state["loader"])
     if dist.get_rank() == 0:
-        lead_back(job.folder / "hf", state["exported_at"])
+        reset_latest(job.folder / "hf", state["exported_at"])
     return replace(job, resumed_at=step, why="watchdog.action is rollback", saved_state=state)
 
 
@@ -281,7 +281,7 @@ def _check_same_job(path: Path, state: dict[str, Any], job: PreparedJob) -> None
 def _open_folder(job: PreparedJob) -> None:
     """From here on the job writes: every mistake that can be known by now has been named."""
     resolved = to_toml(job.config)
-    with raise_on_all_ranks(), refusing(job.folder):
+    with raise_on_all_ranks(), config_error_if_unwritable(job.folder):
         if dist.get_rank() == 0:
             _warn_of_others_files(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)

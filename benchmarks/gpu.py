@@ -1,146 +1,240 @@
-"""What a GPU is to show, in calls of a few minutes: correctness, speed, and the goals.
+"""What a GPU shows in calls of a few minutes: correctness and speed of everything that runs there.
 
-    python benchmarks/gpu.py --plan first --seconds 280 --out OUT    # the most valuable first
-    python benchmarks/gpu.py --plan second --seconds 280 --out OUT2
-    python benchmarks/gpu.py --only decode,update --out OUT3         # by name; all: --plan all
-    python benchmarks/gpu.py --miniature                             # tiny, on a CPU
+    python benchmarks/gpu.py --seconds 600 --out OUT              # all stages, in this order
+    python benchmarks/gpu.py --only decode,update --out OUT2      # some of them
+    python benchmarks/gpu.py --miniature                          # tiny models, on a CPU
 
 Random weights of true shapes; no data, no checkpoints and no network are needed. Each stage is a
-process in a group of its own with a limit. Every figure is in OUT/results.jsonl as soon as it is
-there, OUT/stages.json is complete after each stage, OUT/STAGE.log has what was printed, and
-OUT/summary.md the table beside the ceilings of the same card and the goals.
+process with a limit of its own; --seconds limits all of them together. Every figure and check is a
+line of OUT/results.jsonl before the next begins, OUT/STAGE.log has what a stage printed, and tables
+of everything are printed at the end. Exit code 1: a check failed or a stage did not end well.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
 
-# The parent must leave CUDA alone: its children are forks.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# Before torch is imported: memory that one stage's model gave back serves the next.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from harness import REPO, Journal, Record, command_line, machine, show, table
 
-import argparse  # noqa: E402
-import shlex  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from datetime import datetime, timezone  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+SHORTEST = 8.0  # seconds: a stage that has less left is not started
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]  # a script's children may start anew
 
-from apart import Journal, Task, commit, machine, print_record, run_apart, write_json  # noqa: E402
-from gpu_setting import Setting  # noqa: E402
-from gpu_stages import COMPILED, ENVIRONMENT, PLANS, Stage  # noqa: E402
-from gpu_summary import summary  # noqa: E402
+Work = tuple[str, dict[str, Any]]
 
-SHORTEST = 8.0  # seconds: a stage with less than that left does not start
+
+def work(function: str, **options: Any) -> Work:
+    """Name a function of another file, so that the parent process need not import torch."""
+    return function, options
+
+
+class Stage(NamedTuple):
+    """Works of one process.
+
+    Attributes:
+        limit: seconds, about twice what it takes on an H100; then it is killed.
+    """
+
+    limit: float
+    works: Sequence[Work]
+
+
+STAGES = {
+    "env": Stage(45, [work("gpu_ceiling.measure_device")]),
+    "attention": Stage(
+        45,
+        [
+            work("gpu_kernels.measure_operators", group="attention"),
+            work("gpu_kernels.check_independence"),
+            work("gpu_kernels.measure_splits"),
+        ],
+    ),
+    "layers": Stage(30, [work("gpu_kernels.measure_operators", group="layers")]),
+    "logits": Stage(
+        30,
+        [
+            work("gpu_kernels.measure_operators", group="logits"),
+            work("gpu_kernels.check_truncation"),
+            work("gpu_kernels.check_draw"),
+        ],
+    ),
+    "engine": Stage(50, [work("gpu_engine.check_engine", size="0.6B")]),
+    "trainer": Stage(90, [work("gpu_update.train_debug_recipe")]),
+    "decode": Stage(
+        90, [work("rollout_limits.measure_steps", size=size) for size in ("0.6B", "1.7B", "8B")]
+    ),
+    "update": Stage(
+        60,
+        [
+            work("gpu_update.measure_update", size="1.7B", compile=False),
+            work("gpu_ceiling.measure_ceiling", size="1.7B"),
+        ],
+    ),
+    "step": Stage(70, [work("gpu_update.measure_step", objective="policy_gradient")]),
+    "step-exact": Stage(70, [work("gpu_update.measure_step", objective="reverse_kl")]),
+    "score": Stage(50, [work("gpu_update.measure_score", size="4B")]),
+    "nano": Stage(60, [work("rollout_limits.measure_ours", size="0.6B", workload="nano")]),
+    "burst": Stage(90, [work("rollout_limits.measure_ours", size="8B", workload="burst")]),
+    "gap": Stage(40, [work("gpu_engine.measure_gap")]),
+    "numerics": Stage(90, [work("gpu_numerics.measure_numerics")]),
+    "head": Stage(60, [work("gpu_ceiling.measure_head", size="1.7B")]),
+    "update-compiled": Stage(110, [work("gpu_update.measure_update", size="1.7B", compile=True)]),
+}
+SLOW_TO_COMPILE = ("update-compiled",)  # left out in miniature unless --only names it
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [stage.name for stage in PLANS["all"]]
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--plan", choices=tuple(PLANS), default="first")
-    parser.add_argument("--only", help=f"of {','.join(names)}")
+    parser.add_argument("--only", help=f"some of {','.join(STAGES)}, with commas")
     parser.add_argument("--seconds", type=float, default=280.0, help="for all stages together")
     parser.add_argument("--out", type=Path, default=REPO / "outputs" / "gpu" / now)
-    parser.add_argument("--miniature", action="store_true", help="tiny models")
+    parser.add_argument("--miniature", action="store_true", help="tiny models, on a CPU too")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # of a child process
     a = parser.parse_args()
-    chosen = [stage.name for stage in PLANS[a.plan]]
-    if a.miniature:
-        chosen = [name for name in chosen if not name.endswith(COMPILED)]
-    if a.only:
-        chosen = a.only.split(",")
-    unknown = set(chosen).difference(names)
+    chosen = a.only.split(",") if a.only else list(STAGES)
+    unknown = set(chosen).difference(STAGES)
     if unknown:
-        parser.error(f"--only {', '.join(sorted(unknown))}: wanted some of {', '.join(names)}")
-    a.stages = [ENVIRONMENT, *(stage for stage in PLANS["all"] if stage.name in chosen)]
+        parser.error(f"--only {', '.join(sorted(unknown))}: wanted some of {', '.join(STAGES)}")
+    if a.miniature and not a.only:
+        chosen = [name for name in chosen if name not in SLOW_TO_COMPILE]
+    a.stages = [name for name in STAGES if name in ("env", *chosen)]
     return a
 
 
-class Session:
-    """One call: its records, and what became of each stage."""
+# ------------------------------------------------------------- a stage's process
 
-    def __init__(self, a: argparse.Namespace) -> None:
-        self.begun, self.total, self.out = time.monotonic(), a.seconds, a.out
-        self.journal = Journal(a.out / "results.jsonl")
-        self.journal.begin()
-        self.state: dict[str, Any] = {
-            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "miniature": a.miniature,
-            "stages": [],
+
+def run_works(name: str, works: Iterable[Work], journal: Journal, miniature: bool) -> None:
+    """Run the works in turn; one that raises does not keep the others from running."""
+    import torch
+    from gpu_setting import Setting
+
+    labels: Record = {}
+
+    def emit(record: Record) -> None:
+        journal.add({"stage": name, **labels, **record})
+
+    s = Setting.small(emit) if miniature else Setting(emit)
+    if name == "env":
+        emit(machine())
+    for function, options in works:
+        labels = options
+        try:
+            module, _, attribute = function.partition(".")
+            torch.manual_seed(0)
+            getattr(importlib.import_module(module), attribute)(s, **options)
+        except Exception:
+            emit({"error": traceback.format_exc(limit=-6)})
+        gc.collect()
+        s.reset_memory()
+    sys.stdout.flush()
+    os._exit(0)  # what is left to tidy up could hang
+
+
+# ------------------------------------------------------------ the parent process
+
+
+def run_stage(name: str, limit: float, a: argparse.Namespace, journal: Journal) -> str:
+    """Run the stage in a process and print its records as they come; return how it ended."""
+    command = [sys.executable, "-X", "faulthandler", sys.argv[0], "--stage", name]
+    command += ["--out", str(a.out), *(["--miniature"] if a.miniature else [])]
+    seen, problems = len(journal.read()), 0
+    with tempfile.TemporaryDirectory() as cache, (a.out / f"{name}.log").open("ab") as log:
+        env = {
+            **os.environ,
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "TORCHINDUCTOR_CACHE_DIR": cache,  # so that no stage finds what another compiled
         }
+        if a.miniature and not Path("/dev/nvidiactl").exists():
+            env["TRITON_INTERPRET"] = "1"
+        process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + limit
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
+            late = process.poll() is None
+            with suppress(ProcessLookupError):  # the process, and all that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if late:
+        journal.add({"stage": name, "error": f"killed after {limit:.0f} s"})
+    elif process.returncode:
+        journal.add({"stage": name, "error": f"ended with exit code {process.returncode}"})
+    for record in journal.read(seen):
+        problems += "error" in record or record.get("ok") is False
+        print(show({k: v for k, v in record.items() if k != "top"}), flush=True)
+    return f"{problems} problems" if problems else "well"
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.begun
 
-    def run(self, start: str, stages: Sequence[Stage], s: Setting) -> None:
-        for stage in stages:
-            self._run(start, stage, s)
-            self.write()
+def run_stages(a: argparse.Namespace, journal: Journal) -> int:
+    """Run the stages; return the exit code."""
+    begun, ended = time.monotonic(), {}
+    try:
+        for name in a.stages:
+            left = a.seconds - (time.monotonic() - begun)
+            start, ended[name] = time.monotonic(), "not finished"
+            if left < SHORTEST:
+                ended[name] = "not started: out of time"
+            else:
+                limit = STAGES[name].limit * (10 if a.miniature else 1)  # a CPU is slower
+                ended[name] = run_stage(name, min(limit, left), a, journal)
+            seconds = time.monotonic() - start
+            record = {"stage": name, "figure": "stage", "ended": ended[name], "seconds": seconds}
+            journal.add(record)
+            print(show(record), flush=True)
+            about = [r for r in journal.read() if r.get("figure") == "machine"]
+            if name == "env" and not a.miniature and not any(r["cuda"] for r in about):
+                print("no CUDA device: wanted one, or --miniature", file=sys.stderr)
+                return 2
+    finally:
+        for text in summary(journal.read()):
+            print("\n" + text, flush=True)
+    return int(any(how != "well" for how in ended.values()))
 
-    def write(self) -> None:
-        write_json(self.out / "stages.json", {**self.state, "seconds": self.seconds})
 
-    def _run(self, start: str, stage: Stage, s: Setting) -> None:
-        left, begun, problems = self.total - self.seconds, self.seconds, 0
-        found: dict[str, Any] = {"stage": stage.name, "ended": "not finished"}
-        self.state["stages"].append(found)
-        if left < SHORTEST:
-            found["ended"] = "not started: out of time"
-            print(f"[{begun:5.0f} s] {stage.name}: {found['ended']}", flush=True)
-            return
-        task = Task({"stage": stage.name}, stage.works, self.out / f"{stage.name}.log")
-        # What a compiler was writing when its stage was stopped must not be another's.
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            for record in run_apart(start, task, s, min(stage.limit, left - 2.0), self.journal):
-                problems += "error" in record or record.get("ok") is False
-                print_record(stage.name, record, self.seconds)
-        found |= {"ended": f"{problems} problems" if problems else "well"}
-        found["seconds"] = self.seconds - begun
-
-    def finish(self) -> int:
-        """Print and write the summary; 1 if anything failed."""
-        self.write()
-        ended = {f["stage"]: f["ended"] for f in self.state["stages"]}
-        lines = [f"    {self.state['command']}", ""]
-        about = "{device}, Python {python}, torch {torch}, {date}, commit {commit}."
-        lines += [about.format(**self.state), ""] if "device" in self.state else []
-        lines += summary(self.journal.read(), goals=not self.state["miniature"])
-        lines += [f"{name}: {how}" for name, how in ended.items() if how.startswith("not")]
-        text = "\n".join(lines)
-        print("\n" + text, flush=True)
-        (self.out / "summary.md").write_text(text + "\n", encoding="utf-8")
-        return int(any(how != "well" for how in ended.values()))
+def summary(records: list[Record]) -> Iterable[str]:
+    """Yield a table for each kind of figure, and the problems."""
+    kinds: dict[str, list[Record]] = {}
+    for r in records:
+        if "error" in r:
+            yield f"FAILED: {r['stage']}: {r['error'].strip().splitlines()[-1]}"
+        elif r.get("ok") is False:
+            yield f"NOT OK: {show(r)}"
+        else:
+            kinds.setdefault(r["figure"], []).append({k: v for k, v in r.items() if k != "top"})
+    yield from map(table, kinds.values())
 
 
 def main() -> int:
     a = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with a summary, and no orphans
-    session = Session(a)
-    try:
-        probe = Setting.small() if a.miniature else Setting(miniature=False)
-        start, about = machine(probe, a.out, session.journal)
-        session.state |= about
-        if not about["cuda"] and not a.miniature:
-            print("no CUDA device: wanted one, or --miniature", file=sys.stderr)
-            return 2
-        session.run(start, a.stages, probe)
-    finally:
-        code = session.finish()
-    return code
+    journal = Journal(a.out / "results.jsonl")
+    if a.stage:
+        run_works(a.stage, STAGES[a.stage].works, journal, a.miniature)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
+    a.out.mkdir(parents=True, exist_ok=True)
+    journal.path.write_bytes(b"")
+    journal.add({"figure": "command", "command": command_line()})
+    return run_stages(a, journal)
 
 
 if __name__ == "__main__":

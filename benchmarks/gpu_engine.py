@@ -1,4 +1,4 @@
-"""Is what the rollout engine samples what the update sees? With CUDA graphs and without."""
+"""Does the update see what the rollout engine samples? With CUDA graphs and without."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_phases import recipe, rule
 from gpu_setting import Setting
+from gpu_update import recipe, rule
+from harness import REPO, Record
 from torch import Tensor, nn
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ModelSpec
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import forward_backward
 from opd_titan.distributed.sharding import resharding
+from opd_titan.models.kernels.paged import choose_path
 from opd_titan.models.logits import Distribution
-from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.training.models import inspect_model, load_model
+from opd_titan.training.models import load_model
 from opd_titan.training.self_check import TOLERANCE
+from opd_titan.training.sources import inspect_model
 
-DEBUG = Path(__file__).resolve().parent.parent / "assets" / "debug"
-# Around the ends of pages of 64 and of 256 tokens; those of a group share their prompt's.
+DEBUG = REPO / "assets" / "debug"
+# Around the ends of pages of 64 and of 256 tokens; the samples of a prompt share its pages.
 LENGTHS = (3, 63, 64, 65, 40, 255, 256, 257, 600, 20)
 NEW_TOKENS = (70, 30, 80, 60, 90, 20, 50, 64, 33, 81)
 CONCURRENT = 6
 
 
 class _Student:
-    """A trained model and the generator's copy of it, as the trainer has them."""
+    """A model and the generator's copy of it, as the trainer has them."""
 
     def __init__(self, s: Setting, model: nn.Module, build: Callable[[], nn.Module]) -> None:
         self.s, self.model = s, model
@@ -50,45 +52,65 @@ class _Student:
     def random(cls, s: Setting, size: str) -> _Student:
         shape = s.shape("student", size)
         build = partial(shape.build_share, s.world.tp, False)
-        return cls(s, s.model(shape, recipe(False)), build)
+        return cls(s, s.model(shape, recipe()), build)
 
-    def gaps(self, samples: Sequence[Sample]) -> Tensor:
-        """|log-prob at rollout - log-prob by the packed forward| of each token."""
-        plan = plan_minibatches(samples, 1, max(self.s.budgets), self.s.world.dp)
+    def check(self, samples: Sequence[Sample], figure: str, ok: bool = True, **more: Any) -> None:
+        """Emit |log-prob at rollout - log-prob by the packed forward|, and whether it is small."""
+        plan = plan_minibatches(list(samples), 1, max(self.s.budgets), self.s.world.dp)
         scored = score(self.model, plan, Distribution(), self.s.world)
-        return torch.cat([(sample.student_logprobs - v).abs() for sample, v in scored])
+        gap = _gap(torch.cat([(sample.student_logprobs - v).abs() for sample, v in scored]))
+        good = ok and gap["gap_max"] <= TOLERANCE[self.s.dtype]
+        self.s.emit({"figure": figure, **more, **gap, **self.s.peak_memory(), "ok": good})
+
+
+def _gap(gaps: Tensor) -> Record:
+    mean, largest = gaps.double().mean().item(), gaps.max().item()
+    return {"tokens": gaps.numel(), "gap_mean": mean, "gap_max": largest}
+
+
+def _equal(found: Sequence[Sample], wanted: Sequence[Sample]) -> float:
+    """Return the share of equal responses. Products of other shapes round otherwise."""
+    pairs = zip(found, wanted, strict=True)
+    return statistics.mean(a.response_ids == b.response_ids for a, b in pairs)
 
 
 def check_engine(s: Setting, size: str) -> None:
-    """The engine against the packed forward, against itself, and after weights have changed."""
+    """Check the engine with graphs and without, twice, and after weights have changed in place."""
     student = _Student.random(s, size)
     vocab = student.weights.model.args.vocab_size
     requests = _requests(vocab, 8 if s.miniature else 1)
-    # Random weights draw nearly evenly: with these, responses end early now and then.
+    # Random weights draw nearly evenly, so that with these some responses end early.
     eos = set(range(vocab // 200))
     params = SamplingParams(max(NEW_TOKENS))
-    without = None
+    first: dict[bool, list[Sample]] = {}
     for graphs in (False, True):
         generator = Generator(student.weights.model, eos, CONCURRENT)
         generator.use_cuda_graphs = graphs
-        first, second = (_timed(s, generator, requests, params) for _ in range(2))
-        samples = first["samples"]
-        without = without or samples
+        first[graphs] = generator.generate(requests, params)
+        s.synchronize()
+        start = time.perf_counter()
+        again = generator.generate(requests, params)
+        s.synchronize()
+        captured = sorted(generator._runner._graphs) if generator._runner else []
         found = {
             "graphs": graphs,
             "path": str(choose_path(generator.model.args.head_dim, s.dtype, s.device)),
-            "captured": sorted(generator._runner._graphs) if generator._runner else [],
-            "same_twice": _tokens(samples) == _tokens(second["samples"]),
-            "same_as_without": _share(samples, without),
-            "first_s": first["seconds"],
-            "second_s": second["seconds"],
-            **_gap(student.gaps(samples)),
-            **s.peak_memory(),
+            "captured": captured,
+            "same_twice": _equal(first[graphs], again) == 1.0,
+            "same_as_without": _equal(first[graphs], first[False]),
+            "seconds": time.perf_counter() - start,
         }
-        good = found["same_twice"] and found["gap_max"] <= TOLERANCE[s.dtype]
-        taken = found["captured"] or not (graphs and s.on_cuda)
-        s.emit({"figure": "engine", **found, "ok": bool(good and taken)})
-    _check_changed_weights(student, generator, requests, params, samples)
+        good = found["same_twice"] and bool(captured or not (graphs and s.on_cuda))
+        student.check(first[graphs], "engine", good, **found)
+    # Graphs read weights where they are: after a change in place, the new ones.
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.neg_()
+    student.weights.mark_stale()
+    student.weights.sync()
+    samples = generator.generate(requests, params)
+    same = _equal(samples, first[True])
+    student.check(samples, "engine, weights changed in place", same < 1.0, same_as_before=same)
     generator.release()
     gc.collect()
     s.reset_memory()
@@ -104,57 +126,10 @@ def _requests(vocab: int, shorter: int) -> list[Request]:
     return found
 
 
-def _timed(
-    s: Setting, generator: Generator, requests: Sequence[Request], params: SamplingParams
-) -> dict[str, Any]:
-    s.synchronize()
-    start = time.perf_counter()
-    samples = generator.generate(requests, params)
-    s.synchronize()
-    return {"samples": samples, "seconds": time.perf_counter() - start}
-
-
-def _tokens(samples: Sequence[Sample]) -> list[list[int]]:
-    return [s.response_ids for s in samples]
-
-
-def _share(found: Sequence[Sample], wanted: Sequence[Sample]) -> float:
-    """Of responses that are equal, token by token. Other shapes of a product round otherwise."""
-    pairs = zip(_tokens(found), _tokens(wanted), strict=True)
-    return statistics.mean(a == b for a, b in pairs)
-
-
-def _gap(gaps: Tensor) -> dict[str, Any]:
-    return {
-        "tokens": gaps.numel(),
-        "gap_mean": gaps.double().mean().item(),
-        "gap_max": gaps.max().item(),
-    }
-
-
-def _check_changed_weights(
-    student: _Student,
-    generator: Generator,
-    requests: Sequence[Request],
-    params: SamplingParams,
-    before: Sequence[Sample],
-) -> None:
-    """Graphs read weights where they are: after a change in place, the new ones."""
-    with torch.no_grad():
-        for parameter in student.model.parameters():
-            parameter.neg_()
-    student.weights.outdate()
-    student.weights.sync()
-    samples = generator.generate(requests, params)
-    found = {"same_as_before": _share(samples, before), **_gap(student.gaps(samples))}
-    good = found["same_as_before"] < 1.0 and found["gap_max"] <= TOLERANCE[student.s.dtype]
-    student.s.emit({"figure": "engine, weights changed in place", **found, "ok": good})
-
-
 def _check_failed_capture(
     student: _Student, eos: set[int], requests: Sequence[Request], params: SamplingParams
 ) -> None:
-    """A step that waits for the device cannot be captured; the rollout goes on without graphs."""
+    """A step that waits for the device cannot be captured: the rollout goes on without graphs."""
 
     def wait(module: nn.Module, inputs: Any, hidden_ND: Tensor) -> None:
         hidden_ND[0, 0].item()
@@ -165,24 +140,22 @@ def _check_failed_capture(
         samples = generator.generate(requests, params)
     finally:
         hook.remove()
-    found = _gap(student.gaps(samples))
-    good = found["gap_max"] <= TOLERANCE[student.s.dtype]
-    student.s.emit({"figure": "engine, capture fails", **found, "ok": good})
+    student.check(samples, "engine, capture fails")
 
 
 # ---------------------------------------------------------- rollout against update
 
 
 def measure_gap(s: Setting) -> None:
-    """|log-prob at rollout - log-prob in the update|, which trains on what rollouts sampled."""
+    """Measure |log-prob at rollout - log-prob in the update| of random and of trained weights."""
     student = _Student.random(s, "0.6B")
     prompts = s.prompts(s.step_sequences, student.weights.model.args.vocab_size)
     params = SamplingParams(min(256, s.step_new_tokens), ignore_eos=True)
     _emit_gap(student, "0.6B, random weights", prompts, params, {0})
     del student
     gc.collect()
-    source = inspect_model("student", str(DEBUG / "student"), False, 1)
-    model = load_model(source, s.world, JobConfig(), s.dtype)
+    source = inspect_model(ModelSpec("student", str(DEBUG / "student"), "student.hf_path"), 1)
+    model = load_model(s.job(JobConfig()), source, s.world)
     student = _Student(s, model, partial(source.build_share, s.world.tp, False))
     with (DEBUG / "data" / "test.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(4 * s.step_sequences)]
@@ -203,7 +176,7 @@ def _emit_gap(
     samples = generator.generate(requests, params)
     generator.release()
     (update,) = plan_minibatches(samples, 1, max(s.budgets), s.world.dp)
-    r = rule(recipe(False, objective="sft"))
+    r = rule(recipe(objective="sft"))
     gaps = []
     with resharding(student.model):
         for microbatch in update.microbatches:

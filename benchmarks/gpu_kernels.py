@@ -1,36 +1,36 @@
-"""Our operators beside their plain twins, and the ceilings of the card that all else is held to.
+"""The Triton kernels beside their plain twins: errors, time, bandwidth.
 
-An operator's error is that of its half-precision result against the twin on the same numbers in
-fp32, and stands beside the error of the twin itself in half precision. Without a GPU the kernels
-run in Triton's interpreter.
+A kernel's error is that of its result against the twin on the same operands in a wider type; it is
+compared with the error of the twin in the kernel's own type. Without a GPU the kernels run in
+Triton's interpreter, which needs TRITON_INTERPRET=1 (`gpu.py --miniature` sets it).
 
-Shapes: T tokens, N sequences or rows, D model width, F MLP width, H query heads, G key/value
-heads, K head size, P pages, S tokens of a page, M pages of the longest sequence, V vocabulary.
+Shapes: T tokens, N sequences or rows, C rows of a chunk of logits, D model width, F MLP width, H
+query heads, G key/value heads, K head size, P pages, S tokens of a page, M pages of the longest
+sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from gpu_setting import GIB, Setting, relative_error
+from gpu_setting import Setting, relative_error
+from harness import Record
 from torch import Tensor
 
-from opd_titan.models.kernels import plain
+from opd_titan.models.kernels import attention as paged
+from opd_titan.models.kernels import head_logits, head_plain, layers, logits, plain
+from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import rope_tables
 
-HALF = (torch.bfloat16, torch.float16)
+EPS = 1e-6
 PAGE_SIZE = 64
-PACKAGE = "opd_titan.models.kernels"
 
 
 class Sizes(NamedTuple):
-    """Of the model whose operands are made: those of the 8B, and tiny ones."""
+    """Of the model that the operands are made for: the 8B, and a tiny one."""
 
     tokens: tuple[int, ...]
     width: int
@@ -39,94 +39,66 @@ class Sizes(NamedTuple):
     groups: int
     head_size: int
     vocab: int
+    rows: int  # of a decoding step
+    chunk: int  # rows of logits
 
 
-LARGE = Sizes((256, 8192), 4096, 12288, 32, 8, 128, 151936)
-SMALL = Sizes((5,), 96, 160, 4, 2, 32, 1000)
+LARGE = Sizes((256, 8192), 4096, 12288, 32, 8, 128, 151936, 256, 880)
+SMALL = Sizes((5,), 96, 160, 4, 2, 32, 1000, 5, 5)
 
 
-class Check(NamedTuple):
-    """One call of an operator.
+class Case(NamedTuple):
+    """One call of a kernel.
 
     Attributes:
-        run: the operator.
+        operands: tensors that `twin` gets in a wider type too.
+        run: calls the kernel.
         twin: the same in plain PyTorch.
-        exact: the same on the operands in fp32.
-        num_bytes: that it reads and writes at least; 0 where bytes are not what it waits for.
-        timed: what is timed, where `run` does more than to call the operator.
+        num_bytes: that it reads and writes at least; 0 where bytes are not what limits it.
+        timed: what is timed, where `run` does more than to call the kernel.
     """
 
+    name: str
     shape: str
-    run: Callable[[], Any]
-    twin: Callable[[], Any]
-    exact: Callable[[], Any]
+    operands: tuple[Tensor, ...]
+    run: Callable[..., Any]
+    twin: Callable[..., Any]
     num_bytes: int = 0
-    timed: Callable[[], Any] | None = None
+    timed: Callable[..., Any] | None = None
 
 
-Make = Callable[[Setting, torch.dtype], list[Check]]
+def measure_operators(s: Setting, group: str) -> None:
+    """Measure the kernels of a group, in bf16 and fp16 or, over logits, in fp32.
 
-
-def measure_ceilings(s: Setting) -> None:
-    """What a plain copy, a plain read and a plain product reach."""
-    num_bytes = GIB if s.on_cuda else GIB // 64
-    x = torch.ones(num_bytes // 4, device=s.device)
-    y = torch.empty_like(x)
-    n = 8192 if s.on_cuda else 256
-    a, b = (torch.randn(n, n, device=s.device, dtype=torch.bfloat16) for _ in range(2))
-    figures = {
-        "copy_gb_per_s": 2 * num_bytes / s.device_seconds(lambda: y.copy_(x)) / 1e9,
-        "read_gb_per_s": num_bytes / s.device_seconds(x.sum) / 1e9,
-        **s.rates(s.device_seconds(lambda: a @ b), 2.0 * n**3),
-    }
-    s.emit({"figure": "ceilings", **figures})
-
-
-# ------------------------------------------------------------------- operators
-
-
-def launcher(s: Setting, module: str, name: str) -> Callable[..., Any]:
-    """The operator where there is a GPU, else what launches its kernel, interpreted."""
-    if not s.on_cuda:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    loaded = importlib.import_module(f"{PACKAGE}.{module}")
-    return getattr(torch.ops.opd_titan if s.on_cuda else loaded, name)
-
-
-def measure_operators(s: Setting, makes: dict[str, Make], half: bool = True) -> None:
-    """Each operator in each type; one that fails hides none.
-
-    Args:
-        half: in half precision, where bf16 products are wrong in the interpreter; else in fp32.
+    One that fails does not keep the others from running.
     """
-    dtypes = (torch.float32,) if not half else HALF if s.on_cuda else HALF[1:]
-    for name, make in makes.items():
-        for dtype in dtypes:
-            how = {"figure": "operator", "operator": name, "dtype": str(dtype)[6:]}
+    dtypes = [torch.bfloat16, torch.float16] if s.on_cuda else [torch.float16]  # as interpreted
+    for dtype in dtypes if group != "logits" else [torch.float32]:
+        for case in CASES[group](s, dtype):
+            how = {"figure": "operator", "operator": case.name, "dtype": str(dtype)[6:]}
             try:
-                for check in make(s, dtype):
-                    s.emit({**how, **_measure(s, check)})
+                s.emit({**how, "shape": case.shape, **_measure(s, case)})
             except Exception as error:
-                why = f"{type(error).__name__}: {str(error)[:500]}"
-                s.emit({**how, "error": why, "ok": False})
+                s.emit({**how, "error": f"{type(error).__name__}: {str(error)[:500]}"})
 
 
-def _measure(s: Setting, check: Check) -> dict[str, Any]:
-    found, twin, exact = (_tensors(f()) for f in (check.run, check.twin, check.exact))
+def _measure(s: Setting, case: Case) -> Record:
+    wider = torch.float64 if case.operands[0].dtype == torch.float32 else torch.float32
+    exact = _tensors(case.twin(*(x.to(wider) for x in case.operands)))
+    # Some twins overwrite their operands.
+    twin = _tensors(case.twin(*(x.clone() for x in case.operands)))
+    found = _tensors(case.run(*case.operands))
     errors = [relative_error(a, c) for a, c in zip(found, exact, strict=True)]
     twins = [relative_error(b, c) for b, c in zip(twin, exact, strict=True)]
-    figures: dict[str, Any] = {
-        "shape": check.shape,
-        "relative_error": max(errors),
-        "twin_error": max(twins),
-        # The same roundings in another order; a wrong kernel is off by orders of magnitude.
-        "ok": all(a <= 3.0 * b + 1e-4 for a, b in zip(errors, twins, strict=True)),
-    }
+    # The same roundings in another order; a wrong kernel is off by orders of magnitude.
+    good = all(a <= 3.0 * b + 1e-4 for a, b in zip(errors, twins, strict=True))
+    figures: Record = {"relative_error": max(errors), "twin_error": max(twins), "ok": good}
     if s.on_cuda:
-        seconds = s.device_seconds(check.timed or check.run)
+        work = case.timed or case.run
+        seconds = s.device_seconds(lambda: work(*case.operands))
         figures["ms"] = 1e3 * seconds
-        if check.num_bytes:
-            figures["gb_per_s"] = check.num_bytes / seconds / 1e9
+        if case.num_bytes:
+            figures["gb_per_s"] = case.num_bytes / seconds / 1e9
     return figures
 
 
@@ -138,24 +110,61 @@ def sizes_of(s: Setting) -> Sizes:
     return SMALL if s.miniature else LARGE
 
 
-def _normal(s: Setting, *shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device=s.device).to(dtype)
+# ------------------------------------------------------- between a layer's products
 
 
-def _silu_mul(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "silu_mul"), sizes_of(s)
+def _layer_cases(s: Setting, dtype: torch.dtype) -> Iterator[Case]:
+    size, most = sizes_of(s), max(sizes_of(s).tokens)
+    D, H, G, K = size.width, size.heads, size.groups, size.head_size
 
-    def check(T: int) -> Check:
-        gate_TF, up_TF = _normal(s, T, 2 * size.mlp, dtype=dtype).chunk(2, dim=1)
-        return Check(
-            f"{T} x {size.mlp}",
-            lambda: run(gate_TF, up_TF),
-            lambda: plain.silu_mul(gate_TF, up_TF),
-            lambda: plain.silu_mul(gate_TF.float(), up_TF.float()),
-            3 * gate_TF.nbytes,
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=s.device).to(dtype)
+
+    for T in size.tokens:
+        gate_TF, up_TF = normal(T, 2 * size.mlp).chunk(2, dim=1)
+        shape, num_bytes = f"{T} x {size.mlp}", 3 * gate_TF.nbytes
+        pair = (gate_TF, up_TF)
+        yield Case("silu_mul", shape, pair, layers.silu_mul, plain.silu_mul, num_bytes)
+        x_TD, y_TD, weight_D = normal(T, D), normal(T, D), normal(D)
+        yield Case(
+            "add_norm",
+            f"{T} x {D}",
+            (x_TD, y_TD, weight_D),
+            lambda *xs: layers.add_norm(*xs, EPS),
+            lambda *xs: plain.add_norm(*xs, EPS),
+            4 * x_TD.nbytes,
         )
-
-    return [check(T) for T in size.tokens]
+        yield _norm_rope(s, T, normal)
+    operands = normal(most, size.mlp), normal(most, size.mlp), normal(most, size.mlp)
+    yield Case(
+        "silu_mul_backward",
+        f"{most} x {size.mlp}",
+        operands,
+        layers.silu_mul_backward,
+        lambda gate, up, g: _gradients(plain.silu_mul, (gate, up), (g,)),
+        5 * operands[0].nbytes,
+    )
+    for width in (D // 2, D):
+        x_TD, g_TD, g_total_TD = (normal(most, width) for _ in range(3))
+        yield Case(
+            "norm_backward",
+            f"{most} x {width}",
+            (x_TD, normal(width), g_TD, g_total_TD),
+            lambda x, weight, g, g_total: layers.norm_backward(x, weight, EPS, g, g_total),
+            _norm_gradients,
+            4 * x_TD.nbytes,
+        )
+    rope = rope_tables(torch.arange(most, device=s.device), K, 1e6)
+    heads = [normal(most, n, K) for n in (H, G)]
+    upstream = [normal(most, n, K) for n in (H, G)]
+    yield Case(
+        "norm_rope_backward",
+        f"{most} x {H} + {G} heads of {K}",
+        (*heads, normal(K), normal(K), *upstream),
+        lambda *xs: layers.norm_rope_backward(*xs[:4], EPS, *rope, *xs[4:]),
+        lambda *xs: _gradients(lambda *ys: plain.norm_rope(*ys, EPS, *rope), xs[:4], xs[4:]),
+        3 * sum(x.nbytes for x in heads),
+    )
 
 
 def _gradients(
@@ -166,135 +175,52 @@ def _gradients(
     return torch.autograd.grad(_tensors(twin(*leaves)), leaves, upstream)
 
 
-def _backward(
-    shape: str,
-    run: Callable[[], Any],
-    twin: Callable[..., Any],
-    operands: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    num_bytes: int,
-) -> Check:
-    exact = [x.float() for x in operands], [g.float() for g in upstream]
-    return Check(
-        shape,
-        run,
-        lambda: _gradients(twin, operands, upstream),
-        lambda: _gradients(twin, *exact),
-        num_bytes,
-    )
+def _norm_gradients(
+    x_TD: Tensor, weight_D: Tensor, g_TD: Tensor, g_total_TD: Tensor
+) -> tuple[Tensor, ...]:
+    """The backward of `add_norm`, which saves x + y and adds the gradient of that sum."""
+
+    def twin(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), plain.norm(x, weight, EPS)
+
+    return _gradients(twin, (x_TD, weight_D), (g_total_TD, g_TD))
 
 
-def _silu_mul_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "silu_mul_backward"), sizes_of(s)
-    T = max(size.tokens)
-    gate_TF, up_TF, g_TF = (_normal(s, T, size.mlp, dtype=dtype) for _ in range(3))
-    operands, shape, num_bytes = (gate_TF, up_TF), f"{T} x {size.mlp}", 5 * gate_TF.nbytes
-    work = partial(run, *operands, g_TF)
-    return [_backward(shape, work, plain.silu_mul, operands, [g_TF], num_bytes)]
-
-
-def _norm_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
-    """Check the backward of `add_norm`, which saves x + y and adds the gradient of that sum."""
-    run, size = launcher(s, "layers", "norm_backward"), sizes_of(s)
-
-    def check(D: int) -> Check:
-        T = max(size.tokens)
-        x_TD, g_total_TD, g_TD = (_normal(s, T, D, dtype=dtype) for _ in range(3))
-        weight_D = _normal(s, D, dtype=dtype)
-
-        def twin(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return x.clone(), plain.norm(x, weight, 1e-6)
-
-        work = partial(run, x_TD, weight_D, 1e-6, g_TD, g_total_TD)
-        operands, upstream = (x_TD, weight_D), [g_total_TD, g_TD]
-        return _backward(f"{T} x {D}", work, twin, operands, upstream, 4 * x_TD.nbytes)
-
-    return [check(D) for D in (size.width // 2, size.width)]
-
-
-def _norm_rope_backward(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "norm_rope_backward"), sizes_of(s)
-    T, H, G, K = max(size.tokens), size.heads, size.groups, size.head_size
-    rope = rope_tables(torch.arange(T, device=s.device), K, 1e6)
-    heads = [_normal(s, T, n, K, dtype=dtype) for n in (H, G)]
-    upstream = [_normal(s, T, n, K, dtype=dtype) for n in (H, G)]
-    operands = (*heads, *(_normal(s, K, dtype=dtype) for _ in range(2)))
-    work = partial(run, *operands, 1e-6, *rope, *upstream)
-    num_bytes = 3 * sum(x.nbytes for x in heads)
-
-    def twin(*operands: Tensor) -> tuple[Tensor, Tensor]:
-        return plain.norm_rope(*operands, 1e-6, *rope)
-
-    shape = f"{T} x {H} + {G} heads of {K}"
-    return [_backward(shape, work, twin, operands, upstream, num_bytes)]
-
-
-def _add_norm(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "add_norm"), sizes_of(s)
-
-    def check(T: int) -> Check:
-        x_TD, y_TD = (_normal(s, T, size.width, dtype=dtype) for _ in range(2))
-        weight_D = _normal(s, size.width, dtype=dtype)
-        exact = x_TD.float(), y_TD.float(), weight_D.float(), 1e-6
-        return Check(
-            f"{T} x {size.width}",
-            lambda: run(x_TD, y_TD, weight_D, 1e-6),
-            lambda: plain.add_norm(x_TD, y_TD, weight_D, 1e-6),
-            lambda: plain.add_norm(*exact),
-            4 * x_TD.nbytes,
-        )
-
-    return [check(T) for T in size.tokens]
-
-
-def _norm_rope(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run, size = launcher(s, "layers", "norm_rope"), sizes_of(s)
+def _norm_rope(s: Setting, T: int, normal: Callable[..., Tensor]) -> Case:
+    """Norm and rotation of queries and keys, with keys and values written to the cache."""
+    size = sizes_of(s)
     H, G, K = size.heads, size.groups, size.head_size
+    joined = normal(T, (H + 2 * G) * K).unflatten(1, (-1, K))
+    rope = rope_tables(torch.arange(T, device=s.device), K, 1e6)
+    pages = -(-T // PAGE_SIZE)
+    caches = [joined.new_zeros(pages, PAGE_SIZE, G, K) for _ in "kv"]
+    place_T = torch.randperm(pages * PAGE_SIZE, device=s.device)[:T]
 
-    def check(T: int) -> Check:
-        joined = _normal(s, T, (H + 2 * G) * K, dtype=dtype).unflatten(1, (-1, K))
-        q_THK, k_TGK, v_TGK = joined.split([H, G, G], dim=1)
-        weights = [_normal(s, K, dtype=dtype) for _ in range(2)]
-        rope = rope_tables(torch.arange(T, device=s.device), K, 1e6)
-        pages = -(-T // PAGE_SIZE)
-        keys, values = (
-            torch.zeros(pages, PAGE_SIZE, G, K, device=s.device, dtype=dtype) for _ in "kv"
-        )
-        place_T = torch.randperm(pages * PAGE_SIZE, device=s.device)[:T]
-        where = keys, values, place_T // PAGE_SIZE, place_T % PAGE_SIZE
+    def timed(*xs: Tensor) -> tuple[Tensor, Tensor]:
+        return layers.norm_rope(*xs, EPS, *rope, *caches, place_T // PAGE_SIZE, place_T % PAGE_SIZE)
 
-        def operator() -> tuple[Tensor, Tensor]:
-            return run(q_THK, k_TGK, v_TGK, *weights, 1e-6, *rope, *where)
+    def run(*xs: Tensor) -> tuple[Tensor, ...]:
+        q, k = timed(*xs)
+        written = (x.flatten(0, 1)[place_T] for x in caches)
+        return q, k, *written, torch.stack([x.ne(0).sum() for x in caches])
 
-        def with_cache() -> tuple[Tensor, ...]:
-            q, k = operator()
-            written = (x.flatten(0, 1)[place_T] for x in (keys, values))
-            return q, k, *written, torch.stack([x.ne(0).sum() for x in (keys, values)])
+    def twin(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        q, k = plain.norm_rope(q, k, *weights, EPS, *rope)
+        # The caches hold nothing but these.
+        written = torch.stack([x.to(joined.dtype).ne(0).sum() for x in (k, v)])
+        return q, k, k, v, written
 
-        def twin(q: Tensor, k: Tensor, v: Tensor, *w: Tensor) -> tuple[Tensor, ...]:
-            q, k = plain.norm_rope(q, k, *w, 1e-6, *rope)
-            # The caches hold nothing but these.
-            return q, k, k, v, torch.stack([x.to(dtype).ne(0).sum() for x in (k, v)])
-
-        operands = [q_THK, k_TGK, v_TGK, *weights]
-        exact = [x.float() for x in operands]
-        return Check(
-            f"{T} x {H} + 2 x {G} heads of {K}",
-            with_cache,
-            lambda: twin(*operands),
-            lambda: twin(*exact),
-            2 * joined.nbytes,  # keys are written twice, values once
-            operator,
-        )
-
-    return [check(T) for T in size.tokens]
+    operands = (*joined.split([H, G, G], dim=1), normal(K), normal(K))
+    shape = f"{T} x {H} + 2 x {G} heads of {K}"
+    # Keys are written twice, values once.
+    return Case("norm_rope", shape, operands, run, twin, 2 * joined.nbytes, timed)
 
 
 # ------------------------------------------------------------- paged attention
 
 
-class _Pages(NamedTuple):
-    """Queries and the pages that they attend to, scattered over a cache."""
+class Pages(NamedTuple):
+    """Queries, and the pages that they attend to, scattered over a cache."""
 
     q_THK: Tensor
     keys_PSGK: Tensor
@@ -307,122 +233,205 @@ class _Pages(NamedTuple):
         token = self.keys_PSGK[0, 0].nbytes
         return 2 * self.q_THK.nbytes + 2 * token * int(self.used_N.sum())
 
-    @property
-    def exact(self) -> _Pages:
-        q, keys, values, *rest = self
-        return _Pages(q.float(), keys.float(), values.float(), *rest)
-
-    def first(self, n: int) -> _Pages:
-        """The first n sequences, of one query each."""
+    def first(self, n: int) -> Pages:
+        """Return the first n sequences, of one query each."""
         return self._replace(
             q_THK=self.q_THK[:n], table_NM=self.table_NM[:n], used_N=self.used_N[:n]
         )
 
-    def attend(self, starts: Sequence[int]) -> Tensor:
-        starts_N1 = torch.tensor(starts, dtype=torch.int32, device=self.q_THK.device)
-        return plain.paged_attention(*self, starts_N1)
 
-
-def _pages(s: Setting, used: Sequence[int], queries: int, heads: int, dtype: Any) -> _Pages:
+def _pages(s: Setting, used: Sequence[int], queries: int, heads: int, dtype: Any) -> Pages:
     size = sizes_of(s)
     width = -(-max(used) // PAGE_SIZE)
     count = len(used) * width
-    shape = (count, PAGE_SIZE, size.groups, size.head_size)
-    q = _normal(s, queries, heads, size.head_size, dtype=dtype)
-    keys, values = (_normal(s, *shape, dtype=dtype) for _ in "kv")
+    shapes = (queries, heads), (count, PAGE_SIZE, size.groups), (count, PAGE_SIZE, size.groups)
+    tensors = (torch.randn(*n, size.head_size, device=s.device).to(dtype) for n in shapes)
     table = torch.randperm(count, device=s.device).view(len(used), width).int()
-    return _Pages(q, keys, values, table, torch.tensor(used, dtype=torch.int32, device=s.device))
+    return Pages(*tensors, table, torch.tensor(used, dtype=torch.int32, device=s.device))
 
 
-def _decode_cases(s: Setting, dtype: torch.dtype) -> dict[str, _Pages]:
-    """By name: one query for each of so many sequences of around so many tokens."""
-    if s.miniature:
-        cases = [(3, 4, 70), (2, 4, 600)]
-    else:
-        cases = [(1, 16, 1000), (64, 16, 1000), (256, 16, 1000), (64, 32, 1000), (16, 32, 8000)]
+def _decoding(s: Setting, dtype: torch.dtype) -> dict[str, Pages]:
+    """Return, by name, sequences of about as many tokens with one query each."""
+    cases = [(1, 16, 1000), (64, 16, 1000), (256, 16, 1000), (64, 32, 1000), (16, 32, 8000)]
     found = {}
-    for n, heads, context in cases:
+    for n, heads, context in [(3, 4, 70), (2, 4, 600)] if s.miniature else cases:
         used = [max(1, context - 64 + 37 * i % 128) for i in range(n)]
-        name = f"{n} x {heads} heads, {context} tokens"
-        found[name] = _pages(s, used, n, heads, dtype)
+        found[f"{n} x {heads} heads, {context} tokens"] = _pages(s, used, n, heads, dtype)
     return found
 
 
-def _paged_decode(s: Setting, dtype: torch.dtype) -> list[Check]:
-    run = launcher(s, "attention", "paged_decode")
-    checks = []
-    for name, pages in _decode_cases(s, dtype).items():
+def _twin(pages: Pages, starts: Sequence[int]) -> Callable[..., Tensor]:
+    rest = pages.table_NM, pages.used_N
+    starts_N1 = torch.tensor(starts, dtype=torch.int32, device=pages.q_THK.device)
+    return lambda q, keys, values: plain.paged_attention(q, keys, values, *rest, starts_N1)
+
+
+def _attention_cases(s: Setting, dtype: torch.dtype) -> Iterator[Case]:
+    for name, pages in _decoding(s, dtype).items():
         few = pages.first(4)  # the twin goes through sequences one by one
-        starts = range(few.used_N.numel() + 1)
-        checks.append(
-            Check(
-                name,
-                lambda p=pages: run(*p)[:4],
-                lambda p=few, starts=starts: p.attend(starts),
-                lambda p=few, starts=starts: p.exact.attend(starts),
-                pages.num_bytes,
-            )
+        n = few.used_N.numel()
+        yield Case(
+            "paged_decode",
+            name,
+            few[:3],
+            lambda *_, pages=pages, n=n: paged.paged_decode(*pages)[:n],
+            _twin(few, range(n + 1)),
+            pages.num_bytes,
         )
-    return checks
-
-
-def _paged_prefill(s: Setting, dtype: torch.dtype) -> list[Check]:
-    """The last queries of sequences that begin in the cache, and a whole one."""
-    run, size = launcher(s, "attention", "paged_prefill"), sizes_of(s)
+    # The last queries of sequences that begin in the cache, and whole ones.
     lengths = ((70, 9), (65, 65)) if s.miniature else ((4096, 1024), (1000, 1000), (8192, 17))
     starts = [*accumulate((queries for _, queries in lengths), initial=0)]
-    pages = _pages(s, [used for used, _ in lengths], starts[-1], size.heads, dtype)
+    pages = _pages(s, [used for used, _ in lengths], starts[-1], sizes_of(s).heads, dtype)
     starts_N1 = torch.tensor(starts, dtype=torch.int32, device=s.device)
     longest = max(queries for _, queries in lengths)
-    return [
-        Check(
-            f"used and queries {lengths}",
-            lambda: run(*pages, starts_N1, longest),
-            lambda: pages.attend(starts),
-            lambda: pages.exact.attend(starts),
-        )
-    ]
+    yield Case(
+        "paged_prefill",
+        f"used and queries {lengths}",
+        pages[:3],
+        lambda *_: paged.paged_prefill(*pages, starts_N1, longest),
+        _twin(pages, starts),
+    )
 
 
 def check_independence(s: Setting) -> None:
-    """A sequence's attention: the same bits alone, among others, and through a wider table."""
-    run = launcher(s, "attention", "paged_decode")
-    for name, pages in _decode_cases(s, HALF[0] if s.on_cuda else HALF[1]).items():
-        together = run(*pages)
-        alone = run(*pages.first(1))
+    """A sequence's attention has the same bits alone, among others, and with a wider table."""
+    for name, pages in _decoding(s, torch.bfloat16 if s.on_cuda else torch.float16).items():
+        together = paged.paged_decode(*pages)
         wider = torch.nn.functional.pad(pages.table_NM, (0, 33))
-        padded = run(*pages._replace(table_NM=wider))
         figures = {
-            "alone": torch.equal(together[:1], alone),
-            "wider_table": torch.equal(together, padded),
-            "twice": torch.equal(together, run(*pages)),
+            "alone": torch.equal(together[:1], paged.paged_decode(*pages.first(1))),
+            "wider_table": torch.equal(
+                together, paged.paged_decode(*pages._replace(table_NM=wider))
+            ),
+            "twice": torch.equal(together, paged.paged_decode(*pages)),
         }
-        title = {"figure": "independence", "shape": name}
-        s.emit({**title, **figures, "ok": all(figures.values())})
+        s.emit({"figure": "independence", "shape": name, **figures, "ok": all(figures.values())})
 
 
 def measure_splits(s: Setting) -> None:
-    """Milliseconds of decode attention by the length of a split."""
-    run = launcher(s, "attention", "paged_decode")
-    attention = importlib.import_module(f"{PACKAGE}.attention")
-    own = attention._SPLIT
-    for name, pages in _decode_cases(s, HALF[0] if s.on_cuda else HALF[1]).items():
+    """Measure decode attention by the length of a split."""
+    own = paged._SPLIT
+    for name, pages in _decoding(s, torch.bfloat16 if s.on_cuda else torch.float16).items():
         found = {}
         for split in (128, 256, 512):
-            attention._SPLIT = split
-            seconds = s.device_seconds(lambda p=pages: run(*p))
+            paged._SPLIT = split
+            seconds = s.device_seconds(lambda pages=pages: paged.paged_decode(*pages))
             found[f"ms_{split}"] = 1e3 * seconds
-            found[f"gb_per_s_{split}"] = pages.num_bytes / seconds / 1e9
+        paged._SPLIT = own
         s.emit({"figure": "split lengths", "shape": name, "own": own, **found})
-    attention._SPLIT = own
 
 
-LAYERS: dict[str, Make] = {
-    "silu_mul": _silu_mul,
-    "add_norm": _add_norm,
-    "norm_rope": _norm_rope,
-    "silu_mul_backward": _silu_mul_backward,
-    "norm_backward": _norm_backward,
-    "norm_rope_backward": _norm_rope_backward,
+# ------------------------------------------------------------- over logits, in fp32
+
+
+def _logit_cases(s: Setting, dtype: torch.dtype) -> Iterator[Case]:
+    size, half = sizes_of(s), torch.bfloat16 if s.on_cuda else torch.float16
+    C, V = size.chunk, size.vocab
+    logits_NV = _logits(s, size.rows)
+
+    def finite(stats: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        sums_NB, maxima_NB = stats  # 0 and -inf for blocks of nothing but -inf
+        return sums_NB, maxima_NB.clamp(min=-1e3)
+
+    yield Case(
+        "block_stats",
+        f"{size.rows} x {V}",
+        (logits_NV,),
+        lambda x: finite(logits.block_stats(x, 0.7)),
+        lambda x: finite(plain.block_stats(x, 0.7)),
+        logits_NV.nbytes,
+        lambda x: logits.block_stats(x, 0.7),
+    )
+    student_CV, teacher_CV = _logits(s, C), 4.0 * torch.randn(C, V, device=s.device)
+    row_C, g_C = V - 1 - torch.arange(C, device=s.device), torch.randn(C, device=s.device)
+    lse_C, kl_6C = student_CV.logsumexp(dim=1), head_plain.kl_stats(student_CV, teacher_CV, row_C)
+    shape, num_bytes = f"{C} x {V}", student_CV.nbytes
+
+    def to(x: Tensor) -> torch.dtype:
+        """Gradients are in half precision, and the exact ones in fp64."""
+        return torch.float64 if x.dtype == torch.float64 else half
+
+    yield Case(
+        "logit_stats",
+        shape,
+        (student_CV,),
+        lambda x: head_logits.logit_stats(x, row_C, True).unbind(),
+        lambda x: head_plain.logit_stats(x, row_C, True).unbind(),
+        num_bytes,
+    )
+    yield Case(
+        "softmax_grad",
+        shape,
+        (student_CV, lse_C, g_C),
+        lambda x, lse, g: head_logits.softmax_grad(x, lse, g, row_C, half),
+        lambda x, lse, g: head_plain.softmax_grad(x, lse, g, row_C, to(x)),
+        num_bytes * 3 // 2,
+    )
+    yield Case(
+        "kl_stats",
+        shape,
+        (student_CV, teacher_CV),
+        lambda *xs: head_logits.kl_stats(*xs, row_C).unbind(),
+        lambda *xs: head_plain.kl_stats(*xs, row_C).unbind(),
+        2 * num_bytes,
+    )
+    yield Case(
+        "kl_grad",
+        shape,
+        (student_CV, teacher_CV, kl_6C[1].contiguous(), kl_6C[5].contiguous()),
+        lambda *xs: head_logits.kl_grad(*xs, half),
+        lambda *xs: head_plain.kl_grad(*xs, to(xs[0])),
+        num_bytes * 5 // 2,
+    )
+
+
+def _logits(s: Setting, rows: int) -> Tensor:
+    logits_NV = 4.0 * torch.randn(rows, sizes_of(s).vocab, device=s.device)
+    logits_NV[1, : logits_NV.shape[1] // 2] = -torch.inf
+    return logits_NV
+
+
+@torch.no_grad()  # as where the kernels are taken
+def check_truncation(s: Setting) -> None:
+    """Compare the tokens that top-k and top-p keep on the device with fp64 on a CPU."""
+    logits_NV = _logits(s, sizes_of(s).rows)
+    ties_NV = logits_NV.mul(8).round().div(8)  # ties fall to the lower token id
+    for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
+        # fp64, because fp32 sums over 152k probabilities can drop a tied token at the threshold.
+        wanted_NV = truncate_(ties_NV[:32].cpu().double(), top_k, top_p).float()
+        found_NV = truncate_(ties_NV.clone(), top_k, top_p)[:32].cpu()
+        same = (found_NV == wanted_NV).all(dim=1).double().mean().item()
+        seconds = s.seconds(lambda k=top_k, p=top_p: truncate_(ties_NV.clone(), k, p))
+        figures = {"top_k": top_k, "top_p": top_p, "rows_equal": same}
+        figures["ms"] = 1e3 * seconds["median_s"]
+        s.emit({"figure": "truncation", **figures, "ok": same >= 0.95})
+
+
+def check_draw(s: Setting) -> None:
+    """Compare tokens drawn by the kernels with those of the plain twin."""
+    logits_NV = _logits(s, sizes_of(s).rows)
+    u_N = torch.rand(logits_NV.shape[0], dtype=torch.float64, device=s.device)
+    blocks = plain.block_stats(logits_NV, 0.7)
+
+    def draw(module: Any) -> tuple[Tensor, Tensor]:
+        highest_N, total_N = module.block_totals(*blocks)
+        target_N = u_N * total_N
+        tokens_N, logs_N = module.invert_blocks(logits_NV, *blocks, highest_N, target_N, 0.7)
+        return tokens_N, logs_N - total_N.log()
+
+    tokens_N, logs_N = draw(logits)
+    wanted_N, _ = draw(plain)
+    exact_NV = (logits_NV.double() / 0.7).log_softmax(1)
+    error_N = (logs_N - exact_NV.gather(1, tokens_N[:, None]).squeeze(1)).abs()
+    same, error = (tokens_N == wanted_N).double().mean().item(), error_N.max().item()
+    figures = {"tokens_equal": same, "logprob_error_max": error}
+    figures["ms"] = 1e3 * s.device_seconds(lambda: draw(logits))
+    # A target near a boundary may give the next token, because sums are ordered differently.
+    s.emit({"figure": "draw", **figures, "ok": same >= 0.98 and error < 1e-4})
+
+
+CASES: dict[str, Callable[[Setting, torch.dtype], Iterator[Case]]] = {
+    "layers": _layer_cases,
+    "attention": _attention_cases,
+    "logits": _logit_cases,
 }
-ATTENTION: dict[str, Make] = {"paged_decode": _paged_decode, "paged_prefill": _paged_prefill}

@@ -1,4 +1,4 @@
-"""What every part of `gpu.py` shares: models of true shapes, samples, clocks, memory, kernels."""
+"""What the stages of `gpu.py` share: models of true shapes, samples, clocks, memory, kernels."""
 
 from __future__ import annotations
 
@@ -8,45 +8,43 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Record, emit
 from qwen3_shapes import write_config
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ModelSpec, ResolvedJob, resolve
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.observability.peaks import Peaks, device_peaks, percent_of_peak
-from opd_titan.training.models import (
-    ModelShape,
-    allocate,
-    compute_dtype,
-    inspect_shape,
-    parallel_model,
-)
+from opd_titan.training.models import allocate, compute_dtype, parallel_model
+from opd_titan.training.sources import ModelShape, inspect_shape
 
 GIB = 1024**3
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass
 class Setting:
-    """How large and how often; picklable, so that a case can run in a process of its own.
+    """How large and how often, and on which device.
 
     Attributes:
+        emit: gets each figure.
         prompt, sequence: tokens of each sequence's prompt, and of all of it.
         budgets: tokens of a micro-batch.
-        microbatches: numbers of micro-batches per update; scoring uses the largest.
+        microbatches: numbers of micro-batches in an update; scoring uses the largest.
         step_sequences, step_new_tokens: of the whole step.
     """
 
-    miniature: bool
+    emit: Callable[[Record], None] = emit
+    miniature: bool = False
     warmup: int = 2
     repeats: int = 3
     prompt: int = 128
@@ -55,33 +53,31 @@ class Setting:
     microbatches: tuple[int, ...] = (2, 8)
     step_sequences: int = 32
     step_new_tokens: int = 1024
-    step_repeats: int = 2
-    emit: Emit = field(default=print, repr=False)
+    device: torch.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
     @classmethod
-    def small(cls, **values: Any) -> Setting:
-        """The same for a CPU in seconds."""
-        sizes: dict[str, Any] = {"prompt": 16, "sequence": 64, "step_sequences": 4}
-        sizes |= {"budgets": (128, 256), "microbatches": (2,)}
-        often = {"warmup": 1, "repeats": 1, "step_repeats": 1}
-        return cls(miniature=True, step_new_tokens=24, **sizes, **{**often, **values})
+    def small(cls, emit: Callable[[Record], None] = emit) -> Setting:
+        """Return what a CPU runs in seconds."""
+        sizes: Record = {"prompt": 16, "sequence": 64, "step_sequences": 4, "step_new_tokens": 24}
+        often: Record = {"budgets": (128, 256), "microbatches": (2,), "warmup": 1, "repeats": 1}
+        return cls(emit, miniature=True, **sizes, **often)
 
     @cached_property
     def world(self) -> World:
-        """Of one process, joined in the one that measures, and nowhere else."""
+        """One process by itself."""
         return build_world(init_world(300))
 
     @property
-    def device(self) -> torch.device:
-        return self.world.device
-
-    @cached_property
     def on_cuda(self) -> bool:
-        return torch.cuda.is_available()  # which takes long enough to be seen in what is timed
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(JobConfig(), self.device)
+        """What the trainer computes in: bf16 on CUDA, else fp32."""
+        return compute_dtype(self.job(JobConfig()))
+
+    def job(self, config: JobConfig) -> ResolvedJob:
+        return resolve(config, self.device.type, 1)
 
     @property
     def peaks(self) -> Peaks:
@@ -89,25 +85,20 @@ class Setting:
 
     # -------------------------------------------------------------- building
 
-    def shape(self, role: str, size: str) -> ModelShape:
+    def shape(self, role: str, size: str, **changes: object) -> ModelShape:
+        """Return the shape of a released size, with these keys of its config.json changed."""
         with tempfile.TemporaryDirectory() as folder:
-            write_config(size, Path(folder), miniature=self.miniature)
-            return inspect_shape(role, folder, 1)
+            write_config(size, Path(folder), miniature=self.miniature, **changes)
+            return inspect_shape(ModelSpec(role, folder, f"{role}.hf_path"), 1)
 
     def model(
         self, shape: ModelShape, config: JobConfig, seed: int = 0, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """Built and spread by the program, with weights drawn where they lie (in no time)."""
-        model = parallel_model(shape, self.world, config, dtype or self.dtype)
+        """Build and shard a model as the program does; draw its weights on the device, quickly."""
+        mode, compiled = config.activation_checkpoint.mode, self.job(config).compiled
+        model = parallel_model(shape, self.world, dtype or self.dtype, mode, compiled)
         allocate(model, self.device)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                weight = local(parameter)
-                if weight.dim() == 1:
-                    weight.fill_(1.0)
-                else:
-                    weight.normal_(0.0, shape.args.init_std, generator=generator)
+        draw_weights(model, shape.args.init_std, seed)
         return model
 
     def prompts(self, count: int, vocab: int) -> list[Prompt]:
@@ -115,7 +106,7 @@ class Setting:
         return [Prompt(i, "", tuple(row)) for i, row in enumerate(ids)]
 
     def samples(self, budget: int, count: int, vocab: int) -> list[Sample]:
-        """`count` micro-batches' worth of sequences, with scores as if they had been scored."""
+        """Return sequences for `count` micro-batches, with log-probs as if they had been scored."""
         number, response = count * (budget // self.sequence), self.sequence - self.prompt
         samples = []
         for prompt in self.prompts(number, vocab):
@@ -133,10 +124,10 @@ class Setting:
     def seconds(
         self, work: Callable[[], Any], *, inner: int = 1, repeats: int | None = None
     ) -> dict[str, float]:
-        """Wall-clock seconds of one call: first (it may compile), min and median of the repeats.
+        """Return the wall-clock seconds of one call: the first (it may compile), least, median.
 
         Args:
-            inner: calls between two synchronisations, for work shorter than a launch is long.
+            inner: calls between two synchronisations, for work shorter than its launch.
         """
         times = []
         for n in range(self.warmup + (repeats or self.repeats)):
@@ -148,15 +139,10 @@ class Setting:
             self.synchronize()
             times.append((time.perf_counter() - start) / calls)
         timed = times[self.warmup :]
-        return {
-            "first_s": times[0],
-            "min_s": min(timed),
-            "median_s": statistics.median(timed),
-            "repeats": len(timed),
-        }
+        return {"first_s": times[0], "min_s": min(timed), "median_s": statistics.median(timed)}
 
     def device_seconds(self, work: Callable[[], Any], calls: int = 10) -> float:
-        """Median seconds of one call; on CUDA without launches, from a graph of several calls."""
+        """Return the median seconds of one call; on CUDA without launches, from a CUDA graph."""
         if not self.on_cuda:
             return self.seconds(work)["median_s"]
         for _ in range(2):  # what is compiled or tuned must be before a capture
@@ -177,7 +163,7 @@ class Setting:
         return statistics.median(times[1:])
 
     def rates(self, seconds: float, flops: float, tokens: int = 0) -> dict[str, float]:
-        """FLOP/s, tokens/s and, where the device's peak is known, the share of it."""
+        """Return FLOP/s, tokens/s and, where the device's peak is known, the share of it."""
         found = {"tflops_per_s": flops / seconds / 1e12}
         if tokens:
             found |= {"tokens": tokens, "tokens_per_s": tokens / seconds}
@@ -191,7 +177,7 @@ class Setting:
             torch.cuda.reset_peak_memory_stats()
 
     def peak_memory(self) -> dict[str, float]:
-        """GiB: the allocator's on CUDA; on a CPU the process's peak since its start."""
+        """Return the peak in GiB: the allocator's on CUDA, on a CPU the process's ever."""
         if self.on_cuda:
             return {
                 "peak_active_gib": torch.cuda.max_memory_allocated() / GIB,
@@ -199,8 +185,8 @@ class Setting:
             }
         return {"peak_active_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2}
 
-    def kernels(self, work: Callable[[], Any]) -> dict[str, Any]:
-        """One call's device seconds by kind of kernel, the largest kernels, and the idle rest."""
+    def kernels(self, work: Callable[[], Any]) -> Record:
+        """Return one call's device seconds by kind of kernel, the largest kernels, idle time."""
         kinds = torch.profiler.ProfilerActivity
         activities = [kinds.CPU, kinds.CUDA] if self.on_cuda else [kinds.CPU]
         self.synchronize()
@@ -224,11 +210,24 @@ class Setting:
     def _own_seconds(self, event: Any) -> float:
         if not self.on_cuda:
             return event.self_cpu_time_total / 1e6
-        # Operators and annotations are charged with the time of the kernels below them.
+        # Operators and annotations also have the time of the kernels below them.
         annotation = getattr(event, "is_user_annotation", False)
         if event.device_type != DeviceType.CUDA or annotation:
             return 0.0
         return event.self_device_time_total / 1e6
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, std: float, seed: int = 0) -> None:
+    """Draw matrices from normal(0, std) on their own device and set vectors to one."""
+    device = local(next(model.parameters())).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in model.parameters():
+        weight = local(parameter)
+        if weight.dim() == 1:
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, std, generator=generator)
 
 
 _KINDS = (
@@ -248,7 +247,7 @@ def kind_of(kernel: str) -> str:
 
 
 def fed_in(samples: list[Sample]) -> list[int]:
-    """Tokens of each sequence that go through a model: all but the last."""
+    """Return the tokens of each sequence that go through a model: all but the last."""
     return [s.num_tokens - 1 for s in samples]
 
 
@@ -257,6 +256,6 @@ def responses(samples: list[Sample]) -> int:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| over |wanted|, as 2-norms in fp64."""
+    """Return |found - wanted| over |wanted|, as 2-norms in fp64."""
     found, wanted = found.double(), wanted.double()
     return ((found - wanted).norm() / wanted.norm()).item()

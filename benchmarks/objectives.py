@@ -1,34 +1,49 @@
 """What each objective costs and what it teaches.
 
-    python benchmarks/objectives.py cost --shape small --data ../shared/data    # or --shape 0.6B
+    python benchmarks/objectives.py cost --data ../shared/data
     python benchmarks/objectives.py memory
-    python benchmarks/objectives.py table --seeds 3
+    python benchmarks/objectives.py table --seeds 3 --threads 1
 
-cost: an update of each objective on the same batch beside the sampled-token policy gradient's, in
-turns. memory: the peak of an update over 8k tokens at growing vocabularies, beside full logits.
-table: the debug recipe under every objective, beside a control without a teacher; TRL's trainer on
-the same task: objectives_trl.py.
-A whole step beside TRL's: compare_trl.py.
+cost: scoring and update under each objective beside the sampled-token policy gradient's, in turns.
+memory: the peak of the head over 8k tokens at growing vocabularies, beside one tensor of logits.
+table: the debug recipe under every objective, and a control without a teacher. The same task with
+TRL's trainer: objectives_trl.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
+from compare_trl import workload
+from harness import (
+    NO_PAUSES,
+    REPO,
+    Record,
+    alternate,
+    emit,
+    machine,
+    medians,
+    ratio,
+    run,
+    table,
+    train,
+    words,
+)
 
+OFF_POLICY: Record = {
+    "rollout.on_policy_fraction": 0.0,
+    "rollout.group_size": 1,
+    "rollout.prompts_per_step": 128,
+}
 # What differs from the recipe, by the name in the tables.
-CASES: dict[str, dict[str, object]] = {
+CASES: dict[str, Record] = {
     "policy_gradient": {},
     "policy_gradient, baseline kl": {"distill.baseline": "kl"},
     "policy_gradient, baseline top_k": {"distill.baseline": "top_k"},
@@ -44,142 +59,67 @@ CASES: dict[str, dict[str, object]] = {
         "distill.objective": "forward_kl",
         "rollout.on_policy_fraction": 0.5,
     },
-    "forward_kl, off-policy": {
-        "distill.objective": "forward_kl",
-        "rollout.on_policy_fraction": 0.0,
-        "rollout.group_size": 1,
-        "rollout.prompts_per_step": 128,
-    },
-    "sft": {
-        "distill.objective": "sft",
-        "rollout.on_policy_fraction": 0.0,
-        "rollout.group_size": 1,
-        "rollout.prompts_per_step": 128,
-    },
+    "forward_kl, off-policy": {"distill.objective": "forward_kl", **OFF_POLICY},
+    "sft": {"distill.objective": "sft", **OFF_POLICY},
 }
 CONTROL = "no teacher: advantage -1"
-SHAPES = {
-    "small": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16},
-    "0.6B": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-}
-
-
-def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tb"))
-    events.Reload()
-    names = events.Tags()["scalars"]
-    return {n: [(e.step, e.value) for e in events.Scalars(n)] for n in names}
-
-
-def run(options: dict[str, object], threads: int, *head: str) -> dict[str, list]:
-    """One job in a process of its own; its scalars."""
-    command = [sys.executable, *(head or ("-m", "opd_titan.train"))]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    return read_scalars(Path(str(options["job.dump_folder"])))
+COMPARED = ("policy_gradient", "reverse_kl", "forward_kl", "jsd, beta 0.5", "top_k_reverse_kl")
 
 
 # ----------------------------------------------------------------------- cost
 
 
 def measure_cost(a: argparse.Namespace) -> None:
-    from transformers import Qwen3Config
-
-    names = a.only or ["policy_gradient", "reverse_kl", "forward_kl", "jsd, beta 0.5"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    names = a.only or COMPARED
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        shape = {**heads, **SHAPES[a.shape]}
-        Qwen3Config(
-            vocab_size=151936, tie_word_embeddings=True, eos_token_id=151645, **shape
-        ).save_pretrained(model)
-        for path in (a.data / "qwen3_tokenizer").glob("*.json"):
-            (model / path.name).write_bytes(path.read_bytes())
-        for _ in range(a.rounds):
-            for name in names:
-                found[name].append(_phases(name, model, Path(folder) / "out", a))
-    print(
-        f"{platform.machine()}, {a.threads} threads, {a.shape}, {a.batch} x {a.new_tokens} tokens"
-    )
-    base = found["policy_gradient"]
-    for name in names:
-        rows = found[name]
-        ratios = [
-            (r["both"] / b["both"], r["peak"] / b["peak"]) for r, b in zip(rows, base, strict=True)
-        ]
-        print(
-            f"{name}: teacher + update "
-            + ", ".join(f"{r['teacher']:.2f} + {r['update']:.2f}" for r in rows)
-            + f" s; ratio {statistics.median(r[0] for r in ratios):.2f}; peak "
-            + ", ".join(f"{r['peak']:.2f}" for r in rows)
-            + f" GiB, ratio {statistics.median(r[1] for r in ratios):.2f}",
-            flush=True,
-        )
+        options = workload(Path(folder), a.data) | {
+            "rollout.max_new_tokens": a.new_tokens,
+            "rollout.ignore_eos": "true",
+            "training.steps": a.steps,
+            "metrics.sample_rollouts": 0,
+        }
+        cases = {name: partial(_phases, options | CASES[name], a.threads) for name in names}
+        found = alternate(cases, a.rounds)
+    base = found[names[0]]
+    rows = []
+    for name, results in found.items():
+        both, bases = ([r["teacher"] + r["update"] for r in x] for x in (results, base))
+        peaks, base_peaks = ([r["peak"] for r in x] for x in (results, base))
+        row: Record = {key: [r[key] for r in results] for key in ("teacher", "update", "peak")}
+        row |= {"seconds, ratio": ratio(both, bases), "peak, ratio": ratio(peaks, base_peaks)}
+        rows.append({"objective": name, **row})
+    print(table(rows))
 
 
-def _phases(name: str, model: Path, out: Path, a: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of scoring and update after the first step, and the peak memory."""
-    options = {
-        "job.dump_folder": out,
-        "student.hf_path": model,
-        "student.random_init": "true",
-        "teacher.hf_path": model,
-        "teacher.random_init": "true",
-        "data.path": a.data / "gsm8k",
-        "rollout.prompts_per_step": a.batch,
-        "rollout.group_size": 1,
-        "rollout.max_new_tokens": a.new_tokens,
-        "rollout.ignore_eos": "true",
-        "training.steps": a.steps,
-        "validation.enable": "false",
-        "checkpoint.enable": "false",
-        **CASES[name],
-    }
-    for path in out.glob("tb/*"):
-        path.unlink()
-    scalars = run(options, a.threads)
-    values = {
-        n: statistics.median(v for step, v in rows if step > 1) for n, rows in scalars.items()
-    }
-    teacher, update = values["time/teacher(s)"], values["time/update(s)"]
-    peak = max(v for _, v in scalars["memory/max_active(GiB)"])
-    return {"teacher": teacher, "update": update, "both": teacher + update, "peak": peak}
+def _phases(options: Record, threads: int) -> Record:
+    """Return the median seconds of scoring and update, and the peak memory in GiB."""
+    with tempfile.TemporaryDirectory() as out:
+        scalars = train(options | {"job.dump_folder": out}, threads)
+    peak = max(scalars["memory/max_active(GiB)"].values())
+    return medians(scalars, "time/teacher(s)", "time/update(s)") | {"peak": peak}
 
 
 # --------------------------------------------------------------------- memory
 
 
 def measure_memory(a: argparse.Namespace) -> None:
-    tokens = 8192
-    for vocab in (38016, 75904, 151936):
-        full = tokens * vocab * 4 / 2**30
+    rows = []
+    for vocab in a.vocabularies:
         for objective in ("policy_gradient", "reverse_kl", "jsd"):
-            command = [sys.executable, __file__, "_peak", objective, str(tokens), str(vocab)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peak, head = map(float, done.stdout.split())
-            print(
-                f"{objective}, vocabulary {vocab}, {tokens} tokens: {peak:.2f} GiB, of which the "
-                f"head's gradients {head:.2f}; one tensor of full logits {full:.2f}",
-                flush=True,
-            )
+            text = run([__file__, "_peak", objective, a.tokens, vocab], a.threads)
+            row: Record = {"vocabulary": vocab, "objective": objective, "peak GiB": float(text)}
+            row["head's gradient GiB"] = vocab * WIDTH * 4 / 2**30
+            row["full logits GiB"] = a.tokens * vocab * 4 / 2**30
+            emit(row)
+            rows.append(row)
+    print(table(rows))
+
+
+WIDTH = 64
 
 
 def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
-    """Print the GiB that the head's forward and backward add, and the weight's gradients' share."""
+    """Print the GiB that the forward and backward of the head add to this process."""
     import torch
 
     from opd_titan.distill.head import FrozenHeads, loss_head
@@ -188,12 +128,10 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     from opd_titan.models.logits import Distribution, VocabHead
 
     torch.manual_seed(0)
-    width = 64
-    hidden, teacher_hidden = torch.randn(2, tokens, width)
-    weight, teacher_weight = 0.1 * torch.randn(2, vocab, width)
+    hidden, teacher_hidden = torch.randn(2, tokens, WIDTH)
+    weight, teacher_weight = 0.1 * torch.randn(2, vocab, WIDTH)
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    targets = torch.randint(vocab, (tokens,))
-    zeros = torch.zeros(tokens)
+    targets, zeros = torch.randint(vocab, (tokens,)), torch.zeros(tokens)
     settings = ObjectiveSettings()
     whole = OBJECTIVES[objective].needs_vocabulary(settings)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -210,111 +148,99 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
         frozen=FrozenHeads(VocabHead(teacher_weight) if whole else None),
     )
     loss.backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) / 2**20, weight.numel() * 4 / 2**30)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 
 # ---------------------------------------------------------------------- table
 
 
 def measure_table(a: argparse.Namespace) -> None:
-    names = a.only or [*CASES, CONTROL]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            runs = [_learn(name, seed, Path(folder) / f"{seed}", a) for seed in range(a.seeds)]
-            variance = _variance(name, a) if name in CASES else None
-            print(json.dumps({"case": name, **_summary(runs), "variance": variance}), flush=True)
+    rows = []
+    for name in a.only or [*CASES, CONTROL]:
+        runs = [_learn(name, seed, a) for seed in range(a.seeds)]
+        gaps = [_gap_recovered(r) for r in runs]
+        row: Record = {
+            "objective": name,
+            "gap recovered at the end": [gap[max(gap)] for gap in gaps],
+            "first step at 80 %": [min((s for s in g if g[s] >= 0.8), default=None) for g in gaps],
+            "KL at the end": [list(r["kl/student_teacher"].values())[-1]
+                              for r in runs if "kl/student_teacher" in r],
+            "s / step": [statistics.median(r["time/step(s)"].values()) for r in runs],
+        }  # fmt: skip
+        if name in CASES:
+            row["variance"] = _variance(name, a)
+        emit(row)
+        rows.append(row)
+    print(table(rows))
 
 
-def _learn(name: str, seed: int, out: Path, a: argparse.Namespace) -> dict[str, list]:
-    options = {
+def _learn(name: str, seed: int, a: argparse.Namespace) -> dict[str, dict[int, float]]:
+    options = _recipe(name, a.steps) | {"training.seed": seed, "validation.interval": 5}
+    program = {"program": (__file__, "_control")} if name == CONTROL else {}
+    with tempfile.TemporaryDirectory() as out:
+        return train(options | {"job.dump_folder": out}, a.threads, **program)
+
+
+def _recipe(name: str, steps: int) -> Record:
+    common: Record = {
         "job.config_file": REPO / "train_configs" / "debug.toml",
-        "job.dump_folder": out / name.replace(" ", "_"),
-        "training.seed": seed,
-        "validation.interval": 5,
+        "training.steps": steps,
         "checkpoint.enable": "false",
-        **CASES.get(name, {}),
     }
-    head = (__file__, "_control") if name == CONTROL else ()
-    return run(options, a.threads, *head)
+    return common | CASES.get(name, {})
 
 
-def _summary(runs: list[dict[str, list]]) -> dict[str, object]:
-    """Gap recovered at the end, the first step at 80 % of the gap, seconds of a step."""
-    gaps = [_gap_recovered(r) for r in runs]
-    reached = [min((s for s, gap in g.items() if gap >= 0.8), default=None) for g in gaps]
-    seconds = [statistics.median(v for _, v in r["time/step(s)"]) for r in runs]
-    kls = [r["kl/student_teacher"][-1][1] for r in runs if "kl/student_teacher" in r]
-    return {
-        "gap_recovered": [round(g[max(g)], 3) for g in gaps],
-        "steps_to_80": reached,
-        "kl_at_end": [round(v, 4) for v in kls],
-        "step_s": [round(v, 3) for v in seconds],
-    }
-
-
-def _gap_recovered(scalars: dict[str, list]) -> dict[int, float]:
+def _gap_recovered(scalars: dict[str, dict[int, float]]) -> dict[int, float]:
     """By step. Without a teacher, as if there were the debug recipe's, which is always right."""
     if "validation/gap_recovered" in scalars:
-        return dict(scalars["validation/gap_recovered"])
-    (_, start), *later = scalars["validation/accuracy"]
-    return {step: (value - start) / (1.0 - start) for step, value in later}
+        return scalars["validation/gap_recovered"]
+    accuracy = scalars["validation/accuracy"]
+    return {s: (v - accuracy[0]) / (1.0 - accuracy[0]) for s, v in accuracy.items() if s}
 
 
-def _variance(name: str, a: argparse.Namespace, batches: int = 8) -> float:
-    """Of the gradient at the start, over batches: its trace, over the squared norm of the mean."""
-    options = {
-        "job.config_file": REPO / "train_configs" / "debug.toml",
-        "training.steps": batches,
-        "validation.enable": "false",
-        "checkpoint.enable": "false",
-        **CASES[name],
-    }
-    command = [sys.executable, __file__, "_variance"]
+def _variance(name: str, a: argparse.Namespace) -> float:
+    """Of the gradient at the start, over batches: its trace over the squared norm of the mean."""
     with tempfile.TemporaryDirectory() as out:
-        for key, value in {**options, "job.dump_folder": out}.items():
-            command += [f"--{key}", str(value)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(a.threads)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO)
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    return float(done.stdout.strip().splitlines()[-1])
+        options = _recipe(name, a.batches) | NO_PAUSES
+        options |= {"job.dump_folder": out, "training.max_grad_norm": 0}  # not clipped
+        text = run([__file__, "_variance", *words(options)], a.threads)
+    return float(text.strip().splitlines()[-1])
 
 
 def variance_at_start(argv: list[str]) -> None:
     import torch
 
-    from opd_titan.config.manager import load_config
-    from opd_titan.distill.scoring import gathered_heads
-    from opd_titan.distill.update import forward_backward
+    from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
     from opd_titan.training.trainer import Trainer
 
-    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
-    trainer.weights.sync()
+    job = resolve(load_config(argv), "cpu", 1)
+    trainer = Trainer(job, StopRequest(), Heartbeat(0, 600))
     gradients = []
-    frozen = trainer.scored if trainer.rule.needs_vocabulary else {}
-    for _ in range(trainer.total_steps):
-        trainer.step += 1
-        plan = trainer.plan(trainer.rollout(next(trainer.job.loader)))
-        for role in ("teacher", "reference"):
-            trainer.score(role, plan)
-        with gathered_heads(frozen) as heads:
-            for part in plan:
-                for samples in part.microbatches:
-                    tokens = part.response_tokens
-                    rule, world = trainer.rule, trainer.world
-                    forward_backward(trainer.student, samples, tokens, rule, world, heads)
-        parameters = [p for p in trainer.student.parameters() if p.grad is not None]
-        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in parameters]))
-        trainer.optimizer.zero_grad()
+
+    def take(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Keep the update's gradient, and let the weights stay as they are."""
+        with_grad = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in with_grad]))
+        for parameter in with_grad:
+            parameter.grad = None
+
+    trainer.models.optimizer.register_step_pre_hook(take)
+    trainer.models.weights.sync()
+    phases = trainer.phases
+    for step in range(1, trainer.total_steps + 1):
+        plan = phases.plan(phases.rollout(step, next(trainer.setup.loader)))
+        for role in trainer.models.frozen:
+            phases.score(role, plan)
+        phases.update(plan, 1.0)
     stacked = torch.stack(gradients)
     print((stacked.var(dim=0).sum() / stacked.mean(dim=0).square().sum()).item())
 
 
 def control(argv: list[str]) -> int:
-    """The policy gradient with the advantage -1 for every token: is the teacher worth anything?"""
+    """Train with an advantage of -1 for every token, to see what the teacher contributes."""
     import torch
 
     from opd_titan.distill import objectives
@@ -330,27 +256,31 @@ def control(argv: list[str]) -> int:
 
 
 def main() -> None:
-    hidden = {
+    inner = {
         "_peak": lambda argv: peak_of_update(argv[0], int(argv[1]), int(argv[2])),
         "_variance": variance_at_start,
         "_control": lambda argv: sys.exit(control(argv)),
     }
-    if sys.argv[1:] and sys.argv[1] in hidden:
-        hidden[sys.argv[1]](sys.argv[2:])
+    if sys.argv[1:] and sys.argv[1] in inner:
+        inner[sys.argv[1]](sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["cost", "memory", "table"])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--data", type=Path, help="has gsm8k/ and qwen3_tokenizer/; for cost")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
+    parts = {"cost": measure_cost, "memory": measure_memory, "table": measure_table}
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", action="append", choices=[*CASES, CONTROL])
+    parser.add_argument("--steps", type=int, help="default: 4 for cost, 40 for table")
+    parser.add_argument("--data", type=Path, help="cost: has gsm8k/ and qwen3_tokenizer/")
+    parser.add_argument("--new-tokens", type=int, default=64, help="cost")
+    parser.add_argument("--rounds", type=int, default=2, help="cost")
+    parser.add_argument("--tokens", type=int, default=8192, help="memory")
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[38016, 75904, 151936])
+    parser.add_argument("--seeds", type=int, default=3, help="table")
+    parser.add_argument("--batches", type=int, default=8, help="table: of the variance")
     a = parser.parse_args()
-    {"cost": measure_cost, "memory": measure_memory, "table": measure_table}[a.part](a)
+    a.steps = a.steps or (4 if a.part == "cost" else 40)
+    emit(machine())
+    parts[a.part](a)
 
 
 if __name__ == "__main__":

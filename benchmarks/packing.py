@@ -1,10 +1,10 @@
-"""What packing a group's prompt once saves in an update, and how much padding there is.
+"""What it saves to pack a group's prompt once in an update, and how much padding there is.
 
     python benchmarks/packing.py                      # lengths drawn like GSM8K's
     python benchmarks/packing.py --data gsm8k/train.jsonl --tokenizer path/to/qwen3 --dry
 
-The update is a forward and a backward of the student (no optimizer), shared against not, back to
-back in turns; --dry prints shares of tokens alone.
+The update is a forward and a backward of the student (no optimizer); shared and repeated prompts
+take turns. --dry only counts tokens.
 """
 
 from __future__ import annotations
@@ -12,49 +12,45 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from harness import Record, alternate, emit, machine, ratio, spread, table
+from torch.nn.functional import cross_entropy
 
-import torch  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
-
-from opd_titan.data.types import Prompt, Sample  # noqa: E402
-from opd_titan.distill.packing import pack, plan_minibatches  # noqa: E402
-from opd_titan.distributed.world import ALONE, Axis, World  # noqa: E402
-from opd_titan.models.qwen3.args import Qwen3Args  # noqa: E402
-from opd_titan.models.qwen3.model import Qwen3Model  # noqa: E402
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.packing import pack, plan_minibatches
+from opd_titan.distributed.world import ALONE, Axis, World
+from opd_titan.models.qwen3.args import Qwen3Args
+from opd_titan.models.qwen3.model import Qwen3Model
 
 WORLD = World(torch.device("cpu"), None, ALONE, ALONE)
 VOCAB = 4096
-Lengths = list[tuple[int, list[int]]]
+Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses
+
+
+def vary(mean: float, group: int, rng: random.Random) -> list[int]:
+    return [max(20, round(mean * rng.lognormvariate(0.0, 0.25))) for _ in range(group)]
 
 
 def like_gsm8k(prompts: int, group: int, rng: random.Random) -> Lengths:
-    """Prompts of about 100 tokens, responses of about 150."""
-    found: Lengths = []
-    for _ in range(prompts):
-        mean = rng.lognormvariate(4.95, 0.3)
-        responses = [max(20, round(mean * rng.lognormvariate(0.0, 0.25))) for _ in range(group)]
-        found.append((max(40, round(rng.lognormvariate(4.57, 0.3))), responses))
-    return found
+    """Draw prompts of about 100 tokens, responses of about 150."""
+    means = [rng.lognormvariate(4.95, 0.3) for _ in range(prompts)]
+    return [(max(40, round(rng.lognormvariate(4.57, 0.3))), vary(m, group, rng)) for m in means]
 
 
 def like_debug(prompts: int, group: int, rng: random.Random) -> Lengths:
-    """The debug recipe: problems of a line, answers of a few tokens more."""
+    """Draw the debug recipe's: problems of a line, answers of a few tokens."""
     return [
         (rng.randint(6, 14), [rng.randint(3, 14) for _ in range(group)]) for _ in range(prompts)
     ]
 
 
 def of_gsm8k(path: str, tokenizer: str, prompts: int, group: int, rng: random.Random) -> Lengths:
-    """Questions in Qwen3's chat template, and for a group its answer's length, varied as above."""
+    """Return questions in Qwen3's chat template, and responses about as long as the answers."""
     from transformers import AutoTokenizer
 
     encoder = AutoTokenizer.from_pretrained(tokenizer)
@@ -64,26 +60,24 @@ def of_gsm8k(path: str, tokenizer: str, prompts: int, group: int, rng: random.Ra
         turn = [{"role": "user", "content": row["question"]}]
         text = encoder.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         answer = len(encoder.encode(row["answer"]))
-        responses = [max(20, round(answer * rng.lognormvariate(0.0, 0.25))) for _ in range(group)]
-        found.append((len(encoder.encode(text)), responses))
+        found.append((len(encoder.encode(text)), vary(answer, group, rng)))
     return found
 
 
-def samples_of(lengths: Lengths, rng: random.Random) -> list[Sample]:
+def both_ways(lengths: Lengths, rng: random.Random) -> dict[str, list[Sample]]:
+    """Return samples with random tokens, with the prompts of a group shared and repeated."""
+
     def ids(n: int) -> list[int]:
         return [rng.randrange(VOCAB) for _ in range(n)]
 
     prompts = [Prompt(i, "", tuple(ids(p))) for i, (p, _) in enumerate(lengths)]
-    return [
+    shared = [
         Sample(prompt, n, ids(r), "stop")
         for prompt, (_, responses) in zip(prompts, lengths, strict=True)
         for n, r in enumerate(responses)
     ]
-
-
-def apart(samples: list[Sample]) -> list[Sample]:
-    """The same, every prompt an own one."""
-    return [replace(s, prompt=replace(s.prompt, index=i)) for i, s in enumerate(samples)]
+    own = [replace(s, prompt=replace(s.prompt, index=i)) for i, s in enumerate(shared)]
+    return {"shared": shared, "repeated": own}
 
 
 def model_of(dim: int) -> Qwen3Model:
@@ -96,92 +90,73 @@ def model_of(dim: int) -> Qwen3Model:
     return model
 
 
-def update(model: Qwen3Model, samples: list[Sample], budget: int) -> None:
+def seconds_of_update(model: Qwen3Model, samples: list[Sample], budget: int) -> float:
+    start = time.perf_counter()
     for microbatch in plan_minibatches(samples, 1, budget, ALONE)[0].microbatches:
         batch = pack(microbatch, WORLD)
         hidden_TD = model(batch.tokens_T, batch.attend)
         logits_RV = hidden_TD[batch.predict_R] @ model.lm_head.weight.t()
         cross_entropy(logits_RV, batch.targets_R).backward()
     model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
 
 
-def seconds(runs: list[Callable[[], None]], rounds: int) -> list[float]:
-    """Medians, taken in turns after a round to warm up."""
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(rounds + 1):
-        for run, found in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            if turn:
-                found.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
-
-
-def tokens_of(samples: list[Sample], budget: int, ranks: int) -> dict[str, float]:
-    """What all ranks process: by layers, by attention with its padding, and as stand-ins."""
+def count_tokens(samples: list[Sample], budget: int, ranks: int) -> Record:
+    """Return the tokens that layers process on all ranks, and the padding of attention."""
     plans = [plan_minibatches(samples, 1, budget, Axis(r, ranks))[0] for r in range(ranks)]
-    batches = [[pack(m, WORLD) for m in p.microbatches if m] for p in plans]
-    per_rank = [sum(len(b.tokens_T) for b in of_rank) for of_rank in batches]
-    attends = [b.attend for of_rank in batches for b in of_rank]
-    padded = sum(len(a._padding[1]) for a in attends)
-    begun = [{c for c in a.continues if c is not None} for a in attends]
-    real = sum(
-        len(rows)
-        for a, b in zip(attends, begun, strict=True)
-        for i, rows in enumerate(a._rows)
-        if i not in b
-    )
+    batches = [pack(m, WORLD) for plan in plans for m in plan.microbatches if m]
+    # Rows that a shared prompt continues are counted with those that they continue.
+    real = padded = 0
+    for attend in (batch.attend for batch in batches):
+        padded += len(attend._padding[1])
+        begun = set(attend.continues)
+        real += sum(len(rows) for i, rows in enumerate(attend._rows) if i not in begun)
     return {
-        "layers": sum(per_rank),
+        "layers": sum(len(b.tokens_T) for b in batches),
         "padding of attention %": 100 * (padded / real - 1),
-        "stand-ins": sum(not m for p in plans for m in p.microbatches),
-        "micro-batches": sum(len(p.microbatches) for p in plans),
-        "idle %": 100 * (1 - sum(per_rank) / ranks / max(per_rank)),
+        "stand-ins": sum(not m for plan in plans for m in plan.microbatches),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="gsm8k's train.jsonl")
     parser.add_argument("--tokenizer", help="folder of Qwen3's tokenizer, for --data")
     parser.add_argument("--dims", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--prompts", type=int, default=2, help="of the timed update")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=int, default=16384)
-    parser.add_argument("--case", nargs="*", default=["gsm8k", "debug"])
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(2)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    emit(machine())
     rng = random.Random(0)
-    draw = like_gsm8k
-    if args.data:
-        draw = partial(of_gsm8k, args.data, args.tokenizer)
-    many = samples_of(draw(128, 8, rng), rng)
-    for ranks in (1, 8):
-        for name, samples in (("shared", many), ("apart", apart(many))):
-            found = tokens_of(samples, args.budget, ranks)
-            text = ", ".join(f"{key} {value:,.1f}" for key, value in found.items())
-            print(f"128 prompts x 8, {ranks} ranks, {name}: {text}")
-    if args.dry:
+    draw = partial(of_gsm8k, a.data, a.tokenizer) if a.data else like_gsm8k
+    many = both_ways(draw(128, 8, rng), rng)
+    rows = [
+        {"128 prompts x 8": name, "ranks": ranks, **count_tokens(samples, a.budget, ranks)}
+        for ranks in (1, 8)
+        for name, samples in many.items()
+    ]
+    print(table(rows))
+    if a.dry:
         return
-    cases = {"gsm8k": draw(args.prompts, 8, rng), "debug": like_debug(64, 2, rng)}
-    for dim in args.dims:
+    cases = {"gsm8k": draw(a.prompts, 8, rng), "debug": like_debug(64, 2, rng)}
+    timed = []
+    for dim in a.dims:
         model = model_of(dim)
-        for name in args.case:
-            shared = samples_of(cases[name], rng)
-            both = (shared, apart(shared))
-            saved = 1 - cost_of(both[0]) / cost_of(both[1])
-            fast, slow = seconds(
-                [partial(update, model, s, args.budget) for s in both], args.rounds
-            )
-            print(
-                f"hidden {dim}, {name}: {fast:.3f} s shared, {slow:.3f} s apart, "
-                f"{slow / fast:.2f} x; {100 * saved:.0f} % of the tokens saved"
-            )
-
-
-def cost_of(samples: list[Sample]) -> int:
-    return len(pack(samples, WORLD).tokens_T)
+        for name, lengths in cases.items():
+            ways = both_ways(lengths, rng)
+            tokens = {way: len(pack(samples, WORLD).tokens_T) for way, samples in ways.items()}
+            runs = {w: partial(seconds_of_update, model, s, a.budget) for w, s in ways.items()}
+            found = alternate(runs, a.rounds, warmup=1)
+            row: Record = {"width": dim, "lengths": name}
+            row |= {f"{way}, s": spread(values)["median"] for way, values in found.items()}
+            row["ratio"] = ratio(found["repeated"], found["shared"])
+            row["tokens saved"] = f"{1 - tokens['shared'] / tokens['repeated']:.0%}"
+            timed.append(row)
+    print(table(timed))
 
 
 if __name__ == "__main__":

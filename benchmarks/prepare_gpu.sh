@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rm -rf .whl
-pinned=(torchdata tyro datasets math-verify latex2sympy2-extended antlr4-python3-runtime)
+pinned=(torchdata pydantic datasets math-verify latex2sympy2-extended antlr4-python3-runtime)
 # What these need besides, in any version.
 wheels=(docstring-parser typeguard dill multiprocess)
 for name in "${pinned[@]}"; do

@@ -1,63 +1,30 @@
-"""Rollouts: our engine beside vLLM and `transformers`' generate, and beside the machine's floor.
+"""Rollouts on a CPU: our engine beside vLLM and `transformers`' generate, and beside the limit.
 
     python benchmarks/rollout.py --setting small --data ../shared/data --vllm-python PYTHON
     python benchmarks/rollout.py --setting 0.6B --data ../shared/data --vllm-python PYTHON
-    python benchmarks/rollout.py --setting ragged --shape small       # continuous batching or not
-    python benchmarks/rollout.py --setting sampler --shape small      # projection and draw apart
-    python benchmarks/rollout.py --setting nano --engines ours,vllm   # nano-vllm's, on a GPU
+    python benchmarks/rollout.py --setting ragged --data ../shared/data    # continuous batching
 
-PYTHON is an interpreter that imports vllm, from an environment of its own. On a CPU vLLM keeps a
-core for its other processes unless told otherwise; `vllm-all-cores` tells it. All engines have the
-same prompts and lengths, and random weights of true shapes in bf16; they take turns in rounds, so
-that a ratio compares what ran side by side. Figures are printed and written to OUT/rollout.json as
-they come, and as tables to OUT/rollout.md.
-
-The floor is what the workload takes at least: in each phase (prefill, decode) its bytes over the
-bandwidth of a large read, or its FLOPs over the rate of the fastest of the model's own products
-with as many rows, whichever is longer; both are measured in the same process.
+PYTHON is an interpreter that imports vllm, from an environment of its own. By itself vLLM keeps a
+core for its other processes; `vllm-all-cores` is bound to all. All engines have the same prompts
+and lengths, and random weights of true shapes in bf16, and take turns in rounds. For the limit see
+`rollout_limits.py`.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
+import tempfile
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
 
-# The parent must leave CUDA alone: its children are forks.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+from harness import Record, alternate, emit, machine, ratio, table
+from qwen3_shapes import SMALL, write_config
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import shlex  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
-from datetime import datetime, timezone  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]  # a script's children may start anew
-
-import rollout_cases as cases  # noqa: E402
-from apart import (  # noqa: E402
-    Journal,
-    Task,
-    Work,
-    commit,
-    machine,
-    print_record,
-    run_apart,
-    write_json,
-)
-
-HANGS = 7200.0  # seconds
-
-ENGINES = {
+SETTINGS = {
     "small": "ours,vllm,vllm-all-cores,generate",
     "0.6B": "ours,vllm,vllm-all-cores,generate",
     "ragged": "ours,waves,batches",
-    "sampler": "ours",
-    "nano": "ours,vllm",
 }
 
 
@@ -65,142 +32,98 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--setting", choices=tuple(ENGINES), default="small")
-    parser.add_argument("--shape", choices=("small", "0.6B"), help="of ragged and sampler")
-    parser.add_argument("--engines", help="of ours, waves, batches, vllm, vllm-all-cores, generate")
-    parser.add_argument("--data", type=Path, help="has gsm8k/ and qwen3_tokenizer/; none: random")
-    parser.add_argument("--vllm-python", help="default: this one, if it imports vllm")
-    parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 2, in miniature 1")
-    parser.add_argument("--requests", type=int, help="default: 32, 16, or 64 ragged ones")
-    parser.add_argument("--concurrent", type=int, help="default: 32, or 16")
-    parser.add_argument("--new-tokens", type=int, default=64, help="of small and 0.6B")
-    parser.add_argument("--shortest", type=int, default=16, help="new tokens, of ragged")
-    parser.add_argument("--longest", type=int, default=512, help="new tokens, of ragged")
-    parser.add_argument("--vocab", type=int, help="a smaller vocabulary, for trials")
-    parser.add_argument("--sizes", default="0.6B,8B", help="of nano")
-    parser.add_argument("--miniature", action="store_true", help="tiny models, for trials of nano")
-    parser.add_argument("--out", type=Path, default=REPO / "outputs" / "rollout")
+    parser.add_argument("--setting", choices=SETTINGS, default="small")
+    parser.add_argument("--engines", help="some of ours,waves,batches,vllm,vllm-all-cores,generate")
+    parser.add_argument("--data", type=Path, required=True, help="has gsm8k/ and qwen3_tokenizer/")
+    parser.add_argument("--vllm-python", help="an interpreter that imports vllm")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, help="default: as many as at once; 64 ragged ones")
+    parser.add_argument("--concurrent", type=int, help="at once; default: 32 small, else 16")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--shortest", type=int, default=16, help="new tokens of ragged")
+    parser.add_argument("--longest", type=int, default=512, help="new tokens of ragged")
+    parser.add_argument("--miniature", action="store_true", help="a tiny model")
     a = parser.parse_args()
-    a.shape = a.setting if a.setting in ("small", "0.6B") else a.shape or "small"
-    a.engines = (a.engines or ENGINES[a.setting]).split(",")
+    a.engines = (a.engines or SETTINGS[a.setting]).split(",")
     a.concurrent = a.concurrent or (32 if a.setting == "small" else 16)
     a.requests = a.requests or (64 if a.setting == "ragged" else a.concurrent)
+    if not a.vllm_python and any(engine.startswith("vllm") for engine in a.engines):
+        parser.error("--vllm-python: wanted an interpreter that imports vllm, or other --engines")
     return a
 
 
-def plan(a: argparse.Namespace) -> Iterator[tuple[str, str, Work]]:
-    """Part, case, and what to run."""
-    if a.setting == "sampler":
-        yield "sampler", a.shape, partial(cases.measure_sampler, size=a.shape)
-    elif a.setting == "nano":  # alone: on a GPU nothing else may hold memory meanwhile
-        for size in a.sizes.split(","):
-            for engine in a.engines:
-                run = partial(cases.measure_engines, size=size, engines=[engine])
-                yield "nano", f"{size}, {engine}", run
-    else:
-        name = f"ragged {a.shape}" if a.setting == "ragged" else a.setting
-        run = partial(cases.measure_engines, size=a.shape, engines=a.engines)
-        yield "compare", name, run
+def compare(a: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
+    import random
 
-
-# --------------------------------------------------------------------- the report
-
-# By figure: its table's columns, and what they say.
-_TABLES = {
-    "floor": (
-        "floor of | tokens in | out | floor s | read GB/s"
-        " | prefill s by bytes | by FLOPs | TFLOP/s | decode s by bytes | by FLOPs | TFLOP/s",
-        "{title}: {requests} requests, {concurrent} at once | {prompt_tokens:,} | {new_tokens:,}"
-        " | {seconds:.3g} | {read_gb_per_s:.4g}"
-        " | {prefill_bytes_s:.3g} | {prefill_flops_s:.3g} | {prefill_tflops_per_s:.3g}"
-        " | {decode_bytes_s:.3g} | {decode_flops_s:.3g} | {decode_tflops_per_s:.3g}",
-    ),
-    "engine": (
-        "engine@concurrent | tokens/s, median | by round | prefill s | decode s | share of floor"
-        " | decode, of bandwidth",
-        "{title}: {engine} | {tokens_per_s:,.0f} | {by_round} | {prefill_s:.3g} | {decode_s:.3g}"
-        " | {share_of_floor:.1%} | {decode_share_of_bandwidth:.1%}",
-    ),
-    "sampler": (
-        "head | rows | projection ms | projection and draw ms | floor ms",
-        "{title} | {rows} | {project_ms:.3g} | {project_and_draw_ms:.3g} | {floor_ms:.3g}",
-    ),
-}
-
-
-def tables(report: dict[str, Any]) -> Iterator[str]:
-    """Markdown: the machine, then a table for each kind of figure."""
-    results = report["results"]
-    vllm = next((f", vLLM {r['vllm']}" for r in results if "vllm" in r), "")
-    yield "    {command}\n".format(**report)
-    versions = "Python {python}, torch {torch}, transformers {transformers}".format(**report)
-    where = "{device}, {threads} threads, {0}{1}, {date}, commit {commit}.\n"
-    yield where.format(versions, vllm, **report)
-    for figure, (columns, cells) in _TABLES.items():
-        found = [r for r in results if r.get("figure") == figure and "error" not in r]
-        lines = [columns, "---" + " | --:" * columns.count("|")] if found else []
-        for r in found:
-            title = r["case"] if r["part"] == "compare" else f"{r['part']} {r['case']}"
-            by_round = ", ".join(f"{x:,.0f}" for x in r.get("rounds", ()))
-            row = []
-            for cell in cells.split(" | "):
-                try:
-                    row.append(cell.format(**r, title=title, by_round=by_round))
-                except KeyError:  # not every engine knows its phases
-                    row.append("")
-            lines.append(" | ".join(row))
-        yield "".join(f"| {line} |\n" for line in lines)
-
-
-def summary(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Ratios, shares of the memory's bandwidth, and what failed."""
-    for r in results:
-        if "error" in r:
-            who = f" {r['engine']}:" if "engine" in r else ""
-            yield f"FAILED: {r['part']} {r['case']}:{who} {r['error'].splitlines()[-1]}"
-        elif r.get("figure") == "ratio":
-            rounds = ", ".join(f"{x:.2f}" for x in r["rounds"])
-            yield f"{r['case']}: {r['of']} over {r['to']}: {r['ratio']:.2f}; {rounds}"
-        elif r["part"] == "nano" and "decode_share_of_bandwidth" in r:
-            share = f"{r['decode_share_of_bandwidth']:.0%} of the bandwidth"
-            yield f"nano {r['case']}: {r['tokens_per_s']:,.0f} tokens/s; decoding at {share}"
-
-
-def main() -> int:
-    a = parse_arguments()
-    a.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(a.out / "rollout.jsonl")
-    journal.begin()
-    start, about = machine(cases.RolloutSetting(miniature=True, options=a), a.out, journal)
-    report = {
-        **about,
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()},
-        "command": shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "results": [],
-    }
-    print(json.dumps(report), flush=True)
-    on_gpu = a.setting == "nano" and about["cuda"]
-    s = cases.RolloutSetting(
-        miniature=a.miniature,
-        warmup=1,
-        repeats=a.rounds or (1 if a.miniature else 2 if on_gpu else 3),
-        device_name="cuda" if on_gpu else "cpu",
-        options=a,
+    import torch
+    from gpu_setting import Setting
+    from rollout_engines import (
+        Answer,
+        Engine,
+        Generate,
+        Ours,
+        Vllm,
+        Workload,
+        gsm8k_prompts,
+        random_model,
     )
-    begun = time.monotonic()
-    for part, case, work in plan(a):
-        task = Task({"part": part, "case": case}, (work,), a.out / "rollout.log")
-        for record in run_apart(start, task, s, HANGS, journal):
-            report["results"].append(record)
-            print_record(f"{part} {case}", record, time.monotonic() - begun)
-        write_json(a.out / "rollout.json", report)
-    text = "\n".join([*tables(report), *summary(report["results"])])
-    print("\n" + text, flush=True)
-    (a.out / "rollout.md").write_text(text + "\n", encoding="utf-8")
-    return int(any("error" in r for r in report["results"]))
+    from rollout_limits import engine_figures, measure_limit
+
+    from opd_titan.config.resolve import ModelSpec
+    from opd_titan.training.sources import inspect_shape
+
+    device = torch.device("cpu")
+    s = Setting(miniature=a.miniature, warmup=1, device=device)
+    small = {} if a.setting == "0.6B" else SMALL | {"head_dim": 32, "eos_token_id": 151645}
+    write_config("0.6B", folder, miniature=a.miniature, **({} if a.miniature else small))
+    shape, pick = (
+        inspect_shape(ModelSpec("student", str(folder), "student.hf_path"), 1),
+        random.Random(0),
+    )
+    span = (a.shortest, a.longest) if a.setting == "ragged" else (a.new_tokens, a.new_tokens)
+    prompts = gsm8k_prompts(a.requests, shape.args.vocab_size, a.data)
+    work = Workload(prompts, [pick.randint(*span) for _ in prompts])
+    limit = measure_limit(s, shape.args, work, a.concurrent)
+
+    def start(name: str) -> Engine:
+        if name == "generate":
+            return Generate(folder, device)
+        if name.startswith("vllm"):
+            log, all_cores = folder / f"{name}.log", name == "vllm-all-cores"
+            engine = Vllm(a.vllm_python, folder, work.longest, a.concurrent, log, all_cores)
+            emit({"figure": "vLLM", "engine": name, "version": engine.version})
+            return stack.enter_context(closing(engine))
+        model = random_model(shape, device)
+        return Ours(model, in_waves=name == "waves", keeps_rows=name == "batches")
+
+    def run(engine: Engine, part: Workload) -> Answer:
+        answer = engine(part, a.concurrent)
+        if answer.tokens != part.new_tokens:
+            raise RuntimeError(f"{sum(answer.tokens)} tokens, not {sum(part.new_tokens)}")
+        return answer
+
+    # vLLM first, because it looks at how much memory is free.
+    order = sorted(a.engines, key=lambda name: not name.startswith("vllm"))
+    engines = {name: start(name) for name in order}
+    for engine in engines.values():
+        run(engine, work.shortened(4))  # warm-up
+    found = alternate({n: partial(run, e, work) for n, e in engines.items()}, a.rounds)
+    rows: list[Record] = []
+    for name in a.engines:
+        figures = engine_figures(found[name], limit)
+        rows.append({"engine": name, "at once": a.concurrent, **figures})
+        if "ours" in found:
+            seconds = [[x.seconds for x in found[n]] for n in (name, "ours")]
+            rows[-1]["ours over it"] = ratio(*seconds)
+    print(table(rows))
+
+
+def main() -> None:
+    a = parse_arguments()
+    emit(machine())
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        compare(a, Path(folder), stack)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,8 @@
 """What `rollout.py` compares: a workload, and engines to run it.
 
-An engine is called with a workload and the number of sequences that may run at once, and answers
-with the tokens it sampled for each prompt and the seconds that took. Weights are random: what an
-engine takes does not depend on them.
+An engine is called with a workload and the number of sequences that may run at once, and returns
+the tokens that it sampled for each prompt and the seconds that took. Weights are random, because
+the time that an engine takes does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from gpu_setting import draw_weights
 from torch import nn
 
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.models.layers import Linear, can_pack, join
+from opd_titan.models.kernels import can_pack
+from opd_titan.models.layers import Linear, join
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import sequence_key
 from opd_titan.rollout.scheduler import Request
-from opd_titan.training.models import ModelShape
-
-# Qwen3 tokens of the first 64 GSM8K training questions as "Question: ...\nAnswer:".
-GSM8K_LENGTHS = (
-    *(42, 35, 64, 57, 30, 69, 61, 110, 113, 71, 80, 101, 43, 71, 34, 74, 60, 84, 68, 68, 76, 55),
-    *(61, 61, 85, 97, 59, 89, 57, 59, 59, 67, 119, 72, 47, 53, 51, 84, 74, 78, 47, 74, 70, 58, 72),
-    *(87, 46, 59, 53, 60, 77, 67, 53, 63, 71, 39, 65, 64, 79, 93, 61, 104, 44, 90),
-)
-
+from opd_titan.training.sources import ModelShape
 
 # ------------------------------------------------------------------ the workload
 
@@ -48,12 +42,12 @@ class Workload:
     prompts: list[tuple[int, ...]]
     new_tokens: list[int]
 
-    def first(self, count: int) -> Workload:
-        return Workload(self.prompts[:count], self.new_tokens[:count])
-
     def waves(self, size: int) -> Iterator[Workload]:
         for i in range(0, len(self.prompts), size):
             yield Workload(self.prompts[i : i + size], self.new_tokens[i : i + size])
+
+    def shortened(self, most: int) -> Workload:
+        return Workload(self.prompts, [min(most, n) for n in self.new_tokens])
 
     @property
     def longest(self) -> int:
@@ -61,20 +55,18 @@ class Workload:
         return max(map(len, self.prompts)) + max(self.new_tokens)
 
     def samples(self) -> list[Sample]:
-        """As if it had been answered; for counting."""
+        """Return samples of these lengths, for counting."""
         both = zip(self.prompts, self.new_tokens, strict=True)
         return [Sample(Prompt(i, "", p), 0, [0] * n, "length") for i, (p, n) in enumerate(both)]
 
 
-def gsm8k_prompts(count: int, vocab: int, data: Path | None) -> list[tuple[int, ...]]:
-    """Questions of the training set; without `data` random tokens of the same lengths.
+def gsm8k_prompts(count: int, vocab: int, data: Path) -> list[tuple[int, ...]]:
+    """Return questions of the training set.
 
     Args:
+        vocab: token ids are taken modulo it, for a tiny model.
         data: a folder with gsm8k/train.jsonl and qwen3_tokenizer/.
     """
-    if data is None:
-        pick, lengths = random.Random(0), (GSM8K_LENGTHS * -(-count // 64))[:count]
-        return [tuple(pick.randrange(vocab) for _ in range(n)) for n in lengths]
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(data / "qwen3_tokenizer")
@@ -82,11 +74,11 @@ def gsm8k_prompts(count: int, vocab: int, data: Path | None) -> list[tuple[int, 
         questions = [json.loads(next(lines))["question"] for _ in range(count)]
     texts = [f"Question: {q}\nAnswer:" for q in questions]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [tuple(t % vocab for t in row) for row in ids]  # a cut vocabulary has no more
+    return [tuple(t % vocab for t in row) for row in ids]
 
 
 def nano_workload(count: int, shortest: int, longest: int, vocab: int) -> Workload:
-    """nano-vllm's bench.py, draw by draw: its 256 requests ask for 133,966 tokens."""
+    """Return nano-vllm's bench.py, draw by draw: its 256 requests ask for 133,966 tokens."""
     pick = random.Random(0)
     prompts = [
         tuple(pick.randint(0, 10000) % vocab for _ in range(pick.randint(shortest, longest)))
@@ -100,11 +92,11 @@ def nano_workload(count: int, shortest: int, longest: int, vocab: int) -> Worklo
 
 @dataclass
 class Answer:
-    """Tokens sampled for each prompt, seconds, and what else an engine has to say."""
+    """Tokens sampled for each prompt, seconds, and what else an engine measures."""
 
     tokens: list[int]
     seconds: float
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, float] = field(default_factory=dict)
 
 
 Engine = Callable[[Workload, int], Answer]
@@ -112,19 +104,15 @@ Engine = Callable[[Workload, int], Answer]
 
 @torch.no_grad()
 def random_model(shape: ModelShape, device: torch.device) -> nn.Module:
-    """Our decoder in bf16, its weights drawn where they lie."""
+    """Return our decoder in bf16, with its weights laid out as `GeneratorWeights` does."""
     with torch.device("meta"):
         model = shape.build().to(torch.bfloat16)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     model.tie_weights()
-    packs = can_pack(torch.bfloat16, device)  # copies of weights lie as `GeneratorWeights` has them
+    packs = can_pack(torch.bfloat16, device)
     for layers in () if packs else model.layers_with_one_input():
         join(layers)
-    for weight in model.parameters():
-        if weight.dim() == 1:
-            weight.fill_(1.0)
-        else:
-            weight.normal_(0.0, shape.args.init_std)
+    draw_weights(model, shape.args.init_std)
     for module in model.modules() if packs else ():
         if isinstance(module, Linear) and module is not model.lm_head:
             module.pack(module.weight)
@@ -132,9 +120,9 @@ def random_model(shape: ModelShape, device: torch.device) -> nn.Module:
 
 
 class RunnerClock:
-    """What our engine's time goes to: its prefills and decoding steps, each to the next's begin.
+    """Measures our engine's prefills and decoding steps, each until the next one begins.
 
-    On CUDA it is the device's own time, so that nothing waits for the clock.
+    On CUDA by the device's own clock, so that nothing waits for the measurement.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -165,7 +153,7 @@ class RunnerClock:
         self._mark("end")
 
     def intervals(self) -> list[tuple[str, int, float]]:
-        """("prefill" or "decode", prefixes or sequences, seconds), in order."""
+        """Return ("prefill" or "decode", prefixes or sequences, seconds), in order."""
         if self.on_cuda:
             torch.cuda.synchronize()
         times = [t for _, _, t in self.marks]
@@ -178,10 +166,13 @@ class Ours:
     """`Generator`; a wave at a time it shows what continuous batching is worth.
 
     Args:
-        in_waves: nobody starts before all of a wave have ended.
-        keeps_rows: besides, who has ended is computed along until then, as in a static batch.
-        checks_stop: look for a stop token after each step, as a run does whose responses may end
-            early; here none ever does.
+        in_waves: no sequence starts before all of a wave have ended.
+        keeps_rows: in waves, and sequences that have ended are computed until then, as in a static
+            batch.
+        checks_stop: look for a stop token after each step, as a run does; here none is ever found.
+
+    Attributes:
+        intervals: of the last call, see `RunnerClock`.
     """
 
     def __init__(
@@ -189,47 +180,41 @@ class Ours:
         model: nn.Module,
         in_waves: bool = False,
         keeps_rows: bool = False,
-        cuda_graphs: bool = True,
-        max_prefill_tokens: int = 8192,
         checks_stop: bool = False,
+        max_prefill_tokens: int = 8192,
     ) -> None:
         never = {model.args.vocab_size}
         self.generator = Generator(model, never, max_prefill_tokens=max_prefill_tokens)
-        self.generator.use_cuda_graphs = cuda_graphs
         self.in_waves, self.keeps_rows = in_waves or keeps_rows, keeps_rows
         self.ignore_eos = not checks_stop
-        self.intervals: list[tuple[str, int, float]] = []  # of the last call
+        self.intervals: list[tuple[str, int, float]] = []
 
     def __call__(self, work: Workload, concurrent: int) -> Answer:
         # One limit for all, so that waves and rounds can share one cache.
         params = SamplingParams(max(work.new_tokens), ignore_eos=self.ignore_eos)
-        generator, clock = self.generator, RunnerClock(self.generator.device)
-        generator.max_concurrent = concurrent
+        clock = RunnerClock(self.generator.device)
+        self.generator.max_concurrent = concurrent
         samples, forwards = [], 0
         start = time.perf_counter()
         with clock.watch():
             for wave in work.waves(concurrent if self.in_waves else len(work.prompts)):
                 if self.keeps_rows:
                     wave = Workload(wave.prompts, [max(wave.new_tokens)] * len(wave.prompts))
-                samples += generator.generate(self._requests(wave), params)
-                forwards += generator.stats.decode_forwards
+                samples += self.generator.generate(_requests(wave), params)
+                forwards += self.generator.stats.decode_forwards
         self.intervals = clock.intervals()  # waits for the device
         seconds = time.perf_counter() - start
         assert all(torch.isfinite(s.student_logprobs).all() for s in samples)
-        details: dict[str, Any] = {"forwards": forwards}
+        details: dict[str, float] = {"forwards": forwards}
         for phase in ("prefill", "decode"):
             details[f"{phase}_s"] = sum(t for kind, _, t in self.intervals if kind == phase)
-        tokens = [
-            min(len(s.response_ids), n) for s, n in zip(samples, work.new_tokens, strict=True)
-        ]
-        return Answer(tokens, seconds, details)
+        wanted = zip(samples, work.new_tokens, strict=True)
+        return Answer([min(len(s.response_ids), n) for s, n in wanted], seconds, details)
 
-    @staticmethod
-    def _requests(work: Workload) -> list[Request]:
-        both = zip(work.prompts, work.new_tokens, strict=True)
-        return [
-            Request(Prompt(i, "", p), 0, sequence_key(0, i), n) for i, (p, n) in enumerate(both)
-        ]
+
+def _requests(work: Workload) -> list[Request]:
+    both = zip(work.prompts, work.new_tokens, strict=True)
+    return [Request(Prompt(i, "", p), 0, sequence_key(0, i), n) for i, (p, n) in enumerate(both)]
 
 
 class Generate:
@@ -252,7 +237,7 @@ class Generate:
 
     @torch.no_grad()
     def _batch(self, work: Workload) -> int:
-        """Tokens sampled for every prompt: as many as the longest response takes."""
+        """Return the tokens sampled for every prompt: as many as the longest response takes."""
         from transformers import GenerationConfig
 
         config = GenerationConfig(
@@ -269,7 +254,7 @@ class Generate:
         lengths = torch.tensor([[len(p)] for p in work.prompts], device=device)
         mask = (torch.arange(longest, device=device) >= longest - lengths).long()
         out = self.model.generate(ids, attention_mask=mask, generation_config=config)
-        return out.cpu().shape[1] - longest
+        return out.shape[1] - longest
 
 
 class Vllm:
@@ -279,7 +264,7 @@ class Vllm:
         python: an interpreter that imports vllm.
         folder: has a config.json.
         longest: tokens of a sequence at most.
-        log: the file that gets what vLLM has to say.
+        log: the file that gets vLLM's own output.
         all_cores: compute on all cores of a CPU; by itself it keeps one for its other processes.
 
     Raises:
@@ -293,7 +278,7 @@ class Vllm:
         script = Path(__file__).with_name("rollout_vllm.py")
         command = [python, str(script), str(folder), "--max-num-seqs", str(concurrent)]
         command += ["--max-model-len", str(longest + -longest % 256)]
-        # Its own choice of threads, and its own packages.
+        # It chooses its own threads and has its own packages.
         hidden = ("OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV")
         env = {k: v for k, v in os.environ.items() if k not in hidden}
         if all_cores:
@@ -313,7 +298,7 @@ class Vllm:
         return json.loads(line)
 
     def __call__(self, work: Workload, concurrent: int) -> Answer:
-        del concurrent  # set at its start; where fewer are to run at once, fewer are asked for
+        del concurrent  # set at its start
         request = {"prompts": work.prompts, "new_tokens": work.new_tokens}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

@@ -2,7 +2,8 @@
 
     python benchmarks/stopping.py --stops 20 --processes 1
 
-Each start goes on where the last one was stopped. Prints seconds from the signal to the exit.
+Each start goes on where the last one was stopped. Prints the seconds from the signal to the end of
+the process, which has saved a checkpoint by then.
 """
 
 from __future__ import annotations
@@ -11,41 +12,39 @@ import argparse
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+from harness import REPO, emit, machine, spread, table, words
+
+OPTIONS = {"training.steps": 100000, "validation.interval": 10, "checkpoint.interval": 0}
 
 
 def stop_once(out: Path, processes: int, delay: float) -> float:
-    """Seconds to exit code 75."""
+    """Start the job, send SIGTERM `delay` seconds after its first step; return the seconds."""
     log = out / "logs" / "rank-0.log"
     seen = log.stat().st_size if log.exists() else 0
-    command = [str(REPO / "scripts" / "run_train.sh"), "--job.dump_folder", str(out)]
-    command += ["--training.steps", "100000", "--validation.interval", "10"]
-    command += ["--checkpoint.interval", "0"]
+    command = [str(REPO / "scripts" / "run_train.sh"), *words(OPTIONS), "--job.dump_folder", out]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "NGPU": str(processes)}
-    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         while not log.exists() or " step " not in log.read_text()[seen:]:
-            if run.poll() is not None:
-                sys.exit(f"the run ended with code {run.returncode} before its first step")
+            if job.poll() is not None:
+                sys.exit(f"the run ended with exit code {job.returncode} before its first step")
             time.sleep(0.05)
         time.sleep(delay)
         start = time.perf_counter()
-        os.killpg(run.pid, signal.SIGTERM)
-        code = run.wait(300)
+        os.killpg(job.pid, signal.SIGTERM)
+        if job.wait(300) != 75:
+            sys.exit(f"the run ended with exit code {job.returncode}; wanted 75")
+        return time.perf_counter() - start
     finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-    if code != 75:
-        sys.exit(f"exit code {code}, not 75")
-    return time.perf_counter() - start
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -54,14 +53,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    pick = random.Random(a.seed)
+    emit(machine())
+    dice = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as folder:
-        delays = [pick.uniform(0.0, 12.0) for _ in range(a.stops)]
+        delays = [dice.uniform(0.0, 12.0) for _ in range(a.stops)]
         seconds = [stop_once(Path(folder), a.processes, delay) for delay in delays]
-    print(
-        f"{a.processes} processes, {a.stops} stops: median {statistics.median(seconds):.2f} s, "
-        f"longest {max(seconds):.2f} s to exit code 75, with a checkpoint"
-    )
+    print(table([{"processes": a.processes, "stops": a.stops, **spread(seconds)}]))
 
 
 if __name__ == "__main__":

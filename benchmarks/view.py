@@ -1,4 +1,4 @@
-"""The rollout viewer on a large run: page size, time to make it, first paint, time of a click.
+"""The rollout viewer on a large run: size of the page, time to make it, first paint, clicks.
 
     python benchmarks/view.py --rollouts 10000 --tokens 300
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import random
 import resource
 import statistics
@@ -19,79 +18,72 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from harness import REPO, Record, emit, machine, table
 
+sys.path.append(str(REPO / "tests"))
 from browser import Browser, find_browser  # noqa: E402
 
 from opd_titan.view.page import write_page  # noqa: E402
 
 STEPS = 40
+MODELS = ("student", "teacher", "reference")
 
 
-def make_row(step: int, index: int, tokens: int, words: list[str], dice: random.Random) -> dict:
+def make_row(index: int, tokens: int, words: list[str], dice: random.Random) -> Record:
     n = max(1, int(dice.gauss(tokens, tokens / 4)))
-    ids = [min(int(dice.paretovariate(0.6)), len(words)) - 1 for _ in range(n)]
 
-    def logprobs() -> list[float]:
-        return [float(f"{math.log(1e-9 + dice.betavariate(3, 0.4)):.7g}") for _ in ids]
+    def word() -> int:
+        return min(int(dice.paretovariate(0.6)), len(words)) - 1
 
-    student, teacher, reference = logprobs(), logprobs(), logprobs()
+    ids = [word() for _ in range(n)]
     pieces = [words[i] for i in ids]
-    top = [
-        [[words[min(int(dice.paretovariate(0.6)), len(words)) - 1], round(v - k * 2, 3)]
-         for k in range(5)]
-        for v in teacher
-    ]  # fmt: skip
-    ranks = [[1 + int(-2 * v) for v in values] for values in (student, teacher, reference)]
+    logprobs = {
+        name: [float(f"{math.log(1e-9 + dice.betavariate(3, 0.4)):.7g}") for _ in ids]
+        for name in MODELS
+    }
     question = " ".join(dice.choice(words).strip() for _ in range(50))
+    differences = zip(logprobs["student"], logprobs["teacher"], strict=True)
     return {
-        "step": step,
+        "step": 0,
         "prompt_index": index,
         "sample_index": 0,
         "prompt": f"Question: {question}?\nAnswer:",
         "response": "".join(pieces),
         "prompt_tokens": [1, 2],
         "response_tokens": ids,
-        "student_logprobs": student,
-        "teacher_logprobs": teacher,
-        "reference_logprobs": reference,
-        "advantages": [t - s for s, t in zip(student, teacher, strict=True)],
+        **{f"{name}_logprobs": values for name, values in logprobs.items()},
+        "advantages": [t - s for s, t in differences],
         "finish_reason": dice.choice(["stop", "stop", "length"]),
         "answer": str(index),
         "correct": dice.random() < 0.5,
         "response_pieces": pieces,
-        "student_ranks": ranks[0],
-        "teacher_ranks": ranks[1],
-        "reference_ranks": ranks[2],
-        "teacher_top": top,
+        **{f"{name}_ranks": [1 + int(-2 * v) for v in logprobs[name]] for name in MODELS},
+        "teacher_top": [
+            [[words[word()], round(v - k * 2, 3)] for k in range(5)] for v in logprobs["teacher"]
+        ],
     }
 
 
-def make_run(dump: Path, rollouts: int, tokens: int) -> float:
-    """Rollout files; their size in bytes."""
+def make_run(dump: Path, rollouts: int, tokens: int) -> int:
+    """Write rollout files and return their size in bytes."""
     dice = random.Random(0)
-    letters = "etaoinshrdlu"
-    words = [" " + "".join(dice.choices(letters, k=2 + i % 7)) for i in range(5000)]
+    words = [" " + "".join(dice.choices("etaoinshrdlu", k=2 + i % 7)) for i in range(5000)]
     (dump / "rollouts").mkdir()
-    count = rollouts // STEPS
-    # The same ones at each step, as the page compresses no step together with another.
-    rows = [make_row(0, i, tokens, words, dice) for i in range(count)]
+    # The same ones at each step, because the page compresses each step by itself.
+    rows = [make_row(i, tokens, words, dice) for i in range(rollouts // STEPS)]
     lines = [json.dumps(row) for row in rows]
     size = 0
     for step in range(1, STEPS + 1):
         path = dump / "rollouts" / f"step-{step}.jsonl"
-        path.write_text(
-            "".join(f"{line.replace('0', str(step), 1)}\n" for line in lines), encoding="ascii"
-        )
+        text = "".join(f"{line.replace('0', str(step), 1)}\n" for line in lines)
+        path.write_text(text, encoding="ascii")
         size += path.stat().st_size
     return size
 
 
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
-# From the event to the frame that shows what came of it.
+# From the event to the frame that shows its effect.
 TIMED = """(async (act) => {
   const begin = performance.now();
   act();
@@ -101,65 +93,54 @@ TIMED = """(async (act) => {
   await new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)));
   return performance.now() - begin;
 })"""
+SET = """const box = document.getElementById('%s'); box.value = '%s';
+  box.dispatchEvent(new Event('%s'))"""
+PRESS = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'j', bubbles: true}))"
 
 
-def measure(page: Path) -> dict[str, Any]:
+def measure(page: Path) -> Record:
+    """Open the page in a browser and use it; all times are milliseconds."""
     with Browser(find_browser()) as browser:
         start = time.monotonic()
         browser.open(page)
         ready = time.monotonic() - start
-        paint = browser.run(PAINT)
 
         def timed(act: str) -> float:
             return browser.run(f"{TIMED}(() => {{ {act} }})")
 
-        step = "const box = document.getElementById('step'); box.value = {}; "
-        fire = "box.dispatchEvent(new Event('change'))"
-        everything = timed(step.format("'all'") + fire)
-        press = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'j', bubbles: true}))"
-        press = press.replace("document.d", "document.body.d")
+        found: Record = {"first paint": browser.run(PAINT), "first rollout shown": 1e3 * ready}
+        found["all steps, sorted"] = timed(SET % ("step", "all", "change"))
         browser.run("document.getElementById('sort').value = 'kl'")
-        clicks = [timed(press) for _ in range(60)]
-        find = "const box = document.getElementById('filter'); box.value = 'WORD'; "
-        find += "box.dispatchEvent(new Event('input'))"
-        first = timed(find.replace("WORD", "the"))
-        second = timed(find.replace("WORD", "then"))
-        heap = browser.run("performance.memory.usedJSHeapSize") / 1e6
-        complaints = browser.complaints
-    assert not complaints, complaints
-    return {
-        "first paint": f"{paint:.0f} ms",
-        "first rollout shown": f"{1000 * ready:.0f} ms",
-        "all steps, sorted": f"{everything:.0f} ms",
-        "next rollout": f"median {statistics.median(clicks):.0f} ms, worst {max(clicks):.0f} ms",
-        "first filter": f"{first:.0f} ms",
-        "filter": f"{second:.0f} ms",
-        "JavaScript heap": f"{heap:.0f} MB",
-    }
+        clicks = [timed(PRESS) for _ in range(60)]
+        found |= {"next rollout": statistics.median(clicks), "the worst of 60": max(clicks)}
+        found["first filter"] = timed(SET % ("filter", "the", "input"))
+        found["filter"] = timed(SET % ("filter", "then", "input"))
+        found["JavaScript heap, MB"] = browser.run("performance.memory.usedJSHeapSize") / 1e6
+        assert not browser.complaints, browser.complaints
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rollouts", type=int, default=10_000)
     parser.add_argument("--tokens", type=int, default=300)
-    options = parser.parse_args()
+    a = parser.parse_args()
+    emit(machine())
     with tempfile.TemporaryDirectory() as folder:
         dump, page = Path(folder), Path(folder) / "rollouts.html"
-        size = make_run(dump, options.rollouts, options.tokens)
+        size = make_run(dump, a.rollouts, a.tokens)
         start, used = time.monotonic(), time.process_time()
         packed = write_page(dump, page)
-        made, used = time.monotonic() - start, time.process_time() - used
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        figures = {
-            "rollouts": f"{packed.count:,} of about {options.tokens} tokens",
-            "rollout files": f"{size / 1e6:.0f} MB",
-            "page": f"{page.stat().st_size / 1e6:.1f} MB",
-            "making the page": f"{made:.1f} s, {used:.1f} of them computing; {peak:.0f} MB",
+        figures: Record = {
+            "rollouts": packed.count,
+            "rollout files, MB": size / 1e6,
+            "page, MB": page.stat().st_size / 1e6,
+            "making the page, s": time.monotonic() - start,
+            "of which computing, s": time.process_time() - used,
+            "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **measure(page),
         }
-    print(f"Python {platform.python_version()}, {platform.machine()}")
-    for name, value in figures.items():
-        print(f"{name:20} {value}")
+    print(table([{"figure": name, "value": value} for name, value in figures.items()]))
 
 
 if __name__ == "__main__":

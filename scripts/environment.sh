@@ -30,7 +30,7 @@ finds_packages() {
 # prepare_environment [extra [package ...]]: the extra "dev" also wants what the tests need; so it
 # does the packages that are named.
 prepare_environment() {
-    local needed=(torch torchdata transformers datasets safetensors tyro tensorboard tqdm jinja2)
+    local needed=(torch torchdata transformers datasets safetensors pydantic tensorboard tqdm jinja2)
     needed+=("${@:2}")
     local extra="${1:-}"
     [ "$extra" = dev ] && needed+=(pytest xdist hypothesis ruff)

@@ -1,6 +1,6 @@
-"""A headless Chromium, driven through its DevTools protocol over a pipe.
+"""Drive a headless Chromium through its DevTools protocol over a pipe.
 
-Needs nothing but the browser: no driver, no package, no port.
+This needs no driver, no package and no port.
 https://chromedevtools.github.io/devtools-protocol/
 """
 
@@ -27,7 +27,7 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Esca
 
 
 def find_browser() -> str:
-    """Path of a Chromium; skips the test where there is none."""
+    """Return the path of a Chromium; skip the test if there is none."""
     for name in NAMES:
         path = shutil.which(name)
         if path:
@@ -39,9 +39,9 @@ class Browser:
     """One browser with one page.
 
     Attributes:
-        requests: URLs that the page has asked for, the page itself included.
-        complaints: errors and warnings of its console, exceptions, violations of its policy.
-        dialogs: messages of alert and its like.
+        requests: URLs that the page requested, its own included.
+        complaints: errors and warnings of its console, exceptions, policy violations.
+        dialogs: messages of alert() and similar calls.
     """
 
     def __init__(self, path: str, width: int = 1400, height: int = 900) -> None:
@@ -88,7 +88,7 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command, and its answer; what happens meanwhile is noted."""
+        """Send a command and return its answer; note the events that arrive before it."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -123,12 +123,12 @@ class Browser:
             self.complaints.append(about["entry"]["text"])
         elif method == "Page.javascriptDialogOpening":
             self.dialogs.append(about["message"])
-            self._number += 1  # its answer is nobody's
+            self._number += 1  # nothing waits for its answer
             close = {"id": self._number, "method": "Page.handleJavaScriptDialog"}
             close |= {"params": {"accept": True}, "sessionId": self._session}
             os.write(self._out, json.dumps(close).encode() + b"\0")
 
-    # ------------------------------------------------------------------ what people do
+    # ------------------------------------------------------------------ user actions
 
     def open(self, page: Path, fragment: str = "") -> None:
         """Go to the page and wait until it shows its first rollout."""
@@ -137,7 +137,7 @@ class Browser:
         self.wait("document.documentElement?.dataset.ready === 'true'")
 
     def run(self, expression: str) -> Any:
-        """The value of an expression in the page; promises are awaited."""
+        """Return the value of an expression in the page; await promises."""
         found = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -145,14 +145,14 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until it is true."""
+        """Wait until the condition is true."""
         end = time.monotonic() + TIMEOUT
         while not self.run(condition):
             assert time.monotonic() < end, f"never: {condition}"
             time.sleep(0.02)
 
     def press(self, *keys: str) -> None:
-        """Real key strokes; a single character also types itself."""
+        """Press keys; a single character also types itself."""
         for key in keys:
             text = {"text": key} if len(key) == 1 else {}
             code = KEYS.get(key, ord(key[0].upper()) if key.isalpha() else 0)
@@ -162,7 +162,7 @@ class Browser:
         self.settle()
 
     def point(self, selector: str, number: int = 0, click: bool = False) -> None:
-        """Move the mouse onto the middle of an element, and click."""
+        """Move the mouse to the middle of an element; optionally click."""
         chosen = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
         self.run(f"{chosen}.scrollIntoView({{block: 'nearest'}})")
         box = self.run(f"{chosen}.getBoundingClientRect().toJSON()")
@@ -175,7 +175,7 @@ class Browser:
         self.settle()
 
     def select(self, selector: str, value: str) -> None:
-        """Choose an option, as the keyboard would."""
+        """Choose an option of a select box."""
         self.run(
             f"(() => {{ const box = document.querySelector({json.dumps(selector)}); "
             f"box.value = {json.dumps(value)}; "
@@ -184,7 +184,7 @@ class Browser:
         self.settle()
 
     def settle(self) -> None:
-        """Until what was asked for is shown."""
+        """Wait until the page shows what was asked for."""
         self.run("new Promise((done) => setTimeout(done, 0))")
         self.wait("document.getElementById('rollout').getAttribute('aria-busy') === 'false'")
 

@@ -71,8 +71,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[st
 
 @pytest.fixture(scope="session")
 def planned(arguments: Callable[..., list[str]]) -> Callable[..., Any]:
-    """Config, simulation and estimate of a recipe; the same ones are made once."""
-    from tiny_plan import H200
+    """Job, simulation and estimate of a recipe; the same ones are made once."""
+    from tiny_plan import H200, resolved
 
     from opd_titan.config import load_config
     from opd_titan.plan.estimate import estimate
@@ -82,7 +82,8 @@ def planned(arguments: Callable[..., list[str]]) -> Callable[..., Any]:
     def plan(student: str, teacher: str, *options: Any, cluster: Any = H200) -> tuple[Any, ...]:
         config = load_config(arguments(student, teacher, *options))
         lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-        simulation = simulate(config, cluster, *lengths)
-        return config, simulation, estimate(config, cluster, simulation)
+        job = resolved(config, cluster)
+        simulation = simulate(job, cluster, *lengths)
+        return job, simulation, estimate(job, cluster, simulation)
 
     return plan

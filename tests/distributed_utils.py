@@ -1,10 +1,11 @@
-"""Run a function on several gloo processes of this machine."""
+"""Run a function on several gloo processes of this machine, and see what they send."""
 
 from __future__ import annotations
 
 import contextlib
 import pickle
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opd_titan.distributed.world import ALONE, World
 
@@ -20,7 +24,7 @@ TIMEOUT = timedelta(seconds=120)
 
 
 def lone_world(mesh: Any = None) -> World:
-    """A world of one process on the CPU; without a mesh where nothing is sharded."""
+    """Return a world of one process on the CPU, which needs no mesh if nothing is sharded."""
     return World(torch.device("cpu"), mesh, ALONE, ALONE)
 
 
@@ -55,8 +59,8 @@ def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args
     )
     try:
         Path(folder, f"result-{rank}").write_bytes(pickle.dumps(fn(*args)))
-        # gloo's threads abort where a peer leaves in the middle of a farewell. A test may have
-        # closed the group, or broken it on purpose.
+        # gloo's threads abort if a peer exits while they say goodbye. A test may have closed the
+        # group, or broken it on purpose.
         with contextlib.suppress(RuntimeError, ValueError):
             dist.barrier()
     except BaseException as error:
@@ -66,3 +70,28 @@ def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args
         raise
     finally:
         dist.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Records the collectives that run inside it.
+
+    Attributes:
+        seen: name and elements of the larger buffer of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            sizes = [x.numel() for x in tree_leaves((args, out)) if isinstance(x, Tensor)]
+            name = func._schema.name.split("::")[1].strip("_")
+            if sizes:
+                self.seen.append((name, max(sizes)))
+        return out
+
+    def count(self, larger_than: int) -> Counter[str]:
+        """Return how often each of c10d's collectives of more elements than this was called."""
+        return Counter(name for name, size in self.seen if size > larger_than)

@@ -1,4 +1,4 @@
-"""In what two dump folders of the same recipe differ, measured times and memory aside."""
+"""The differences between the dump folders of two runs, except measured times and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def differences(truth: Path, other: Path) -> list[str]:
-    """One line for each: files, scalars, rollouts, exports, checkpoints."""
+    """Return a line for each difference in files, scalars, rollouts, exports and checkpoints."""
     found = [f"left over: {path}" for path in leftovers(other)]
     found += _names(truth, other, ".")
     found += _scalars(truth, other)
@@ -32,7 +32,7 @@ def differences(truth: Path, other: Path) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Half-written, replaced or half-deleted things that nothing will clear away."""
+    """Return temporary and replaced files that nothing has removed."""
     paths = (path for path in folder.rglob("*") if path.suffix in (".tmp", ".replaced"))
     return sorted(str(path.relative_to(folder)) for path in paths)
 
@@ -48,7 +48,7 @@ def _names(truth: Path, other: Path, inside: str) -> list[str]:
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each scalar in the order that TensorBoard shows."""
+    """Return (step, value) of each scalar, in the order that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0}).Reload()
@@ -56,7 +56,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def written_again(folder: Path) -> int:
-    """Events on disk for a step that has had one: what TensorBoard purges."""
+    """Return the number of events on disk for steps that have had one, which TensorBoard purges."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     seen: Counter[tuple[str, int]] = Counter()
@@ -108,7 +108,7 @@ def _exports(truth: Path, other: Path) -> list[str]:
 
 
 def _content(path: Path, run: Path) -> bytes:
-    """A model card has the recipe, and this where the run was."""
+    """Return a file without the folder of its run, which the recipe in a model card has."""
     return path.read_bytes().replace(str(run).encode(), b"")
 
 
@@ -137,7 +137,7 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _plain(path: Path) -> dict[str, Any]:
-    """The JSON state; of measured scalars only how many there are."""
+    """Return the JSON state, with only the number of measured scalars."""
     state = json.loads(path.read_text())
     window = {
         name: len(values) if name.startswith(MEASURED) else values

@@ -1,17 +1,24 @@
-"""An engine whose cache holds histories instead of keys and values, to drive the scheduler with.
+"""An engine with a cache of histories instead of keys and values, to test the scheduler with.
 
-A cell holds a hash of all tokens up to its own, as keys and values depend on all of them. So pages
-that are lost, shared too long, or written by two sequences show as a wrong history. No torch here.
+A cell of the cache holds a hash of all tokens up to its own, as keys and values depend on all of
+them. So pages that are lost, shared too long, or written by two sequences lead to a wrong history.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 from opd_titan.data.types import Prompt
-from opd_titan.rollout.scheduler import Chunk, Growth, Request, RunningSequence, Scheduler
+from opd_titan.rollout.scheduler import (
+    Chunk,
+    Request,
+    Scheduler,
+    SequenceState,
+    Work,
+    common_length,
+)
 
 Identity = tuple[int, int]
 
@@ -21,13 +28,13 @@ def identity(r: Request) -> Identity:
 
 
 def make_group(index: int, length: int, limits: Sequence[int | None]) -> list[Request]:
-    """Samples of one prompt. No two prompts have a token in common."""
+    """Return samples of one prompt. No two prompts have a token in common."""
     prompt = Prompt(index, "", tuple(1000 * (index + 1) + i for i in range(length)))
     return [Request(prompt, i, key=0, max_new_tokens=limit) for i, limit in enumerate(limits)]
 
 
 def sampled_token(who: Identity, position: int) -> int:
-    """The same again after a preemption, as the engine's random numbers are."""
+    """Return the same after a preemption, as the engine's random numbers do."""
     return hash((who, position))
 
 
@@ -40,7 +47,13 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 @dataclass
 class Workload:
-    """`stops`: after how many tokens a stop token comes, if nothing else ends the response."""
+    """Requests, and the sizes of an engine for them.
+
+    Attributes:
+        stops: the number of tokens after which a stop token comes, unless the response ends before.
+        lag: 1 if a stop token is known one step late.
+        max_tokens: of all responses together; 0 for no limit.
+    """
 
     groups: list[list[Request]]
     stops: dict[Identity, int]
@@ -49,6 +62,8 @@ class Workload:
     page_size: int
     budget: int
     max_new_tokens: int
+    lag: int = 0
+    max_tokens: int = 0
 
     @property
     def requests(self) -> list[Request]:
@@ -58,7 +73,7 @@ class Workload:
         return r.max_new_tokens or self.max_new_tokens
 
     def pages(self, r: Request) -> int:
-        """Of a sequence to its end; the last token is sampled, but never fed."""
+        """Return the pages of a whole sequence. The last token is sampled, but never computed."""
         return pages_for(len(r.prompt.token_ids) + self.limit(r) - 1, self.page_size)
 
     def answer(self, r: Request) -> list[int]:
@@ -72,7 +87,7 @@ class Workload:
 
     @property
     def enough_pages(self) -> int:
-        """So many that nobody ever waits for one."""
+        """A number of pages with which no sequence ever waits for one."""
         return sum(self.pages(r) for r in self.requests) + sum(
             pages_for(len(group[0].prompt.token_ids), self.page_size) for group in self.groups
         )
@@ -83,13 +98,18 @@ class Workload:
 
 @dataclass
 class Row:
-    """What the engine knows of a slot. `pages` is its row of the block table."""
+    """What the engine knows of a slot. `pages` is its row of the table."""
 
-    request: Request
+    state: SequenceState
     pages: list[int]
     token: int
     position: int
     response: list[int]
+    stopped: bool = False
+
+    @property
+    def who(self) -> Identity:
+        return identity(self.state.request)
 
 
 @dataclass
@@ -104,7 +124,7 @@ class Cache:
         return list(chain.from_iterable(self.cells.get(p, empty) for p in pages))[:length]
 
     def write(self, pages: Sequence[int], position: int, token: int) -> None:
-        """Put in the token's history, which goes on from what these pages hold before it."""
+        """Write the token's history, which continues the one in the cell before it."""
         before = self.cell(pages, position - 1) if position else 0
         number, offset = divmod(position, self.page_size)
         page = self.cells.setdefault(pages[number], [None] * self.page_size)
@@ -120,13 +140,13 @@ class Cache:
             self.cells[target] = page
 
     def forget(self, pages: set[int]) -> None:
-        """So that nobody lives on what a free page happens to hold."""
+        """Empty free pages, so that no sequence can use what they happen to hold."""
         for page in self.cells.keys() & pages:
             del self.cells[page]
 
 
 def history(tokens: Sequence[int]) -> list[int]:
-    """What a sequence's cells must hold."""
+    """Return what a sequence's cells must hold."""
     out = [0]
     for token in tokens:
         out.append(hash((out[-1], token)))
@@ -134,80 +154,118 @@ def history(tokens: Sequence[int]) -> list[int]:
 
 
 class Engine:
-    """Plays generator, runner and cache, and looks at every step whether all is as it must be.
+    """Takes the place of generator, runner and cache, and checks each step.
 
     Attributes:
-        rows: by slot. Filled from what `admit` and `grow` told, and moved as `release` told.
-        started: sequences, and how many started before them for the first time.
-        line: those among them that were preempted and have not started again.
-        peak: most pages in use before a decoding step.
+        rows: by slot, as the steps so far say.
+        vacated: slots of sequences that ended in the last step.
+        order: how many sequences started before each for the first time.
+        line: responses so far of preempted sequences that have not started again.
+        peak: the most pages in use before a decoding step.
     """
 
     def __init__(self, w: Workload) -> None:
         self.w = w
         self.cache = Cache(w.page_size)
         self.rows: list[Row] = []
-        self.started: dict[Identity, int] = {}
+        self.vacated: set[int] = set()
+        self.order: dict[Identity, int] = {}
         self.line: dict[Identity, list[int]] = {}
+        self.stopped: list[list[SequenceState]] = [[]] * w.lag  # of the last steps
         self.answers: dict[Identity, list[int]] = {}
-        self.rounds = self.num_read = self.num_prefilled = self.num_preempted = self.peak = 0
+        self.steps = self.num_read = self.num_prefilled = self.num_preempted = self.peak = 0
         self.expected = {identity(r): w.answer(r) for r in w.requests}
+        lengths = [len(answer) for answer in self.expected.values()]
+        longest = max(lengths, default=0)
+        self.limit = common_length(lengths, w.max_tokens) if w.max_tokens else longest
         self.histories = {
             identity(r): history([*r.prompt.token_ids, *w.answer(r)]) for r in w.requests
         }
         self.scheduler = Scheduler(
-            self.read_groups(), w.slots, w.num_pages, w.page_size, w.max_new_tokens
+            self.read_groups(),
+            w.slots,
+            w.num_pages,
+            w.page_size,
+            w.max_new_tokens,
+            w.budget,
+            w.max_tokens,
+            w.lag,
         )
 
     def read_groups(self) -> Iterator[list[Request]]:
         for group in self.w.groups:
-            in_line = self.num_read - len(self.started) + len(self.line)
-            wanted = max(1, self.w.slots - len(self.rows))
+            in_line = self.num_read - len(self.order) + len(self.line)
+            wanted = self.w.slots - len(self.rows) + len(self.vacated)
             assert in_line < wanted, "a group was read before a slot was free for it"
             self.num_read += len(group)
             yield group
 
     def run(self) -> Engine:
         w = self.w
-        # A round samples tokens, or it computes a prefix because nothing runs: so after an end.
+        # A step samples tokens, or it computes a prefix because nothing runs.
         longest = max((len(h) for h in self.histories.values()), default=0)
-        bound = w.num_tokens + len(w.requests) * (longest // w.budget + 1)
-        while self.scheduler.has_work:
-            self.round()
-            self.rounds += 1
-            assert self.rounds <= bound, "it does not come to an end"
+        bound = w.num_tokens + len(w.requests) * (longest // w.budget + 1 + w.lag)
+        while (work := self.scheduler.schedule()) is not None:
+            self.step(work)
+            self.steps += 1
+            assert self.steps <= bound, "it does not come to an end"
         pool = self.scheduler.pool
-        assert not self.rows and not self.scheduler.running and not self.line
+        assert len(self.vacated) == len(self.rows) and not self.line
         assert pool.free == w.num_pages and not pool._holders, "pages were lost"
-        assert self.scheduler.prefill(w.budget) == [] and self.scheduler.admit() == ([], [])
+        assert self.scheduler.schedule() is None
         return self
 
-    def round(self) -> None:
-        chunks = self.scheduler.prefill(self.w.budget)
-        self.prefill(chunks)
-        self.start(*self.scheduler.admit())
-        growth = self.scheduler.grow()
-        self.grow(growth)
-        if growth.preempted:
-            self.preempt(growth.preempted)
-        self.check_pages()
+    def step(self, work: Work) -> None:
+        self.preempt(work)
+        self.move(work.moves)
+        for slot, number, page in work.new_pages:
+            assert number == len(self.rows[slot].pages), "a page was left out"
+            self.rows[slot].pages.append(page)
+        self.prefill(work.chunks)
+        self.start(work)
+        self.check_pages(work)
         if not self.rows:
-            # Nothing could start: the first in line took all that a round can compute.
-            assert [len(c.tokens) for c in chunks] == [self.w.budget], "nothing goes on"
+            # Nothing could start: the first prefix took all that a step can compute.
+            assert [len(c.tokens) for c in work.chunks] == [self.w.budget], "nothing goes on"
             return
-        stopped = self.decode()
-        ended = sorted({*self.scheduler.advance(), *stopped})
-        for slot in ended:
-            self.check_answer(slot)
-        if ended:
-            self.release(ended)
+        self.stopped.append(self.decode())
+        self.finish(self.scheduler.postprocess(self.stopped.pop(0)))
 
     # --------------------------------------------------------- before decoding
+
+    def preempt(self, work: Work) -> None:
+        if not work.preempted:
+            return
+        assert not work.chunks and not work.started, "pages for new ones, but not for running ones"
+        self.num_preempted += len(work.preempted)
+        gone = self.vacated | {slot for _, slot, _ in work.preempted}
+        ages = [self.order[row.who] for row in self.rows]
+        stay = [age for slot, age in enumerate(ages) if slot not in gone]
+        last = [ages[slot] for _, slot, _ in work.preempted]
+        assert stay and max(stay) < min(last), "not the youngest"
+        for s, slot, sampled in work.preempted:
+            row = self.rows[slot]
+            assert row.state is s and s.pages == [] and slot not in self.vacated
+            assert sampled == len(row.response)
+            self.line[row.who] = list(row.response)
+            s.response, s.logprobs = list(row.response), [0.0] * sampled
+        self.vacated = gone
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        left = len(self.rows) - len(self.vacated)
+        both = [*chain(*moves)]
+        assert len(set(both)) == len(both), "the order of the moves would matter"
+        assert {target for _, target in moves} == {slot for slot in self.vacated if slot < left}
+        assert not self.vacated & {source for source, _ in moves}
+        for source, target in moves:
+            self.rows[target] = self.rows[source]
+        del self.rows[left:]
+        self.vacated = set()
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         lengths = [len(c.tokens) for c in chunks]
         assert sum(lengths) <= self.w.budget and 0 not in lengths
-        assert not any(c.start for c in chunks[1:]), "only the first may go on with its prefix"
+        assert not any(c.start for c in chunks[1:]), "only the first may continue its prefix"
         self.num_prefilled += sum(lengths)
         written: set[tuple[int, int]] = set()
         for c in chunks:
@@ -218,104 +276,78 @@ class Engine:
                 assert cell not in written, "two prefixes in one cell"
                 written.add(cell)
 
-    def start(
-        self, sequences: Sequence[RunningSequence], copies: Sequence[tuple[int, int]]
-    ) -> None:
-        targets = [target for _, target in copies]
+    def start(self, work: Work) -> None:
+        targets = [target for _, target in work.copies]
         assert len(set(targets)) == len(targets)
-        assert not {source for source, _ in copies} & set(targets), "the order would matter"
-        self.cache.copy(copies)
-        for s in sequences:
+        assert not {source for source, _ in work.copies} & set(targets), "the order would matter"
+        self.cache.copy(work.copies)
+        for s in work.started:
             who = identity(s.request)
             assert s.slot == len(self.rows), "slots are not dense"
-            if who in self.started:
+            if who in self.order:
                 assert s.response == self.line.pop(who)
             else:
-                self.started[who] = len(self.started)
+                self.order[who] = len(self.order)
                 assert s.response == []
             assert s.tokens == [*s.request.prompt.token_ids, *s.response]
             assert s.start_position == len(s.tokens) - 1
-            row = Row(s.request, list(s.pages), s.tokens[-1], s.start_position, list(s.response))
+            row = Row(s, list(s.pages), s.tokens[-1], s.start_position, list(s.response))
             self.rows.append(row)
         assert len(self.rows) <= self.w.slots
-        if sequences and self.line:
-            last = max(self.age(row) for row in self.rows)
-            assert last < min(self.started[who] for who in self.line), "a younger one went before"
+        if work.started and self.line:
+            last = max(self.order[row.who] for row in self.rows)
+            assert last < min(self.order[who] for who in self.line), "a younger one went before"
 
-    def age(self, row: Row) -> int:
-        return self.started[identity(row.request)]
-
-    def grow(self, growth: Growth) -> None:
-        for slot, number, page in growth.pages:
-            assert number == len(self.rows[slot].pages), "a page was left out"
-            self.rows[slot].pages.append(page)
-
-    def preempt(self, preempted: Sequence[RunningSequence]) -> None:
-        slots = [s.slot for s in preempted]
-        ages = [self.age(row) for row in self.rows]
-        stay = [age for slot, age in enumerate(ages) if slot not in slots]
-        assert stay and max(stay) < min(ages[slot] for slot in slots), "not the youngest"
-        for s in preempted:
-            row = self.rows[s.slot]
-            assert row.request is s.request
-            assert self.scheduler.num_tokens(s) == len(row.response)
-            assert s.pages == []
-            self.line[identity(s.request)] = list(row.response)
-            self.scheduler.requeue(s, row.response, [0.0] * len(row.response))
-        self.num_preempted += len(preempted)
-        self.release(slots)
-        used = {page for row in self.rows for page in row.pages}
-        in_use = self.w.num_pages - self.scheduler.pool.free
-        assert in_use == len(used), "those in line were to lose their pages first"
-
-    def check_pages(self) -> None:
+    def check_pages(self, work: Work) -> None:
         pool = self.scheduler.pool
         free, held = set(pool._free), set(pool._holders)
         assert len(pool._free) == len(free) == pool.free
         assert not free & held and free | held == set(range(self.w.num_pages))
-        for row, s in zip(self.rows, self.scheduler.running, strict=True):
-            assert row.request is s.request and row.pages == s.pages
+        for slot, (row, s) in enumerate(zip(self.rows, work.running, strict=True)):
+            assert row.state is s and s.slot == slot and row.pages == s.pages
             assert not free.intersection(row.pages), "a page is free, but in use"
             assert len(row.pages) == row.position // self.w.page_size + 1
+        if work.preempted:
+            used = {page for row in self.rows for page in row.pages}
+            assert held == used, "prefixes in line must lose their pages first"
         self.peak = max(self.peak, len(held))
         self.cache.forget(free)
 
     # --------------------------------------------------------------- decoding
 
-    def decode(self) -> list[int]:
-        """A step of all rows: first all write, then all read. Returns who met a stop token."""
+    def decode(self) -> list[SequenceState]:
+        """Do a step of all rows: first all write, then all read. Returns who got a stop token."""
         for row in self.rows:
             seen = self.cache.read(row.pages, row.position)
-            assert seen == self.histories[identity(row.request)][: row.position]
+            assert seen == self.histories[row.who][: row.position]
         for row in self.rows:
             self.cache.write(row.pages, row.position, row.token)
-        stopped: list[int] = []
-        for slot, row in enumerate(self.rows):
-            who = identity(row.request)
+        stopped: list[SequenceState] = []
+        for row in self.rows:
+            if row.stopped:  # and the scheduler does not know it yet
+                continue
             row.position += 1
-            own = self.histories[who][: row.position]
+            own = self.histories[row.who][: row.position]
             assert self.cache.read(row.pages, row.position) == own
-            row.token = sampled_token(who, row.position)
+            row.token = sampled_token(row.who, row.position)
             row.response.append(row.token)
-            if len(row.response) == self.w.stops[who]:
-                stopped.append(slot)
+            if len(row.response) == self.w.stops[row.who]:
+                row.stopped = True
+                stopped.append(row.state)
         return stopped
 
-    def check_answer(self, slot: int) -> None:
-        row, s = self.rows[slot], self.scheduler.running[slot]
-        who = identity(row.request)
-        assert s.request is row.request
-        assert self.scheduler.num_tokens(s) == len(row.response)
-        assert who not in self.answers, "answered twice"
-        assert row.response == self.expected[who]
-        self.answers[who] = row.response
-
-    def release(self, slots: list[int]) -> None:
-        left = len(self.rows) - len(slots)
-        sources, targets = self.scheduler.release(slots)
-        assert len(sources) == len(targets) and len(set(targets)) == len(targets)
-        assert set(targets) <= set(slots) and not set(sources) & set(slots)
-        for source, target in zip(sources, targets, strict=True):
-            self.rows[target] = self.rows[source]
-        del self.rows[left:]
-        assert [s.slot for s in self.scheduler.running] == list(range(left))
+    def finish(self, ended: Mapping[SequenceState, int]) -> None:
+        for s, length in ended.items():
+            who = identity(s.request)
+            if s.slot < 0:
+                response = s.response
+                assert response == self.line.pop(who)
+            else:
+                response = self.rows[s.slot].response
+                assert self.rows[s.slot].state is s
+                self.vacated.add(s.slot)
+            assert who not in self.answers, "answered twice"
+            self.answers[who] = response[:length]
+            assert response[:length] == self.expected[who][:length]
+            assert length >= min(self.limit, len(self.expected[who])), "it was cut too short"
+            assert length <= len(response), "tokens that were not sampled"

@@ -105,7 +105,7 @@ def assert_the_run_that_stayed(truth: Path, out: Path) -> None:
                 else:
                     assert mine[key] == value, (step, key)
     expected, scalars = (read_scalars(folder, measured=False) for folder in (truth, out))
-    assert scalars.keys() == expected.keys() >= {"loss/total", "validation/accuracy", "grad_norm"}
+    assert scalars.keys() == expected.keys() >= {"loss/policy", "validation/accuracy", "grad_norm"}
     # Rounding itself, and what is measured on some of each rank's tokens.
     probed = {"kl/reverse", "kl/forward", "policy/logprob_gap_max"}
     probed |= {name for name in expected if name.startswith("policy/t")}
@@ -142,6 +142,6 @@ def test_the_runs_show_what_they_are_to_show(runs: World) -> None:
     assert len(set(epochs[0])) == 20 and epochs[1] != epochs[0][:12]
     assert len(set(epochs[1])) == 12
     state = json.loads((truth / "checkpoint" / "step-4" / "train_state.json").read_text())
-    assert state["recorder"]["window"]["loss/total"], "a half-filled window is to be carried over"
+    assert state["recorder"]["window"]["loss/policy"], "a half-filled window is to be carried over"
     values = read_scalars(truth)["policy/clip_fraction"].values()
     assert max(values) > 0

@@ -16,7 +16,7 @@ import pytest
 from tiny_world import REPO, World, make_world
 
 from opd_titan import __main__ as command
-from opd_titan.config.checks import OPTIONS
+from opd_titan.config.options import OPTIONS
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +39,7 @@ def test_help_lists_what_there_is_and_loads_nothing() -> None:
     code += "; main(); print(*sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     loaded = set(done.stderr.split())
-    assert not loaded & {"torch", "tyro", "transformers", "opd_titan.config"}
+    assert not loaded & {"torch", "pydantic", "transformers", "opd_titan.config"}
     assert re.findall(r"^  (\w+) ", done.stdout, re.M) == [*command.PROGRAMS, "completion"]
     assert run().stdout == done.stdout
 

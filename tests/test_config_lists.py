@@ -1,15 +1,14 @@
-"""Lists of tables in a recipe, [[validation.sets]]: read, inherited, written, and refused."""
+"""Lists of tables in a recipe, such as [[validation.sets]]: read, inherited and written."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from test_config import MODELS, load, refusal
+from test_config import load
 
-from opd_titan.config import load_config, to_toml
+from opd_titan.config import JobConfig, load_config, to_toml
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.sets import validation_sets
+from opd_titan.config.resolve import data_sets, teachers, validation_sets
 
 OWN = "my.module:grade"
 SETS = """
@@ -55,69 +54,56 @@ def test_what_a_set_leaves_out_is_as_in_validation(tmp_path: Path) -> None:
     assert b == ValidationSet("b", "gsm8k", "v.jsonl", "dev", 9, OWN)
     options += ["--validation.sets", '[{name = "o", dataset = "openthoughts3"}]']
     (other,) = validation_sets(load(tmp_path, "", *options))
-    assert other.path == ""  # that set's own home
+    assert other.path == ""  # the default of that data set
     (only,) = validation_sets(load(tmp_path, "", *options[:4]))
     assert only == ValidationSet("", "gsm8k", "v.jsonl", "test", 9, "auto")
 
 
-BAD_TOML = [
-    # graders
-    ("[validation]\ngrader = 'latex'", '[validation] grader: "latex" is not a grader; wanted one'),
-    ("[validation]\ngrader = ''", "[validation] grader: ", "auto, gsm8k", "module:function"),
-    ("[validation]\ngrader = 'a.b:c d'", '"a.b:c d" is not a grader'),
-    ("[validation]\ngrader = 'a.b'", '"a.b" is not a grader'),
-    # lists
-    ("[validation.sets]\nname = 'a'", "validation.sets: a table is not a list of tables", "[[val"),
-    ("[validation]\nsets = 3", "validation.sets: 3 is not a list of tables; write [[validation"),
-    ("[validation]\nsets = [1]", "validation.sets[0]: 1 is not a table; write [[validation.sets]]"),
-    ("[validation]\nset = []", "[validation] set: unknown key", "did you mean sets?"),
-    ("[[validation.sets]]\npth = 'x'", "validation.sets[0].pth: unknown key", "mean path?"),
-    ("[[validation.sets]]\nzzz = 1", "validation.sets[0].zzz: unknown key; known: name, dataset,"),
-    (
-        "[[validation.sets]]\nname = 'a'\n[[validation.sets]]\npath = 3",
-        "own.toml: validation.sets[1].path: 3 is not a string",
-    ),
-    ("[[validation.sets]]\nmax_prompts = -1", "validation.sets[0].max_prompts: -1 is out of range"),
-    ("[[validation.sets]]\npath = '~zz/x'", "validation.sets[0].path: ", "no such user's home"),
-    ("[[validation.sets]]\ngrader = 'x'", 'validation.sets[0].grader: "x" is not a grader'),
-    ("[[validation.sets]]\ndataset = 'x'", "validation.sets[0].dataset: ", 'one of "", gsm8k'),
-]
+def test_rows_of_teachers_and_data_in_both_spellings(tmp_path: Path) -> None:
+    (tmp_path / "parent.toml").write_text(
+        '[student]\nhf_path = "s"\n[teacher]\nhf_path = "t"\ncpu_offload = true\n'
+        '[data]\ndataset = "prompts"\npath = "p"\n'
+    )
+    short = """
+        base = "parent.toml"
+        [[teacher]]
+        name = "a"
+        hf_path = "ta"
+        [[teacher]]
+        name = "b"
+        hf_path = "tb"
+        [[data]]
+        name = "x"
+        teacher = "b"
+        [[data]]
+        name = "y"
+        dataset = "gsm8k"
+        teacher = "a"
+        weight = 2
+    """
 
+    def read(toml: str) -> JobConfig:
+        (tmp_path / "own.toml").write_text(toml)
+        return load_config(["--job.config_file", str(tmp_path / "own.toml")])
 
-@pytest.mark.parametrize("case", BAD_TOML, ids=lambda case: repr(case[0][:40]))
-def test_bad_toml(tmp_path: Path, case: tuple) -> None:
-    toml, *parts = case
-    (tmp_path / "own.toml").write_text(toml)
-    message = refusal(["--job.config_file", str(tmp_path / "own.toml"), *MODELS])
-    assert message.startswith(str(tmp_path)) and all(part in message for part in parts), message
-
-
-BAD_ARGUMENTS = [
-    ("--validation.sets x", '--validation.sets: "x" is not a TOML array of tables', "'[{key"),
-    ("--validation.sets {}", "--validation.sets: a table is not a list of tables"),
-    ("--validation.sets", "--validation.sets: has no value; wanted a TOML array of tables"),
-    ("--validation.sets [{nme='a'}]", "--validation.sets[0].nme: unknown key; did you mean name?"),
-    ("--validation.sets.name a", "--validation.sets.name: unknown option", "--validation.sets?"),
-    # between keys
-    ("--validation.sets [{}]", 'validation.sets[0].name: "" is not a name'),
-    ("--validation.sets [{name='a/b'}]", 'validation.sets[0].name: "a/b" is not a name'),
-    (
-        "--validation.sets [{name='a'},{name='b'},{name='a'}]",
-        'validation.sets[2].name: "a" is the name of another one too',
-    ),
-    (
-        "--validation.sets [{name='a',dataset='prompts'}]",
-        'validation.sets[0].path: required with dataset = "prompts"',
-    ),
-    (
-        "--validation.sets [{name='a',path='outputs'}]",
-        '[job] dump_folder: "outputs" is also validation.sets[0].path',
-    ),
-]
-
-
-@pytest.mark.parametrize("case", BAD_ARGUMENTS, ids=lambda case: repr(case[0][:40]))
-def test_bad_arguments(case: tuple) -> None:
-    line, *parts = case
-    message = refusal([*MODELS, *line.split(" ")])
-    assert all(part in message for part in parts), message
+    c = read(short)
+    assert (c.teacher.hf_path, c.teacher.cpu_offload) == ("", True)
+    assert [t.hf_path for t in teachers(c)] == ["ta", "tb"]
+    assert [(s.name, s.dataset, s.path, s.weight, s.teacher) for s in data_sets(c)] == [
+        ("x", "prompts", "p", 1.0, "b"),
+        ("y", "gsm8k", "", 2.0, "a"),  # rows of another format are not at the table's path
+    ]
+    assert [(s.name, s.split, s.teacher) for s in validation_sets(c)] == [
+        ("x", "test", "b"),
+        ("y", "test", "a"),
+    ]
+    # sft needs no teachers, so the sets need not name one.
+    plain = short.replace('teacher = "a"', "").replace('teacher = "b"', "")
+    sft = '[distill]\nobjective = "sft"\n[rollout]\non_policy_fraction = 0\ngroup_size = 1\n'
+    for text in (plain, short):
+        c_sft = read(text + sft)
+        assert teachers(c_sft) == [] and {s.teacher for s in data_sets(c_sft)} == {""}
+    long = short.replace("[[teacher]]", "[[teacher.models]]").replace("[[data]]", "[[data.sets]]")
+    other = read(long + '[teacher]\nhf_path = ""\n')
+    assert (other.teacher, other.data) == (c.teacher, c.data)
+    assert read(to_toml(c)) == c

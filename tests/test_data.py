@@ -13,7 +13,7 @@ import datasets
 import pytest
 from tiny_tokenizer import one_line, tiny_tokenizer
 
-from opd_titan.config.checks import OPTIONS
+from opd_titan.config.options import OPTIONS
 from opd_titan.data.files import MAX_DEPTH
 from opd_titan.data.loading import load_rows
 from opd_titan.data.prompts import PromptSet, build_prompts, response_token_ids
@@ -182,8 +182,8 @@ def test_a_new_data_set_is_one_small_function(tiny, tmp_path) -> None:
 
 
 def test_the_config_offers_exactly_the_data_sets_there_are() -> None:
-    assert get_args(OPTIONS["data.dataset"]) == tuple(DATASETS)
-    assert get_args(OPTIONS["validation.dataset"]) == ("", *DATASETS)
+    assert get_args(OPTIONS["data.dataset"].annotation) == tuple(DATASETS)
+    assert get_args(OPTIONS["validation.dataset"].annotation) == ("", *DATASETS)
 
 
 # ---------------------------------------------------------------- files and splits

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opd_titan.data.sources import QUESTION_FORMAT
@@ -64,12 +62,6 @@ def test_shipped_data_is_what_the_generator_makes(splits: dict, tmp_path: Path) 
         assert (tmp_path / f"{name}.jsonl").read_bytes() == shipped, name
 
 
-def test_generator_is_deterministic_and_follows_its_seed(splits: dict) -> None:
-    again = generator.make_splits()
-    assert all(again[name] == rows for name, rows in splits.items())
-    assert generator.make_splits(seed=1)["train"] != splits["train"]
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_shipped_tokenizer_is_what_the_generator_trains(splits: dict, model: str) -> None:
     texts = [generator.PROMPT.format(question=p.question) + p.answer for p in splits["train"]]
@@ -85,12 +77,6 @@ def test_no_held_out_operands_in_any_training_file(splits: dict) -> None:
     assert len({key[0] for key in held_out}) == 3
     for name in ("train", "teacher_sft", "student_sft"):
         assert held_out.isdisjoint(p.operands.held_out_key for p in splits[name]), name
-
-
-def test_held_out_key_ignores_the_order_only_where_it_does_not_matter() -> None:
-    key = {args: generator.Operands(*args).held_out_key for args in [("+", 27, 15), ("-", 27, 15)]}
-    assert key["+", 27, 15] == generator.Operands("+", 15, 27).held_out_key
-    assert key["-", 27, 15] != generator.Operands("-", 15, 27).held_out_key
 
 
 def test_every_held_out_fact_is_seen_elsewhere() -> None:
@@ -145,15 +131,6 @@ def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert not [token for token in tokenizer.get_vocab() if re.search(r"\d.|.\d", token)]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=40))
-def test_any_text_round_trips(text: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "student")
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text
-    assert all(0 <= i < len(tokenizer) for i in ids)
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_config_fits_the_tokenizer(model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / model)
@@ -168,25 +145,6 @@ def test_config_fits_the_tokenizer(model: str) -> None:
     assert config["vocab_size"] % 64 == 0
 
 
-def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    messages = [{"role": "user", "content": "How many?"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids) == text
-
-
 def test_the_prompt_is_the_raw_templates() -> None:
     """The script keeps a copy, so that it runs without the package installed."""
     assert generator.PROMPT.format(question="Q?") == QUESTION_FORMAT.format("Q?")
-
-
-def test_sequences_are_short(splits: dict, tokenizer: PreTrainedTokenizerBase) -> None:
-    for problem in splits["train"][:500]:
-        prompt = generator.PROMPT.format(question=problem.question)
-        assert len(tokenizer(prompt, add_special_tokens=False).input_ids) <= 40
-        assert len(tokenizer(problem.answer, add_special_tokens=False).input_ids) + 1 <= 28
-
-
-def test_everything_is_small() -> None:
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 4e6

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from opd_titan.config import load_config
-from opd_titan.config.checks import OPTIONS, TABLES
+from opd_titan.config.options import OPTIONS, TABLES
 from opd_titan.observability.metrics import SCALARS
 
 REPO = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def code(page: Path) -> list[str]:
 # ---------------------------------------------------------------- options
 
 
-def test_the_configuration_page_is_the_programs() -> None:
+def test_the_options_page_is_the_programs() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "opd_titan.config", "--markdown"],
         cwd=REPO,
@@ -63,15 +63,15 @@ def test_the_configuration_page_is_the_programs() -> None:
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    page = text_of(REPO / "docs" / "configuration.md")
+    page = text_of(REPO / "docs" / "options.md")
     assert page == done.stdout, (
-        "docs/configuration.md is not that of the options; "
-        "python -m opd_titan.config --markdown > docs/configuration.md"
+        "docs/options.md does not match the options; run "
+        "python -m opd_titan.config --markdown > docs/options.md"
     )
 
 
-def test_the_configuration_page_has_every_option() -> None:
-    page = text_of(REPO / "docs" / "configuration.md")
+def test_the_options_page_has_every_option() -> None:
+    page = text_of(REPO / "docs" / "options.md")
     for table in TABLES:
         section = page.split(f"\n## [{table}]\n")[1].split("\n## ")[0]
         keys = [name.partition(".")[2] for name in OPTIONS if name.startswith(f"{table}.")]

@@ -1,4 +1,4 @@
-"""Evaluation alone gives the run's own figures, says what is wrong in one line, loses nothing."""
+"""`opd_titan.evaluate` against the figures of a run; its files; its error messages."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def refused(capfd: pytest.CaptureFixture[str], *options: Any, loaded: bool = False) -> str:
-    """The one line with which it refuses; `loaded`: after the model was, which is told."""
+    """The one line on stderr; `loaded`: something was logged about loading the model before."""
     capfd.readouterr()
     assert evaluate(*options) == 2
     out, err = capfd.readouterr()
@@ -125,7 +125,7 @@ WHICH = {"student": 0, "hf/step-2": 2, "checkpoint/step-2": 2, "teacher": 0}
 
 @pytest.mark.parametrize("model", WHICH)
 def test_it_measures_what_the_run_measured(run: Path, model: str) -> None:
-    """Same prompts, same seed: the same figure to the last bit, from whatever holds the weights."""
+    """Same prompts and seed: the same figure to the last bit, from a checkpoint or an export."""
     given, recipe = (run / model, []) if "/" in model else (model, ["--job.config_file"])
     recipe += [run / "config.resolved.toml"] if recipe else []
     assert evaluate("--evaluate.model", given, *recipe) == 0
@@ -158,7 +158,7 @@ def test_it_ends_responses_where_the_run_did(world: World, model: str) -> None:
     assert mean == expected[0] == expected[1] < 12
 
 
-def test_every_sample_is_written_with_what_it_was_judged_by(world: World, run: Path) -> None:
+def test_every_sample_is_written_with_its_grade(world: World, run: Path) -> None:
     folder, recipe = world.folder / "judged", ["--job.config_file", run / "config.resolved.toml"]
     assert evaluate("--evaluate.model", "teacher", "--evaluate.folder", folder, *recipe) == 0
     found, rows = results(folder), samples(folder)
@@ -220,7 +220,7 @@ def test_what_is_being_saved_when_a_grader_raises_is_kept(world: World) -> None:
 
 
 def test_an_answer_that_validations_grader_does_not_know_is_not_graded(world: World) -> None:
-    """Prompts that are trained on may have another kind of answers."""
+    """Training prompts may have gold answers of another kind than the validation prompts."""
     options = ["--validation.grader", "choice", "--validation.enable", False]
     assert train(world.argv("other", *options, "--validation.sets=[]", "--training.steps", 1)) == 0
     rows = read_rollouts(world.folder / "other")[1]
@@ -263,7 +263,7 @@ WRONG = {
     "an answer that is no letter": (
         [MODEL, "{world}/student", "--validation.path", "{world}/letters.jsonl"]
         + ["--validation.dataset", "prompts", "--validation.grader", "choice"],
-        ["letters.jsonl, line 2: the answer 'Rome' is none that grader choice knows: a letter"],
+        ["letters.jsonl, line 2: the answer 'Rome' cannot be graded by choice; expected a letter"],
     ),
     "a grader that raises": (
         [MODEL, "{world}/student", *DATA, "--validation.grader", "own_graders:broken"],
@@ -337,7 +337,7 @@ def test_two_processes_find_what_one_does(world: World, run: Path) -> None:
     for key in ("accuracy", "interval", "sets", "pass_at_k"):
         assert first[key] == second[key]
     assert first["settings"]["processes"] == 2
-    # One line, and exit code 2, whatever one rank alone met.
+    # One line, and exit code 2, for a mistake that only one rank found.
     bad = program([*options[:2], "--validation.grader", "own_graders:broken"], 2)
     assert bad.wait(TIMEOUT) == 2 and len(bad.stderr.read().splitlines()) == 1
 

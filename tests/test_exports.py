@@ -24,7 +24,7 @@ SCALARS = {
     "validation/teacher_accuracy": 0.9,
     "validation/gap_recovered": 0.75,
     "kl/student_teacher": 0.0123,
-    "loss/total": 1.0,
+    "loss/policy": 1.0,
 }
 
 
@@ -50,7 +50,7 @@ def test_the_hub_reads_base_model_data_and_result() -> None:
     cells = dict(row for row in rows if len(row) == 2)
     assert cells["teacher"] == "Qwen/Qwen3-1.7B" and cells["steps"] == "200"
     assert cells["validation/gap_recovered"] == "0.7500"
-    assert cells["kl/student_teacher"] == "0.0123" and "loss/total" not in cells
+    assert cells["kl/student_teacher"] == "0.0123" and "loss/policy" not in cells
     for package in ("torch", "transformers"):
         assert cells[package] == version(package)
 

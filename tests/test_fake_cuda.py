@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,21 +27,20 @@ from opd_titan.distill.update import pack_scored
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.world import ALONE, World
 from opd_titan.models.attention import PackedAttention
+from opd_titan.models.kernels.paged import choose_path
 from opd_titan.models.layers import join
 from opd_titan.models.logits import Distribution, VocabHead
 from opd_titan.models.qwen3.model import Qwen3Model
-from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.sampler import SamplingParams
-from opd_titan.rollout.scheduler import Chunk, Growth, Scheduler
+from opd_titan.rollout.scheduler import Chunk, Scheduler, Work
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="needs a CUDA build of PyTorch (no GPU)"
 )
 CUDA = torch.device("cuda", 0)
 PROMPTS = prompts([9, 4])
-PAGE = Growth([(0, 1, 7)], [])
 SIZES = replace(ARGS, head_dim=64, dim=256, ffn_dim=512, vocab_size=2048)
 # Operators that launch nothing, and those that launch more than one kernel.
 FREE = {
@@ -140,29 +138,25 @@ def test_launches_of_a_step_beside_its_layers(gpu) -> None:
 
 
 def test_what_happens_between_steps_stays_on_its_device(gpu) -> None:
-    """Prefill, continued prefill, starts, growth, moves: no operator mixes devices by mistake."""
+    """No operator of prefill, starts, new pages and moves mixes devices by mistake."""
     runner = runner_of(SamplingParams(8))
     runner.prefill([Chunk([1] * 70, 0, [0, 1]), Chunk([2] * 5, 0, [2])])
     runner.prefill([Chunk([1] * 20, 70, [0, 1]), Chunk([2] * 5, 0, [2])])
-    scheduler = Scheduler([requests(PROMPTS[:1], 3)], 8, 100, 64, 8)
-    scheduler.prefill(100)
-    starts, copies = scheduler.admit()
-    # What changes in a round reaches the device in one copy.
+    work = Scheduler([requests(PROMPTS[:1], 3)], 8, 100, 64, 8, 100).schedule()
+    nothing = Work([], [], [], [], [], [], work.running)
+    # The changes before a step reach the device in one copy.
     changes = {
-        "starts and a page": [partial(runner.start, starts, ()), partial(runner.grow, PAGE)],
-        "a page": [partial(runner.grow, PAGE)],
-        "a move and a start": [
-            partial(runner.move, [2], [0], 2),
-            partial(runner.start, starts, ()),
-        ],
+        "starts": replace(nothing, started=work.started),
+        "a page": replace(nothing, new_pages=[(0, 1, 7)]),
+        "a move and a start": replace(nothing, moves=[(2, 0)], started=work.started[2:]),
     }
-    for name, calls in changes.items():
+    runner._step, runner.captures = lambda n: None, False
+    runner.eos = runner.eos[:0]  # stop flags would need an event of CUDA
+    for name, change in changes.items():
         with Launches() as launches:
-            for call in calls:
-                call()
-            runner._send_changes()
+            runner.run(change)
         assert (len(launches.waits), launches.copies) == (0, 1), name
-    runner.cache.copy_pages(copies)
+    runner.cache.copy_pages(work.copies)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -29,8 +29,8 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 
 # One is after an export, a validation, and before a checkpoint.
 OPTIONS = ["--checkpoint.interval", 3, "--rollout.max_concurrent", 8]
@@ -79,7 +79,7 @@ def test_a_signal_is_heard_inside_every_phase(
         assert train(argv) == 75
     out = Path(argv[3])
     assert complete_steps(out / "checkpoint") == [saved]
-    assert list(read_scalars(out)["loss/total"]) == list(range(1, saved + 1))
+    assert list(read_scalars(out)["loss/policy"]) == list(range(1, saved + 1))
     assert f"Stopped by signal {number} after step {saved} with" in read_log(out)
     assert train(argv) == 0
     if phase == "update":

@@ -1,9 +1,8 @@
-"""Anything may stand in a recipe, on the command line or in a data file: what comes out is a
-value or a UserError of one printable line, never another exception and never a hang.
+"""Fuzzing: recipes, command lines and data files of any content give a value or a UserError of one
+printable line, never another exception and never a hang.
 
-A few examples of each run with the other tests. `OPD_TITAN_FUZZ_SECONDS=600 pytest
-tests/test_fuzz.py` runs each of the tests here for so long, on examples of its own; what it finds
-stays here as an `@example`, or as a row of `mistakes.TABLE`.
+`OPD_TITAN_FUZZ=1000 pytest tests/test_fuzz.py` runs 1000 times as many examples, and new ones. What
+it finds is kept here as an `@example`, or in the tests of the reader.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,63 +18,42 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_config import MODELS
-from test_config_properties import ARGUMENTS, NAMES, SCRAPS, TOML_TEXTS
 from test_data import own_datasets_cache  # noqa: F401  leaves the user's own cache alone
 
 from opd_titan.config import JobConfig, load_config, to_toml
+from opd_titan.config.options import OPTIONS, TABLES
 from opd_titan.data.loading import load_rows
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.sources import DATASETS
 from opd_titan.errors import UserError
 
-SECONDS = float(os.environ.get("OPD_TITAN_FUZZ_SECONDS", 0))
-SLOWEST = 20.0  # seconds for one example; the machine may be busy
+pytestmark = pytest.mark.slow
+
+FACTOR = int(os.environ.get("OPD_TITAN_FUZZ", 1))
 
 
 def fuzz(examples: int) -> Callable[[Callable], Callable]:
-    """So many examples, or as many as fit in SECONDS where that is set."""
-
-    def limit(test: Callable) -> Callable:
-        count = 10**7 if SECONDS else examples
-        phases = [Phase.explicit, Phase.generate, Phase.shrink]
-        return settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            derandomize=not SECONDS,
-            phases=phases,
-            suppress_health_check=list(HealthCheck),
-        )(test)
-
-    return limit
+    """Run a test on `examples` times FACTOR examples, each of at most 20 s."""
+    return settings(
+        max_examples=examples * FACTOR,
+        deadline=20_000,
+        database=None,
+        derandomize=FACTOR == 1,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
-_started: dict[str, float] = {}
-_examples: Counter[str] = Counter()
-_failed: set[str] = set()  # whose failure hypothesis is still making smaller
-
-
-def survives(name: str, act: Callable[[], Any]) -> Any:
-    """What `act` returns; None for a UserError, which must be fit to print."""
-    begin = time.monotonic()
-    over = SECONDS and begin - _started.setdefault(name, begin) > SECONDS
-    if over and name not in _failed:
-        pytest.skip(f"{SECONDS:.0f} seconds, {_examples[name]} examples, no finding")
-    _examples[name] += 1
+def survives(act: Callable[[], Any]) -> Any:
+    """Return what `act` returns, or None for a UserError, which must be printable."""
     try:
         return act()
     except UserError as error:
         message = str(error)
         assert message.isprintable() and len(message) <= 1000, message
         return None
-    except Exception:
-        _failed.add(name)
-        raise
-    finally:
-        assert time.monotonic() - begin < SLOWEST
 
 
 # ------------------------------------------------------------------------ recipes
@@ -86,12 +62,28 @@ RECIPES = [
     path.read_bytes()
     for path in sorted((Path(__file__).parent.parent / "train_configs").glob("*.toml"))
 ]
+NAMES = [*OPTIONS, *TABLES, "base", "", "x", "job.x", "rollout.group_sise"]
+SCRAPS = ["=", "\n", "[", "]", "[[", '"', "'''", "1", "-1", "0.5", "true", "nan", "[]", "{}"]
+SCRAPS += ["1979-05-27", "#", "\\", "\0", "\x1b", "\u2028", '"gsm8k"', "\u00e9", "_", "."]
+TOML_LINES = st.one_of(
+    st.sampled_from(list(TABLES)).map(lambda table: f"[{table}]"),
+    st.tuples(st.sampled_from(list(OPTIONS)), st.sampled_from(SCRAPS)).map(
+        lambda pair: f"{pair[0].partition('.')[2]} = {pair[1]}"
+    ),
+    st.tuples(st.sampled_from(NAMES), st.sampled_from(SCRAPS)).map(" = ".join),
+)
+TOML_TEXTS = st.one_of(
+    st.binary(max_size=40),
+    st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.lists(st.sampled_from([*NAMES, *SCRAPS]), max_size=12).map(lambda s: "".join(s).encode()),
+    st.lists(TOML_LINES, max_size=6).map(lambda lines: "\n".join(lines).encode()),
+)
 WHOLE = to_toml(load_config(MODELS)).encode()
 
 
 @st.composite
 def damaged(draw: st.DrawFn, sources: st.SearchStrategy[bytes]) -> bytes:
-    """One of the sources with some of its bytes replaced, cut, doubled or moved."""
+    """Return one of the sources with some bytes replaced, removed or repeated."""
     data = bytearray(draw(sources))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -110,41 +102,13 @@ def damaged(draw: st.DrawFn, sources: st.SearchStrategy[bytes]) -> bytes:
     return bytes(data)
 
 
-# What parsers trip over: numbers too large, deep nesting, half characters, controls, long lines.
+# Hard cases for parsers: large numbers, deep nesting, half characters, controls, long lines.
 SPECIAL = st.sampled_from(
-    [
-        b"9" * 5000,
-        b"1e999",
-        b"-0",
-        b"0x" + b"f" * 5000,
-        b"[" * 3000,
-        b'{"a":' * 3000,
-        b"[" * 60 + b"]" * 60,
-        b'"\\ud800"',
-        b"\\ud800",
-        b"\\u0000",
-        b"\xed\xa0\x80",
-        b"\xff\xfe",
-        b"\xef\xbb\xbf",
-        b"\0",
-        b"\x1b[31m",
-        b"\r",
-        b"\n",
-        b"\n\n\n",
-        "\u2028".encode(),
-        b"null",
-        b"NaN",
-        b"-Infinity",
-        b"true",
-        b'"' + b"x" * 100_000 + b'"',
-        b"a." * 2000,
-        b"'''",
-        b'"""',
-        b"[[x]]",
-        b"{}",
-        b'{"a": null}',
-        b"1979-05-27T07:32:00Z",
-    ]
+    [b"9" * 5000, b"1e999", b"-0", b"0x" + b"f" * 5000, b"[" * 3000, b'{"a":' * 3000]
+    + [b"[" * 60 + b"]" * 60, b'"\\ud800"', b"\\ud800", b"\\u0000", b"\xed\xa0\x80", b"\xff\xfe"]
+    + [b"\xef\xbb\xbf", b"\0", b"\x1b[31m", b"\r", b"\n", b"\n\n\n", "\u2028".encode(), b"null"]
+    + [b"NaN", b"-Infinity", b"true", b'"' + b"x" * 100_000 + b'"', b"a." * 2000, b"'''", b'"""']
+    + [b"[[x]]", b"{}", b'{"a": null}', b"1979-05-27T07:32:00Z"]
 )
 RECIPE = st.one_of(TOML_TEXTS, st.binary(max_size=400), damaged(st.sampled_from([WHOLE, *RECIPES])))
 
@@ -152,17 +116,26 @@ RECIPE = st.one_of(TOML_TEXTS, st.binary(max_size=400), damaged(st.sampled_from(
 @fuzz(60)
 @given(text=RECIPE)
 @example(text=b"a." * 20_000 + b"b = 1")
+@example(text=b"base = '\\'")
+@example(text=b"job.x.y = 1")
+@example(text=b"rollout.group_size = [0x" + b"f" * 5000 + b"]")
 @example(text=b"[job]\ndescription = '" + b"x" * 100_000 + b"\x01'")
 def test_recipes(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.toml"
     file.write_bytes(text)
     argv = ["--job.config_file", str(file), *MODELS]
-    config = survives("recipes", lambda: load_config(argv))
+    config = survives(lambda: load_config(argv))
     if config is not None:
         file.write_text(to_toml(config), encoding="utf-8", newline="")
         assert load_config(["--job.config_file", str(file)]) == config
 
 
+ARGUMENTS = st.one_of(
+    st.sampled_from(NAMES).map("--{}".format),
+    st.tuples(st.sampled_from(NAMES), st.sampled_from(SCRAPS)).map(lambda p: "--{}={}".format(*p)),
+    st.sampled_from([*SCRAPS, "-h", "--help", "--", "-", "True", "false", "/dev/null"]),
+    st.text(max_size=8),
+)
 WORDS = st.one_of(
     ARGUMENTS,
     st.text(max_size=30),
@@ -178,7 +151,7 @@ WORDS = st.one_of(
 @example(argv=["--data.path=~x"])
 @example(argv=["--data.path=https://me:secret@host/x"])
 def test_command_lines(argv: list[str]) -> None:
-    config = survives("command lines", lambda: load_config([*MODELS, *argv]))
+    config = survives(lambda: load_config([*MODELS, *argv]))
     assert config is None or isinstance(config, JobConfig)
 
 
@@ -233,7 +206,7 @@ FILES = [".jsonl", ".json"]
 
 
 def read(tiny: Any, file: Path, dataset: str, template: str) -> int:
-    """How many prompts the file has."""
+    """Return the number of prompts in the file."""
     found = build_prompts(
         dataset=dataset,
         path=str(file),
@@ -275,11 +248,11 @@ def test_json_files(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     file.write_bytes(content)
-    survives("json", lambda: read(tiny, file, dataset, template))
+    survives(lambda: read(tiny, file, dataset, template))
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
-    """The rows as parquet; what Arrow cannot make a table of gives an empty one."""
+    """Return the rows as parquet, or an empty table if Arrow refuses the rows."""
     try:
         table = pa.Table.from_pylist(rows)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError):
@@ -305,7 +278,7 @@ def test_parquet_files(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.parquet"
     file.write_bytes(content)
-    survives("parquet", lambda: read(tiny, file, dataset, "chat"))
+    survives(lambda: read(tiny, file, dataset, "chat"))
 
 
 @fuzz(15)
@@ -316,12 +289,12 @@ def test_saved_folders(tiny: Any, tmp_path_factory: pytest.TempPathFactory, data
         datasets.Dataset.from_list(GOOD[:1] * 20).save_to_disk(folder)
     file = data.draw(st.sampled_from(sorted(folder.iterdir())))
     whole = file.read_bytes()
-    # A mapped file must not change in place: the last example's table may still be open.
+    # A memory-mapped file must not change in place: the previous table may still be open.
     damage = data.draw(damaged(st.just(whole)))
     file.unlink()
     file.write_bytes(damage)
     try:
-        survives("saved", lambda: read(tiny, folder, "gsm8k", "chat"))
+        survives(lambda: read(tiny, folder, "gsm8k", "chat"))
     finally:
         file.unlink()
         file.write_bytes(whole)
@@ -334,4 +307,4 @@ def test_splits(tmp_path_factory: pytest.TempPathFactory, split: str) -> None:
     file = tmp_path_factory.getbasetemp() / "splits.jsonl"
     if not file.exists():
         file.write_bytes(as_lines(GOOD[:1] * 5))
-    survives("splits", lambda: list(load_rows("gsm8k", str(file), split).records()))
+    survives(lambda: list(load_rows("gsm8k", str(file), split).records()))

@@ -1,7 +1,7 @@
-"""What is said of CUDA graphs and of the kernel that reads pages, held to on a CPU.
+"""The logic of CUDA graphs, and of the kernel that reads pages through a table, on a CPU.
 
-A step is recorded as a list of operations on the very tensors that it used, which is what a CUDA
-graph is: played again it does the same to whatever is then in them, and nothing of Python's part.
+A step is recorded as a list of operations on the tensors that it used, as a CUDA graph is. When it
+is replayed, it does the same to what these tensors then hold, without Python's part of the step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import opd_titan.rollout.generator as generator_module
 from opd_titan.models.kernels import plain
-from opd_titan.rollout.attention_path import AttentionPath, choose_path
+from opd_titan.models.kernels.paged import TableAttention, choose_path
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.limit import cut
+from opd_titan.rollout.rollout import cut
 from opd_titan.rollout.runner import LAG, Runner, bucket
 from opd_titan.rollout.sampler import SamplingParams
 
@@ -34,8 +34,8 @@ class Recorded:
         self.play()
 
 
-def through_table(*_: Any) -> AttentionPath:
-    """A kernel that reads pages through a table, as a GPU has."""
+def through_table(*_: Any) -> TableAttention:
+    """Return attention by a kernel that reads pages through a table, as a GPU has."""
 
     def kernel(q_THK: Tensor, *args: Any) -> Tensor:
         keys, values, table_NM, used_N, starts_N1, max_queries = args
@@ -50,12 +50,12 @@ def through_table(*_: Any) -> AttentionPath:
             :, :, 0
         ]
 
-    return AttentionPath("varlen", 64, kernel)
+    return TableAttention("varlen", 64, kernel)
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Steps are recorded; what is listed are their numbers of rows."""
+    """Record steps, and list their numbers of rows."""
     sizes: list[int] = []
 
     def capture(runner: Runner, n: int) -> Recorded:
@@ -68,14 +68,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield sizes
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize(("temperature", "lag"), [(0.0, 0), (1.2, 1)])
 def test_steps_played_again_sample_the_same(
     recorded: list[int], temperature: float, lag: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ragged ends, idle rows, pages that come and go, preemptions, and a runner that stays.
+    """Different lengths, idle rows, changing pages, preemptions, and a runner that is kept.
 
-    With a lag the host learns of a stop token when the next step has been launched.
+    With a lag the host reads a stop token after it has launched the next step.
     """
     monkeypatch.setitem(LAG, "cpu", lag)
     model, params = tiny(), SamplingParams(20, temperature=temperature)
@@ -100,7 +99,7 @@ def test_steps_played_again_sample_the_same(
     assert graphs.num_bytes == 0
 
 
-@pytest.mark.parametrize("max_tokens", [100, 151, 260])
+@pytest.mark.parametrize("max_tokens", [100, 260])
 def test_a_limit_on_all_tokens_cuts_alike_when_stop_tokens_are_read_late(
     max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +115,7 @@ def test_a_limit_on_all_tokens_cuts_alike_when_stop_tokens_are_read_late(
 def test_a_capture_that_fails_is_one_warning(
     recorded: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It fails at the second size, when steps of the first have been played already."""
+    """It fails at the second size, after steps of the first have been replayed."""
     capture = Runner._capture
 
     def fails(runner: Runner, n: int) -> Any:

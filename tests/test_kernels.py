@@ -1,6 +1,7 @@
 """The fused kernels without a GPU: interpreted, compiled, on tensors without data, and absent.
 
-Triton interprets or compiles by what its process was started with, so these tests have their own.
+Triton interprets or compiles depending on the environment at the start of its process, so these
+tests start processes.
 """
 
 from __future__ import annotations

@@ -57,6 +57,6 @@ def test_differences_are_found(tmp_path: Path) -> None:
     found = "\n".join(differences(truth, other))
     for part in (
         "left over: checkpoint/step-9.tmp", "checkpoint: no step-1", "step-2.jsonl differs",
-        "hf/step-2/model.safetensors differs", "scalar loss/total: other values at steps [1, 2]",
+        "hf/step-2/model.safetensors differs", "scalar loss/policy: other values at steps [1, 2]",
     ):  # fmt: skip
         assert part in found

@@ -1,4 +1,4 @@
-"""A rollout's limit on tokens: what is kept of it depends on the responses alone."""
+"""A limit on a rollout's tokens: what it keeps depends on the responses alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tiny_world import REPO
 from opd_titan.config import load_config
 from opd_titan.errors import ConfigError
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.limit import UNLIMITED, common_length, cut
+from opd_titan.rollout.rollout import cut
 from opd_titan.rollout.sampler import SamplingParams
+from opd_titan.rollout.scheduler import UNLIMITED, common_length
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 200))
@@ -47,7 +48,7 @@ def test_sampling_stops_early_and_keeps_the_same(slots: int, budget: int) -> Non
         was_cut = length < len(before.response_ids)
         assert s.finish_reason == ("length" if was_cut else before.finish_reason)
     if budget == 230:
-        assert len({len(s.response_ids) for s in expected}) > 3, "the short ones stay whole"
+        assert len({len(s.response_ids) for s in expected}) > 3, "short responses stay whole"
     sampled = sum(len(s.response_ids) for s in some)
     if slots == 0 and budget < 10**6:  # all run side by side: a step more at most
         assert sampled <= budget + len(wanted)
@@ -55,15 +56,15 @@ def test_sampling_stops_early_and_keeps_the_same(slots: int, budget: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--rollout.max_tokens_per_step", "127"], "wanted 0, or at least 128"),
         (["--rollout.max_tokens_per_step", "-1"], ">= 0"),
     ],
 )
-def test_a_limit_below_one_token_each_is_refused(options: list[str], told: str) -> None:
+def test_a_limit_below_one_token_each_is_refused(options: list[str], message: str) -> None:
     debug = ["--job.config_file", str(REPO / "train_configs" / "debug.toml")]
     with pytest.raises(ConfigError, match="max_tokens_per_step") as error:
         load_config([*debug, *options])
-    assert told in str(error.value)
+    assert message in str(error.value)
     load_config([*debug, "--rollout.max_tokens_per_step", "128"])

@@ -1,17 +1,20 @@
-"""Who computes what, and that it does not matter: packing, micro-batches, ranks."""
+"""The plan of micro-batches and the packing: any plan makes the same update.
+
+Defects of the prototype that belong here (design.md, section 3): advantages of one sequence that
+leak into another, a first response token that is never trained, and a stop token that is not
+trained if it is the padding token too. `test_two_ranks` has real ranks.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from distributed_utils import lone_world, run_distributed
-from hypothesis import given, settings
+from distributed_utils import lone_world
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_student import (
     CPU,
@@ -37,11 +40,9 @@ from opd_titan.distill.packing import (
     split_minibatches,
     unpack_values,
 )
-from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
-from opd_titan.distributed.world import ALONE, Axis, build_world
+from opd_titan.distributed.world import ALONE, Axis, World
 from opd_titan.models.logits import Distribution
-from opd_titan.models.qwen3.parallelize import parallelize_qwen3
 
 RAGGED = [(3, 5), (1, 1), (6, 19), (14, 1), (2, 7), (5, 4), (2, 13)]
 RULE = UpdateRule(policy_gradient, ObjectiveSettings(reference_coef=0.5), Distribution(), 0.0)
@@ -53,12 +54,12 @@ def world() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- who computes what
+# ---------------------------------------------------------------- the plan
 
 lengths_of_samples = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(lengths_of_samples, st.integers(1, 6), st.integers(1, 5), st.integers(1, 60))
 def test_plan_properties(
     lengths: list[tuple[int, int]], minibatches: int, ranks: int, budget: int
@@ -71,18 +72,18 @@ def test_plan_properties(
     for update_number in range(minibatches):
         parts = [plan[update_number] for plan in plans]
         members = [index_of(part) for part in parts]
-        # Every sample in one micro-batch of one rank; the update does not depend on the ranks.
+        # Every sample is in one micro-batch of one rank; the update does not depend on the ranks.
         together = sorted(i for member in members for i in member)
         assert together == sorted(index_of(alone[update_number]))
         all_indices += together
-        # Forward and backward are collective.
+        # Forward and backward are collective: all ranks have as many.
         assert len({len(part.microbatches) for part in parts}) == 1
         tokens = sum(lengths[i][1] for i in together)
         assert {part.response_tokens for part in parts} == {tokens}
         for part in parts:
             for microbatch in part.microbatches:
                 assert sum(s.num_tokens for s in microbatch) <= budget or len(microbatch) == 1
-        # Someone needs them all: the padding with empty micro-batches is not more than needed.
+        # Some rank needs all of them: there are no more empty micro-batches than necessary.
         assert any(all(part.microbatches) for part in parts)
         loads = [sum(sum(lengths[i]) for i in member) for member in members]
         longest = max(sum(lengths[i]) for i in together)
@@ -104,8 +105,9 @@ def test_minibatches_are_consecutive_and_nearly_equal(num_samples: int, minibatc
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 3))
+@example([1, 1, 2], 2)  # the shortest first would be half as much again
 def test_balance_is_within_four_thirds_of_the_best(lengths: list[int], ranks: int) -> None:
     best = min(
         max(sum(n for n, r in zip(lengths, to, strict=True) if r == rank) for rank in range(ranks))
@@ -133,7 +135,7 @@ def test_microbatches_are_full(lengths: list[int], budget: int) -> None:
 def test_pack_says_where_each_response_token_is_predicted_from(
     lengths: list[tuple[int, int]], first_id: int
 ) -> None:
-    """Ids count up through the sequences, so that a token is predicted by the one before it."""
+    """Ids count up through the sequences, so that a token is predicted by its predecessor."""
     samples, inputs, ends, next_id = [], [], [], first_id
     for prompt, response in lengths:
         ids = list(range(next_id, next_id + prompt + response))
@@ -153,7 +155,10 @@ def test_pack_says_where_each_response_token_is_predicted_from(
 
 @pytest.mark.parametrize("token", [0, 1, 7])
 def test_no_id_is_special(token: int) -> None:
-    """The mask comes from lengths: a pad or stop id anywhere is a token like any other."""
+    """The mask comes from lengths: a padding or stop id anywhere is a token like any other.
+
+    The prototype's mask was `token != pad`, and Qwen3-Base pads with its stop token.
+    """
     usual = pack([make_sample([2, 3], [4, 5]), make_sample([6], [2, 8, 9])], lone_world())
     same = pack(
         [make_sample([token] * 2, [token] * 2), make_sample([token], [token] * 3)], lone_world()
@@ -185,31 +190,32 @@ def test_packed_log_probs_equal_one_by_one() -> None:
         torch.testing.assert_close(mine, naive_logprobs(model, s, 0.9), rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------- it does not matter who
+# ---------------------------------------------------------------- the same update
 
 
 def weights(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def step(samples: list[Sample], budget: int, dp: Axis = ALONE) -> tuple[float, Tensor]:
-    """One rank's share of one update: its sum of token losses, and its gradient.
+def step(
+    samples: list[Sample], budget: int, dp: Axis = ALONE, tied: bool = True
+) -> tuple[float, Tensor]:
+    """Return one rank's share of an update: its sum of token losses, and its gradient.
 
     Plain SGD at a rate of 1 moves the weights by minus the gradient.
     """
-    model = tiny_qwen3()
+    model = tiny_qwen3(tied=tied)
     before = weights(model)
     plan = plan_minibatches(samples, 1, budget, dp)
     own = sum(len(s.response_ids) for m in plan[0].microbatches for s in m)
-    scalars = update(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), plan, RULE, lone_world()
-    ).scalars
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scalars = update(model, optimizer, plan, RULE, lone_world()).scalars
     return scalars["loss/policy"] * own, before - weights(model)
 
 
-def naive_step(samples: list[Sample]) -> tuple[float, Tensor]:
-    """The same by full logits, one sample at a time: a sum over tokens over their number."""
-    model = tiny_qwen3()
+def naive_step(samples: list[Sample], tied: bool = True) -> tuple[float, Tensor]:
+    """Return the same by full logits, sample by sample: a sum over tokens over their number."""
+    model = tiny_qwen3(tied=tied)
     total = torch.zeros(())
     for s in samples:
         logprob_R = naive_logprobs(model, s)
@@ -225,95 +231,37 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value - truth).norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("budget", [1, 13, 30, 1 << 20])
-def test_budget_changes_neither_loss_nor_gradient(budget: int) -> None:
-    samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_token_budget_changes_neither_loss_nor_gradient(tied: bool) -> None:
+    samples = with_rollout_logprobs(tiny_qwen3(tied=tied), random_samples(RAGGED))
     counts = {b: len(plan_minibatches(samples, 1, b, ALONE)[0].microbatches) for b in (1, 13, 30)}
     assert counts[1] == len(samples) > counts[13] > counts[30] > 1
-    loss, grad = step(samples, budget)
-    true_loss, true_grad = naive_step(samples)
-    assert loss == pytest.approx(true_loss, rel=1e-5)
-    assert relative(grad, true_grad) < 1e-5
+    true_loss, true_grad = naive_step(samples, tied)
+    for order, budget in product((1, -1), (1, 13, 30, 1 << 20)):  # nor does the order of samples
+        loss, grad = step(samples[::order], budget, tied=tied)
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert relative(grad, true_grad) < 1e-5
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 7])
-@pytest.mark.parametrize("budget", [13, 1 << 20])
+@pytest.mark.parametrize(("ranks", "budget"), [(2, 13), (3, 1 << 20), (7, 13)])
 def test_shares_of_the_ranks_add_up(ranks: int, budget: int) -> None:
+    """They do not if each rank divides by its own number of tokens: the lengths are ragged."""
     samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
     shares = [step(samples, budget, Axis(r, ranks)) for r in range(ranks)]
     true_loss, true_grad = naive_step(samples)
     assert sum(loss for loss, _ in shares) == pytest.approx(true_loss, rel=1e-5)
     assert relative(sum(grad for _, grad in shares), true_grad) < 1e-5
-    # What a mean of the ranks' own means would be differs: the lengths are ragged.
-    own_means = []
-    for r in range(ranks):
-        mine = plan_minibatches(samples, 1, budget, Axis(r, ranks))[0].microbatches
-        own_means.append(naive_step([s for m in mine for s in m])[1])
-    assert relative(sum(own_means) / ranks, true_grad) > 0.02
 
 
-def test_order_of_samples_does_not_matter() -> None:
-    samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
-    (loss, grad), (other_loss, other_grad) = step(samples, 13), step(samples[::-1], 13)
-    assert loss == pytest.approx(other_loss, rel=1e-5)
-    assert relative(grad, other_grad) < 1e-5
-
-
-# ---------------------------------------------------------------- real ranks
-
-
-def train_on_ranks(lengths: list[tuple[int, int]], budget: int, tied: bool) -> dict[str, Any]:
-    """Two updates of an FSDP-sharded student, with a teacher's scores by the same code."""
-    world = build_world(CPU)
-    student, teacher = tiny_qwen3(tied=tied), tiny_qwen3(tied=tied, seed=5)
-    samples = with_rollout_logprobs(copy.deepcopy(student), random_samples(lengths))
-    for model in (student, teacher):
-        parallelize_qwen3(model, world, torch.float32)
-    plan = plan_minibatches(samples, 2, budget, world.dp)
-    for sample, logprobs in score(teacher, plan, Distribution(), world):
-        sample.teacher_logprobs = logprobs
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
-    how = UpdateRule(
-        policy_gradient, ObjectiveSettings(true_ratio=True), Distribution(), max_grad_norm=1.0
-    )
-    scalars = update(student, optimizer, plan, how, world).scalars
-    own = [s for s in samples if s.advantages is not None]
-    return {
-        "scalars": scalars,
-        "weights": torch.cat([p.full_tensor().detach().flatten() for p in student.parameters()]),
-        "teacher": {s.prompt.index: s.teacher_logprobs for s in own},
-        "advantages": {s.prompt.index: s.advantages for s in own},
-        "empty": sum(not m for minibatch in plan for m in minibatch.microbatches),
-    }
-
-
-# In the second, one rank has nothing in the first of the two updates.
-CASES = [(RAGGED, 20, True), ([(2, 3), (4, 9), (1, 2)], 99, False)]
-
-
-def train_every_case() -> list[dict[str, Any]]:
-    return [train_on_ranks(*case) for case in CASES]
-
-
-def test_two_processes_do_what_one_does() -> None:
-    pairs = zip(*run_distributed(train_every_case, 2), strict=True)
-    for (lengths, budget, tied), pair in zip(CASES, pairs, strict=True):
-        alone = train_on_ranks(lengths, budget, tied)
-        assert pair[0]["scalars"] == pair[1]["scalars"]
-        assert (pair[0]["empty"] + pair[1]["empty"] > 0) is (len(lengths) == 3)
-        assert pair[0]["scalars"] == pytest.approx(alone["scalars"], rel=1e-4, abs=1e-6)
-        assert torch.equal(pair[0]["weights"], pair[1]["weights"])
-        start = weights(tiny_qwen3(tied=tied))
-        assert relative(pair[0]["weights"] - start, alone["weights"] - start) < 1e-4
-        for key in ("teacher", "advantages"):
-            both = {**pair[0][key], **pair[1][key]}
-            assert len(both) == len(pair[0][key]) + len(pair[1][key]) == len(lengths)
-            for index, values in both.items():
-                torch.testing.assert_close(values, alone[key][index], rtol=1e-4, atol=1e-5)
-        teacher = tiny_qwen3(tied=tied, seed=5)
-        for s in random_samples(lengths):
-            with torch.no_grad():
-                truth = naive_logprobs(teacher, s)
-            torch.testing.assert_close(
-                alone["teacher"][s.prompt.index], truth, rtol=1e-4, atol=1e-5
-            )
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_padding_to_equal_shares_of_tensor_parallel_ranks_predicts_nothing(ranks: int) -> None:
+    samples = random_samples([(3, 5), (1, 3), (6, 12), (4, 1), (2, 5)])
+    whole = pack(samples, lone_world())
+    padded = pack(samples, World(CPU, None, ALONE, Axis(0, ranks)))
+    missing = -len(whole.tokens_T) % ranks
+    assert missing > 0 and len(padded.tokens_T) == len(whole.tokens_T) + missing
+    assert torch.equal(padded.predict_R, whole.predict_R)
+    assert torch.equal(padded.targets_R, whole.targets_R)
+    assert torch.equal(padded.tokens_T[: len(whole.tokens_T)], whole.tokens_T)
+    # It is a sequence of its own, so that no token of a sample attends to it, nor it to them.
+    assert padded.attend.seq_lens == [*whole.attend.seq_lens, missing]

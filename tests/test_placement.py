@@ -13,9 +13,10 @@ from distributed_utils import run_distributed
 from tiny_rollout import CPU, follow, held, sharded
 from tiny_world import World, assert_same_run, make_world, read_weights, train
 
-import opd_titan.rollout.weights as weights_module
+import opd_titan.rollout.memory as memory_module
 from opd_titan.distributed.world import build_world
 from opd_titan.models.layers import products
+from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.weights import GeneratorWeights
 
 OFFLOAD = (
@@ -64,40 +65,42 @@ def held_bytes(weights: GeneratorWeights) -> int:
 
 
 def check_release_and_sync(spare: int | None) -> list[int]:
-    """Bytes held after each of: sync, first rollout, update and sync, second rollout."""
+    """Return the bytes held after a sync, a rollout, an update with a sync, and a rollout."""
     model = sharded(build_world(CPU), tied=True)
-    weights = follow(model, torch.bfloat16)
+    weights, memory = follow(model, torch.bfloat16), StepMemory(CPU)
     if spare is not None:
-        weights_module.never_used_bytes = lambda device: spare
+        memory_module.never_used_bytes = lambda device: spare
     sizes = [held_bytes(weights)]
     before = {n: held(weights, n).clone() for n, _ in weights.model.named_parameters()}
-    weights.release_if_short()
+    memory.make_room(weights)
     sizes.append(held_bytes(weights))
     weights.sync()
     same = (torch.equal(value, held(weights, n)) for n, value in before.items())
-    assert all(same), "what was given back came back otherwise"
+    assert all(same), "released weights came back different"
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-    weights.outdate()
+    weights.mark_stale()
+    memory.measure()
     weights.sync()
     sizes.append(held_bytes(weights))
+    assert sizes == [weights.num_bytes, 0, weights.num_bytes]
     for name, old in before.items():
         new = held(weights, name).float()
         torch.testing.assert_close(new, old.float() + 1.0, rtol=0.02, atol=0.02)
-    weights.release_if_short()
-    sizes.append(held_bytes(weights))
-    return sizes
+    memory.make_room(weights)
+    assert weights.bytes_now == held_bytes(weights)
+    return [*sizes, held_bytes(weights)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_copy_is_given_back_until_an_update_has_shown_that_it_can_stay(ranks: int) -> None:
+def test_the_copy_is_released_until_an_update_has_shown_that_it_can_stay(ranks: int) -> None:
     for sizes in run_distributed(check_release_and_sync, ranks, None):
         assert sizes[0] > 0
         assert sizes == [sizes[0], 0, sizes[0], sizes[0]]
 
 
-def test_the_copy_is_given_back_at_every_update_where_memory_is_short() -> None:
+def test_the_copy_is_released_at_every_update_where_memory_is_short() -> None:
     for sizes in run_distributed(check_release_and_sync, 1, 0):
         assert sizes == [sizes[0], 0, sizes[0], 0]
 
@@ -105,25 +108,24 @@ def test_the_copy_is_given_back_at_every_update_where_memory_is_short() -> None:
 def check_ranks_agree() -> int:
     """One rank alone is short of memory; the next sync is collective."""
     model = sharded(build_world(CPU), tied=True)
-    weights = follow(model, torch.bfloat16)
+    weights, memory = follow(model, torch.bfloat16), StepMemory(CPU)
     spare = 0 if dist.get_rank() == 1 else 1 << 40
-    weights_module.never_used_bytes = lambda device: spare
-    weights.outdate()
-    weights.sync()
-    weights.release_if_short()
+    memory_module.never_used_bytes = lambda device: spare
+    memory.measure()
+    memory.make_room(weights)
     held = held_bytes(weights)
     weights.sync()
     return held
 
 
-def test_ranks_give_their_copies_back_together() -> None:
+def test_ranks_release_their_copies_together() -> None:
     assert run_distributed(check_ranks_agree, 2) == [0, 0]
 
 
 def check_one_rank_has_no_copy() -> tuple[int, bool]:
     model = sharded(build_world(CPU), tied=True)
     weights = follow(model, torch.float32)
-    weights.release_if_short()
+    weights.release()
     with torch.no_grad():
         model.norm.weight.add_(1.0)
     followed = torch.equal(weights.model.norm.weight, model.norm.weight.to_local())
@@ -135,7 +137,7 @@ def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
 
 
 def check_joined_copies() -> None:
-    """They are one tensor, which follows the training weights and is given back."""
+    """They are one tensor, which follows the training weights and is released."""
     model = sharded(build_world(CPU))
     weights = follow(model, torch.bfloat16, pack=False)
     source = {n: p for n, p in model.named_parameters()}
@@ -143,7 +145,7 @@ def check_joined_copies() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(shift)
-        weights.outdate()
+        weights.mark_stale()
         weights.sync()
         names = {module: name for name, module in weights.model.named_modules()}
         for layers in weights.model.layers_with_one_input():
@@ -158,62 +160,65 @@ def check_joined_copies() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_copies_of_layers_with_one_input_lie_together(ranks: int) -> None:
+def test_copies_of_layers_with_one_input_are_one_tensor(ranks: int) -> None:
     run_distributed(check_joined_copies, ranks)
 
 
-def check_resumed_trainer_gives_back(argv: list[str]) -> list[int]:
-    """Bytes of the copy after each rollout of a run that has just been resumed."""
+def check_resumed_trainer_releases(argv: list[str]) -> list[int]:
+    """Return the bytes of the copy after each rollout of a run that was just resumed."""
     from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
     from opd_titan.training.trainer import Trainer
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
-    held, score = [], trainer.score
-    trainer.score = lambda *args: (held.append(held_bytes(trainer.weights)), score(*args))
+    trainer = Trainer(resolve(load_config(argv), "cpu", 1), StopRequest(), Heartbeat(0, 600))
+    held, phases, score = [], trainer.phases, trainer.phases.score
+    phases.score = lambda *args: (held.append(held_bytes(trainer.models.weights)), score(*args))
     assert trainer.train() == 0
     return held
 
 
-def test_a_resumed_run_gives_its_copy_back_before_its_first_update(world: World) -> None:
-    """It has updated before, but not in this process: nobody knows what the update takes."""
+def test_a_resumed_run_releases_its_copy_before_its_first_update(world: World) -> None:
+    """It has updated before, but not in this process, so what the update takes is unknown."""
     options = ("--training.dtype", "bfloat16", "--validation.enable", "false")
     first = world.argv("bf16", *options, "--training.steps", 2)
-    (fresh,) = run_distributed(check_resumed_trainer_gives_back, 1, first)
+    (fresh,) = run_distributed(check_resumed_trainer_releases, 1, first)
     longer = world.argv("bf16", *options, "--training.steps", 4)
-    (resumed,) = run_distributed(check_resumed_trainer_gives_back, 1, longer)
+    (resumed,) = run_distributed(check_resumed_trainer_releases, 1, longer)
     assert fresh[0] == resumed[0] == 0
     assert fresh[1] == resumed[1] > 0
 
 
 def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
-    """Bytes of the student's copy while the teacher answers, and the teacher's models after it."""
+    """Return the student's bytes while the teacher answers, and the teacher's models after it."""
     import weakref
 
     from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
     from opd_titan.distributed.heartbeat import Heartbeat
     from opd_titan.distributed.stopping import StopRequest
-    from opd_titan.training.trainer import Trainer
+    from opd_titan.training import trainer as module
 
     dist.destroy_process_group()
-    trainer = Trainer(load_config(argv), StopRequest(), Heartbeat(0, 600))
+    job = resolve(load_config(argv), "cpu", 1)
+    trainer = module.Trainer(job, StopRequest(), Heartbeat(0, 600))
     made: list[weakref.ref] = []
     beside: list[int] = []
-    generator_of, measure = trainer._generator, trainer.validator.measure_teacher
+    build, measure = module.build_generator, trainer.validator.measure_teacher
 
-    def generator(role: str, model: Any) -> Any:
-        found = generator_of(role, model)
+    def generator(*args: Any) -> Any:
+        found = build(*args)
         made.append(weakref.ref(found[0].model))
         return found
 
     def measured(*args: Any) -> None:
-        beside.append(held_bytes(trainer.weights))
+        beside.append(held_bytes(trainer.models.weights))
         measure(*args)
 
-    trainer._generator, trainer.validator.measure_teacher = generator, measured
-    trainer.weights.sync()
+    module.build_generator, trainer.validator.measure_teacher = generator, measured
+    trainer.models.weights.sync()
     trainer.recorder = SimpleNamespace(metrics=SimpleNamespace(log=lambda *_: None))
     trainer._measure_teacher("teacher")
     return beside[0], sum(ref() is not None for ref in made)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny_plan import H200, SIZES, TIGHT, rank_share, tp
+from tiny_plan import H200, SIZES, TIGHT, rank_share, resolved, tp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd_titan.config import JobConfig, load_config
@@ -85,10 +85,14 @@ def test_more_sequences_than_fit_take_turns(planned: Any) -> None:
 
 
 def test_shorter_responses_take_fewer_steps_and_the_same_cache(arguments: Any) -> None:
-    config = load_config(arguments("tiny", "tiny", "--rollout.max_concurrent", 3))
-    full, half = (simulate(config, H200, 32, tokens) for tokens in (32, 16))
-    config.rollout.max_tokens_per_step = 32 * 16
-    assert simulate(config, H200, 32, 32).decode_forwards == half.decode_forwards
+    options = arguments("tiny", "tiny", "--rollout.max_concurrent", 3)
+    job = resolved(load_config(options), H200)
+    full, half = (simulate(job, H200, 32, tokens) for tokens in (32, 16))
+    options += ["--rollout.max_tokens_per_step", str(32 * 16)]
+    assert (
+        simulate(resolved(load_config(options), H200), H200, 32, 32).decode_forwards
+        == half.decode_forwards
+    )
     # Two rounds of responses. Those that end before the limit are seen to have a step late.
     assert half.decode_forwards == full.decode_forwards / 2 + 2
     assert half.kv_cache == full.kv_cache and half.slots == full.slots
@@ -98,9 +102,9 @@ def test_shorter_responses_take_fewer_steps_and_the_same_cache(arguments: Any) -
 def test_where_memory_is_short_some_are_preempted(arguments: Any, response: int) -> None:
     """There are pages for half of what the responses may have."""
     options = ("--rollout.max_new_tokens", 1000, "--rollout.group_size", 32)
-    config = load_config(arguments("tiny", "tiny", *options))
     cluster = replace(H200, memory=5e7, reserve=0.0)
-    simulation = simulate(config, cluster, 24, response)
+    job = resolved(load_config(arguments("tiny", "tiny", *options)), cluster)
+    simulation = simulate(job, cluster, 24, response)
     assert 1 < simulation.slots < 64 and simulation.pages // simulation.slots == 8
     again = sum(end - start for start, end in simulation.prefilled) - 2 * 23
     if response == 480:
@@ -109,9 +113,9 @@ def test_where_memory_is_short_some_are_preempted(arguments: Any, response: int)
         assert simulation.preempted > 0 and again > 100 * simulation.preempted
     least = math.ceil(64 * response / simulation.slots)
     assert least <= simulation.decode_forwards < 2 * least
-    found = estimate(config, cluster, simulation).seconds["rollout"].busy
+    found = estimate(job, cluster, simulation).seconds["rollout"].busy
     simulation.prefilled = simulation.prefilled[:2]  # the prompts
-    assert (found > estimate(config, cluster, simulation).seconds["rollout"].busy) == (again > 0)
+    assert (found > estimate(job, cluster, simulation).seconds["rollout"].busy) == (again > 0)
 
 
 # ------------------------------------------------------------------- traffic
@@ -171,9 +175,9 @@ def test_links() -> None:
 @pytest.mark.parametrize("degree", [1, 4])
 def test_a_faster_device_or_link_is_never_slower(planned: Any, field: str, degree: int) -> None:
     cluster = replace(H200, gpus_per_node=2)
-    config, simulation, found = planned("wide", "tiny", *tp(degree), cluster=cluster)
+    job, simulation, found = planned("wide", "tiny", *tp(degree), cluster=cluster)
     faster = replace(cluster, **{field: 2 * getattr(cluster, field)})
-    again = estimate(config, faster, simulation)
+    again = estimate(job, faster, simulation)
     for name, seconds in found.seconds.items():
         assert 0 <= again.seconds[name].total <= seconds.total
     assert again.peak == found.peak
@@ -288,24 +292,30 @@ def test_validation_has_the_teachers_copy_in_place_of_the_students(planned: Any)
 
 def test_remedies_fit_when_they_are_tried(planned: Any, arguments: Any) -> None:
     tight = ("--training.max_tokens_per_microbatch", 2048, "--rollout.group_size", 16)
-    config, simulation, found = planned("wide", "tiny", *tight)
+    job, simulation, found = planned("wide", "tiny", *tight)
     peaks = [p.peak for p in simulation.phases.values()]
     small = replace(H200, memory=0.6 * max(peaks), reserve=0.0)
-    assert not estimate(config, small, simulation).fits
+    assert not estimate(job, small, simulation).fits
 
     def again(changed: JobConfig) -> Estimate:
-        return estimate(changed, small, simulate(changed, small, 32, 32))
+        job = resolved(changed, small)
+        return estimate(job, small, simulate(job, small, 32, 32))
 
-    options, better = remedies(config, small, again)
+    options, better = remedies(job.config, small, again)
     assert options and better.fits
     changed = load_config([*arguments("wide", "tiny", *tight), *" ".join(options).split()])
     assert again(changed) == better
 
 
 def test_no_remedy_for_what_is_hopeless(planned: Any) -> None:
-    config, _, _ = planned("wide", "tiny")
+    job, _, _ = planned("wide", "tiny")
     tiny = replace(H200, memory=1e5, reserve=0.0)
-    options, better = remedies(config, tiny, lambda c: estimate(c, tiny, simulate(c, tiny, 32, 32)))
+
+    def again(changed: JobConfig) -> Estimate:
+        job = resolved(changed, tiny)
+        return estimate(job, tiny, simulate(job, tiny, 32, 32))
+
+    options, better = remedies(job.config, tiny, again)
     assert options and better is None
 
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_world import REPO, World, make_model, make_sums, read_log, read_scalars, train, write_rows
 
 from opd_titan.config import JobConfig, load_config
-from opd_titan.config.checks import literal
+from opd_titan.config.value_types import literal
 from opd_titan.observability.metrics import is_scalar
 from opd_titan.plan.__main__ import main as plan
 
@@ -169,7 +169,7 @@ def test_it_runs(name: str, world: World) -> None:
     out = world.folder / "out" / name
     assert "Done: 2 steps" in read_log(out)
     scalars = read_scalars(out)
-    assert list(scalars["loss/total"]) == [1, 2]
+    assert list(scalars["loss/policy"]) == [1, 2]
     text = re.sub(r"[\w/]+ of\s+the OPD run", "", head(name).replace("#", ""))
     shows = text[text.index("Shows: ") : text.index("Takes: ")]
     promised = {word for word in re.findall(r"\b\w+/\w+\b", shows) if is_scalar(word)}

@@ -34,8 +34,7 @@ import opd_titan.rollout.generator as generator_module
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import World, build_world, init_world
 from opd_titan.models.attention import PackedAttention
-from opd_titan.models.kernels import uniforms
-from opd_titan.models.layers import can_pack
+from opd_titan.models.kernels import can_pack, uniforms
 from opd_titan.models.logits import truncate_
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.generator import Generator, SamplingParams
@@ -44,11 +43,11 @@ from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.scheduler import Request
 from opd_titan.training.self_check import probe
 
-# ------------------------------------------------- the same, slowly, without a cache
+# ------------------------------------------------- the same, without a cache
 
 
 def slow_logprobs(model: Qwen3Model, ids: list[int], params: SamplingParams) -> Tensor:
-    """float64 log-probs of the next token, from a forward over the whole sequence so far."""
+    """Return float64 log-probs of the next token, from a forward over the whole sequence so far."""
     hidden_TD = model(torch.tensor(ids), PackedAttention([len(ids)], CPU))
     logits = (hidden_TD[-1:] @ model.lm_head.weight.T).double() / (params.temperature or 1.0)
     return truncate_(logits, params.top_k, params.top_p)[0].log_softmax(0)
@@ -91,8 +90,7 @@ def check_against_slow(
 GREEDY = SamplingParams(max_new_tokens=14, temperature=0.0)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 0])
-@pytest.mark.parametrize("budget", [1, 45, 8192])
+@pytest.mark.parametrize(("slots", "budget"), [(1, 1), (3, 45), (0, 1), (0, 8192)])
 def test_greedy_equals_the_cache_free_forward(slots: int, budget: int) -> None:
     model, wanted = tiny(), requests(prompts(), 2)
     samples = Generator(model, EOS, slots, budget).generate(wanted, GREEDY)
@@ -100,8 +98,7 @@ def test_greedy_equals_the_cache_free_forward(slots: int, budget: int) -> None:
     assert {s.finish_reason for s in samples} == {"stop", "length"}, "the test lost its teeth"
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kv_heads", "tied"), [(1, False), (4, True)])
 def test_greedy_at_other_gqa_ratios(kv_heads: int, tied: bool) -> None:
     model, wanted = tiny(2, n_kv_heads=kv_heads, tied=tied, n_layers=3), requests(prompts(), 1)
     samples = Generator(model, EOS, 5, 60).generate(wanted, GREEDY)
@@ -157,12 +154,12 @@ def test_too_little_memory_means_fewer_slots_and_pages(monkeypatch: pytest.Monke
         assert summary(generator.generate(wanted, GREEDY)) == expected
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(14, temperature=1.1)], ids=str)
-def test_a_preempted_sequence_goes_on_as_if_it_never_was(
-    page_size: int, params: SamplingParams
+@pytest.mark.parametrize(("page_size", "temperature"), [(1, 1.1), (3, 0.0), (16, 1.1)])
+def test_a_preempted_sequence_continues_with_the_same_result(
+    page_size: int, temperature: float
 ) -> None:
-    """As few pages as one sequence needs: everybody but the oldest is stopped now and then."""
+    """With the pages of one sequence, all sequences but the oldest are preempted now and then."""
+    params = SamplingParams(14, temperature)
     model, wanted = tiny(), requests(prompts(), 3)
     expected = Generator(model, EOS).generate(wanted, params)
     least = -(-(40 + 14 - 1) // page_size)
@@ -265,7 +262,6 @@ def count_down(ends: Sequence[int], eos: set[int], limit: int, **options: Any) -
     return Generator(Script(), eos, 3).generate(requests(some, 1), params)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("last", "eos", "limit", "expected", "reason"),
     [
@@ -283,9 +279,9 @@ def count_down(ends: Sequence[int], eos: set[int], limit: int, **options: Any) -
     ],
 )
 def test_where_a_response_ends(
-    last: int, eos: set[int], limit: int, expected: list[int], reason: str, temperature: float
+    last: int, eos: set[int], limit: int, expected: list[int], reason: str
 ) -> None:
-    for sample in count_down([last, 30, last], eos, limit, temperature=temperature)[::2]:
+    for sample in count_down([last, 30, last], eos, limit)[::2]:
         assert (sample.response_ids, sample.finish_reason) == (expected, reason)
         assert len(sample.student_logprobs) == len(expected)
 
@@ -308,8 +304,8 @@ def test_progress_counts_every_token() -> None:
     assert sum(seen) == sum(len(s.response_ids) for s in samples) == 2 * (78 + 8 * 12)
 
 
-def test_a_step_has_no_more_rows_than_run() -> None:
-    """One long response among short ones: its last tokens are decoded alone."""
+def test_a_step_has_no_idle_rows() -> None:
+    """The last tokens of one long response among short ones are decoded alone."""
     some = [Prompt(i, "", (n,)) for i, n in enumerate([3, 3, 50, 3, 3, 3])]
     model = Script()
     samples = Generator(model, {0}).generate(requests(some, 1), SamplingParams(60))
@@ -359,8 +355,7 @@ def test_fp32_weights_are_the_training_weights(world: World, tied: bool) -> None
         before = after
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("tied", "pack"), [(False, False), (True, True)])
 def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool, pack: bool) -> None:
     source = sharded(world, torch.bfloat16, tied=tied)
     weights = follow(source, torch.bfloat16, pack)
@@ -374,7 +369,7 @@ def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool, p
         with torch.no_grad():
             p.to_local().add_(1.0)
         assert torch.equal(held(weights, name), stale[name])
-    weights.outdate()
+    weights.mark_stale()
     weights.sync()
     for name, p in source.named_parameters():
         assert torch.equal(held(weights, name), p.to_local().bfloat16()), name
@@ -388,7 +383,7 @@ def test_bf16_weights_are_copies_that_sync_refreshes(world: World, tied: bool, p
 
 
 def test_packed_weights_give_the_same_log_probs(world: World) -> None:
-    """As plain ones do, to bf16's rounding, before and after an update."""
+    """They equal those of plain weights up to bf16 rounding, before and after an update."""
     source = sharded(world, torch.bfloat16)
     both = [follow(source, torch.bfloat16, pack) for pack in (False, True)]
     wanted = requests(prompts(), 2)
@@ -403,7 +398,7 @@ def test_packed_weights_give_the_same_log_probs(world: World) -> None:
             for p in source.parameters():
                 p.to_local().mul_(1.2)
         for weights in both:
-            weights.outdate()
+            weights.mark_stale()
             weights.sync()
 
 
@@ -411,14 +406,14 @@ def test_packed_weights_give_the_same_log_probs(world: World) -> None:
 
 
 def gathered_weights_are_whole(dtype: torch.dtype, tied: bool) -> list[bool]:
-    """Each rank scales its own shard; a plain model, cut up by hand, says what must come of it."""
+    """Each rank scales its own shard. The expected weights come from a plain model, cut by hand."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     source, plain = sharded(build_world(CPU), dtype, tied=tied), tiny(tied=tied)
     weights = follow(source, dtype)
     with torch.no_grad():
         for p in source.parameters():
             p.to_local().mul_(1.5 + rank)
-    weights.outdate()
+    weights.mark_stale()
     weights.sync()
     same = []
     for name, p in plain.named_parameters():
@@ -438,7 +433,7 @@ def sample_some() -> list[list[tuple[Any, ...]]]:
 
 
 def on_two_ranks() -> dict[str, Any]:
-    """Everything that needs two ranks, in one spawn: processes start slowly."""
+    """Run all that needs two ranks in one spawn, because processes start slowly."""
     kinds = [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
     world = build_world(CPU)
     source = sharded(world)

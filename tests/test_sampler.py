@@ -236,7 +236,7 @@ def kept_tokens(row: Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 130])
-@pytest.mark.parametrize("top_k", [0, 1, 3, 1000])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 5, 1000])
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-9])
 def test_truncation_equals_the_slow_one(vocab: int, top_k: int, top_p: float) -> None:
     logits = random_logits(20, vocab, seed=vocab + top_k)
@@ -261,12 +261,6 @@ def test_ties_at_the_edge_fall_to_the_lower_id() -> None:
     assert kept_tokens(truncate_(torch.zeros(1, 4), 0, 0.51)[0]) == {0, 1, 2}
 
 
-def test_the_nucleus_is_taken_after_top_k() -> None:
-    row = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    assert kept_tokens(truncate_(row.clone(), 0, 0.65)[0]) == {0, 1}
-    assert kept_tokens(truncate_(row.clone(), 2, 0.55)[0]) == {0}  # 0.4 is 0.57 of what is left
-
-
 def test_kept_tokens_stay_wherever_they_rank() -> None:
     logits = random_logits(30, 64)
     keep = torch.randint(64, (30,), generator=torch.Generator().manual_seed(1))
@@ -275,12 +269,6 @@ def test_kept_tokens_stay_wherever_they_rank() -> None:
         expected = truncate_slowly(logits[i].tolist(), 4, 0.7) | {keep[i].item()}
         assert kept_tokens(cut[i]) == expected
         assert cut[i, keep[i]] == logits[i, keep[i]]
-
-
-def test_no_truncation_changes_nothing() -> None:
-    logits = random_logits(5, 40)
-    assert torch.equal(truncate_(logits.clone(), 0, 1.0), logits)
-    assert torch.equal(truncate_(logits.clone(), 40, 1.0), logits)
 
 
 def test_top_k_alone_cuts_by_rank_only() -> None:

@@ -29,11 +29,11 @@ from test_bad_input import (  # noqa: F401
 from test_data import own_datasets_cache  # noqa: F401  leaves the user's own cache alone
 from tiny_world import REPO, World, make_sums, make_world, train
 
-import opd_titan.training.trainer
+import opd_titan.training.models
 from opd_titan.errors import Fault, OneLineError, StorageError, UserError
 
 SECRET = "MARKER-7f3a"
-load_model = opd_titan.training.trainer.load_model  # before `no_weights` takes its place
+load_model = opd_titan.training.models.load_model  # before `no_weights` takes its place
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_a_column_that_names_files_is_refused(
 def test_names_in_the_data_are_only_text(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opd_titan.training.trainer, "load_model", load_model)
+    monkeypatch.setattr(opd_titan.training.models, "load_model", load_model)
     rows = [
         {
             "prompt": f"../../{n} $(mkdir x) {{0.__class__}} %s",
@@ -383,10 +383,10 @@ def test_no_secret_in_what_a_run_writes(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(opd_titan.training.trainer, "load_model", load_model)
+    monkeypatch.setattr(opd_titan.training.models, "load_model", load_model)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    options = ["--training.steps", 1, "--job.print_config", "--profiling.enable"]
+    options = ["--training.steps", 1, "--profiling.enable"]
     assert train(world.argv("written", *options, "--profiling.interval", 1)) == 0
     assert_no_secret(*capfd.readouterr(), caplog.text)
     assert_no_secret_in(world.folder / "written")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_layouts import assert_same_rollouts, assert_same_weights
-from test_plan import H200
+from tiny_plan import H200, resolved
 from tiny_world import (
     World,
     assert_same_run,
@@ -34,11 +34,12 @@ from tiny_world import (
 from transformers import AutoTokenizer
 
 from opd_titan.config import load_config
+from opd_titan.config.resolve import resolve
 from opd_titan.grading.answers import extract_answer
 from opd_titan.plan.estimate import estimate
 from opd_titan.plan.simulate import simulate
-from opd_titan.training.fingerprint import differences, job_identity
-from opd_titan.training.models import inspect_models
+from opd_titan.training.fingerprint import differences, fingerprint
+from opd_titan.training.sources import inspect_models
 
 RECIPE = """
 [student]
@@ -306,24 +307,26 @@ def test_random_teachers_in_another_order_are_another_job(world: World) -> None:
     for models in (rows, rows[::-1]):
         listed = ["--teacher.models", f"[{', '.join(models)}]", "--teacher.random_init"]
         config = load_config([str(word) for word in world.argv("order", *listed)])
-        found.append(job_identity(config, inspect_models(config), {"sums": [], "words": []}))
+        job = resolve(config, "cpu", 1)
+        found.append(fingerprint(job, inspect_models(job), {"sums": [], "words": []}))
     assert set(differences(*found)) == {"teacher.small.hf_path", "teacher.large.hf_path"}
 
 
 def test_a_plan_holds_all_teachers_and_asks_each_its_own(world: World) -> None:
     """Beside the plans with one of the teachers: weights add up, work is shared out."""
     cluster = replace(H200, world_size=1)
-    found = {}
+    found, jobs = {}, []
     for name in ("teacher", "large"):
         argv = ["--student.hf_path", world.student, "--teacher.hf_path", world.folder / name]
         argv += ["--rollout.prompts_per_step", 6, "--rollout.group_size", 2]
         argv += ["--training.max_tokens_per_microbatch", 96, "--rollout.max_new_tokens", 12]
-        config = load_config([str(word) for word in argv])
-        found[name] = simulate(config, cluster, 16, 12)
-    config = load_config(world.argv("plan"))
-    both = simulate(config, cluster, 16, 12)
+        jobs.append(resolved(load_config([str(word) for word in argv]), cluster))
+        found[name] = simulate(jobs[-1], cluster, 16, 12)
+    jobs.append(resolved(load_config(world.argv("plan")), cluster))
+    both = simulate(jobs[-1], cluster, 16, 12)
     one, other = (found[name].weights["teacher"] for name in ("teacher", "large"))
     assert both.weights["teacher.small"] == one < both.weights["teacher.large"] == other
-    flops = [estimate(config, cluster, s).flops["teacher"] for s in (*found.values(), both)]
+    simulations = zip(jobs, (*found.values(), both), strict=True)
+    flops = [estimate(job, cluster, s).flops["teacher"] for job, s in simulations]
     assert flops[2] == pytest.approx(flops[0] * 2 / 3 + flops[1] / 3)
     assert both.scored.keys() == {"teacher.small", "teacher.large"}

@@ -1,4 +1,7 @@
-"""The update: one optimizer step per mini-batch, and what it reports."""
+"""The update on one process: one optimizer step per mini-batch, and what it reports.
+
+`test_two_ranks` makes the same updates on two; `test_packing` in any micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from distributed_utils import lone_world
+from tiny_head import REF, Case
+from tiny_rollout import FAMILY, tiny
 from tiny_student import (
+    CPU,
+    LargestTensor,
     naive_logprobs,
     one_process_group,
     random_samples,
@@ -18,11 +25,20 @@ from tiny_student import (
 )
 from torch import Tensor
 
-from opd_titan.distill.objectives import ObjectiveSettings, policy_gradient, sft
+from opd_titan.distill import head as head_module
+from opd_titan.distill.objectives import (
+    Objective,
+    ObjectiveSettings,
+    TokenLoss,
+    policy_gradient,
+    sft,
+)
 from opd_titan.distill.packing import Minibatch, plan_minibatches
+from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, update
-from opd_titan.distributed.stopping import Stopped
-from opd_titan.distributed.world import ALONE
+from opd_titan.distill.vocabulary import Rows
+from opd_titan.distributed.sharding import fsdp_groups
+from opd_titan.distributed.world import ALONE, build_world
 from opd_titan.models.logits import Distribution
 
 
@@ -30,9 +46,6 @@ from opd_titan.models.logits import Distribution
 def world() -> Iterator[None]:
     with one_process_group():
         yield
-
-
-# ---------------------------------------------------------------- update
 
 
 LENGTHS = [(3, 5), (1, 2), (6, 9), (4, 1), (2, 7), (5, 4)]
@@ -47,11 +60,10 @@ def weights(model: torch.nn.Module) -> Tensor:
 
 
 def run_update(model, plan: list[Minibatch], how: UpdateRule, lr: float = 1.0):
-    """Plain SGD: with a rate of 1 the weights move by minus the gradient."""
+    """Return scalars and movement by plain SGD: at a rate of 1, minus the gradient."""
     before = weights(model)
-    scalars = update(
-        model, torch.optim.SGD(model.parameters(), lr=lr), plan, how, lone_world()
-    ).scalars
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    scalars = update(model, optimizer, plan, how, lone_world()).scalars
     return scalars, weights(model) - before
 
 
@@ -65,7 +77,7 @@ def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     assert first["policy/clip_fraction"] == 0.0
     assert first["policy/logprob_gap_max"] < 1e-5
 
-    # Without true ratios the old value follows the current one: the clip can never act.
+    # Without true ratios the old value is the current one, and the clip never acts.
     blind, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=False), lr=0.3)
     assert (blind["policy/ratio_mean"], blind["policy/clip_fraction"]) == (1.0, 0.0)
 
@@ -80,11 +92,11 @@ def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     second, _ = run_update(copy.deepcopy(moved), plan[1:], rule(true_ratio=True))
     assert second["policy/clip_fraction"] == pytest.approx(clipped.double().mean().item())
     assert second["policy/ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
-    # One call that makes both updates reports the mean over all of the step's tokens.
+    # One call that makes both updates reports means over all tokens of the step.
     both, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=True), lr=0.3)
     tokens = sum(n for _, n in LENGTHS)
     assert both["policy/clip_fraction"] == pytest.approx(clipped.sum().item() / tokens)
-    # The gap compares rollout and update on the same weights, so only on the first update.
+    # Only the first update has the weights of the rollout, so only there the gap is measured.
     assert both["policy/logprob_gap_max"] < 1e-5
 
 
@@ -112,7 +124,6 @@ def test_scalars_are_token_means() -> None:
     plan = plan_minibatches(samples, 1, 10, ALONE)
     scalars, _ = run_update(model, plan, rule())
     assert scalars["loss/policy"] == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert scalars["loss/total"] == scalars["loss/policy"]
 
 
 def test_grad_norm_is_the_one_before_clipping() -> None:
@@ -133,7 +144,7 @@ def test_grad_norm_is_the_mean_over_updates() -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
     plan = plan_minibatches(samples, 3, 99, ALONE)
-    # At a rate of 0 the updates do not see one another.
+    # At a rate of 0 no update changes the next.
     norms = [run_update(model, [m], rule(), lr=0.0)[0]["grad_norm"] for m in plan]
     both = run_update(model, plan, rule(), lr=0.0)[0]["grad_norm"]
     assert both == pytest.approx(sum(norms) / 3, rel=1e-6)
@@ -141,7 +152,7 @@ def test_grad_norm_is_the_mean_over_updates() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("objective", [policy_gradient, sft])
-def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_made(bad, objective) -> None:
+def test_a_non_finite_update_is_skipped_and_the_next_one_made(bad, objective) -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -166,7 +177,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_made(bad, obje
     assert torch.equal(weights(model), before)
     for mine, old in zip(optimizer.state_dict()["state"].values(), state.values(), strict=True):
         assert all(torch.equal(mine[key], old[key]) for key in old)
-    # Nothing of it is left: the next update is that of a run that never met it.
+    # The next update is the same as if there had been none before.
     twin = copy.deepcopy(model)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.1)
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it would share them
@@ -175,20 +186,68 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_made(bad, obje
     assert torch.equal(weights(model), weights(twin)) and not torch.equal(weights(model), before)
 
 
-def test_an_update_that_was_left_half_way_leaves_no_gradient_behind() -> None:
-    model = tiny_qwen3()
-    twin = copy.deepcopy(model)
-    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    plan = plan_minibatches(samples, 1, 12, ALONE)
-    assert len(plan[0].microbatches) > 1
+def test_a_non_finite_loss_is_seen_though_its_gradient_is_finite() -> None:
+    def loss(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
+        return TokenLoss(math.inf - rows.logprob_C, torch.zeros_like(rows.logprob_C))
 
-    def leave(sequences: int) -> None:
-        raise Stopped
+    model, samples = tiny_qwen3(), random_samples(LENGTHS)
+    how = UpdateRule(Objective(loss, whole=False), ObjectiveSettings(), Distribution(), 1.0)
+    scalars, moved = run_update(model, plan_minibatches(samples, 1, 99, ALONE), how)
+    assert scalars["skipped_updates"] == 1 and not moved.any()
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(Stopped):
-        update(model, optimizer, plan, rule(), lone_world(), leave)
-    assert torch.equal(weights(model), weights(twin))
-    update(model, optimizer, plan, rule(), lone_world())
-    update(twin, torch.optim.SGD(twin.parameters(), lr=1.0), plan, rule(), lone_world())
-    assert torch.equal(weights(model), weights(twin))
+
+# ---------------------------------------------------------------- memory and frozen models
+
+
+@pytest.mark.parametrize("responses", [(20, 70, 30), (320, 270, 300)], ids=sum)
+def test_no_tensor_grows_with_tokens_times_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, responses: tuple[int, ...]
+) -> None:
+    """The prototype had [batch, time, vocabulary] log-probs of all three models."""
+    vocab, rows = 3000, 20
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": rows * vocab * 4})
+    case = Case("reverse_kl", REF)
+    samples = random_samples([(6, n) for n in responses], vocab)
+    student, teacher, reference = (
+        tiny(seed=n, vocab_size=vocab, n_layers=1, tied=True) for n in range(3)
+    )
+    student.requires_grad_(True)
+    one = build_world(CPU)
+    models = {"teacher": teacher, "reference": reference}
+    for model in (student, *models.values()):
+        FAMILY.parallelize(model, one, torch.float32)
+    plan = plan_minibatches(samples, 1, 1 << 20, one.dp)
+    how = UpdateRule(case.objective, case.how, Distribution(0.9), 1.0)
+    with LargestTensor() as scoring:
+        score(teacher, plan, Distribution(0.9), one)
+        for role, model in models.items():
+            for s, hidden in score(model, plan, Distribution(0.9), one, keep_hidden=True):
+                setattr(s, f"{role}_hidden", hidden)
+    with LargestTensor() as updating:
+        update(student, torch.optim.AdamW(student.parameters()), plan, how, one, frozen=models)
+    weight, rest = vocab * student.args.dim, 2 * student.args.dim
+    # FSDP keeps the last norm in one tensor with the head.
+    assert rows * vocab < weight <= updating.numel <= weight + rest
+    assert scoring.numel == weight < sum(responses) * vocab / 3
+
+
+def test_a_frozen_model_is_cast_but_not_copied() -> None:
+    one = build_world(CPU)
+    plain, frozen, half = (tiny(vocab_size=62) for _ in range(3))
+    storage = {p.data_ptr() for p in frozen.parameters()}
+    FAMILY.parallelize(frozen, one, torch.float32)
+    seen: set[int] = set()
+
+    def look(module: torch.nn.Module, args: object) -> None:
+        seen.update(p.data_ptr() for p in module.parameters(recurse=False))
+
+    for module in frozen.modules():
+        module.register_forward_pre_hook(look)
+    plan = plan_minibatches(random_samples(LENGTHS, 62), 1, 18, ALONE)
+    pairs = score(frozen, plan, Distribution(), one)
+    assert not fsdp_groups(frozen) and seen and seen <= storage
+    truth = score(plain, plan, Distribution(), one)
+    for (_, mine), (_, theirs) in zip(pairs, truth, strict=True):
+        assert torch.equal(mine, theirs)
+    FAMILY.parallelize(half, one, torch.bfloat16)
+    assert len(fsdp_groups(half)) == half.args.n_layers + 1

@@ -1,4 +1,4 @@
-"""Validation on a model with known answers; preflight on weights that agree, and that do not."""
+"""Validation of a model with known answers; the self-check on equal and on unequal weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from opd_titan.training.self_check import TOLERANCE, probe, report
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Of one process."""
+    """A world of one process."""
     init_world(60)
     yield build_world(CPU)
     dist.destroy_process_group()
@@ -33,11 +33,11 @@ def world() -> Iterator[World]:
 
 # ------------------------------------------------------------------------ validation
 
-ENDS = (10, 30, 50, 70)  # so far apart that no response passes another one's end
+ENDS = (10, 30, 50, 70)  # far apart: no response reaches another prompt's end
 
 
 def one_that_fails_on(*ends: int) -> Generator:
-    """After a prompt that ends with n it answers n - 1, and 0 after these."""
+    """Answers n - 1 to a prompt that ends with n, and 0 if n is in `ends`."""
     return Generator(Script(successors=dict.fromkeys(ends, 0)), {0})
 
 
@@ -69,7 +69,7 @@ def test_accuracy_and_gap(world: World) -> None:
     assert scalars["validation/response_tokens_mean"] == 1.0
 
 
-def test_no_gap_where_there_is_none(world: World) -> None:
+def test_no_gap_without_a_better_teacher(world: World) -> None:
     validator = new_validator()
     scalars = validator.measure_student(one_that_fails_on(10), step=0)
     assert set(scalars) == {
@@ -101,10 +101,8 @@ def test_accuracy_is_the_mean_over_samples_of_a_fixed_stream(world: World) -> No
 
 
 @pytest.mark.parametrize("grader", ["auto", "gsm8k", "exact", "choice"])
-def test_thinking_that_the_prompt_opened_and_nobody_closed_is_no_answer(
-    world: World, grader: str
-) -> None:
-    """As Qwen3-Thinking's template opens it; the response then shows no `<think>` of its own."""
+def test_thinking_that_the_prompt_opened_must_be_closed(world: World, grader: str) -> None:
+    """Qwen3-Thinking's template opens it; the response then has no `<think>` of its own."""
     texts = {"": 1.0, "<think>\n\n</think>\n\n": 1.0, "<think>\n": 0.0}
     answer = "A" if grader == "choice" else "9"
     for end, right in texts.items():
@@ -118,7 +116,7 @@ def test_thinking_that_the_prompt_opened_and_nobody_closed_is_no_answer(
             assert scalars["validation/accuracy"] == (1.0 if closed else right), (end, closed)
 
 
-# ------------------------------------------------------------------------- preflight
+# ------------------------------------------------------------------------ self-check
 
 
 def warnings_of(result: dict[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page of rollouts in a real browser: what people do with it, what texts cannot do to it."""
+"""The page of rollouts in a real browser: its controls, and texts that try to break out."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_to_complain_of(browser: Browser) -> Iterator[None]:
-    """Whatever a test does, the page asks for nothing but itself, and nothing goes wrong in it."""
+def no_errors(browser: Browser) -> Iterator[None]:
+    """In every test, the page requests nothing but itself and reports no error."""
     for heard in (browser.requests, browser.complaints, browser.dialogs):
         heard.clear()
     yield
@@ -37,7 +37,7 @@ def nothing_to_complain_of(browser: Browser) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> tuple[Path, Rows]:
-    """A page of a real run, in which prompts come again; and the rows that it is of."""
+    """The page of a real run in which prompts repeat, and its rows."""
     world: World = make_world(tmp_path_factory.mktemp("world"))
     options = ["--reference.coef", 0.5, "--training.steps", 8, "--export.interval", 0]
     assert train(world.argv("run", *options)) == 0
@@ -51,7 +51,7 @@ def open_dump(browser: Browser, dump: Path) -> None:
 
 
 def shown(text: str) -> str:
-    """As the page writes a token's text in its card."""
+    """Return a token's text as its card shows it."""
     return text.replace("\n", "\u21b5").replace(" ", "\u2423")
 
 
@@ -60,7 +60,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def chosen(browser: Browser) -> tuple[int, int, int]:
-    """Step, prompt and sample of what is shown."""
+    """Return step, prompt and sample of the rollout that is shown."""
     facts = browser.texts("#facts .fact")[:3]
     return tuple(int("".join(filter(str.isdigit, fact))) for fact in facts)
 
@@ -97,7 +97,7 @@ def test_a_step_and_a_rollout_are_picked(browser: Browser, run: tuple[Path, Rows
 
 
 def card_of(row: dict[str, Any], t: int) -> str:
-    """What the card has to say of a token, in this order."""
+    """Return what the card of a token shows, in this order."""
     parts = []
     for role in ("student", "teacher", "reference"):
         parts += [role.capitalize(), number(row[f"{role}_logprobs"][t])]
@@ -281,7 +281,7 @@ def test_shades_tell_more_than_by_colour(browser: Browser, tmp_path: Path) -> No
 
 
 def contrasts(browser: Browser) -> list[tuple[str, float]]:
-    """Of the text against its ground (WCAG 2), for what a reader has to read."""
+    """Return the contrast of each kind of text with its background (WCAG 2)."""
     return browser.run("""(() => {
       const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
       const over = (grounds) => {
@@ -368,7 +368,8 @@ def test_no_text_does_anything(browser: Browser, tmp_path: Path) -> None:
     write_step(dump, 1, [*rows, {**old, "prompt_index": 99}])
     about = json.dumps(ATTACKS[1])
     paths = "".join(f"[{role}]\nhf_path = {about}\n" for role in ("student", "teacher"))
-    (dump / "config.resolved.toml").write_text(f"[job]\ndescription = {about}\n{paths}")
+    recipe = f'[job]\ndescription = {about}\n{paths}[distill]\nobjective = "jsd"\n'
+    (dump / "config.resolved.toml").write_text(recipe)
     open_dump(browser, dump)
     browser.select("#sort", "order")
     browser.point("#row-0", click=True)
@@ -390,7 +391,7 @@ def test_no_text_does_anything(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_the_policy_stops_what_would_get_through(browser: Browser, tmp_path: Path) -> None:
-    """The second wall, and the proof that the first test would hear of a breach."""
+    """The second defence; it also shows that the test above would notice a breach."""
     write_step(tmp_path, 1, [make_row(1, 0, 0, ["4"])])
     open_dump(browser, tmp_path)
     markup = "<img src=https://example.invalid/x.png onerror='hacked = 1'><p onclick='x'></p>"

@@ -1,7 +1,7 @@
-"""Runs that go wrong the ways that on-policy distillation does: what the watchdog says and does.
+"""Runs that go wrong as on-policy distillation does: what the watchdog reports and does.
 
-The models are the debug recipe's; nothing is made up but the options that ruin them, and one fault
-that is put into the program: weights that do not reach the generator.
+The models are those of the debug recipe. Options ruin them, and one fault is put into the program:
+weights that do not reach the generator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opd_titan.errors import Fault
 from opd_titan.observability.watchdog import SIGNS, WINDOW, Watchdog
 from opd_titan.rollout.weights import GeneratorWeights
 
-# The clamp keeps loops from being unlearned again: all their tokens are as bad as can be.
+# With the clamp all tokens of a loop are equally bad, so that the student does not unlearn it.
 COLLAPSE = ("--optimizer.beta2", 0.95, "--distill.log_ratio_clamp", 10)
 TOO_FAST = ("--optimizer.lr", 8e-3, "--lr_scheduler.warmup_steps", 20, "--training.steps", 8)
 TOO_FAST += ("--rollout.prompts_per_step", 16, *COLLAPSE, "--watchdog.action", "rollback")
@@ -68,10 +68,10 @@ def test_a_healthy_run_shows_none(tmp_path: Path) -> None:
     assert warnings(tmp_path) == []
 
 
-def test_a_generator_with_other_weights_is_told_from_the_student(
+def test_a_generator_with_other_weights_than_the_student_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on several processes, where the generator has copies; on one it shares the student's own.
+    # As on several processes, where the generator has copies; on one it shares the weights.
     monkeypatch.setattr(GeneratorWeights, "_own_storage", lambda self, parameter: None)
     sync = GeneratorWeights.sync
 
@@ -84,7 +84,7 @@ def test_a_generator_with_other_weights_is_told_from_the_student(
     assert signs(tmp_path) == {"log-probs of rollout and update drift apart"}
 
 
-def test_a_stop_token_that_nobody_writes(tmp_path: Path) -> None:
+def test_a_stop_token_that_the_student_never_writes(tmp_path: Path) -> None:
     shutil.copytree(DEBUG / "student", tmp_path / "student")
     path = tmp_path / "student" / "generation_config.json"
     config = json.loads(path.read_text())
@@ -107,7 +107,7 @@ def with_template(source: Path, folder: Path, template: str) -> Path:
     return folder
 
 
-def test_templates_at_odds_are_a_warning_or_a_refusal(
+def test_different_templates_are_a_warning_or_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     template = "{% for m in messages %}Question: {{ m['content'] }}\n{% endfor %}Answer:"
@@ -152,7 +152,7 @@ TWO = ("--teacher.hf_path=", "--teacher.models", TEACHERS.format(DEBUG), "--data
 def test_a_rollback_is_what_a_resume_would_be(
     tmp_path: Path, mode: str, teachers: tuple[str, ...]
 ) -> None:
-    """To the bit: what a fresh process makes of the checkpoint that the run went back to."""
+    """Bit for bit, against a fresh process that resumes from the same checkpoint."""
     saves = ("--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
     often = ("--validation.enable", True, "--validation.interval", 1, "--metrics.log_freq", 3)
     options = (*TOO_FAST, *teachers, *saves, *often, "--validation.max_prompts", 10)
@@ -187,7 +187,7 @@ def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
     options += ("--export.interval", every)
     assert train(argv(tmp_path, *options)) == 75
     (step,) = sent_back_to(tmp_path)
-    # Nobody is handed the weights that were given up.
+    # The weights that were given up are not published.
     latest = tmp_path / "hf" / "latest"
     assert step < 4 and (tmp_path / "hf" / "step-4").is_dir()
     assert latest.exists() == (every == 1)
@@ -212,7 +212,7 @@ def test_a_run_that_was_killed_sees_the_same_signs() -> None:
     kls = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0]
     whole = watchdog("rollback")
     expected = [whole.look_at(step, reading(kl)) for step, kl in enumerate(kls, 1)]
-    # The weights of step 7 made the responses of step 8.
+    # The weights of step 7 sampled the responses of step 8.
     assert expected == [None] * 7 + [6] + [None] * 5 + [12]
     resumed, found = watchdog("rollback"), []
     for step, kl in enumerate(kls, 1):
@@ -224,15 +224,15 @@ def test_a_run_that_was_killed_sees_the_same_signs() -> None:
 
 
 def test_a_start_below_zero_is_noise() -> None:
-    """The first step's estimate of a small distance; `max(0, start)` is what is doubled."""
+    """The first step's estimate of a small KL may be negative; `max(0, start)` is doubled."""
     dog = watchdog("stop")
     assert [dog.look_at(n, reading(kl)) for n, kl in enumerate([-0.06, *[0.08] * 9])] == [None] * 10
     with pytest.raises(Fault, match="moves away"):
         [dog.look_at(n, reading(0.2)) for n in range(10, 15)]
 
 
-def test_what_the_first_step_does_not_have_starts_later() -> None:
-    """Where the data set answers some prompts, the student may have had none of step 1's."""
+def test_a_figure_that_the_first_step_lacks_starts_later() -> None:
+    """If the data set answers some prompts, step 1 may have no samples of the student."""
     dog = watchdog("stop")
     endless = {"rollout/eos_fraction": 0.0, "rollout/response_tokens_mean": 12.0}
     rows = [{"policy/entropy": 1.0}, *[endless] * 3]

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ResolvedJob, resolve
 from opd_titan.plan.cluster import Cluster, GiB
 
 H200 = Cluster(
@@ -52,6 +54,11 @@ def recipe(folder: Path, student: str, teacher: str, *options: Any) -> list[str]
     words += ["--rollout.group_size", 2, "--data.max_prompt_tokens", 32]
     words += ["--rollout.max_new_tokens", 32, *options]
     return [str(w) for w in words]
+
+
+def resolved(config: JobConfig, cluster: Cluster) -> ResolvedJob:
+    """Return the job of the recipe on the cluster."""
+    return resolve(config, "cuda" if cluster.on_cuda else "cpu", cluster.world_size)
 
 
 def tp(ranks: int) -> tuple[str, int]:

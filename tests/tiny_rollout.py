@@ -1,4 +1,4 @@
-"""A small Qwen3 with prompts for it, and a model whose every response is known beforehand."""
+"""A small Qwen3 with prompts for it, and a model with known responses."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ ARGS = Qwen3Args(
     init_std=0.02,
 )
 EOS = {3, 17, 40}
-# 1 to 40 tokens, so that they fall into several groups of the padded attention.
+# 1 to 40 tokens, so that there are several groups in the padded attention.
 LENGTHS = [1, 40, 2, 7, 33, 3, 16, 8, 25, 1, 12, 5]
 
 
 def tiny(seed: int = 0, **sizes: Any) -> Qwen3Model:
-    """Weights large enough that every part of the model moves the logits."""
+    """Return a model with weights so large that each part of it changes the logits."""
     model = Qwen3Model(replace(ARGS, **sizes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -84,14 +84,14 @@ def follow(
 
 
 def held(weights: GeneratorWeights, name: str) -> Tensor:
-    """The weight that the generator computes with."""
+    """Return the weight that the generator computes with."""
     layer = weights.model.get_submodule(name.removesuffix(".weight"))
     packed = getattr(layer, "packed", None)
     return layer.weight if packed is None else packed.to_dense()
 
 
 class Script(nn.Module):
-    """A model of one fixed successor per token: after n comes n - 1, down to 0, which repeats."""
+    """A model with one fixed successor per token: after n comes n - 1, and after 0 again 0."""
 
     def __init__(self, vocab: int = 100, successors: dict[int, int] | None = None) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
-"""A tiny Qwen3, samples for it, and plain full-logits arithmetic to check the chunked head against.
+"""A tiny Qwen3, samples for it, and plain arithmetic over full logits to compare the head with.
 
-Nothing below the builders uses `opd_titan.distill` or `models.logits`: it is what those are
-compared with.
+Nothing here uses `opd_titan.distill` or `models.logits`, which are what is compared.
 
 Shapes: T tokens, R response tokens, N rows, V vocabulary.
 """
@@ -28,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_qwen3(vocab: int = 11, *, tied: bool = True, seed: int = 0, dim: int = 16) -> Qwen3Model:
-    """Two layers, grouped queries, fp32; its distributions are neither flat nor one-hot."""
+    """Return a model of two layers with grouped queries, fp32, and fairly peaked distributions."""
     args = Qwen3Args(
         vocab_size=vocab,
         dim=dim,
@@ -61,7 +60,7 @@ def make_sample(
 def random_samples(
     lengths: Sequence[tuple[int, int]], vocab: int = 11, seed: int = 0, noise: float = 0.3
 ) -> list[Sample]:
-    """Samples of (prompt, response) lengths, with random scores as every model's log-probs."""
+    """Return samples of (prompt, response) lengths, with random log-probs of every model."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for i, (prompt, response) in enumerate(lengths):
@@ -74,7 +73,7 @@ def random_samples(
 
 
 def response_logits(model: Qwen3Model, sample: Sample) -> Tensor:
-    """Full logits [R, V] that predict the response, from one unpacked forward of all tokens."""
+    """Return the full logits [R, V] that predict the response, from one unpacked forward."""
     ids = [*sample.prompt.token_ids, *sample.response_ids]
     logits_TV = model(
         torch.tensor(ids), PackedAttention([len(ids)], CPU), lambda h_TD, w_VD: h_TD @ w_VD.t()
@@ -83,13 +82,13 @@ def response_logits(model: Qwen3Model, sample: Sample) -> Tensor:
 
 
 def naive_logprobs(model: Qwen3Model, sample: Sample, temperature: float = 1.0) -> Tensor:
-    """Log-probs [R] of the response by log_softmax over full logits."""
+    """Return the log-probs [R] of the response by log_softmax over full logits."""
     logprobs_RV = (response_logits(model, sample) / temperature).log_softmax(1)
     return logprobs_RV[torch.arange(len(sample.response_ids)), torch.tensor(sample.response_ids)]
 
 
 def with_rollout_logprobs(model: Qwen3Model, samples: list[Sample]) -> list[Sample]:
-    """The samples as if `model` had just sampled them at temperature 1."""
+    """Return the samples as if `model` had just sampled them at temperature 1."""
     with torch.no_grad():
         for s in samples:
             s.student_logprobs = naive_logprobs(model, s)
@@ -97,7 +96,7 @@ def with_rollout_logprobs(model: Qwen3Model, samples: list[Sample]) -> list[Samp
 
 
 def naive_kept(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Bool [N, V]: the tokens that top-k, then top-p keep, by a loop over each sorted row."""
+    """Return which tokens [N, V] top-k, then top-p keep, by a loop over each sorted row."""
     kept_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
     for row, kept_V in zip(logits_NV.detach().double(), kept_NV, strict=True):
         ranked = sorted(range(len(row)), key=lambda i: (-row[i].item(), i))  # noqa: B023
@@ -113,7 +112,7 @@ def naive_kept(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def all_responses(vocab: int, stop: int, max_new_tokens: int) -> list[tuple[int, ...]]:
-    """Every response there is: it ends with the stop token, or at the length limit."""
+    """Return all responses: each ends with the stop token, or at the length limit."""
     responses = []
     for n in range(1, max_new_tokens + 1):
         for ids in product(range(vocab), repeat=n):
@@ -125,7 +124,7 @@ def all_responses(vocab: int, stop: int, max_new_tokens: int) -> list[tuple[int,
 
 @contextmanager
 def one_process_group() -> Iterator[None]:
-    """A world of one; the collectives that the code under test calls need some world."""
+    """Enter a process group of one process, for collectives of the code under test."""
     if dist.is_initialized():
         assert dist.get_world_size() == 1
         yield
@@ -138,7 +137,7 @@ def one_process_group() -> Iterator[None]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor (in elements) that any operation inside it returned."""
+    """Records the number of elements of the largest tensor that an operation inside it returned."""
 
     numel = 0
 

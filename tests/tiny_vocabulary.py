@@ -1,13 +1,15 @@
-"""Vocabularies so small that every response can be written down, and formulas to compare with.
+"""Vocabularies so small that every response can be enumerated, and plain formulas of the losses.
 
-`Table` weighs an objective's results on every response by the chance of it. The formulas below it
-know nothing of `opd_titan.distill.objectives`, and autograd differentiates them.
+`Table` weights the results of an objective on every response by its probability. The formulas below
+it do not use `opd_titan.distill.objectives`; autograd differentiates them.
 
 Shapes: F tokens of all responses, P prefixes, C tokens of a chunk, V vocabulary, K tokens of a
 support, B buckets.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from tiny_student import all_responses
@@ -24,10 +26,10 @@ def rows_of(
     tokens_C: Tensor | None = None,
     rollout_C: Tensor | None = None,
 ) -> Rows:
-    """What the head hands an objective for these logits, of which it keeps nothing.
+    """Return what the head passes to an objective for these logits [C, V].
 
     Args:
-        tokens_C: the sampled tokens; the first of the vocabulary by default.
+        tokens_C: the sampled tokens; token 0 by default.
         rollout_C: their log S at the time of sampling.
     """
     if tokens_C is None:
@@ -66,10 +68,11 @@ def random_logits(rows: int, vocab: int, seed: int, scale: float = 1.0) -> Tenso
 
 
 class Table:
-    """A policy as a table of logits [P, V], and every response it can give.
+    """A policy as a table of logits [P, V], and every response that it can give.
 
-    rows_F, tokens_F, owner_F: for every token of every response its prefix's row, its id and the
-    response it belongs to.
+    Attributes:
+        rows_F, tokens_F, owner_F: for every token of every response the row of its prefix, its id
+            and the number of its response.
     """
 
     def __init__(self, vocab: int, length: int) -> None:
@@ -108,14 +111,14 @@ class Table:
         reference_PV: Tensor | None = None,
         rollout_PV: Tensor | None = None,
     ) -> tuple[TokenLoss, Tensor, Tensor]:
-        """The objective on every token of every response.
+        """Evaluate an objective on every token of every response.
 
         Args:
-            rollout_PV: the student that sampled; the same one by default.
+            rollout_PV: the student that sampled; the same student by default.
 
         Returns:
-            Its results, the mean over responses of their summed losses, and the mean of the
-            gradients by the student's logits [P, V].
+            The objective's results, the expected sum of the losses of a response, and the expected
+            gradient with respect to the student's logits [P, V].
         """
         student_PV = student_PV.detach().requires_grad_()
         sampler_PV = student_PV.detach() if rollout_PV is None else rollout_PV
@@ -139,31 +142,44 @@ class Table:
 
 
 def kl(p_CB: Tensor, q_CB: Tensor) -> Tensor:
-    """KL(p || q) [C] of log-probs."""
+    """Return KL(p || q) [C] of log-probs."""
     return (p_CB.exp() * (p_CB - q_CB)).sum(1)
 
 
 def bucketed(logprobs_CV: Tensor, ids_CK: Tensor) -> Tensor:
-    """Log-probs [C, B] of these tokens one by one and of all others together, if there are any."""
-    inside_CV = torch.zeros_like(logprobs_CV, dtype=torch.bool).scatter(1, ids_CK, True)
+    """Return the log-probs [C, B] of these tokens and, if there are any, of all others together."""
     parts = [logprobs_CV.gather(1, ids_CK)]
     if ids_CK.shape[1] < logprobs_CV.shape[1]:
-        rest_CV = logprobs_CV.masked_fill(inside_CV, -torch.inf)
+        rest_CV = logprobs_CV.scatter(1, ids_CK, -torch.inf)
         parts.append(rest_CV.logsumexp(1, keepdim=True))
     return torch.cat(parts, dim=1)
 
 
 def support(logprobs_CV: Tensor, k: int) -> Tensor:
+    """Return the ids [C, K] of the k likeliest tokens."""
     return logprobs_CV.detach().topk(min(k, logprobs_CV.shape[1]), dim=1).indices
 
 
+def plain_penalty(s: Tensor, t: Tensor, r: Tensor | None, how: ObjectiveSettings) -> Tensor:
+    """Return (log S - log T) + c (log S - log R), or what a clamp or a power makes of it."""
+
+    def difference(other: Tensor) -> Tensor:
+        if how.reward_power:
+            return (how.reward_power * s).exp() - (how.reward_power * other).exp()
+        limit = how.log_ratio_clamp or torch.inf
+        return (s - other).clamp(-limit, limit)
+
+    c = how.reference_coef
+    return difference(t) + (c * difference(r) if c else 0.0)
+
+
 def plain_divergence(
-    name: str, s_CV: Tensor, t_CV: Tensor, r_CV: Tensor, settings: ObjectiveSettings
+    name: str, s_CV: Tensor, t_CV: Tensor, r_CV: Tensor, how: ObjectiveSettings
 ) -> Tensor:
-    """The loss [C] that this row of `OBJECTIVES` stands for, of log-probs."""
-    beta, c = settings.beta, settings.reference_coef
-    if name == "top_k_reverse_kl" or name == "top_k_forward_kl":
-        ids_CK = support(s_CV if name == "top_k_reverse_kl" else t_CV, settings.top_k)
+    """Return the loss [C] of a divergence in `OBJECTIVES` between log-probs."""
+    beta, c = how.beta, how.reference_coef
+    if name.startswith("top_k_"):
+        ids_CK = support(s_CV if name == "top_k_reverse_kl" else t_CV, how.top_k)
         s_CV, t_CV, r_CV = (bucketed(x, ids_CK) for x in (s_CV, t_CV, r_CV))
         name = name.removeprefix("top_k_")
     if name == "reverse_kl" or (name == "jsd" and beta == 1.0):
@@ -171,18 +187,44 @@ def plain_divergence(
     elif name == "forward_kl" or (name == "jsd" and beta == 0.0):
         loss_C = kl(t_CV, s_CV)
     else:
-        weights = torch.tensor([beta, 1.0 - beta], dtype=s_CV.dtype).log()[:, None, None]
-        m_CV = (torch.stack((t_CV, s_CV)) + weights).logsumexp(0)
+        m_CV = torch.logaddexp(t_CV + math.log(beta), s_CV + math.log(1.0 - beta))
         loss_C = beta * kl(t_CV, m_CV) + (1.0 - beta) * kl(s_CV, m_CV)
     return loss_C + c * kl(s_CV, r_CV) if c != 0.0 else loss_C
 
 
-def gradient_of_divergence(
-    name: str, student_CV: Tensor, teacher_CV: Tensor, reference_CV: Tensor, settings
+def plain_policy_gradient(
+    s_CV: Tensor,
+    t_CV: Tensor,
+    r_CV: Tensor,
+    tokens_C: Tensor,
+    rollout_C: Tensor,
+    how: ObjectiveSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [C] and its derivative by the student's logits [C, V], by autograd in fp64."""
+    """Return the loss [C] of the policy gradient, and the advantage [C]."""
+    s_C, t_C, r_C = (x.gather(1, tokens_C[:, None]).squeeze(1) for x in (s_CV, t_CV, r_CV))
+    old_C = rollout_C if how.true_ratio else s_C.detach()
+    advantage_C = -plain_penalty(old_C, t_C, r_C, how)
+    s_CV = s_CV.detach()
+    if how.baseline == "top_k":
+        ids_CK = support(s_CV, how.top_k)
+        s_CV, t_CV, r_CV = (bucketed(x, ids_CK) for x in (s_CV, t_CV, r_CV))
+    if how.baseline != "none":
+        advantage_C = advantage_C + (s_CV.exp() * plain_penalty(s_CV, t_CV, r_CV, how)).sum(1)
+    ratio_C = (s_C - old_C).exp()
+    clipped_C = ratio_C.clamp(1.0 - how.clip_low, 1.0 + how.clip_high)
+    return -torch.minimum(ratio_C * advantage_C, clipped_C * advantage_C), advantage_C
+
+
+def gradient_of_divergence(
+    name: str,
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    reference_CV: Tensor,
+    how: ObjectiveSettings,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss [C] and its gradient by the student's logits [C, V], by autograd in fp64."""
     logits_CV = student_CV.detach().double().requires_grad_()
     t_CV, r_CV = (x.double().log_softmax(1) for x in (teacher_CV, reference_CV))
-    loss_C = plain_divergence(name, logits_CV.log_softmax(1), t_CV, r_CV, settings)
+    loss_C = plain_divergence(name, logits_CV.log_softmax(1), t_CV, r_CV, how)
     (grad_CV,) = torch.autograd.grad(loss_C.sum(), logits_CV)
     return loss_C.detach(), grad_CV

@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_HUB_FILES = [
+HUB_FILES = [
     CONFIG,
     GENERATION_CONFIG,
     *TOKENIZER_FILES,
@@ -37,7 +37,7 @@ _HUB_FILES = [
 ]
 
 
-def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = _HUB_FILES) -> Path:
+def resolve_model_folder(path_or_id: str, key: str, files: Sequence[str] = HUB_FILES) -> Path:
     """Return a model's folder: a local one, or a snapshot from the hub.
 
     Every rank may call this at once: the hub's cache has its own locks.

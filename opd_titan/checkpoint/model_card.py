@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from opd_titan import __version__
 from opd_titan.config import JobConfig, to_toml
-from opd_titan.config.sets import data_sets, teachers, validation_sets
+from opd_titan.config.resolve import data_sets, teachers, validation_sets
 from opd_titan.data.hub import looks_like_hub_id
 from opd_titan.data.sources import DATASETS
 

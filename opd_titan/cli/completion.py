@@ -1,7 +1,6 @@
 """What a shell completes of `opd-titan`: commands, options, their choices, and file names.
 
-One bash script; zsh reads it through its own bashcompinit. tyro can print one too, but that one
-knows of no files, and a recipe is one.
+One bash script; zsh reads it through its own bashcompinit.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import get_args
 
-from opd_titan.config.checks import OPTIONS
+from opd_titan.config.options import OPTIONS
 from opd_titan.plan.__main__ import make_parser
 
 SHELLS = ("bash", "zsh")
@@ -49,9 +48,9 @@ def script(shell: str, commands: Iterable[str], with_recipe: Iterable[str]) -> s
     recipe = " ".join(f"--{name}" for name in OPTIONS)
     own = {"plan": " ".join(re.findall(r"--[a-z-]+", make_parser().format_usage()))}
     choices: dict[str, list[str]] = {}
-    for name, kind in OPTIONS.items():
-        values = [value for value in get_args(kind) if value and isinstance(value, str)]
-        values = ["true", "false"] if kind is bool else values
+    for name, field in OPTIONS.items():
+        values = [value for value in get_args(field.annotation) if value]
+        values = ["true", "false"] if field.annotation is bool else values
         if values:
             choices.setdefault(" ".join(values), []).append(f"--{name}")
     return _SCRIPT.format(

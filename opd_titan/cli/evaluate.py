@@ -1,8 +1,8 @@
 """Grade one model on held-out prompts: `python -m opd_titan.evaluate --evaluate.model PATH`.
 
-The model is a training checkpoint, a Hugging Face folder or hub id, or a recipe's student or
-teacher. Prompts, sampling and graders are those of the recipe's [validation]. A model that lies in
-the dump folder of a run needs no recipe: it takes that run's own.
+The model is a training checkpoint, a Hugging Face folder or hub id, or the student or a teacher of
+the recipe. The recipe's [validation] says which prompts, sampling and graders are used. Without a
+recipe, a model in a run's dump folder is evaluated with the recipe of that run.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_titan.cli.exits import exit_code
-from opd_titan.config import RECIPE_FILE, JobConfig, load_config
+from opd_titan.config import RECIPE_FILE, load_config
 from opd_titan.config.consistency import check_evaluation
-from opd_titan.config.manager import read_arguments
+from opd_titan.config.resolve import ResolvedJob
 
 if TYPE_CHECKING:
     from opd_titan.cli.subject import Subject
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate one model. Returns the exit code, see `train.main`; 75: start again."""
+    """Evaluate one model. Return the exit code, see `train.main`."""
 
     def job() -> int:
-        found = argv if {"-h", "--help"} & set(argv) else with_own_recipe(argv)
-        config = load_config(found, check_evaluation, "opd_titan.evaluate")
+        arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
+        config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
         from opd_titan.cli.run import run
 
         return run(config, evaluate)
@@ -36,19 +36,19 @@ def main(argv: list[str]) -> int:
     return exit_code(job)
 
 
-def with_own_recipe(argv: list[str]) -> list[str]:
-    """The arguments, with the recipe of the run that the model comes from where none is given."""
-    given = read_arguments(argv)
-    model = given.get("evaluate.model", "")
-    if "job.config_file" in given or not model:
+def add_own_recipe(argv: list[str]) -> list[str]:
+    """Return the arguments, with the recipe of the model's own run if they name none."""
+    given = load_config(argv, check=lambda config: None)
+    model = given.evaluate.model
+    if given.job.config_file or not model:
         return argv
-    # <dump_folder>/hf/step-N or <dump_folder>/checkpoint/step-N
+    # The model is in <dump_folder>/hf/step-N or <dump_folder>/checkpoint/step-N.
     recipe = Path(model).parent.parent / RECIPE_FILE
     return ["--job.config_file", str(recipe), *argv] if recipe.is_file() else argv
 
 
-def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
-    """The whole job on one rank; all ranks call."""
+def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
+    """Evaluate the model on all ranks, and write its results. All ranks call; returns 0."""
     import torch
     import torch.distributed as dist
 
@@ -58,10 +58,11 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
     from opd_titan.distributed.world import set_timeout
     from opd_titan.evaluation.results import claim_folder, table, write_results
     from opd_titan.evaluation.validator import build_validator, prompt_options
-    from opd_titan.training.models import build_generator, check_lengths, compute_dtype
+    from opd_titan.training.models import build_generator, compute_dtype
     from opd_titan.training.setup import join_world
+    from opd_titan.training.sources import check_lengths
 
-    world = join_world(config)
+    config, world = job.config, join_world(job)
     with raise_on_all_ranks():
         subject = find_subject(config)
         decode = partial(subject.tokenizer.decode, skip_special_tokens=True)
@@ -69,41 +70,42 @@ def evaluate(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
         validator = build_validator(config, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
         check_lengths([subject.source], validator.prompts, new_tokens, "validation")
-    folder, monitor = claim_folder(config, subject.name), Monitor(stop, heartbeat, world)
+    with raise_on_all_ranks():
+        folder = claim_folder(config, subject.name) if dist.get_rank() == 0 else None
+    monitor = Monitor(stop, heartbeat, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
     monitor.set_phase(f"the loading of {subject.name}")
     stop.check()
-    dtype = compute_dtype(config, world.device)
-    model = _load(subject, world, config, dtype)
-    weights, generator = build_generator(subject.source, model, world, config, dtype)
+    dtype = compute_dtype(job)
+    model = _load(job, subject, world)
+    weights, generator = build_generator(job, subject.source, model, world)
     set_timeout(config.comm.train_timeout_seconds, world.device)
     heartbeat.limit = config.comm.train_timeout_seconds
     monitor.set_phase(f"the evaluation of {subject.name}")
     weights.sync()
     measured = validator.measure(generator, subject.name, monitor.on_tokens)
     with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            graded = {
+        if folder is not None:
+            model_summary = {
                 "name": subject.name,
                 "given": config.evaluate.model or "student",
                 "weights": subject.weights,
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
-            write_results(folder, config, graded, dtype, measured, decode)
+            write_results(folder, config, model_summary, dtype, measured, decode)
             print(table(subject.name, measured), flush=True)
             print(f"Results and samples: {folder}", flush=True)
-    dist.barrier()  # a rank that leaves early breaks the others' last collective
+    dist.barrier()  # a rank that exits early would break the last collective of the others
     return 0
 
 
-def _load(subject: Subject, world: World, config: JobConfig, dtype: Any) -> Any:
+def _load(job: ResolvedJob, subject: Subject, world: World) -> Any:
     from opd_titan.checkpoint.checkpointer import load_weights
-    from opd_titan.training.models import allocate, load_model, parallel_model
+    from opd_titan.training.models import allocated_model, load_model
 
     if subject.checkpoint is None:
-        return load_model(subject.source, world, config, dtype)
-    model = parallel_model(subject.source, world, config, dtype)
-    allocate(model, world.device)
+        return load_model(job, subject.source, world)
+    model = allocated_model(job, subject.source, world)
     load_weights(subject.checkpoint, model)
-    model.assert_tied()  # type: ignore[operator]  # of our own models
+    model.assert_tied()  # type: ignore[operator]  # our models have it
     return model

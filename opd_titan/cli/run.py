@@ -1,4 +1,4 @@
-"""One job and what watches over it: signals, a rank that stands still, ranks that are gone."""
+"""Run one job under a heartbeat and with signal handlers, and turn failures into errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ResolvedJob, resolve
 from opd_titan.distributed.heartbeat import Heartbeat
 from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.errors import LostOthers, OneLineError, first_line
@@ -18,26 +20,27 @@ from opd_titan.training.trainer import Trainer
 logger = logging.getLogger("opd_titan")
 
 
-Work = Callable[[JobConfig, StopRequest, Heartbeat], int]
+Work = Callable[[ResolvedJob, StopRequest, Heartbeat], int]
 
 
-def _train(config: JobConfig, stop: StopRequest, heartbeat: Heartbeat) -> int:
-    return Trainer(config, stop, heartbeat).train()
+def _train(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
+    return Trainer(job, stop, heartbeat).train()
 
 
 def run(config: JobConfig, work: Work = _train) -> int:
-    """Train from start to end, or do other work. Returns the exit code, see `train.main`.
+    """Train from start to end, or do other work. Return the exit code, see `train.main`.
 
     Raises:
         UserError: the job cannot be started.
         Fault: it cannot go on.
     """
-    comm = config.comm
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    job, comm = resolve(config, device_type, int(os.environ.get("WORLD_SIZE", 1))), config.comm
     patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
     heartbeat = Heartbeat(int(os.environ.get("RANK", 0)), patience)
     stop = StopRequest()  # at once: loading may take longer than a scheduler's patience
     try:
-        return work(config, stop, heartbeat)
+        return work(job, stop, heartbeat)
     except Stopped:
         where = "before the first step" if work is _train else f"in {heartbeat.phase}"
         logger.warning("Stopped by signal %s %s; start again", stop.signal, where)
@@ -47,7 +50,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
     except Exception as error:
         logger.debug("Failed in %s", heartbeat.phase, exc_info=True)
         if is_out_of_memory(error):
-            raise out_of_memory(error, heartbeat, config) from error
+            raise out_of_memory(error, heartbeat, job) from error
         if lost_others(error):
             place, why = heartbeat.phase, first_line(error)
             raise LostOthers(f"in {place} another rank did not answer ({why})") from error
@@ -57,7 +60,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether a collective failed, for another rank has died or did not come in time."""
+    """Return whether a collective failed because another rank died or did not come in time."""
     # gloo, unlike NCCL, has no class of its own; it names its source files.
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)

@@ -1,32 +1,31 @@
-"""Which model an evaluation grades: found, inspected and named, its weights not yet loaded."""
+"""Find and check the model that an evaluation grades, without loading its weights."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opd_titan.checkpoint.steps import is_checkpoint
 from opd_titan.config import RECIPE_FILE, JobConfig
 from opd_titan.config.job_config import TeacherModel
-from opd_titan.config.sets import teacher_role
+from opd_titan.config.resolve import ModelSpec, teacher_role
 from opd_titan.data.tokenizer import compare_tokenizers
 from opd_titan.errors import ConfigError
-from opd_titan.training.models import ModelSource, ending_with, inspect_model
+from opd_titan.training.sources import ModelSource, inspect_model
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is graded.
+    """The model to grade.
 
     Attributes:
-        name: for people, and of the results' folder.
-        source: what it is; of a checkpoint, the student that it was of.
-        tokenizer: whose template and tokens the prompts have.
-        checkpoint: where the weights are, if not in the source's folder.
+        name: a short name, for messages and for the folder of the results.
+        source: its files and sizes; for a training checkpoint those of the run's student.
+        tokenizer: makes the prompts.
+        checkpoint: a training checkpoint with the weights; None if the source has them.
     """
 
     name: str
@@ -36,62 +35,69 @@ class Subject:
 
     @property
     def weights(self) -> str:
+        """Where the weights come from: a folder, or "random"."""
         if self.checkpoint is not None:
             return str(self.checkpoint)
         return "random" if self.source.files is None else str(self.source.folder)
 
 
 def find_subject(config: JobConfig) -> Subject:
-    """The model that `evaluate.model` names, without its weights.
+    """Find and inspect the model that `evaluate.model` names.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it cannot be used.
     """
     model, tp = config.evaluate.model or "student", config.parallelism.tensor_parallel_degree
-    student, teacher = config.student, config.teacher
-    # Where the student's weights are not needed they need not be there.
-    template = partial(inspect_model, "student", student.hf_path, True, tp)
+    c, teacher = config.student, config.teacher
+    student = ModelSpec(
+        "student", c.hf_path, "student.hf_path", c.random_init, config.training.seed
+    )
+    # For the tokenizer and the sizes of the student, its weights need not exist.
+    template = replace(student, random_init=True)
     one = TeacherModel(hf_path=teacher.hf_path)
     teachers = {teacher_role(t.name): t.hf_path for t in (one, *teacher.models)}
+    checkpoint = None
     if model in teachers:
-        source = inspect_model(model, teachers[model], teacher.random_init, tp)
-        if not student.hf_path:
+        spec = replace(student, role=model, path=teachers[model], key=f"{model}.hf_path")
+        spec = replace(spec, random_init=teacher.random_init, cpu_offload=teacher.cpu_offload)
+        source = inspect_model(spec, tp)
+        if not c.hf_path:
             return Subject(model, source, source.tokenizer)
-        # As during training: it is asked what the student is asked.
-        tokenizer = template().tokenizer
+        # As in training, the teacher gets the student's prompts.
+        tokenizer = inspect_model(template, tp).tokenizer
         compare_tokenizers(tokenizer, source.tokenizer)
         return Subject(model, source, tokenizer)
-    checkpoint = None
     if model == "student":
-        source = inspect_model("student", student.hf_path, student.random_init, tp)
+        spec = replace(student, eos_token=c.eos_token)
     elif is_checkpoint(Path(model)):
-        if not student.hf_path:
+        if not c.hf_path:
             raise ConfigError(
-                f"evaluate.model: the checkpoint {model} has weights only; give its run's recipe "
-                f"(--job.config_file .../{RECIPE_FILE}) or student.hf_path for sizes and tokenizer"
+                f"evaluate.model: the checkpoint {model} has weights only; for the sizes and the "
+                f"tokenizer give its run's recipe (--job.config_file .../{RECIPE_FILE}) or "
+                f"student.hf_path"
             )
-        source, checkpoint = template(), Path(model)
+        spec, checkpoint = replace(template, eos_token=c.eos_token), Path(model)
     else:
         _refuse_dump_folder(Path(model))
-        source = inspect_model("student", model, False, tp, key="evaluate.model")
-    if student.eos_token and (model == "student" or checkpoint is not None):
-        source = ending_with(source, student.eos_token)  # an export says so itself
-    # Not trained here: frozen, and in the dtype that it computes in.
-    source = replace(source, role="model")
+        spec = ModelSpec("student", model, "evaluate.model")  # an export has its eos_token itself
+    source = inspect_model(spec, tp)
+    # With a role other than the student's it is loaded frozen, in the compute dtype.
+    source = replace(source, spec=replace(spec, role="model"))
     return Subject(short_name(model), source, source.tokenizer, checkpoint)
 
 
 def _refuse_dump_folder(folder: Path) -> None:
     if (folder / RECIPE_FILE).is_file():
         models = sorted(folder.glob("hf/step-*")) + sorted(folder.glob("checkpoint/step-*"))
-        named = ", ".join(str(path) for path in models) or "there is none yet"
+        choices = ", ".join(map(str, models)) or "it has none yet"
         raise ConfigError(
-            f"evaluate.model: {folder} is a run's dump folder; wanted one of its models: {named}"
+            f"evaluate.model: {folder} is the dump folder of a run; expected one of its models: "
+            f"{choices}"
         )
 
 
 def short_name(model: str) -> str:
-    """`outputs/mine/hf/step-40` -> `hf-step-40`; of others the last part."""
+    """Return "hf-step-40" for "outputs/mine/hf/step-40", for other paths their last part."""
     parts = [part for part in Path(os.path.expanduser(model)).parts if part not in ("/", "..")]
     last = parts[-2:] if re.fullmatch(r"step-\d+", parts[-1] if parts else "") else parts[-1:]
     return re.sub(r"[^\w.-]+", "-", "-".join(last)) or "model"

@@ -1,10 +1,10 @@
-"""The options of a run: TOML tables, command-line overrides, strict checks. Knows no torch."""
+"""The configuration of a run: TOML tables and command-line overrides. Does not import torch."""
 
 from opd_titan.config.job_config import JobConfig
 from opd_titan.config.manager import load_config, to_toml
 from opd_titan.errors import ConfigError
 
-# The resolved recipe, in a dump folder and beside the results of an evaluation.
+# The resolved recipe, in the dump folder and next to the results of an evaluation.
 RECIPE_FILE = "config.resolved.toml"
 
 __all__ = ["RECIPE_FILE", "ConfigError", "JobConfig", "load_config", "to_toml"]

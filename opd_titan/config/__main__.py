@@ -1,5 +1,5 @@
 """`python -m opd_titan.config --job.config_file X [--table.key value ...]`: print the resolved
-config as TOML. With `--markdown` alone: docs/configuration.md."""
+configuration as TOML. With `--markdown` as only argument: print docs/options.md."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def main() -> int:
         except ConfigError as e:
             print(e, file=sys.stderr)
             return 2
-    # TOML is UTF-8 whatever the locale.
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stdout is no bare TextIO
+    # TOML is UTF-8 in every locale.
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # sys.stdout is typed TextIO
     with for_a_pipe():
         print(text, end="")
     return 0

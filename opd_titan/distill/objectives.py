@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_titan.config import JobConfig
+from opd_titan.config.job_config import Distill, Reference
 from opd_titan.distill.vocabulary import MaybeTensor, Rows
 
 
@@ -47,12 +47,11 @@ class ObjectiveSettings:
     true_ratio: bool = False
 
     @classmethod
-    def of(cls, config: JobConfig) -> ObjectiveSettings:
-        d = config.distill
+    def of(cls, d: Distill, reference: Reference) -> ObjectiveSettings:
         return cls(
             clip_low=d.clip_low,
             clip_high=d.clip_high,
-            reference_coef=config.reference.coef,
+            reference_coef=reference.coef,
             log_ratio_clamp=d.log_ratio_clamp,
             reward_power=d.reward_power,
             baseline=d.baseline,

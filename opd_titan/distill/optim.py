@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_titan.config import JobConfig
+from opd_titan.config.job_config import LRScheduler, Optimizer
 from opd_titan.distributed.heartbeat import track_memory
 from opd_titan.distributed.sharding import device_bytes, gradient_bytes
 from opd_titan.distributed.tensor_parallel import local
@@ -31,9 +31,8 @@ class AdamW(torch.optim.AdamW):
         return has_complex
 
 
-def build_optimizer(model: nn.Module, config: JobConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, c: Optimizer) -> torch.optim.Optimizer:
     """Return AdamW over all parameters, without weight decay for norm weights."""
-    c = config.optimizer
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay},
@@ -49,14 +48,13 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return device_bytes(x for state in optimizer.state.values() for x in state.values())
 
 
-def learning_rate(step: int, total_steps: int, config: JobConfig) -> float:
+def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduler) -> float:
     """Return the learning rate of a step, counted from 1: linear warm-up, then decay.
 
     The decay would reach its end one step after the last, so that no step has a rate of 0.
     """
-    schedule = config.lr_scheduler
     if step <= schedule.warmup_steps:
-        return config.optimizer.lr * step / schedule.warmup_steps
+        return peak * step / schedule.warmup_steps
     span = max(1, total_steps - schedule.warmup_steps)
     progress = min(1.0, (step - 1 - schedule.warmup_steps) / span)
     shape = {
@@ -65,7 +63,7 @@ def learning_rate(step: int, total_steps: int, config: JobConfig) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[schedule.decay]
     floor = schedule.min_lr_factor
-    return config.optimizer.lr * (floor + (1.0 - floor) * shape)
+    return peak * (floor + (1.0 - floor) * shape)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

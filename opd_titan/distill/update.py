@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 
-from opd_titan.config import JobConfig
+from opd_titan.config.job_config import Distill, Reference, Training
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
 from opd_titan.distill.inspection import note_standings, watch_samples
@@ -51,14 +51,12 @@ class UpdateRule:
     max_grad_norm: float
 
     @classmethod
-    def of(cls, config: JobConfig, dist: Distribution) -> UpdateRule:
-        """What `config` asks for; `dist` is what the student samples from."""
-        return cls(
-            OBJECTIVES[config.distill.objective],
-            ObjectiveSettings.of(config),
-            dist,
-            config.training.max_grad_norm,
-        )
+    def of(
+        cls, distill: Distill, reference: Reference, training: Training, dist: Distribution
+    ) -> UpdateRule:
+        """Return the rule of a configuration; `dist` is what the student samples from."""
+        settings = ObjectiveSettings.of(distill, reference)
+        return cls(OBJECTIVES[distill.objective], settings, dist, training.max_grad_norm)
 
     @property
     def needs_vocabulary(self) -> bool:
@@ -134,7 +132,6 @@ class _Totals:
         return {
             **mean,
             **known,
-            "loss/total": mean["loss/policy"],
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms),
         }
 

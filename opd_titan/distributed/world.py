@@ -1,20 +1,17 @@
-"""Start of the process group, the device mesh, and where this rank stands in it.
+"""The process group, the device mesh, and the place of this rank in it.
 
-In all of the program, a layer is *split* over `tp` and parameters are *sharded* over `dp_shard`.
+Throughout the program, a layer is *split* over `tp` and parameters are *sharded* over `dp_shard`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from opd_titan.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -107,32 +104,20 @@ def set_timeout(seconds: int, device: torch.device) -> None:
 
 
 def build_world(
-    device: torch.device, replicate: int = 1, shard: int = -1, tensor: int = 1
+    device: torch.device, replicate: int = 1, shard: int | None = None, tensor: int = 1
 ) -> World:
     """Lay the mesh over the process group. All ranks call.
 
-    Neighbouring ranks, which share a node's fast links, hold one model between them (`tp`); then
-    come the shards of a copy, then the copies.
+    Neighbouring ranks, which share the fast links of a node, hold one model between them (`tp`);
+    then come the shards of a copy, then the copies.
 
     Args:
         replicate: copies of the sharded model.
-        shard: ranks that share one copy; -1 takes what the world has left.
+        shard: ranks that share one copy; None: all that the other two leave.
         tensor: ranks that each layer is split over.
-
-    Raises:
-        ConfigError: the degrees do not multiply to the world size.
     """
-    world = dist.get_world_size()
-    asked = shard
-    if shard == -1:
-        shard = max(1, world // (replicate * tensor))
-    if replicate * shard * tensor != world:
-        fits = ", ".join(" x ".join(map(str, f)) for f in _fitting(world, replicate, tensor))
-        raise ConfigError(
-            f"[parallelism] data_parallel_replicate_degree {replicate} x "
-            f"data_parallel_shard_degree {asked} x tensor_parallel_degree {tensor} is not the "
-            f"world size {world}; what fits: {fits}"
-        )
+    if shard is None:
+        shard = dist.get_world_size() // (replicate * tensor)
     axes = {"dp_replicate": replicate, "dp_shard": shard, "tp": tensor}
     axes = {name: n for name, n in axes.items() if n > 1 or name == "dp_shard"}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -157,11 +142,3 @@ def _data_group(
         return mesh["dp_shard"].get_group()
     columns = torch.arange(dist.get_world_size()).view(-1, tensor).t().tolist()
     return dist.new_subgroups_by_enumeration(columns)[0]
-
-
-def _fitting(world: int, replicate: int, tensor: int) -> Iterator[tuple[int, int, int]]:
-    """Degrees that do multiply to the world size, those that keep one of the wishes first."""
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
-    found = [(r, world // r // t, t) for t in divisors for r in divisors if world % (r * t) == 0]
-    found.sort(key=lambda f: (-(f[0] == replicate) - (f[2] == tensor), f[2], f[0]))
-    yield from found[:6]

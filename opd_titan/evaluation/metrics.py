@@ -1,4 +1,4 @@
-"""What a model's graded responses to the held-out prompts say: accuracies and their intervals."""
+"""The accuracies of graded responses, and the comparison of the student with its teacher."""
 
 from __future__ import annotations
 
@@ -15,26 +15,22 @@ from opd_titan.evaluation.statistics import (
     bootstrap_interval,
     gap_recovered,
     ks_of,
-    mean_interval,
-    paired_p_value,
     pass_at_k,
-    prompt_means,
 )
 from opd_titan.grading.graders import Grade, Grader
 
-NOISE = 0.05  # a difference that chance alone makes this often is within noise
-ByPrompt = list[float]  # mean score of each prompt of a set
+ByPrompt = list[float]  # the mean score of each prompt of a set
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One set to validate on.
+    """A validation set.
 
     Attributes:
-        name: empty for the only one.
-        source: where it comes from, for people.
-        trained_on: how many of the prompts are training prompts too.
-        teacher: among the job's models, whom the student is measured against.
+        name: its name in the configuration; empty for the only set.
+        source: the file or data set that it was read from, for messages.
+        trained_on: number of its prompts that are training prompts too.
+        teacher: the role of the teacher that the student is compared with on this set.
     """
 
     name: str
@@ -53,24 +49,19 @@ class SetResult:
     samples: list[Sample]
     grades: list[Grade]
 
-    @property
-    def scores_PN(self) -> list[list[float]]:
-        """[prompts, samples of each]."""
-        values = [float(grade.score) for grade in self.grades]
-        n = len(values) // len(self.held_out.prompts)
-        return [values[i : i + n] for i in range(0, len(values), n)]
+    @cached_property
+    def scores_PN(self) -> np.ndarray:
+        """Scores [prompts, samples per prompt], float64."""
+        scores = np.array([grade.score for grade in self.grades], dtype=np.float64)
+        return scores.reshape(len(self.held_out.prompts), -1)
 
     @property
     def by_prompt(self) -> ByPrompt:
-        return prompt_means(self.scores_PN).tolist()
+        return self.scores_PN.mean(axis=1).tolist()
 
     @property
     def accuracy(self) -> float:
         return sum(float(grade.score) for grade in self.grades) / len(self.grades)
-
-    @property
-    def interval(self) -> Interval:
-        return accuracy_interval(self.scores_PN)
 
     @property
     def response_tokens_mean(self) -> float:
@@ -82,18 +73,19 @@ class SetResult:
 
     @property
     def pass_at(self) -> dict[int, float]:
-        """By k, mean over prompts; a response passes with full marks. Empty for one sample."""
-        prompts = len(self.held_out.prompts)
-        n = len(self.grades) // prompts
-        passed = [grade.correct for grade in self.grades]
-        counts = [sum(passed[i : i + n]) for i in range(0, len(passed), n)]
+        """pass@k by k, the mean over prompts; empty if there is one sample per prompt.
+
+        A response passes with the full score.
+        """
+        n = self.scores_PN.shape[1]
+        counts = (self.scores_PN >= 1.0).sum(axis=1).tolist()
         ks = ks_of(n) if n > 1 else []
-        return {k: sum(pass_at_k(c, n, k) for c in counts) / prompts for k in ks}
+        return {k: _mean([pass_at_k(c, n, k) for c in counts]) for k in ks}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model's results on all sets, each of which counts the same."""
+    """A model's results on one or more sets, which have equal weight."""
 
     sets: list[SetResult]
 
@@ -106,77 +98,92 @@ class Measurement:
         """The plain mean of the sets' accuracies."""
         return _mean([s.accuracy for s in self.sets])
 
-    @property
+    @cached_property
     def interval(self) -> Interval:
-        if len(self.sets) == 1:
-            return self.sets[0].interval
-        return mean_interval([s.accuracy for s in self.sets], [s.interval for s in self.sets])
+        return accuracy_interval([s.scores_PN for s in self.sets])
 
     @property
     def pass_at(self) -> dict[int, float]:
         by_set = [s.pass_at for s in self.sets]
         return {k: _mean([found[k] for found in by_set]) for k in by_set[0]}
 
-    def scalars(self) -> dict[str, float]:
-        """`validation/*`: of all sets together and, where there are several, of each."""
-        found = _scalars("validation/", self)
+    @property
+    def each(self) -> list[Measurement]:
+        """The measurement of each set alone."""
+        return [Measurement([s]) for s in self.sets]
+
+    def scalars(self, prefix: str = "validation/") -> dict[str, float]:
+        """Return the scalars of the mean over sets and, if there are several, of each set."""
+        low, high = self.interval
+        found = {
+            f"{prefix}accuracy": self.accuracy,
+            f"{prefix}accuracy_low": low,
+            f"{prefix}accuracy_high": high,
+            f"{prefix}response_tokens_mean": _mean([s.response_tokens_mean for s in self.sets]),
+        }
+        found |= {f"{prefix}pass_at_{k}": value for k, value in self.pass_at.items() if k > 1}
         if len(self.sets) > 1:
-            for s in self.sets:
-                found |= _scalars(f"validation/{s.held_out.name}/", Measurement([s]))
+            for alone in self.each:
+                found |= alone.scalars(f"{prefix}{alone.sets[0].held_out.name}/")
         return found
-
-
-def _scalars(prefix: str, measured: Measurement) -> dict[str, float]:
-    low, high = measured.interval
-    found = {
-        "accuracy": measured.accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "response_tokens_mean": _mean([s.response_tokens_mean for s in measured.sets]),
-    }
-    found |= {f"pass_at_{k}": value for k, value in measured.pass_at.items() if k > 1}
-    return {prefix + name: value for name, value in found.items()}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Student, start and teacher on the same prompts, under the same conditions.
+    """The student, its start (step 0) and its teacher on the same prompts.
 
     Args:
-        student, start, teacher: by set, the mean score of each prompt.
+        student, start, teacher: for each set, the mean score of each prompt.
     """
 
     student: list[ByPrompt]
     start: list[ByPrompt]
     teacher: list[ByPrompt]
 
+    @cached_property
+    def _sets(self) -> list[np.ndarray]:
+        """For each set, scores [prompts, (student, start, teacher)]."""
+        models = zip(self.student, self.start, self.teacher, strict=True)
+        return [np.array(scores).T for scores in models]
+
     @property
     def accuracies(self) -> np.ndarray:
-        """(student, start, teacher): plain means over sets."""
-        return np.mean([scores_PM.mean(axis=0) for scores_PM in self._sets()], axis=0)
+        """Plain means over sets [(student, start, teacher)]."""
+        return np.mean([scores_PM.mean(axis=0) for scores_PM in self._sets], axis=0)
 
     @property
     def gap(self) -> float | None:
-        """Share of the way from start to teacher; None where the teacher is not better."""
+        """The gap recovered, (student - start) / (teacher - start); None if there is no gap."""
         share = float(gap_recovered(self.accuracies))
         return share if np.isfinite(share) else None
 
     @cached_property
     def gap_interval(self) -> Interval | None:
-        """None where the data do not bound it: the teacher may be no better than the start."""
+        """The interval of `gap`; None if the teacher may be no better than the start."""
         if self.gap is None:
             return None
-        return bootstrap_interval(self._sets(), gap_recovered)
+        interval = bootstrap_interval(self._sets, gap_recovered)
+        return interval if np.isfinite(interval).all() else None
 
-    def chance(self, model: str, other: str) -> float:
-        """How often chance alone parts these two as far; both are names of attributes."""
-        pairs = zip(getattr(self, model), getattr(self, other), strict=True)
-        return paired_p_value([np.subtract(a, b) for a, b in pairs])
+    def within_noise(self, model: str, other: str) -> bool:
+        """Return whether the interval of the difference of two models' accuracies contains 0.
 
-    def of_set(self, i: int) -> Comparison:
-        return Comparison([self.student[i]], [self.start[i]], [self.teacher[i]])
+        Args:
+            model, other: "student", "start" or "teacher".
+        """
+        names = ["student", "start", "teacher"]
+        i, j = names.index(model), names.index(other)
+        low, high = bootstrap_interval(self._sets, lambda means: means[:, i] - means[:, j])
+        return low <= 0.0 <= high
+
+    @property
+    def each(self) -> list[Comparison]:
+        """The comparison on each set alone."""
+        models = zip(self.student, self.start, self.teacher, strict=True)
+        return [Comparison([student], [start], [teacher]) for student, start, teacher in models]
 
     def scalars(self, prefix: str = "validation/") -> dict[str, float]:
+        """Return the teacher's accuracy and, where there is one, the gap recovered."""
         found = {f"{prefix}teacher_accuracy": float(self.accuracies[2])}
         if self.gap is not None:
             found[f"{prefix}gap_recovered"] = self.gap
@@ -186,7 +193,7 @@ class Comparison:
         return found
 
     def text(self) -> str:
-        """For the console, after the student's own figure."""
+        """Return the comparison in words, to follow the student's accuracy in the log."""
         start, teacher = self.accuracies[1:]
         text = f", start {start:.1%}, teacher {teacher:.1%}"
         if self.gap is None:
@@ -196,20 +203,15 @@ class Comparison:
             return text
         if self.gap_interval is not None:
             text += f" ({percent(self.gap_interval)})"
-        if (p := self.chance("teacher", "start")) >= NOISE:
-            text += f"; the teacher is within noise of the start (p = {p:.2f})"
-        elif (p := self.chance("student", "start")) >= NOISE:
-            text += f"; within noise of the start (p = {p:.2f})"
+        if self.within_noise("teacher", "start"):
+            text += "; the teacher is within noise of the start"
+        elif self.within_noise("student", "start"):
+            text += "; the student is within noise of the start"
         return text
-
-    def _sets(self) -> list[np.ndarray]:
-        """By set, [prompts, (student, start, teacher)]."""
-        models = zip(self.student, self.start, self.teacher, strict=True)
-        return [np.array(scores).T for scores in models]
 
 
 def percent(interval: Interval) -> str:
-    """As "71.8 to 83.2"."""
+    """Return an interval as "71.8 to 83.2", in percent."""
     return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, samples.jsonl, the recipe, a table for people."""
+"""Write the files of an evaluation (results.json, samples.jsonl, its recipe) and print a table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -17,56 +18,43 @@ import torch.distributed as dist
 from opd_titan import __version__
 from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
-from opd_titan.distributed.agreement import raise_on_all_ranks
-from opd_titan.errors import ConfigError
+from opd_titan.errors import ConfigError, reason
 from opd_titan.evaluation.metrics import Measurement, SetResult, percent
 from opd_titan.evaluation.statistics import CONFIDENCE
 from opd_titan.observability.rollout_writer import json_line
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify")
-METHODS = {
-    "one": "Wilson score interval over prompts",
-    "several": "Wilson score interval at the effective number of independent samples, by the "
-    "clustered standard error over prompts",
-    "sets": "of the mean of independent sets, from their intervals (MOVER)",
-}
+WILSON = "Wilson score interval over prompts"
+BOOTSTRAP = "percentile bootstrap over the prompts of each set"
 
 
 def claim_folder(config: JobConfig, name: str) -> Path:
-    """The folder for the results, made and writable, without an earlier result. All ranks call.
+    """Make the folder for the results and return it. Rank 0 calls.
+
+    It is `evaluate.folder`, else `<dump_folder>/evaluation/<name>` with the first free number after
+    it: "name", "name-2", "name-3".
 
     Raises:
-        ConfigError: it cannot be written, or `evaluate.folder` has a result already.
+        ConfigError: it cannot be written, or `evaluate.folder` holds a result already.
     """
-    found: list[Any] = [None]
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            found = [_claim(config, name)]
-    dist.broadcast_object_list(found)
-    return Path(found[0])
-
-
-def _claim(config: JobConfig, name: str) -> str:
-    asked = config.evaluate.folder
-    key = "[evaluate] folder" if asked else "[job] dump_folder"
-    first = Path(asked) if asked else Path(config.job.dump_folder) / "evaluation" / name
-    folders = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in count(1))
+    given = config.evaluate.folder
+    key = "[evaluate] folder" if given else "[job] dump_folder"
+    first = folder = Path(given or Path(config.job.dump_folder, "evaluation", name))
     try:
-        for folder in folders:
+        for number in count(2):
             if not (folder / RESULTS).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / ".writable"
-                probe.touch()
-                probe.unlink()
-                return str(folder)
-            if asked:
+                break
+            if given:
                 raise ConfigError(f"{key}: {folder} holds an earlier result; choose another folder")
+            folder = first.with_name(f"{first.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
-            f"{key}: {first} cannot be written ({error.strerror}); choose a folder that can"
+            f"{key}: {folder} cannot be written ({reason(error)}); choose another folder"
         ) from error
-    raise AssertionError("there is always another number")
+    return folder
 
 
 def write_results(
@@ -77,13 +65,17 @@ def write_results(
     measured: Measurement,
     decode: Callable[[list[int]], str],
 ) -> None:
-    """Write all files, results.json last: where it is, the others are whole. Rank 0 calls.
+    """Write all files. Rank 0 calls.
+
+    results.json is written last, so that a folder that has it is complete.
 
     Args:
-        model: name, weights and size of what was graded, as results.json has them.
+        model: the entry "model" of results.json: name, weights and size.
+        dtype: the dtype that the model computed in.
+        decode: from token ids to text.
 
     Raises:
-        StorageError: a file could not be written.
+        OSError: a file could not be written; it names the file.
     """
     with name_file_in_errors(folder / RECIPE_FILE):
         (folder / RECIPE_FILE).write_text(to_toml(config), encoding="utf-8")
@@ -121,18 +113,17 @@ def _sample_lines(result: SetResult, decode: Callable[[list[int]], str]) -> Iter
 def summary(
     config: JobConfig, model: dict[str, Any], dtype: torch.dtype, measured: Measurement
 ) -> dict[str, Any]:
-    """results.json: figures, the conditions they were measured under, versions."""
-    v, sampled = config.validation, measured.sets[0]
-    several = len(sampled.samples) > len(sampled.held_out.prompts)
-    method = METHODS["several" if several else "one"]
+    """Return the content of results.json: figures, their conditions, versions."""
+    v = config.validation
+    one_each = len(measured.sets) == 1 and v.samples_per_prompt == 1
     return {
         "model": model,
         "accuracy": measured.accuracy,
         "interval": list(measured.interval),
         "confidence": CONFIDENCE,
-        "interval_method": f"{method}; {METHODS['sets']}" if len(measured.sets) > 1 else method,
+        "interval_method": WILSON if one_each else BOOTSTRAP,
         "pass_at_k": measured.pass_at,
-        "sets": [_set_summary(result) for result in measured.sets],
+        "sets": [_set_summary(alone) for alone in measured.each],
         "settings": {
             "samples_per_prompt": v.samples_per_prompt,
             "temperature": v.temperature,
@@ -149,7 +140,8 @@ def summary(
     }
 
 
-def _set_summary(result: SetResult) -> dict[str, Any]:
+def _set_summary(measured: Measurement) -> dict[str, Any]:
+    (result,) = measured.sets
     return {
         "name": result.held_out.name,
         "source": result.held_out.source,
@@ -157,7 +149,7 @@ def _set_summary(result: SetResult) -> dict[str, Any]:
         "prompts": len(result.held_out.prompts),
         "samples": len(result.samples),
         "accuracy": result.accuracy,
-        "interval": list(result.interval),
+        "interval": list(measured.interval),
         "pass_at_k": result.pass_at,
         "response_tokens_mean": result.response_tokens_mean,
         "truncated_fraction": result.truncated_fraction,
@@ -165,6 +157,7 @@ def _set_summary(result: SetResult) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this program, Python and the packages that results depend on."""
     found = {"opd_titan": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -175,25 +168,24 @@ def versions() -> dict[str, str]:
 
 
 def table(name: str, measured: Measurement) -> str:
-    """A row for each set and, where there are several, one for all together."""
-    columns = ["set", "prompts", "samples", "accuracy", "95 % interval"]
+    """Return a table with a row for each set and, if there are several, one for their mean."""
     ks = [k for k in measured.pass_at if k > 1]
-    columns += [*(f"pass@{k}" for k in ks), "tokens", "cut"]
-    rows = [columns]
-    for s in measured.sets:
-        sizes = [str(len(s.held_out.prompts)), str(len(s.samples))]
-        own = [f"{s.response_tokens_mean:.1f}", f"{s.truncated_fraction:.1%}"]
+    figures = ["accuracy", "95 % interval", *(f"pass@{k}" for k in ks)]
+    rows = [["set", "prompts", "samples", *figures, "tokens", "cut"]]
+    for alone in measured.each:
+        (s,) = alone.sets
         label = s.held_out.name or Path(s.held_out.source).name
-        rows.append([label, *sizes, *_figures(Measurement([s]), ks), *own])
+        sizes = [str(len(s.held_out.prompts)), str(len(s.samples))]
+        lengths = [f"{s.response_tokens_mean:.1f}", f"{s.truncated_fraction:.1%}"]
+        rows.append([label, *sizes, *_figures(alone, ks), *lengths])
     if len(measured.sets) > 1:
         rows.append(["mean", "", "", *_figures(measured, ks), "", ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([f"Evaluation of {name}", *lines])
+    lines = [f"Evaluation of {name}"]
+    for label, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([label.ljust(widths[0]), *right]).rstrip())
+    return "\n".join(lines)
 
 
 def _figures(measured: Measurement, ks: list[int]) -> list[str]:

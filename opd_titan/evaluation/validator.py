@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_titan.config import JobConfig
 from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.sets import teacher_role, validation_sets
+from opd_titan.config.resolve import teacher_role, validation_sets
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.agreement import raise_on_all_ranks
@@ -30,41 +30,47 @@ from opd_titan.evaluation.metrics import (
     percent,
 )
 from opd_titan.grading.answers import after_prompt
-from opd_titan.grading.graders import Grade, Grader, load_grader
+from opd_titan.grading.graders import Grade, load_grader
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.rollout.generator import Generator, SamplingParams
 from opd_titan.rollout.rollout import sample_responses
 
 logger = logging.getLogger("opd_titan")
 
-# From a progress bar to what a rollout calls with the tokens just sampled.
+# Given the progress bar, returns what a rollout calls with the number of tokens just sampled.
 OnTokens = Callable[[Bar], Callable[[int], None]]
 
-
-def _only_the_bar(bar: Bar) -> Callable[[int], None]:
-    return bar.update
-
-
-# Keeps validation's random numbers apart from those of any training step.
+# Added to the seed, it gives validation other random numbers than any training step.
 VALIDATION_STREAM = 1 << 62
+
+
+def _update_bar(bar: Bar) -> Callable[[int], None]:
+    return bar.update
 
 
 @dataclass
 class Baselines:
-    """What the student is measured against, by set the mean score of each prompt. None: not
-    measured."""
+    """The models that the student is compared with: for each set, the mean score of each prompt.
+
+    None: not measured yet.
+    """
 
     start: list[ByPrompt] | None = None
     teacher: list[ByPrompt] | None = None
 
 
 class Validator:
-    """Grades a model's responses to the same prompts, with the same random numbers, each time.
+    """Measures models on the validation sets, always with the same prompts and random numbers.
 
     Args:
-        sets: of prompts with answers. Each counts the same.
-        seed: of the sampling, when it is not greedy.
-        teacher: what tells this job's teachers from others; None: it has none.
+        sets: validation sets of prompts with gold answers. They have equal weight.
+        samples_per_prompt: responses to each prompt.
+        params: sampling parameters.
+        seed: of the sampling, unless it is greedy.
+        decode: from token ids to text.
+        dp: the data-parallel ranks, which share the work.
+        teacher: identifies the job's teachers, so that the baselines of other teachers are not
+            taken from a checkpoint; None if there is no teacher.
     """
 
     def __init__(
@@ -77,44 +83,48 @@ class Validator:
         dp: Axis,
         teacher: str | None = None,
     ) -> None:
-        self.teacher = teacher
         self.sets, self.samples_per_prompt, self.params = sets, samples_per_prompt, params
-        self.seed, self.decode, self.dp = seed, decode, dp
+        self.seed, self.decode, self.dp, self.teacher = seed, decode, dp, teacher
         self.baselines = Baselines()
-        self._of_teachers: dict[str, ByPrompt] = {}  # by set, as far as measured
+        self._teacher_scores: dict[str, ByPrompt] = {}  # by the names of the sets measured so far
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Of all sets."""
+        """The prompts of all sets."""
         return [prompt for held_out in self.sets for prompt in held_out.prompts]
 
     def warn_if_not_held_out(self) -> None:
-        for held_out in self.sets:
-            # A few questions stand in both splits of many sets; more is a mistake in the recipe.
-            if held_out.trained_on > 0.01 * len(held_out.prompts):
+        """Log a warning for each set that shares more than 1 % of its prompts with training."""
+        for s in self.sets:
+            # Many public data sets repeat a few questions in both splits.
+            if s.trained_on > 0.01 * len(s.prompts):
                 logger.warning(
                     "Validation%s: %s of %s prompts are training prompts too, so its accuracy is "
                     "not that of held-out prompts; see validation.path and validation.split",
-                    f" on {held_out.name}" if held_out.name else "",
-                    held_out.trained_on,
-                    len(held_out.prompts),
+                    f" on {s.name}" if s.name else "",
+                    s.trained_on,
+                    len(s.prompts),
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """The baselines and what they depend on; plain JSON values."""
-        return {"measured_by": self._measured_by(), "baselines": asdict(self.baselines)}
+        """Return the baselines and the conditions that they depend on, as JSON values."""
+        return {"measured_by": self._conditions(), "baselines": asdict(self.baselines)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take the baselines over where they still compare. None: nothing was validated then."""
-        if state is not None and state["measured_by"] == self._measured_by():
+        """Restore the baselines if they were measured under the same conditions.
+
+        Args:
+            state: from `state_dict`; None if the run that was saved did not validate.
+        """
+        if state is not None and state["measured_by"] == self._conditions():
             self.baselines = Baselines(**state["baselines"])
         else:
             logger.warning(
-                "What is validated, or the teacher, changed since the checkpoint: its start and "
-                "teacher accuracies do not compare with today's; no gap_recovered from here on"
+                "Validation or the teacher changed since the checkpoint, so the accuracies of the "
+                "start and the teacher cannot be compared any more: gap_recovered is not reported"
             )
 
-    def _measured_by(self) -> dict[str, Any]:
+    def _conditions(self) -> dict[str, Any]:
         sets = []
         for s in self.sets:
             held_out = repr([(p.token_ids, p.answer) for p in s.prompts])
@@ -127,35 +137,39 @@ class Validator:
         }
 
     def measure_teacher(
-        self, generator: Generator, role: str = "teacher", on_tokens: OnTokens = _only_the_bar
+        self, generator: Generator, role: str = "teacher", on_tokens: OnTokens = _update_bar
     ) -> None:
-        """On its own sets. There are baselines when every teacher has been measured."""
-        own = [s for s in self.sets if s.teacher == role]
-        for result in self.measure(generator, role, on_tokens, own).sets:
-            self._of_teachers[result.held_out.name] = result.by_prompt
-        if all(s.name in self._of_teachers for s in self.sets):
-            self.baselines.teacher = [self._of_teachers[s.name] for s in self.sets]
+        """Measure a teacher on the sets that the student is compared with it on.
+
+        The baseline is complete when every set has been measured.
+        """
+        sets = [s for s in self.sets if s.teacher == role]
+        for result in self.measure(generator, role, on_tokens, sets).sets:
+            self._teacher_scores[result.held_out.name] = result.by_prompt
+        if len(self._teacher_scores) == len(self.sets):
+            self.baselines.teacher = [self._teacher_scores[s.name] for s in self.sets]
 
     def measure_student(
-        self, generator: Generator, step: int, on_tokens: OnTokens = _only_the_bar
+        self, generator: Generator, step: int, on_tokens: OnTokens = _update_bar
     ) -> dict[str, float]:
-        """`validation/*` scalars of the student as it is now; step 0 sets the start."""
+        """Measure the student, log the result and return the `validation/*` scalars.
+
+        The result at step 0 is the start that later ones are compared with.
+        """
         measured = self.measure(generator, "student", on_tokens)
-        student = measured.by_prompt
         if step == 0:
-            self.baselines.start = student
+            self.baselines.start = measured.by_prompt
         scalars = measured.scalars()
-        text = f"Validation at step {step}: student {measured.accuracy:.1%}"
-        text += f" ({percent(measured.interval)})"
+        text = f"student {measured.accuracy:.1%} ({percent(measured.interval)})"
         start, teacher = self.baselines.start, self.baselines.teacher
         if start is not None and teacher is not None:
-            compared = Comparison(student, start, teacher)
+            compared = Comparison(measured.by_prompt, start, teacher)
             scalars |= compared.scalars()
             text += compared.text()
             if len(self.sets) > 1:
-                for i, s in enumerate(self.sets):
-                    scalars |= compared.of_set(i).scalars(f"validation/{s.name}/")
-        logger.info("%s", text)
+                for s, alone in zip(self.sets, compared.each, strict=True):
+                    scalars |= alone.scalars(f"validation/{s.name}/")
+        logger.info("Validation at step %s: %s", step, text)
         if len(self.sets) > 1:
             by_set = (f"{s.held_out.name} {s.accuracy:.1%}" for s in measured.sets)
             logger.info("Validation at step %s by set: %s", step, ", ".join(by_set))
@@ -165,16 +179,17 @@ class Validator:
         self,
         generator: Generator,
         name: str,
-        on_tokens: OnTokens = _only_the_bar,
+        on_tokens: OnTokens = _update_bar,
         sets: Sequence[HeldOut] | None = None,
     ) -> Measurement:
-        """Sample and grade; the same on all ranks, and all call.
+        """Sample and grade responses. All ranks call, and all get the same result.
 
         Args:
-            sets: None: all.
+            name: the model's name, for the progress bar.
+            sets: the sets to measure on; None for all.
 
         Raises:
-            ConfigError: of a user's own grader.
+            ConfigError: the user's own grader failed.
         """
         results = []
         for held_out in self.sets if sets is None else sets:
@@ -185,12 +200,12 @@ class Validator:
     def _sample(
         self, held_out: HeldOut, generator: Generator, name: str, on_tokens: OnTokens
     ) -> list[Sample]:
-        mine = len(held_out.prompts[self.dp.rank :: self.dp.size]) * self.samples_per_prompt
-        most = mine * self.params.max_new_tokens
+        own_prompts = len(held_out.prompts[self.dp.rank :: self.dp.size])
+        most_tokens = own_prompts * self.samples_per_prompt * self.params.max_new_tokens
         label = f"validate {name} {held_out.name}".strip()
-        # By name, so that a set's numbers do not depend on which others there are. Without: 0.
+        # By name, so that a set's random numbers do not depend on the other sets.
         stream = VALIDATION_STREAM + zlib.crc32(held_out.name.encode())
-        with progress(most, label, "tok", rank=dist.get_rank()) as bar:
+        with progress(most_tokens, label, "tok", rank=dist.get_rank()) as bar:
             return sample_responses(
                 generator,
                 held_out.prompts,
@@ -202,19 +217,19 @@ class Validator:
             )
 
     def _grade(self, held_out: HeldOut, samples: list[Sample]) -> list[Grade]:
-        """Each rank its share: a grader may be slow, and where it gives up, so must all ranks."""
+        """Grade a share of the samples on each rank, and gather the grades."""
         mine: list[tuple[int, Grade]] = []
         with raise_on_all_ranks():
             for i in range(self.dp.rank, len(samples), self.dp.size):
                 prompt, response = samples[i].prompt, self.decode(samples[i].response_ids)
-                assert prompt.answer is not None  # `_read_set` lets none pass
-                graded = after_prompt(prompt.text, response)
-                mine.append((i, held_out.grader(graded, prompt.answer)))
+                assert prompt.answer is not None  # checked by `_read_set`
+                response = after_prompt(prompt.text, response)
+                mine.append((i, held_out.grader(response, prompt.answer)))
         return [grade for _, grade in sorted(gather_lists(mine, self.dp))]
 
 
 def prompt_options(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What training and validation prompts are built with alike."""
+    """Return the options of `build_prompts` that training and validation share."""
     return {
         "template": config.data.template,
         "enable_thinking": config.data.enable_thinking,
@@ -231,52 +246,57 @@ def build_validator(
     dp: Axis,
     teacher: str | None,
 ) -> Validator:
-    """The validator that `[validation]` asks for.
+    """Read the validation sets of the configuration and return their validator.
 
     Args:
-        teacher: what tells this job's teachers from others; None: it has none.
+        options: from `prompt_options`.
+        training_prompts: to count the validation prompts that are among them.
+        decode, dp, teacher: see `Validator`.
 
     Raises:
-        ConfigError: a grader that is not there.
-        DataError: a set cannot be read, or has prompts without an answer, or with one that its
-            grader cannot grade.
+        ConfigError: a grader cannot be loaded.
+        DataError: a set cannot be read, or has a prompt without an answer that its grader can
+            grade.
     """
-    c, v = config, config.validation
-    trained_on = {p.text for p in training_prompts}
+    v = config.validation
+    trained_on = {prompt.text for prompt in training_prompts}
     sets = [
         _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, trained_on)
         for i, row in enumerate(validation_sets(config))
     ]
-    params = SamplingParams(v.max_new_tokens or c.rollout.max_new_tokens, v.temperature)
-    return Validator(sets, v.samples_per_prompt, params, c.training.seed, decode, dp, teacher)
+    params = SamplingParams(v.max_new_tokens or config.rollout.max_new_tokens, v.temperature)
+    seed = config.training.seed
+    return Validator(sets, v.samples_per_prompt, params, seed, decode, dp, teacher)
 
 
 def _read_set(
     row: ValidationSet, section: str, options: dict[str, Any], trained_on: set[str]
 ) -> HeldOut:
     grader = load_grader(row.grader, f"{section}.grader")
+
+    def answer_problem(answer: str) -> str:
+        if grader.can_grade(answer):
+            return ""
+        return (
+            f"the answer {answer[:60]!r} cannot be graded by {grader.name}; expected {grader.golds}"
+        )
+
     found = build_prompts(
         dataset=row.dataset,
         path=row.path,
         split=row.split,
         max_prompts=row.max_prompts,
         keep_responses=False,
-        answer_problem=lambda answer: _answer_problem(grader, answer),
+        answer_problem=answer_problem,
         section=section,
         **options,
     )
-    prompts = found.prompts
-    if any(p.answer is None for p in prompts):
+    if any(prompt.answer is None for prompt in found.prompts):
         raise DataError(
             f"{section}: {found.source} has prompts without an answer to grade; give "
-            f"{section}.dataset and {section}.path a set with answers, or set "
+            f"{section}.dataset and {section}.path a data set with answers, or set "
             f"validation.enable = false"
         )
-    known = sum(p.text in trained_on for p in prompts)
-    return HeldOut(row.name, prompts, grader, found.source, known, teacher_role(row.teacher))
-
-
-def _answer_problem(grader: Grader, answer: str) -> str:
-    if grader.can_grade(answer):
-        return ""
-    return f"the answer {answer[:60]!r} is none that grader {grader.name} knows: {grader.golds}"
+    shared = sum(prompt.text in trained_on for prompt in found.prompts)
+    role = teacher_role(row.teacher)
+    return HeldOut(row.name, found.prompts, grader, found.source, shared, role)

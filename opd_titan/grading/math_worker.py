@@ -1,72 +1,65 @@
-"""The other process of `math_judge`: a JSON object a line in, one out. It ends with its input."""
+"""The process in which `MathJudge` compares answers: one JSON message in, one out."""
 
 from __future__ import annotations
 
 import json
-import os
+import resource
 import signal
 import sys
-from typing import Any
+from multiprocessing.connection import Connection
 
-_SECONDS = 60  # by the clock
+MEMORY = 4 << 30  # bytes of address space
 
 
 def main() -> None:
-    _limit_memory(int(sys.argv[1]))
-    seconds = float(sys.argv[2])
-    # A signal to the whole job (Ctrl-C, a scheduler's) is the job's matter: it closes the input.
+    """Answer the questions that come over the file descriptor in argv until it is closed."""
+    connection, seconds = Connection(int(sys.argv[1])), float(sys.argv[2])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A signal to all processes of the job (Ctrl-C, a scheduler's) is for the trainer, which closes
+    # the connection when it ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no reply
+    import math_verify  # noqa: F401  slow: imported before the first question
+
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            question = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        # When the time is up, the kernel ends this process, whatever code it is in.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            reply = compare(**question)
+        except (Exception, RecursionError):  # sympy raises almost every class there is
+            reply = (False, None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send_bytes(json.dumps(reply).encode())
+
+
+def compare(gold: str, text: str, boxed: bool) -> tuple[bool, str | None]:
+    """Return whether the answer in a text equals the gold answer, and that answer as text.
+
+    Args:
+        boxed: whether the text is the content of a box; else the answer is its last expression.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
-    strictly = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-
-    def parsed(text: str, **options: Any) -> list[Any]:
-        # Timeouts are kept by the process that waits for this one.
-        return parse(text, parsing_timeout=None, **options)
-
-    def reply(question: dict[str, str]) -> dict[str, Any]:
-        gold_text = question["gold"]
-        marked = "\\boxed" in gold_text or "$" in gold_text
-        gold = parsed(gold_text if marked else f"\\boxed{{{gold_text}}}")
-        if "boxed" in question:
-            answer = parsed(f"\\boxed{{{question['boxed']}}}", extraction_config=strictly)
-        else:
-            answer = parsed(question["text"])
-        if not answer:
-            return {"correct": False, "extracted": None}
-        return {
-            "correct": bool(verify(gold, answer, timeout_seconds=None)),
-            # Its last form is the text that was found.
-            "extracted": str(answer[-1])[:1000],
-        }
-
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        # The kernel ends it, whatever code it is in, when it has worked too long; and by the clock,
-        # should nobody be left to end it.
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.alarm(_SECONDS)
-        try:
-            found = reply(json.loads(line))
-        except (Exception, RecursionError):  # sympy raises almost every class there is
-            found = {"correct": False, "extracted": None}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.alarm(0)
-        print(json.dumps(found), file=replies, flush=True)
-
-
-def _limit_memory(size: int) -> None:
-    try:
-        import resource
-    except ImportError:  # no such limits on this system
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard == resource.RLIM_INFINITY or hard > size:
-        resource.setrlimit(resource.RLIMIT_AS, (size, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The caller and `main` limit the time; the library's own limits would use signals.
+    marked = "\\boxed" in gold or "$" in gold
+    wanted = parse(gold if marked else f"\\boxed{{{gold}}}", parsing_timeout=None)
+    if boxed:
+        only_box = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+        found = parse(f"\\boxed{{{text}}}", extraction_config=only_box, parsing_timeout=None)
+    else:
+        found = parse(text, parsing_timeout=None)
+    if not found:
+        return False, None
+    # The last form that the library returns is the text it found.
+    return bool(verify(wanted, found, timeout_seconds=None)), str(found[-1])[:1000]
 
 
 if __name__ == "__main__":

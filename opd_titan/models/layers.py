@@ -23,7 +23,7 @@ class Linear(nn.Linear):
     """A product with a weight, which may be laid out for products without gradients.
 
     Attributes:
-        packed: the weight in a CPU's own layout for half-precision products, see `pack`.
+        packed: the weight in the layout of `kernels.pack_weight`, see `pack`.
         joined: this weight and those of the layers after it, see `join`.
     """
 
@@ -32,16 +32,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+            return kernels.packed_linear(x, self.packed)
         return F.linear(x, local(self.weight))
 
     def pack(self, weight: Tensor) -> None:
-        """Compute with this weight from now on, without gradients; `self.weight` is not read.
-
-        Few rows are bound by reading the weight, which a product reads from its rows and columns at
-        half the memory's bandwidth, and from this layout at nearly all of it.
-        """
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        """Compute with this weight from now on, without gradients. `self.weight` is not read."""
+        self.packed = kernels.pack_weight(weight.detach())
 
 
 def join(layers: Sequence[Linear]) -> Tensor:
@@ -86,17 +82,6 @@ class _Products(torch.autograd.Function):
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             d_x_TD.addmm_(grad, weight)
         return d_x_TD, *(grad.t() @ x_TD for grad in grads)
-
-
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch and this CPU have products with packed weights of this type."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
 
 
 class RMSNorm(nn.RMSNorm):

@@ -1,4 +1,4 @@
-"""The "opd_titan" logger: rank 0 on the console, every rank in its own file."""
+"""The "opd_titan" logger: rank 0 writes to the console, every rank to its own file."""
 
 from __future__ import annotations
 
@@ -8,43 +8,37 @@ import re
 import sys
 import time
 from contextlib import suppress
-from logging.handlers import RotatingFileHandler
+from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
 
 from opd_titan.errors import reason, tell
 from opd_titan.observability.progress import Bar
 
-# A rank's log file becomes `.log.1`, in the place of the one before, when it is this long.
+# A log file of this size is renamed to `.log.1` and replaces the previous one.
 FILE_BYTES = 64 * 2**20
-# Where this is 1 in the environment, the other ranks speak on the console too.
+# Set this environment variable to 1 to see the other ranks on the console too.
 ALL_RANKS = "OPD_TITAN_LOG_ALL_RANKS"
 
-_CODES = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36}
+_COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36}
 _ANSI = re.compile(r"\x1b\[\d*m")
 
 
 def paint(text: str, color: str) -> str:
-    """Text in one of the terminal's colours; the handlers take it out where it does not belong."""
-    return f"\x1b[{_CODES[color]}m{text}\x1b[0m"
-
-
-def use_color(color: bool | None = None) -> bool:
-    """What was asked; when nothing was, colours on a terminal unless NO_COLOR (no-color.org)."""
-    if color is not None:
-        return color
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    """Return the text in a terminal color. Log files and pipes get it without the color."""
+    return f"\x1b[{_COLORS[color]}m{text}\x1b[0m"
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to today's `sys.stdout` through tqdm, which moves a live bar aside for the line."""
+    """Write to the current `sys.stdout` through tqdm, which moves a live bar out of the way."""
 
-    def __init__(self, color: bool) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__(logging.INFO)
-        self.color = color
+        self.prefix = f"rank {rank}: " if rank else ""
+        self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
+            text = self.prefix + self.format(record)
             if record.levelno >= logging.WARNING:
                 text = f"{record.levelname.lower()}: {text}"
                 text = paint(text, "red" if record.levelno >= logging.ERROR else "yellow")
@@ -57,84 +51,59 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileHandler(RotatingFileHandler):
-    """Of a disk that is full it tells once, where Python would print a traceback for every line."""
+    """Report a full disk once, where Python would print a traceback for every line."""
 
-    told = False
+    reported = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _ANSI.sub("", super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self.told:
-            self.told = True
+        elif not self.reported:
+            self.reported = True
             tell(f"{self.baseFilename}: lines are missing: {reason(error)}")
 
     def close(self) -> None:
-        with suppress(OSError):  # of the lines that are missing
+        with suppress(OSError):  # the lines that are missing
             super().close()
 
 
-class _PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return _ANSI.sub("", super().format(record))
+def init_logging(dump_folder: Path | None, rank: int) -> logging.Logger:
+    """Set up and return the "opd_titan" logger. Another call replaces the handlers.
 
-
-class _Keeper(logging.Handler):
-    """Keeps what is said before there is a folder to write it in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-def init_logging(
-    dump_folder: Path | None, rank: int, *, color: bool | None = None
-) -> logging.Logger:
-    """Set up and return the "opd_titan" logger; calling it again replaces the handlers.
-
-    The console shows INFO and above as `[HH:MM:SS] message`, on rank 0 only
-    unless the environment variable OPD_TITAN_LOG_ALL_RANKS is 1. The file
-    `<dump_folder>/logs/rank-N.log` gets DEBUG and above with full timestamps, is appended to on
-    resume, and never holds a colour code. It and one older file, `rank-N.log.1`, take
-    `FILE_BYTES` each at most.
+    The console shows INFO and above as `[HH:MM:SS] message`, in color on a terminal unless
+    NO_COLOR is set, on rank 0 only unless OPD_TITAN_LOG_ALL_RANKS is 1. The file
+    `<dump_folder>/logs/rank-N.log` gets DEBUG and above with full timestamps and is appended to on
+    resume. It and one older file, `rank-N.log.1`, take at most `FILE_BYTES` each.
 
     Args:
-        dump_folder: None writes no file yet: the lines go to the next call's.
-        color: None decides by the terminal and NO_COLOR.
+        dump_folder: None keeps the lines in memory; the next call writes them to its file.
     """
-    # Tells each rank, at every export, that two axes are gathered one after the other.
+    # It warns on each rank, at every export, that two axes are gathered one after the other.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     logger = logging.getLogger("opd_titan")
-    early: list[logging.LogRecord] = []
-    for handler in list(logger.handlers):
-        early += handler.records if isinstance(handler, _Keeper) else []
-        logger.removeHandler(handler)
-        handler.close()
     logger.setLevel(logging.DEBUG)
-    # Some libraries call logging.basicConfig(); the root would then print each line again.
+    # Some libraries call logging.basicConfig(); the root logger would then print each line again.
     logger.propagate = False
-    if rank == 0 or os.environ.get(ALL_RANKS, "0") not in ("", "0"):
-        console = _ConsoleHandler(use_color(color))
-        console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else None))
-        logger.addHandler(console)
-    if dump_folder is not None:
+    file: logging.Handler
+    if dump_folder is None:
+        file = MemoryHandler(capacity=0)  # without a target it keeps everything
+    else:
         path = Path(dump_folder) / "logs" / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _FileHandler(
-            path,
-            maxBytes=FILE_BYTES,
-            backupCount=1,
-            encoding="utf-8",
-            errors="backslashreplace",
+            path, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
         )
-        file.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-        for record in early:
-            file.handle(record)
-        logger.addHandler(file)
-    else:
-        # Also because without any handler Python would print warnings through its last resort.
-        logger.addHandler(_Keeper())
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for old in list(logger.handlers):
+        if isinstance(old, MemoryHandler):
+            old.setTarget(file)
+        logger.removeHandler(old)
+        old.close()
+    if rank == 0 or os.environ.get(ALL_RANKS, "0") not in ("", "0"):
+        logger.addHandler(_ConsoleHandler(rank))
+    logger.addHandler(file)
     return logger

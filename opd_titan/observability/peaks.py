@@ -1,7 +1,7 @@
-"""What a device can do at most, and the share of it that was used.
+"""The peak speed of a device, and the share of it that was used.
 
-The work itself is counted by the model family (`forward_flops` and `decode_bytes` of its sizes).
-Nothing is added for recomputation, so that the shares stay comparable.
+The model family counts the work (`forward_flops` and `decode_bytes` of its sizes). Recomputation
+does not count, so that the shares stay comparable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one device; None where it is not known.
+    """Peaks of one device; None if not known.
 
     Attributes:
         flops: dense bf16 FLOP/s with fp32 accumulation.
@@ -23,20 +23,20 @@ class Peaks:
     bandwidth: float | None = None
 
 
-# Name without "NVIDIA ", dense bf16 FLOP/s, bytes/s; from the vendor's data sheets, whose sparse
-# FLOP/s are twice as high. The whole name must match: a MIG slice ("... MIG 1g.10gb") and a share
-# of a virtual GPU ("L40S-48Q") have a board's name in theirs, but not its figures.
+# Name without "NVIDIA ", dense bf16 FLOP/s, bytes/s; from the vendor's data sheets, which also give
+# sparse FLOP/s, twice as high. The whole name must match: a MIG slice ("... MIG 1g.10gb") and a
+# share of a virtual GPU ("L40S-48Q") contain a board's name, but do not reach its figures.
 _DEVICES: list[tuple[str, float, float | None]] = [
     (r"B200", 2.25e15, 8e12),
     (r"H200", 989e12, 4.8e12),
     (r"H200 NVL", 835e12, 4.8e12),
-    (r"GH200 (120|480)GB", 989e12, 4.0e12),  # of LPDDR on the CPU; 96 GB of HBM3
+    (r"GH200 (120|480)GB", 989e12, 4.0e12),  # GB of LPDDR on the CPU; 96 GB of HBM3
     (r"GH200 144G HBM3e", 989e12, 4.9e12),
     (r"H100 80GB HBM3|H800", 989e12, 3.35e12),
     (r"H[18]00 NVL", 835e12, 3.9e12),
     (r"H[18]00 PCIe", 756e12, 2.0e12),
     (r"H20", 148e12, 4.0e12),
-    (r"H20-3e", 148e12, None),  # faster memory, of which no data sheet was found
+    (r"H20-3e", 148e12, None),  # faster memory; no data sheet was found
     (r"A[18]00-SXM4-80GB", 312e12, 2.039e12),
     (r"A[18]00 80GB PCIe|A[18]00-PCIE-80GB", 312e12, 1.935e12),
     (r"A[18]00-(SXM4|PCIE)-40GB", 312e12, 1.555e12),
@@ -48,9 +48,9 @@ _DEVICES: list[tuple[str, float, float | None]] = [
 
 
 def device_peaks(name: str) -> Peaks:
-    """The peaks of a GPU, by the name that `torch.cuda.get_device_name` gives it.
+    """Return the peaks of a GPU, given its name from `torch.cuda.get_device_name`.
 
-    Unknown for a device that the table lacks: no share is better than one of a made-up peak.
+    A device that the table lacks has none: a share of a made-up peak is worse than no share.
     """
     board = name.removeprefix("NVIDIA ")
     for pattern, flops, bandwidth in _DEVICES:
@@ -60,13 +60,12 @@ def device_peaks(name: str) -> Peaks:
 
 
 def percent_of_peak(work: float, seconds: float, peak: float, world_size: int = 1) -> float:
-    """Per cent of the peak that was used: MFU of FLOPs, MBU of bytes.
+    """Return the per cent of the peak that was used: MFU for FLOPs, MBU for bytes.
 
     Args:
         work: of all ranks together.
-        seconds: that they took, by the clock.
+        seconds: wall-clock time of that work.
         peak: of one device, per second.
-        world_size: number of devices, all of them: one of several that hold a model between
-            them does its share of the work.
+        world_size: number of devices. Tensor-parallel ranks count one each: they share the work.
     """
     return 100.0 * work / (seconds * peak * world_size)

@@ -1,33 +1,29 @@
-"""A progress bar inside long phases, for people at a terminal; silent everywhere else."""
+"""A progress bar for long phases, shown at a terminal only."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 
 from tqdm import tqdm
 
 
 class Bar(tqdm):
-    """tqdm without its monitor thread (threads and forked data workers do not mix)."""
+    """tqdm without its monitor thread: threads and forked data workers do not mix."""
 
     monitor_interval = 0
 
 
-def progress(work: Iterable | int | None, desc: str, unit: str = "it", *, rank: int = 0) -> Bar:
-    """A bar with the rate and the time left, as an iterator and a context manager.
+def progress(total: int, desc: str, unit: str, *, rank: int = 0) -> Bar:
+    """Return a bar with the rate and the time left, as a context manager; `.update(n)` moves it.
 
-    Shown on rank 0 and only when stdout is a terminal; elsewhere it writes not one byte. It
-    leaves no line behind. It shares stdout with the console log, which moves it aside to print.
+    It is shown on rank 0 and only if stdout is a terminal; otherwise nothing is written. It leaves
+    no line behind, and the console log moves it out of the way to print.
 
     Args:
-        work: an iterable to walk through, or the number of units that `.update(n)` will add up
-            to, or None when the total is unknown.
+        total: number of units.
         unit: what is counted, for example "tok" or "prompts".
     """
-    iterable, total = (None, work) if isinstance(work, int) or work is None else (work, None)
     return Bar(
-        iterable,
         desc=desc,
         total=total,
         unit=f" {unit}",

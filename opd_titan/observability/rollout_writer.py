@@ -1,4 +1,4 @@
-"""What the student wrote, for people and scripts to read: one JSON object a line."""
+"""Files of rollouts for people and scripts: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -19,46 +19,41 @@ from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample, Standing
 from opd_titan.grading.answers import after_prompt
 
-# Legal inside JSON strings, but `str.splitlines` takes them for the end of a line.
+# Legal inside JSON strings, but `str.splitlines` ends a line at each.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 _FILE = re.compile(r"step-(0|[1-9][0-9]*)\.jsonl")
 
 
 class OldRollouts:
-    """Deletes the rollouts of steps that are too old, and no other file.
+    """Delete the rollouts of old steps, and no other file.
 
-    Those of later steps stay: a run that goes back replaces them as it comes by.
+    Those of later steps stay: a run that goes back replaces them one by one.
 
     Args:
-        keep: steps whose files stay, counted back from the one that has just been written; 0 all.
+        keep: number of steps to keep, counted back from the newest one written; 0 keeps all.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self._swept = False
+        self._first = True
 
     def delete(self, step: int) -> None:
-        """Call when a step's file is in place. A file that cannot be deleted is left."""
+        """Delete what is too old, once this step's file is written. Ignore errors."""
         last = step - self.keep
         if self.keep <= 0:
             return
-        if self._swept:
-            _delete(self.folder / f"step-{last}.jsonl")
-            return
-        # Only once: other steps than the oldest are due after a start with another `keep`, or when
-        # the run before was killed.
-        self._swept = True
-        with suppress(OSError), os.scandir(self.folder) as entries:
-            for entry in entries:
-                found = _FILE.fullmatch(entry.name)
-                if found and int(found[1]) <= last:
-                    _delete(Path(entry.path))
-
-
-def _delete(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+        due = [self.folder / f"step-{last}.jsonl"]
+        if self._first:
+            # A killed run, or one with a larger `keep`, may have left more. Listing a large folder
+            # at every step would be slow.
+            self._first = False
+            with suppress(OSError), os.scandir(self.folder) as entries:
+                found = [(_FILE.fullmatch(entry.name), Path(entry.path)) for entry in entries]
+                due = [path for match, path in found if match and int(match[1]) <= last]
+        for path in due:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_rollouts(
@@ -69,20 +64,20 @@ def write_rollouts(
     grade: Callable[[str, str], bool | float | None],
     texts: TokenTexts | None = None,
 ) -> Path:
-    """Write `<folder>/step-N.jsonl`, and return its path; the file appears whole or not at all.
+    """Write `<folder>/step-N.jsonl` and return its path; the file appears whole or not at all.
 
-    `answer` is the prompt's gold answer and `correct` the grade of the response against it, both
-    null when there is nothing to grade. Log-probs and advantages keep 7 significant digits (what
-    fp32 holds), those of `teacher_top` 4; a value that is not finite is null, since JSON has no
-    word for it. What a sample's `inspection` lacks is null too.
+    `answer` is the prompt's gold answer and `correct` the grade of the response against it; both
+    are null if there is nothing to grade. Log-probs and advantages keep 7 significant digits, the
+    precision of fp32, those of `teacher_top` 4. A value that is not finite is null, because JSON
+    cannot express it. What a sample's `inspection` lacks is null too.
 
     Args:
-        samples: in the order of the step's prompts; prompts count in the order they first appear,
-            and the samples of each by their index.
+        samples: in the order of the step's prompts. They are written by prompt, in the order in
+            which the prompts first appear, and then by sample index.
         decode: response token ids to text.
         grade: (response text, gold answer) to whether it is right, or a score from 0 to 1, or None
-            where it cannot say; called only with an answer.
-        texts: of single tokens; without them `response_pieces` and `teacher_top` are null.
+            if it cannot tell. Called only with an answer.
+        texts: of single tokens. None makes `response_pieces` and `teacher_top` null.
     """
     position: dict[int, int] = {}
     for sample in samples:
@@ -98,8 +93,11 @@ def write_rollouts(
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """One line of a JSONL file, whatever text it holds. To be written as UTF-8, with errors
-    "backslashreplace": a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
+    """Return one line of a JSONL file.
+
+    Write it as UTF-8 with errors="backslashreplace": a lone surrogate, which UTF-8 cannot hold,
+    becomes its JSON escape.
+    """
     line = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return line.translate(_LINE_BREAKS) + "\n"
 
@@ -121,10 +119,10 @@ def _row(
         "response": response,
         "prompt_tokens": list(prompt.token_ids),
         "response_tokens": list(sample.response_ids),
-        "student_logprobs": _short(sample.student_logprobs),
-        "teacher_logprobs": _short(sample.teacher_logprobs),
-        "reference_logprobs": _short(sample.reference_logprobs),
-        "advantages": _short(sample.advantages),
+        "student_logprobs": _rounded(sample.student_logprobs),
+        "teacher_logprobs": _rounded(sample.teacher_logprobs),
+        "reference_logprobs": _rounded(sample.reference_logprobs),
+        "advantages": _rounded(sample.advantages),
         "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
         "correct": None if prompt.answer is None else grade(graded, prompt.answer),
@@ -142,26 +140,23 @@ def _inspected(found: Mapping[str, Standing], texts: TokenTexts | None) -> dict[
     row["teacher_top"] = None
     if texts is not None and "teacher" in found:
         teacher = found["teacher"]
-        rows = zip(teacher.ids.tolist(), teacher.logprobs.tolist(), strict=True)
         row["teacher_top"] = [
-            [[texts.alone(i), _rounded(v, 4)] for i, v in zip(ids, logprobs, strict=True)]
-            for ids, logprobs in rows
+            [list(pair) for pair in zip(map(texts.alone, ids), _rounded(logprobs, 4), strict=True)]
+            for ids, logprobs in zip(teacher.ids.tolist(), teacher.logprobs, strict=True)
         ]
     return row
 
 
-def _short(values: Tensor | Sequence[float] | None) -> list[float | None] | None:
+def _rounded(values: Tensor | Sequence[float] | None, digits: int = 7) -> Any:
+    """Return the values with this many significant digits, None where they are not finite."""
     if values is None:
         return None
-    return [_rounded(v, 7) for v in torch.as_tensor(values).tolist()]
-
-
-def _rounded(value: float, digits: int) -> float | None:
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    numbers = torch.as_tensor(values).tolist()
+    return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in numbers]
 
 
 def repetition(text: str) -> float:
-    """How repetitive a text is: 1 - compressed size / size under zlib, between 0 and 1.
+    """Return how repetitive a text is, from 0 to 1: 1 - compressed size / size under zlib.
 
     Ordinary prose of a few hundred characters gives about 0.3 to 0.5, a loop over 0.9; texts too
     short to compress give 0. A rising mean together with truncation is how on-policy distillation

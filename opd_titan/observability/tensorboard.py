@@ -1,7 +1,7 @@
-"""What TensorBoard shows of a run besides curves: a layout, samples, histograms, the recipe.
+"""A run in TensorBoard: scalars, a layout of charts, samples, histograms, the recipe.
 
-Everything lands in the one folder `<dump_folder>/tb`. Events are bounded: scalars by `log_freq`,
-samples and histograms to about `RECORDS` steps however long the run, the rest is written once.
+Everything is in one folder, `<dump_folder>/tb`, and bounded: scalars by `log_freq`, samples and
+histograms by `metrics.has_details`; the recipe is written once.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
+from torch.utils.tensorboard import summary
 
 from opd_titan.config import JobConfig, to_toml
-from opd_titan.config.sets import data_sets, teachers
-from opd_titan.observability.events import Events
+from opd_titan.observability.events import EventFile
 
-# Steps of a run that leave samples and a histogram, its first and last one aside.
-RECORDS = 20
 BINS = 64
-SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1500
+MAX_CHARACTERS = 1500  # of a prompt or a response
 
-# What the phases of a step add up to, from the ground: line n is the sum of the first n.
+# Line n of the chart of a step's seconds is the sum of the first n of these phases.
 STACK = ("update", "teacher", "reference", "rollout", "sync", "data")
 
-_TABLES = ("rollout", "distill", "reference", "optimizer", "lr_scheduler", "training")
-_OUTCOMES = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")
+# In the tab that compares runs: the options of these tables, and these results.
+_TABLES = (
+    *("student", "teacher", "reference", "data", "rollout", "distill", "optimizer"),
+    *("lr_scheduler", "training"),
+)
+_RESULTS = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")
 
-# By group, each chart's scalars; * in a name stands for anything. A chart whose last name ends in
-# _high is a margin, a value between its two ends; the others are lines.
+# The scalars of each chart, by group; * stands for any text. A chart with a scalar that ends in
+# _high is a value with its interval, the others are lines.
 LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "1. Distance to the teacher": {
         "KL(student || teacher), nats per token": (
@@ -55,7 +58,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "Truncated, repetitive": ("rollout/truncated_fraction", "rollout/repetition"),
         "Entropy, nats per token": ("policy/entropy", "policy/teacher_entropy"),
         "Gradient norm": ("grad_norm",),
-        "Loss": ("loss/policy", "loss/total"),
+        "Loss": ("loss/policy",),
         "Rollout against update log-probs, clipped share": (
             "policy/logprob_gap_max",
             "policy/clip_fraction",
@@ -83,99 +86,94 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-_SHOWN = {tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags}
+_TAGS = {tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags}
 
 
-def charted(scalars: Mapping[str, float]) -> dict[str, float]:
-    """`charts/*`, what the layout shows in another form than the scalars have.
+def chart_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Return `charts/*`: scalars in the form that the layout needs.
 
-    TensorBoard's custom scalars draw no line whose name has parentheses (2.21: it takes them for
-    those around the run's name): such scalars come again without their unit. And they cannot stack
-    areas. Of the lines `charts/stacked_*`, each phase's seconds and those of the phases below it, a
-    phase's time is the gap to the line below; the gap up to `charts/time_step` is what no phase
-    accounts for.
+    TensorBoard 2.21 draws no line in a custom chart for a name with parentheses, so these scalars
+    come again without their unit. It cannot stack areas either: the lines `charts/stacked_*` are
+    running sums over the phases in `STACK`. A phase's time is the gap to the line below it, and the
+    gap up to `charts/time_step` belongs to no phase.
     """
-    total, lines = 0.0, {}
+    total, charts = 0.0, {}
     for i, phase in enumerate(STACK, 1):
         if f"time/{phase}(s)" in scalars:
             total += scalars[f"time/{phase}(s)"]
-            lines[f"charts/stacked_{i}_{phase}"] = total
+            charts[f"charts/stacked_{i}_{phase}"] = total
     for name, value in scalars.items():
         copy = f"charts/{name.partition('(')[0].replace('/', '_')}"
-        if "(" in name and copy in _SHOWN:
-            lines[copy] = value
-    return lines
+        if "(" in name and copy in _TAGS:
+            charts[copy] = value
+    return charts
 
 
 def layout_of(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
-    """For `SummaryWriter.add_custom_scalars`: `LAYOUT` without what a run does not measure.
+    """Return the argument of `summary.custom_scalars`: the charts of `LAYOUT` that have a scalar.
 
     Args:
-        names: of the run's scalars; what follows from them, or comes at its end, is there too.
+        names: the run's scalars so far.
     """
-    later = dict.fromkeys(names, 0.0)
-    if "time/step(s)" in names:
-        later["time/checkpoint(s)"] = 0.0
-    there = {*names, *charted(later)}
+    # Every run ends with an export; its time is known only after the checkpoint before it.
+    names = {*names, "time/checkpoint(s)"}
+    names |= chart_scalars(dict.fromkeys(names, 0.0)).keys()
     groups = {
-        group: {title: chart for title, tags in charts.items() if (chart := _chart(tags, there))}
+        group: {title: chart for title, tags in charts.items() if (chart := _chart(tags, names))}
         for group, charts in LAYOUT.items()
     }
     return {group: charts for group, charts in groups.items() if charts}
 
 
 def _chart(tags: Sequence[str], names: Collection[str]) -> list[Any] | None:
-    there = [tag for tag in tags if any(fnmatchcase(name, tag) for name in names)]
+    found = [tag for tag in tags if any(fnmatchcase(name, tag) for name in names)]
     if tags[-1].endswith("_high"):
-        return ["Margin", there] if len(there) == 3 else None
-    # Lines are chosen by regular expressions, which match from the start.
-    return ["Multiline", [tag.replace("*", ".*") + "$" for tag in there]] if there else None
+        return ["Margin", list(tags)] if len(found) == 3 else None
+    # Lines are selected by regular expressions, which match from the start of a name.
+    return ["Multiline", [tag.replace("*", ".*") + "$" for tag in found]] if found else None
 
 
 def as_code(text: str, limit: int) -> str:
-    """Text as a block of Markdown that is shown as it stands, whatever it holds.
+    """Return the text as a Markdown code block, so that nothing in it is markup.
 
     Args:
-        limit: of characters; what is more is cut out of the middle, and said to be.
+        limit: in characters; a longer text loses its middle and says so.
     """
     if len(text) > limit:
         head = limit * 2 // 3
         cut = len(text) - limit
         text = f"{text[:head]} [... {cut:,} characters ...] {text[head - limit :]}"
-    # Control characters could end a line for one reader and not for another.
+    # A control character could end the line for one reader and not for another.
     plain = "".join(c if c.isprintable() or c in "\n " else ascii(c)[1:-1] for c in text)
     return "\n".join("    " + line for line in plain.split("\n"))
 
 
 def samples_text(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Markdown of (prompt, response, its grade)."""
+    """Return the Markdown of (prompt, response, its grade)."""
     parts = []
     for prompt, response, grade in rows:
-        prompt, response = as_code(prompt, SHOWN_CHARACTERS), as_code(response, SHOWN_CHARACTERS)
-        # Each under its name: blocks of code that follow one another are shown as one.
+        prompt, response = as_code(prompt, MAX_CHARACTERS), as_code(response, MAX_CHARACTERS)
+        # Markdown would merge code blocks without a line between them.
         parts += ["**Prompt**", prompt, "**Response**", response, "**Grade**", as_code(grade, 200)]
     return "\n\n".join(parts)
 
 
 def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
-    """What people compare runs by: models, data, and the options of learning."""
-    found = {
-        "student.hf_path": config.student.hf_path,
-        "teacher.hf_path": ", ".join(t.hf_path for t in teachers(config)),
-        "data.dataset": ", ".join(s.dataset for s in data_sets(config)),
-        "data.path": ", ".join(s.path for s in data_sets(config)),
+    """Return what people compare runs by: models, data, and the options of training."""
+    values = {
+        f"{table}.{key}": value
+        for table in _TABLES
+        for key, value in asdict(getattr(config, table)).items()
     }
-    for table in _TABLES:
-        values = asdict(getattr(config, table))
-        found |= {f"{table}.{key}": value for key, value in values.items()}
-    return {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
+    plain = (bool, int, float, str)
+    return {name: v if isinstance(v, plain) else str(v) for name, v in values.items()}
 
 
 class Dashboard:
-    """The event files of a job, from one rank.
+    """The event file of one start of a job, written by one rank.
 
-    On resume the events go on in the same folder; those of steps that will be run again are
-    purged. What is written once is at step 0, and stays.
+    TensorBoard drops the events of earlier starts for the steps that are repeated. The recipe is
+    written at step 0 by the first start, and stays.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -185,69 +183,49 @@ class Dashboard:
             start_step: the last step that was done, 0 for a new run.
         """
         self._new = start_step == 0 or not any(folder.glob("events.out.tfevents.*"))
-        self._names: set[str] = set()
-        self._layout: dict[str, dict[str, list[Any]]] = {}  # of these
+        self._layout: dict[str, dict[str, list[Any]]] = {}  # the newest that was written
         # A new run starts with a validation at step 0, a resumed one after start_step.
-        self._events = Events(folder, start_step + 1 if start_step else 0)
+        self._file = EventFile(folder, start_step + 1 if start_step else 0)
 
     def describe(self, config: JobConfig) -> None:
-        """The resolved recipe, as the run began with it, as text and as hyper-parameters."""
-        if not self._new:
-            return
-
-        def record(writer: Any) -> None:
-            from torch.utils.tensorboard.summary import hparams
-
-            writer.add_text("config", as_code(to_toml(config), 100_000), 0)
-            # Not add_hparams, which makes a folder of its own for them.
-            about = hparams(hyperparameters(config), dict.fromkeys(_OUTCOMES, 0.0))
-            for summary in about[:2]:
-                writer._get_file_writer().add_summary(summary, 0)
-
-        self._events.record(0, record)
+        """Write the resolved recipe of the first start, as text and as hyper-parameters."""
+        if self._new:
+            self._file.add_summary(summary.text("config", as_code(to_toml(config), 100_000)), 0)
+            experiment, start, _ = summary.hparams(
+                hyperparameters(config), dict.fromkeys(_RESULTS, 0.0)
+            )
+            self._file.add_summary(experiment, 0)
+            self._file.add_summary(start, 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """On disk before the step's checkpoint is, or a crash leaves a gap."""
-        self._events.add(step, {**values, **charted(values)})
+        tags = {**values, **chart_scalars(values)}
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()]
+        self._file.add_summary(Summary(value=points), step)
 
     def layout(self, step: int, names: Collection[str]) -> None:
-        """When a run's first step is known, and when it turns out to measure something more: some
-        steps have none of the student's samples, and a resumed run may validate for the first time.
-        TensorBoard shows the newest.
+        """Write the layout of these scalars if it is a new one; TensorBoard shows the newest.
 
-        Args:
-            names: of the scalars so far; pauses come later.
+        It grows: a step may have no samples of the student, or a resumed run its first validation.
         """
-        if self._names.issuperset(names):
-            return
-        self._names.update(names)
-        found = layout_of(self._names)
-        if found and found != self._layout:
+        found = layout_of(names)
+        if found != self._layout:
             self._layout = found
-            self._events.record(step, lambda writer: writer.add_custom_scalars(found))
+            self._file.add_summary(summary.custom_scalars(found), step)
 
-    def has_layout_of(self, names: Collection[str]) -> None:
-        """Say what the part of the run before this one measured."""
+    def assume_layout(self, names: Collection[str]) -> None:
+        """Take the layout of these scalars as written by the start before this one."""
         if not self._new:
-            self._names = set(names)
             self._layout = layout_of(names)
 
     def histogram(self, step: int, name: str, values_N: Tensor) -> None:
-        """Of what is finite: `BINS` bins of one width from the least to the largest."""
+        """Write `BINS` bins of one width over the finite values; nothing if there are none."""
         finite = values_N[values_N.isfinite()].double().cpu().numpy()
         if finite.size:
-            self._events.record(step, lambda w: w.add_histogram(name, finite, step, bins=BINS))
+            self._file.add_summary(summary.histogram(name, finite, BINS), step)
 
     def samples(self, step: int, rows: Sequence[tuple[str, str, str]]) -> None:
-        """(prompt, response, its grade) of the first few."""
-        text = samples_text(rows[:SHOWN_SAMPLES])
-        self._events.record(step, lambda writer: writer.add_text("rollouts", text, step))
+        """Write (prompt, response, its grade) as text."""
+        self._file.add_summary(summary.text("rollouts", samples_text(rows)), step)
 
     def close(self) -> None:
-        self._events.close()
-
-
-def is_recorded(step: int, total_steps: int) -> bool:
-    """Whether a step leaves samples and a histogram: a pure function, so that a resume neither
-    doubles nor misses one."""
-    return step in (1, total_steps) or step % max(1, total_steps // RECORDS) == 0
+        self._file.close()

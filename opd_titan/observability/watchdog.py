@@ -1,15 +1,15 @@
-"""Signs that a run goes wrong, while there is time to do something about it.
+"""Detect a run that goes wrong while there is time to react.
 
-On-policy distillation dies in a few known ways, and within some thirty steps (StableOPD, arXiv
-2604.08527; Rethinking OPD, arXiv 2604.13016). Each row of `SIGNS` is one of them: a figure of the
-last steps beside the same figure at the start.
+On-policy distillation collapses in a few known ways, within some thirty steps (StableOPD, arXiv
+2604.08527; Rethinking OPD, arXiv 2604.13016). Each row of `SIGNS` is one of them: it compares the
+scalars of the last steps with the same scalars at the start.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,23 +21,26 @@ from opd_titan.errors import Fault
 
 logger = logging.getLogger("opd_titan")
 
-# Steps that a reading is the mean of. It is compared with step 1 alone, whose responses are of
-# the student as it came: a run may be dead by step 5.
+# Steps in the mean that is compared with step 1. Step 1 has the responses of the initial student; a
+# longer start would include the damage, since a run may collapse by step 5.
 WINDOW = 5
-# A run that was sent back so often does not need a smaller learning rate.
-MOST_ROLLBACKS = 3
-SLOWER = 0.5
-# Same weights, same code: between rollout and update only the order of additions differs, and the
-# rounding of half precision, where the largest of a million differences is far out.
-LARGEST_GAP = {torch.float32: 4e-3, torch.bfloat16: 1.0}
+MAX_ROLLBACKS = 3  # then a smaller learning rate does not help
+SLOWDOWN = 0.5  # of the learning rate, at each rollback
+# Nats between the log-probs of rollout and update. With the same weights and code these differ only
+# by the order of additions and by rounding, in half precision up to this for one of a million.
+MAX_GAP = {torch.float32: 4e-3, torch.bfloat16: 1.0}
 
-Readings = Mapping[str, float]
+Figures = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run allows: `gap` between log-probs of rollout and update, in nats; whether responses
-    are expected to end."""
+    """What a run allows.
+
+    Attributes:
+        gap: in nats, see `MAX_GAP`.
+        ends: responses can end by themselves.
+    """
 
     gap: float
     ends: bool
@@ -45,17 +48,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sign:
-    """One way to die.
+    """One way in which a run goes wrong.
 
-    shows: (readings now, readings at the start, limits) to whether it does. A reading that the run
-        does not have is a KeyError, and no sign.
-    figures: the scalars that `shows` reads, and a message names.
-    cause: what it most likely comes from.
-    remedy: the options to change.
+    Attributes:
+        shows: (figures now, figures at the start, limits) to whether the run shows it.
+        figures: the scalars that `shows` reads and the message quotes.
+        cause: the most likely one.
+        remedy: the options to change.
     """
 
     name: str
-    shows: Callable[[Readings, Readings, Limits], bool]
+    shows: Callable[[Figures, Figures, Limits], bool]
     figures: tuple[str, ...]
     cause: str
     remedy: str
@@ -68,7 +71,7 @@ SIGNS = (
             now["rollout/repetition"] > max(0.5, start["rollout/repetition"] + 0.2)
         ),
         ("rollout/repetition",),
-        "the student has found loops, which look likely to the teacher too",
+        "the student has found loops, and the teacher finds loops likely too",
         "lower optimizer.lr, set reference.coef to about 0.1, or mix in the data set's responses "
         "(rollout.on_policy_fraction)",
     ),
@@ -88,7 +91,7 @@ SIGNS = (
         lambda now, start, limits: (
             limits.ends
             and now["rollout/response_tokens_mean"] > 2.0 * start["rollout/response_tokens_mean"]
-            # A teacher that writes more is followed, and comes nearer.
+            # A student that follows a longer teacher comes nearer to it.
             and now["kl/student_teacher"] > 0.9 * start["kl/student_teacher"]
         ),
         ("rollout/response_tokens_mean", "kl/student_teacher"),
@@ -111,7 +114,7 @@ SIGNS = (
         "no response ends",
         lambda now, start, limits: limits.ends and now["rollout/eos_fraction"] == 0.0,
         ("rollout/eos_fraction", "rollout/response_tokens_mean"),
-        "the student does not know its stop token, or has no room to come to it",
+        "the student does not know its stop token, or is cut off before it",
         "check eos_token_id in its generation_config.json and data.template; fine-tune first "
         '(distill.objective = "sft"), or raise rollout.max_new_tokens',
     ),
@@ -119,19 +122,18 @@ SIGNS = (
         "the student leaves what the teacher could say",
         lambda now, start, limits: now["kl/p99"] > max(8.0, 2.0 * start["kl/p99"]),
         ("kl/p99", "kl/student_teacher"),
-        "one token in a hundred is one that the teacher all but excludes, and there its scores "
-        "teach little",
+        "the teacher all but excludes one token in a hundred, and its scores teach little there",
         "lower optimizer.lr, set reference.coef to about 0.1, or start from a student that was "
         'fine-tuned on the teacher\'s answers (distill.objective = "sft")',
     ),
     Sign(
         "the student moves away from the teacher",
         lambda now, start, limits: (
-            # One step's estimate may be negative: that is noise, and no distance to double.
+            # The estimate of one step may be negative, which is noise and not a distance.
             now["kl/student_teacher"] > 2.0 * max(0.0, start["kl/student_teacher"]) + 0.1
         ),
         ("kl/student_teacher",),
-        "steps are too large, or too noisy, to go downhill",
+        "the steps are too large or too noisy to reduce the loss",
         "lower optimizer.lr, raise rollout.prompts_per_step, or choose "
         'distill.objective = "reverse_kl", which has no sampling noise in its tokens',
     ),
@@ -139,122 +141,110 @@ SIGNS = (
         "log-probs of rollout and update drift apart",
         lambda now, start, limits: now["policy/logprob_gap_max"] > limits.gap,
         ("policy/logprob_gap_max",),
-        "the two compute different things: weights have grown beyond the precision, or a kernel is "
-        "wrong",
-        'training.dtype = "float32" tells which; then lower optimizer.lr or report it',
+        "the two compute different things: the weights are too large for the precision, or a "
+        "kernel is wrong",
+        'find out which with training.dtype = "float32"; then lower optimizer.lr or report it',
     ),
 )
 
-# The scalars that signs are read from.
-READ = sorted({name for sign in SIGNS for name in sign.figures})
+_READ = {name for sign in SIGNS for name in sign.figures}
 
 
 class Watchdog:
-    """Reads each step's scalars, says once what goes wrong, and does what `action` says.
+    """Read each step's scalars, report a sign when it appears, and do what `action` says.
 
     Attributes:
-        slowdown: factor of the learning rate; halved each time the run is sent back.
-        sent_back: how often it was.
+        slowdown: factor of the learning rate.
+        sent_back: number of rollbacks so far.
     """
 
     def __init__(self, config: JobConfig, dtype: torch.dtype) -> None:
         self.action = config.watchdog.action
-        self.limits = Limits(LARGEST_GAP.get(dtype, 1.0), ends=not config.rollout.ignore_eos)
+        self.limits = Limits(MAX_GAP.get(dtype, 1.0), ends=not config.rollout.ignore_eos)
         self.slowdown, self.sent_back = 1.0, 0
-        self._start: Readings = {}
-        self._last: deque[Readings] = deque(maxlen=WINDOW)
-        self._showing: set[str] = set()
+        self._start: Figures = {}
+        self._last: deque[Figures] = deque(maxlen=WINDOW)
+        self._showing: list[str] = []  # names of signs that were reported and have not gone
 
-    def look_at(self, step: int, scalars: Readings) -> int | None:
+    def look_at(self, step: int, scalars: Figures) -> int | None:
         """Take in a step. All ranks call with the same scalars.
 
         Returns:
-            Where the run is to go back to, this step or an earlier one; None to go on.
+            The newest step that the run may go back to, or None to continue.
 
         Raises:
-            Fault: it is to stop.
+            Fault: the run must stop.
         """
         if self.action == "off":
             return None
-        own = {k: scalars[k] for k in READ if k in scalars and math.isfinite(scalars[k])}
-        # Each from the first step that has it: mixed with the data set's responses
-        # (rollout.on_policy_fraction), a step may have none of the student's.
-        self._start = {**own, **self._start}
-        self._last.append(own)
-        new = self._new_signs() if len(self._last) == WINDOW else []
-        for sign in new:
-            logger.warning("Watchdog: step %s: %s", step, self._describe(sign))
-        if not new or self.action == "warn":
+        figures = {n: v for n, v in scalars.items() if n in _READ and math.isfinite(v)}
+        # The start of a figure is the first step that has it: with rollout.on_policy_fraction below
+        # 1, step 1 may have no samples of the student.
+        self._start = {**figures, **self._start}
+        self._last.append(figures)
+        if len(self._last) < WINDOW:
             return None
-        if self.action == "stop" or self.sent_back == MOST_ROLLBACKS:
-            times = f" after {self.sent_back} rollbacks" if self.sent_back else ""
-            text = self._describe(new[0])
-            raise Fault(f"watchdog: step {step}: {text}; stopped{times} (watchdog.action)")
-        return self._last_good(step, new)
-
-    def _new_signs(self) -> list[Sign]:
         now = _means(self._last)
         shown = [sign for sign in SIGNS if self._shows(sign, now)]
         new = [sign for sign in shown if sign.name not in self._showing]
-        self._showing = {sign.name for sign in shown}
-        return new
+        self._showing = [sign.name for sign in shown]
+        messages = [self._message(sign, now) for sign in new]
+        for message in messages:
+            logger.warning("Watchdog: step %s: %s", step, message)
+        if not new or self.action == "warn":
+            return None
+        if self.action == "stop" or self.sent_back == MAX_ROLLBACKS:
+            times = f" after {self.sent_back} rollbacks" if self.sent_back else ""
+            raise Fault(f"watchdog: step {step}: {messages[0]}; stopped{times} (watchdog.action)")
+        return self._last_good(step, new)
 
-    def _shows(self, sign: Sign, now: Readings) -> bool:
-        try:
-            return sign.shows(now, self._start, self.limits)
-        except KeyError:  # this run has no such figure: no teacher, no sampling
-            return False
+    def _shows(self, sign: Sign, now: Figures) -> bool:
+        known = now.keys() & self._start.keys()
+        return known.issuperset(sign.figures) and sign.shows(now, self._start, self.limits)
 
-    def _describe(self, sign: Sign) -> str:
-        now = _means(self._last)
-        figures = ", ".join(
-            f"{name} is {now[name]:.3g}, was {self._start[name]:.3g}" for name in sign.figures
-        )
+    def _message(self, sign: Sign, now: Figures) -> str:
+        figures = ", ".join(f"{n} is {now[n]:.3g}, was {self._start[n]:.3g}" for n in sign.figures)
         return f"{sign.name} ({figures} at the start): {sign.cause}; {sign.remedy}"
 
     def _last_good(self, step: int, signs: Sequence[Sign]) -> int:
-        """The newest step of the window from whose weights no response with these signs came."""
-        before = step - len(self._last)  # whose weights sampled the window's first responses
-        for reading in self._last:
-            if any(self._shows(sign, reading) for sign in signs):
-                break
-            before += 1
-        return before - 1
+        """Return the newest step before which no response in the window shows these signs."""
+        bad = (any(self._shows(sign, figures) for sign in signs) for figures in self._last)
+        first_bad = next((i for i, found in enumerate(bad) if found), len(self._last))
+        # The weights of step n sample the responses of step n + 1.
+        return step - len(self._last) + first_bad - 1
 
     def send_back(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave at a checkpoint, with smaller steps than last time."""
-        slowdown, sent_back = self.slowdown * SLOWER, self.sent_back + 1
-        self.load_state_dict(state)
-        # What the checkpoint knows of earlier rollbacks is older than what this one does.
-        self.slowdown, self.sent_back = slowdown, sent_back
+        """Restore the `state_dict` of a checkpoint, with a smaller learning rate than now."""
+        # A checkpoint from before an earlier rollback does not know of it.
+        slowdown, sent_back = self.slowdown * SLOWDOWN, self.sent_back + 1
+        self.load_state_dict({**state, "slowdown": slowdown, "sent_back": sent_back})
         logger.warning(
-            "Watchdog: rollback %s of at most %s: from here on with %g of optimizer.lr",
+            "Watchdog: rollback %s of at most %s: continuing with %g times optimizer.lr",
             self.sent_back,
-            MOST_ROLLBACKS,
+            MAX_ROLLBACKS,
             self.slowdown,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "slowdown": self.slowdown,
             "sent_back": self.sent_back,
             "start": self._start,
             "last": list(self._last),
-            "showing": sorted(self._showing),
+            "showing": self._showing,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.slowdown, self.sent_back = state["slowdown"], state["sent_back"]
-        self._start = state["start"]
+        self._start, self._showing = state["start"], state["showing"]
         self._last = deque(state["last"], maxlen=WINDOW)
-        self._showing = set(state["showing"])
 
 
-def _means(readings: Iterable[Readings]) -> dict[str, float]:
-    """Of each scalar, over the steps that have it."""
-    values: dict[str, list[float]] = {}
-    for step in readings:
-        for name, value in step.items():
-            values.setdefault(name, []).append(value)
+def _means(steps: Iterable[Figures]) -> dict[str, float]:
+    """Return the mean of each scalar over the steps that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for figures in steps:
+        for name, value in figures.items():
+            values[name].append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from opd_titan.config import JobConfig, load_config
+from opd_titan.config.resolve import resolve
 from opd_titan.errors import ConfigError, UserError, tell
 
 if TYPE_CHECKING:  # it imports torch
@@ -116,15 +117,16 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
 
     def planned(changed: JobConfig, ranks: int) -> tuple[Simulation, Estimate]:
         where = replace(cluster, world_size=ranks)
-        simulation = simulate(changed, where, prompt, response)
-        return simulation, estimate(changed, where, simulation)
+        job = resolve(changed, "cuda" if cluster.on_cuda else "cpu", ranks)
+        simulation = simulate(job, where, prompt, response)
+        return simulation, estimate(job, where, simulation)
 
     def estimated(ranks: int, changed: JobConfig) -> Estimate:
         return planned(changed, ranks)[1]
 
     for size in options.world_size:
         columns.append((replace(cluster, world_size=size), *planned(config, size)))
-    print(table(config, columns))
+    print(table(columns))
     for where, _, found in columns:
         if found.fits:
             continue

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_titan.config import JobConfig
-from opd_titan.config.sets import is_teacher
+from opd_titan.config.resolve import ResolvedJob, is_teacher
 from opd_titan.data.types import Sample
 from opd_titan.observability.step_scalars import cached_tokens_read, packed_flops, work
 from opd_titan.plan.cluster import Cluster
 from opd_titan.plan.simulate import Phase, Simulation
-from opd_titan.training.models import cpu_offload
 
 # Reads parameter, gradient and two moments; writes all but the gradient.
 _OPTIMIZER_BYTES = 28
@@ -58,7 +56,7 @@ class Estimate:
         return sum(s.total for s in self.seconds.values())
 
 
-def estimate(config: JobConfig, cluster: Cluster, simulation: Simulation) -> Estimate:
+def estimate(job: ResolvedJob, cluster: Cluster, simulation: Simulation) -> Estimate:
     """Add up a simulation; see `cluster.Assumed` for what is assumed."""
     copy = simulation.resident["generator weights"]
     peaks = {name: phase.peak for name, phase in simulation.phases.items()}
@@ -76,11 +74,11 @@ def estimate(config: JobConfig, cluster: Cluster, simulation: Simulation) -> Est
     if "reference" in forward:
         responses = sum(len(s.response_ids) for s in simulation.samples)
         flops["reference"] = packed_flops(simulation.samples, forward["reference"], responses)
-    if config.rollout.on_policy_fraction == 0.0:
+    if not job.on_policy:
         del flops["rollout"]
     seconds: dict[str, Seconds] = {}
     if cluster.flops and cluster.bandwidth:
-        seconds = _seconds(config, cluster, simulation, flops)
+        seconds = _seconds(job, cluster, simulation, flops)
     return Estimate(peak, worst, copy_stays, peak <= cluster.memory, flops, seconds)
 
 
@@ -90,10 +88,10 @@ def _total(cluster: Cluster, alive: float) -> float:
 
 
 def _seconds(
-    config: JobConfig, cluster: Cluster, simulation: Simulation, flops: dict[str, float]
+    job: ResolvedJob, cluster: Cluster, simulation: Simulation, flops: dict[str, float]
 ) -> dict[str, Seconds]:
     """Of the rank with the most to do: the others wait for it."""
-    a, phases = cluster.assumed, simulation.phases
+    config, a, phases = job.config, cluster.assumed, simulation.phases
     assert cluster.flops and cluster.bandwidth
     peak = cluster.flops * simulation.world.tp.size
     seconds = {n: _traffic(cluster, simulation, p) for n, p in phases.items() if n != "validation"}
@@ -116,7 +114,7 @@ def _seconds(
     moved = config.distill.minibatches * _OPTIMIZER_BYTES * simulation.trained
     seconds["optimizer"] = Seconds(busy=moved / reach)
     for role, times in simulation.scored.items():
-        if cpu_offload(role, config):
+        if job.models[role].cpu_offload:
             phase = "teacher" if is_teacher(role) else role
             seconds[phase].hidden += simulation.weights[role] * times / a.host_link
     return seconds

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd_titan.distill import head
 from opd_titan.models import kernels
-from opd_titan.rollout import attention_path, generator, runner, sampler
+from opd_titan.models.kernels import paged
+from opd_titan.rollout import generator, runner, sampler
 
 # Not cuDNN's: torch asks the device, which is not there, whether that would do, only to take flash.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -46,7 +47,7 @@ def like_cuda() -> Iterator[None]:
 
 
 def _choose_path(head_dim: int, dtype: torch.dtype, device: torch.device) -> Any:
-    return attention_path.choose_path(head_dim, dtype, torch.device("cuda"))
+    return paged.choose_path(head_dim, dtype, torch.device("cuda"))
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:

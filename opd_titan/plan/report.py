@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from opd_titan.config import JobConfig
 from opd_titan.plan.cluster import Assumed, Cluster, GiB
 from opd_titan.plan.estimate import Estimate
 from opd_titan.plan.simulate import Simulation
@@ -10,7 +9,7 @@ from opd_titan.plan.simulate import Simulation
 Column = tuple[Cluster, Simulation, Estimate]
 
 
-def table(config: JobConfig, columns: list[Column]) -> str:
+def table(columns: list[Column]) -> str:
     """Every figure of the plan; memory in GiB of one device, times in seconds of one step."""
     rows: list[tuple[str, list[str]]] = []
 
@@ -27,7 +26,7 @@ def table(config: JobConfig, columns: list[Column]) -> str:
     add("  gradients", [_gib(s.gradients) for _, s, _ in columns])
     add("  kept gathered, update", [_gib(s.kept.extra) for _, s, _ in columns])
     add("  KV cache", [_gib(s.kv_cache) for _, s, _ in columns])
-    add("  activations, update", [_gib(_activations(config, s)) for _, s, _ in columns])
+    add("  activations, update", [_gib(_activations(s)) for _, s, _ in columns])
     add("  reserved", [_gib(c.reserve) for c, _, _ in columns])
     for phase in columns[0][1].phases:
         add(f"  alive in {phase}", [_gib(s.phases[phase].peak) for _, s, _ in columns])
@@ -92,7 +91,7 @@ def _mesh(simulation: Simulation) -> str:
     return " x ".join(f"{axis} {ranks}" for axis, ranks in simulation.axes.items())
 
 
-def _activations(config: JobConfig, simulation: Simulation) -> float:
+def _activations(simulation: Simulation) -> float:
     """What the update's peak holds beyond what is resident, the generator's copy aside."""
     resident = sum(v for n, v in simulation.resident.items() if n != "generator weights")
     kept = simulation.gradients + simulation.kept.extra

@@ -16,17 +16,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from opd_titan.rollout.generator import Answers, Generator
-from opd_titan.rollout.page_parts import PageParts
+from opd_titan.models.kernels.paged import PageParts
+from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.runner import Runner, bucket
 from opd_titan.rollout.sampler import SamplingParams
-from opd_titan.rollout.scheduler import (
-    Chunk,
-    Growth,
-    Request,
-    RunningSequence,
-    Scheduler,
-)
+from opd_titan.rollout.scheduler import Chunk, Request, SequenceState, Work
 
 
 class PlannedGenerator(Generator):
@@ -52,13 +46,9 @@ class PlannedGenerator(Generator):
         with patch("opd_titan.rollout.generator.Runner", PlannedRunner):
             runner = super().make_runner(wanted, width, params)
         assert isinstance(runner, PlannedRunner)
+        runner.response_tokens = self.response_tokens
         self.runner = runner
         return runner
-
-    def begin_round(self, runner: Runner, scheduler: Scheduler, answers: Answers) -> None:
-        super().begin_round(runner, scheduler, answers)
-        assert isinstance(runner, PlannedRunner)
-        runner.see(scheduler, self.response_tokens)
 
 
 class PlannedRunner(Runner):
@@ -71,9 +61,11 @@ class PlannedRunner(Runner):
         num_decodes: forwards of one token per sequence; their `num_rows` are idle ones, too.
         widest: the pages of each sequence in the one with the most.
         memory_of_graphs: what stays with what is captured; only held, not looked at.
+        response_tokens: the length of each response.
     """
 
     memory_of_graphs: Tensor | None = None
+    response_tokens = 0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -82,7 +74,7 @@ class PlannedRunner(Runner):
         self.fullest: Sequence[Chunk] = ()
         self.widest: list[list[int]] = []
         self._most = (0, 0)
-        self._last: list[bool] = []
+        self._first: dict[SequenceState, int] = {}  # the step of each sequence's first token
 
     @property
     def num_prefilled(self) -> int:
@@ -91,41 +83,29 @@ class PlannedRunner(Runner):
 
     # ------------------------------------------------------------------- notes
 
-    def prefill(self, chunks: Sequence[Chunk]) -> None:
-        self.num_prefills += 1
-        self.chunks += [(c.start, c.start + len(c.tokens)) for c in chunks]
-        self.fullest = max(self.fullest, chunks, key=_num_tokens)
-
-    def see(self, scheduler: Scheduler, response_tokens: int) -> None:
-        """Note the sequences that run, and whose next token is the last one."""
-        running = scheduler.running
+    def run(self, work: Work) -> Any:
+        for s, _, sampled in work.preempted:
+            s.response, s.logprobs = [0] * sampled, array("f", bytes(4 * sampled))
+        if work.chunks:
+            self.num_prefills += 1
+            self.chunks += [(c.start, c.start + len(c.tokens)) for c in work.chunks]
+            self.fullest = max(self.fullest, work.chunks, key=_num_tokens)
+        for s in work.started:
+            self._first[s] = self.num_decodes - len(s.response)
+        if not work.running:
+            return None
         # What a kernel takes does not depend on the pages that it reads.
-        pages = 0 if self.cache.path.kernel is not None else sum(len(s.pages) for s in running)
-        if (len(running), pages) > self._most:
-            self._most = len(running), pages
-            self.widest = [list(s.pages) for s in running]
-        self._last = [False] * len(running)
-        if response_tokens < self.params.max_new_tokens:
-            last = response_tokens - 1
-            self._last = [scheduler.num_tokens(s) == last for s in running]
-
-    def start(
-        self, sequences: Sequence[RunningSequence], copies: Sequence[tuple[int, int]]
-    ) -> None: ...
-
-    def grow(self, growth: Growth) -> None: ...
-
-    def move(self, sources: Sequence[int], targets: Sequence[int], running: int) -> None: ...
-
-    def decode(self, n: int) -> None:
+        pages = 0 if self.static else sum(len(s.pages) for s in work.running)
+        if (len(work.running), pages) > self._most:
+            self._most = len(work.running), pages
+            self.widest = [list(s.pages) for s in work.running]
         self.num_decodes += 1
-        self.num_rows += self._width(n)
+        self.num_rows += self._width(len(work.running))
+        done = self.num_decodes - self.response_tokens
+        return _Known(array("b", [self._first[s] == done for s in work.running]))
 
     def _width(self, n: int) -> int:
         return bucket(n, self.slots) if self.static else n
-
-    def stop_flags(self, n: int) -> Any:
-        return _Known(array("b", self._last))
 
     def responses(self, slots: Sequence[int], counts: Sequence[int]) -> Any:
         return _Known([([0] * n, array("f", bytes(4 * n))) for n in counts])
@@ -135,7 +115,7 @@ class PlannedRunner(Runner):
     def run_fullest(self) -> int:
         """Returns its tokens."""
         if self.fullest:
-            super().prefill(self.fullest)
+            self.prefill(self.fullest)
         return _num_tokens(self.fullest)
 
     def run_widest(self) -> int:
@@ -144,9 +124,9 @@ class PlannedRunner(Runner):
         self._step(rows)
         return rows
 
-    def _page_parts(self, n: int) -> PageParts | None:
+    def _plan_pages(self, n: int) -> PageParts | None:
         """Which pages to read is data, which tensors here do not have: planned beside them."""
-        if self.cache.path.kernel is not None:
+        if self.static:
             return None
         with unset_fake_temporarily():
             table_NM = torch.full((n, self.table_BM.shape[1]), self.cache.idle_page)

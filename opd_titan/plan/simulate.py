@@ -6,7 +6,6 @@ model, its sharding, the head, the optimizer, the KV cache and the packing are t
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,9 +18,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opd_titan.checkpoint.hf_folder import resolve_model_folder
-from opd_titan.config import JobConfig
-from opd_titan.config.sets import data_sets, is_teacher, teacher_role, validation_sets
+from opd_titan.checkpoint.hf_folder import CONFIG
+from opd_titan.config.resolve import ResolvedJob, is_teacher
 from opd_titan.data.loader import share_out
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.optim import build_optimizer
@@ -40,16 +38,8 @@ from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.training.gathering import Gathering, choose
-from opd_titan.training.models import (
-    ModelShape,
-    allocate,
-    common_vocab_size,
-    compiles,
-    cpu_offload,
-    inspect_shape,
-    parallel_model,
-    roles,
-)
+from opd_titan.training.models import allocate, compute_dtype, parallel_model
+from opd_titan.training.sources import ModelShape, common_vocab_size, inspect_shape
 
 # Where the recipe does not limit the validation, its set is taken to be as large as GSM8K's.
 _VALIDATION_PROMPTS = 1319
@@ -129,7 +119,7 @@ class Simulation:
 
 
 def simulate(
-    config: JobConfig, cluster: Cluster, prompt_tokens: int, response_tokens: int
+    job: ResolvedJob, cluster: Cluster, prompt_tokens: int, response_tokens: int
 ) -> Simulation:
     """Run a step's phases as rank 0 of the cluster would.
 
@@ -142,18 +132,14 @@ def simulate(
     know_collectives()
     dist.init_process_group("fake", rank=0, world_size=cluster.world_size, store=FakeStore())
     try:
-        p = config.parallelism
-        world = build_world(
-            torch.device("cpu"),
-            p.data_parallel_replicate_degree,
-            p.data_parallel_shard_degree,
-            p.tensor_parallel_degree,
-        )
-        tp = p.tensor_parallel_degree
-        shapes = {role: _shape(role, path, tp) for role, path, _ in roles(config)}
-        result = Simulation(shapes, world, _dtype(config, cluster))
-        result.samples = _samples(config, prompt_tokens, response_tokens)
-        step = _Step(config, cluster, result)
+        layout = job.layout
+        world = build_world(torch.device("cpu"), layout.replicate, layout.shard, layout.tensor)
+        shapes = {
+            role: inspect_shape(spec, layout.tensor, [CONFIG]) for role, spec in job.models.items()
+        }
+        result = Simulation(shapes, world, compute_dtype(job))
+        result.samples = _samples(job, prompt_tokens, response_tokens)
+        step = _Step(job, cluster, result)
         kernels = like_cuda() if cluster.on_cuda else nullcontext()
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with kernels, fake, step.tracker, step.tracker.watch():
@@ -163,28 +149,16 @@ def simulate(
         dist.destroy_process_group()
 
 
-def _shape(role: str, path: str, tensor_parallel: int) -> ModelShape:
-    folder = resolve_model_folder(path, f"{role}.hf_path", ["config.json"])
-    return inspect_shape(role, str(folder), tensor_parallel)
-
-
-def _dtype(config: JobConfig, cluster: Cluster) -> torch.dtype:
-    name = config.training.dtype
-    if name == "auto":
-        name = "bfloat16" if cluster.on_cuda else "float32"
-    return getattr(torch, name)
-
-
-def _samples(config: JobConfig, prompt_tokens: int, response_tokens: int) -> list[Sample]:
-    r = config.rollout
+def _samples(job: ResolvedJob, prompt_tokens: int, response_tokens: int) -> list[Sample]:
+    r = job.config.rollout
     if r.max_tokens_per_step:
         fair = r.max_tokens_per_step // (r.prompts_per_step * r.group_size)
         response_tokens = min(response_tokens, fair)
-    rows = data_sets(config)
+    rows = job.data_sets
     shares = share_out([r.prompts_per_step] * len(rows), [row.weight for row in rows])
     return [
         Sample(
-            Prompt(i, "", (0,) * prompt_tokens, teacher=teacher_role(rows[number].teacher)),
+            Prompt(i, "", (0,) * prompt_tokens, teacher=rows[number].teacher),
             n,
             [0] * response_tokens,
             "stop",
@@ -204,18 +178,17 @@ class _CopiedWeights(GeneratorWeights):
 class _Step:
     """The phases in the order of the trainer's step."""
 
-    def __init__(self, config: JobConfig, cluster: Cluster, result: Simulation) -> None:
-        self.config, self.cluster, self.result = config, cluster, result
+    def __init__(self, job: ResolvedJob, cluster: Cluster, result: Simulation) -> None:
+        self.job, self.config, self.cluster, self.result = job, job.config, cluster, result
         self.world, self.dtype = result.world, result.dtype
         self.tracker = Tracker(gloo=not cluster.on_cuda)
         self.on_host = 0  # bytes that the plan holds, but the cluster's devices would not
-        built_as = copy.deepcopy(config)
-        # Compiled code is not traced here; it keeps about what selective checkpointing does.
-        if compiles(config) and config.activation_checkpoint.mode == "none":
-            built_as.activation_checkpoint.mode = "selective"
-        built_as.compile.enable = "off"
+        mode = self.config.activation_checkpoint.mode
+        # Compiled code is not traced here. It keeps about what selective checkpointing keeps.
+        if job.compiled and mode == "none":
+            mode = "selective"
         self.models = {
-            role: parallel_model(shape, self.world, built_as, self.dtype)
+            role: parallel_model(shape, self.world, self.dtype, mode, False)
             for role, shape in result.shapes.items()
         }
 
@@ -225,7 +198,7 @@ class _Step:
             with self._phase("sync"):
                 self.weights.sync()
             self._rollout()
-        if self.config.validation.enable:
+        if self.job.validation_sets:
             self._validate()
         self.weights.release()
         plan = self._plan()
@@ -238,8 +211,8 @@ class _Step:
 
     def _load(self) -> None:
         shapes, memory = self.result.shapes, self.cluster.memory
-        self.kept = choose(self.config, self.models, shapes, self.world, self.dtype, memory)
-        self.kept.tell(self.models)
+        self.kept = choose(self.job, self.models, shapes, self.world, memory)
+        self.kept.apply(self.models)
         self.result.kept = self.kept
         for role, model in self.models.items():
             before = self.tracker.live
@@ -249,7 +222,7 @@ class _Step:
             self.result.weights[role] = self.tracker.live - before
             self._hold(f"{role} weights", self.tracker.live - before, role)
         self.student = self.models["student"]
-        self.optimizer = build_optimizer(self.student, self.config)
+        self.optimizer = build_optimizer(self.student, self.config.optimizer)
         before = self.tracker.live
         self._make_gradients()
         self.result.gradients = self.tracker.live - before
@@ -273,7 +246,7 @@ class _Step:
         return kind(self.models[role], build, self.dtype, self.world.device, pack=False)
 
     def _is_on_host(self, role: str) -> bool:
-        return self.cluster.on_cuda and cpu_offload(role, self.config)
+        return self.cluster.on_cuda and self.job.models[role].cpu_offload
 
     def _hold(self, name: str, size: int, role: str | None = None) -> None:
         """Note what stays, unless the recipe keeps it on the host."""
@@ -346,7 +319,7 @@ class _Step:
         ]
         weights = self.weights
         with self._phase("validation", 0):
-            asked = {teacher_role(s.teacher) for s in validation_sets(self.config)}
+            asked = {s.teacher for s in self.job.validation_sets}
             teachers = asked & self.models.keys()
             if teachers:
                 self.weights.release()
@@ -413,7 +386,8 @@ class _Step:
         r = self.config.rollout
         vocab_size = common_vocab_size(self.result.shapes)
         dist_ = Distribution(r.temperature, r.top_k, r.top_p, vocab_size)
-        return UpdateRule.of(self.config, dist_)
+        c = self.config
+        return UpdateRule.of(c.distill, c.reference, c.training, dist_)
 
     def _update(self, plan: list[Minibatch]) -> None:
         rule = self._rule()

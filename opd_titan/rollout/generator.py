@@ -1,37 +1,40 @@
 """The rollout engine: continuously batched sampling from the student's own weights.
 
-What to run is the `scheduler`'s part, running it the `runner`'s, on pages of the `kv_cache`; the
-`sampler` turns hidden states into tokens. Here they meet.
+The `scheduler` decides what to run, the `runner` runs it on pages of the `kv_cache`, and the
+`sampler` turns hidden states into tokens. The generator connects them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 
 from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.transfer import Fetched
 from opd_titan.distributed.world import ALONE, Axis
+from opd_titan.models.kernels.paged import choose_path
 from opd_titan.models.logits import VocabHead
-from opd_titan.rollout.attention_path import choose_path
 from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
-from opd_titan.rollout.limit import common_length
 from opd_titan.rollout.memory import free_bytes
 from opd_titan.rollout.runner import Responses, Runner
 from opd_titan.rollout.sampler import SamplingParams
-from opd_titan.rollout.scheduler import Request, RunningSequence, Scheduler
-from opd_titan.rollout.share import Share
+from opd_titan.rollout.scheduler import Request, Scheduler, SequenceState
 
-# A cache that is made once may hold this share of the sequences that one made every step would.
+Group = Sequence[Request]  # the samples of one prompt
+
+# A cache that is made once may hold this share of the sequences that a new cache would hold.
 _ENOUGH = 0.75
+# All ranks count their rollouts in the same order, so that a number names the same rollout.
+_rollouts = count()
 
 
 @dataclass
@@ -39,7 +42,7 @@ class RolloutStats:
     """What a rank's part of a rollout took.
 
     Attributes:
-        decode_forwards: one-token forwards; each reads all weights once.
+        decode_forwards: forwards of one token per sequence; each reads all weights once.
         preempted: sequences that had to wait for memory.
         seconds: without waiting for other ranks.
     """
@@ -49,62 +52,63 @@ class RolloutStats:
     seconds: float = 0.0
 
 
-class Answers:
-    """Responses of sequences that ended, which become samples once the host has them.
+class FinishedResponses:
+    """Responses that ended, which become samples when they have arrived on the host.
 
     Args:
         stop_ids: tokens that end a response.
 
     Attributes:
-        samples: by prompt's and sample's index.
-        lengths: of all responses, also of those that are on their way.
+        samples: by the index of the prompt and of the sample.
     """
 
     def __init__(self, stop_ids: set[int]) -> None:
         self.stop_ids = stop_ids
         self.samples: dict[tuple[int, int], Sample] = {}
-        self.lengths: list[int] = []
-        self._coming: list[tuple[list[RunningSequence], Responses]] = []
+        self._coming: list[tuple[list[SequenceState], Responses]] = []
 
-    def expect(self, runner: Runner, counts: Mapping[RunningSequence, int]) -> None:
-        """Fetch the responses of these sequences, of so many tokens each."""
-        if counts:
-            slots = [s.slot for s in counts]
-            self._coming.append(([*counts], runner.responses(slots, [*counts.values()])))
-            self.lengths += counts.values()
+    def fetch(self, runner: Runner, lengths: Mapping[SequenceState, int]) -> None:
+        """Fetch the responses of sequences that ended, with these numbers of tokens."""
+        running = [s for s in lengths if s.slot >= 0]
+        if running:
+            slots, counts = [s.slot for s in running], [lengths[s] for s in running]
+            self._coming.append((running, runner.responses(slots, counts)))
+        for s in lengths.keys() - running:  # preempted before their stop token was known
+            self._add(s, s.response, torch.tensor(s.logprobs))
 
     def collect(self) -> None:
-        """Make samples of what was fetched. Best after the next step was launched: no wait then."""
+        """Make samples of fetched responses. There is no wait if a later step has been launched."""
         for sequences, responses in self._coming:
-            for sequence, (tokens, logprobs) in zip(sequences, responses.get(), strict=True):
-                request = sequence.request
-                self.samples[request.prompt.index, request.sample_index] = Sample(
-                    prompt=request.prompt,
-                    sample_index=request.sample_index,
-                    response_ids=tokens,
-                    finish_reason="stop" if tokens[-1] in self.stop_ids else "length",
-                    student_logprobs=logprobs,
-                )
+            for s, (tokens, logprobs) in zip(sequences, responses.get(), strict=True):
+                self._add(s, tokens, logprobs)
         self._coming = []
+
+    def _add(self, s: SequenceState, tokens: list[int], logprobs: Tensor) -> None:
+        self.samples[s.request.prompt.index, s.request.sample_index] = Sample(
+            prompt=s.request.prompt,
+            sample_index=s.request.sample_index,
+            response_ids=tokens,
+            finish_reason="stop" if tokens[-1] in self.stop_ids else "length",
+            student_logprobs=logprobs,
+        )
 
 
 class Generator:
-    """Samples responses with a model that holds plain (not sharded) weights.
+    """Sample responses with a model that holds plain (not sharded) weights.
 
     Args:
         model: the decoder; its parameters are read, never written.
         eos_ids: each of these tokens ends a response.
-        max_concurrent: sequences decoded at once; 0 takes what fits into the free memory.
-        max_prefill_tokens: prompt tokens that go through one forward.
-        tp: the ranks that the model is split over. They sample the same responses: each adds its
-            part of every sum and sees the same tokens.
-        page_size: tokens in a page of the cache; 0 takes what suits the device.
-        max_pages: of the cache; 0 takes what fits into the free memory.
-        room: bytes that may be kept while other phases run; None while nobody knows.
+        max_concurrent: sequences decoded at once; 0 for as many as fit into the free memory.
+        max_prefill_tokens: prompt tokens of one forward.
+        tp: the ranks that the model is split over. They sample the same responses together.
+        page_size: tokens of a page of the cache; 0 for what suits the device.
+        max_pages: pages of the cache; 0 for as many as fit into the free memory.
+        room: returns the bytes that may stay in use during other phases, or None if unknown.
 
     Attributes:
         stats: of the last `generate`.
-        use_cuda_graphs: on CUDA, where there is a kernel for the cache.
+        use_cuda_graphs: on CUDA, where a kernel reads the cache.
     """
 
     use_cuda_graphs = True
@@ -131,9 +135,7 @@ class Generator:
         self.max_pages = max_pages
         self.stats = RolloutStats()
         self._runner: Runner | None = None
-        self._asked = 0  # sequences that it was to have slots for
-        # Steps that the host has not looked at: which of these sequences got a stop token.
-        self._flags: deque[tuple[list[RunningSequence], Fetched | None]] = deque()
+        self._wanted = 0  # sequences that the runner should have had slots for
 
     @torch.no_grad()
     def generate(
@@ -141,156 +143,102 @@ class Generator:
         requests: Sequence[Request],
         params: SamplingParams,
         on_tokens: Callable[[int], None] = lambda n: None,
-        share: Share | None = None,
+        dp: Axis = ALONE,
     ) -> list[Sample]:
-        """Answer every request.
+        """Answer the requests.
 
         Args:
-            requests: samples of one prompt that stand together share its keys and values.
-            on_tokens: called with the number of tokens just sampled. What it raises ends the
-                rollout; not before this rank has read its share.
-            share: which of the requests this rank answers. Without it, all of them.
+            requests: the same on all ranks. Adjacent samples of one prompt share its keys and
+                values.
+            on_tokens: called with the number of tokens just sampled. An exception from it ends the
+                rollout; it must come on all tensor-parallel ranks at once.
+            dp: the ranks that divide the requests among them.
 
         Returns:
-            One sample per request that was answered, in the order of the requests.
+            The samples of this rank, in the order of the requests.
         """
-        start = time.perf_counter()
+        begun = time.perf_counter()
         self.stats = RolloutStats()
         if not requests:
             return []
-        runner, scheduler = self._prepare(requests, params, share)
-        answers, sampled = Answers(set() if params.ignore_eos else self.eos_ids), 0
-        self._flags.clear()
-        while scheduler.has_work:
-            self.begin_round(runner, scheduler, answers)
-            n = len(scheduler.running)
-            if n == 0:
-                continue  # a prefix takes several rounds
-            runner.decode(n)
-            self._flags.append(([*scheduler.running], runner.stop_flags(n)))
+        runner, scheduler = self._prepare(requests, params, dp)
+        finished = FinishedResponses(set() if params.ignore_eos else self.eos_ids)
+        flags: deque[tuple[list[SequenceState], Fetched | None]] = deque()
+        while (work := scheduler.schedule()) is not None:
+            flags_N = runner.run(work)
+            self.stats.preempted += len(work.preempted)
+            if not work.running:
+                continue  # a long prefix takes several steps
+            flags.append((work.running, flags_N))
             self.stats.decode_forwards += 1
-            on_tokens(n)
-            sampled += n
-            answers.collect()
-            ended = self._ended(runner, scheduler)
-            if params.max_tokens and sampled > params.max_tokens:
-                ended = {**self._beyond_limit(runner, scheduler, answers, params), **ended}
-            answers.expect(runner, ended)
-            if ended:
-                slots = [s.slot for s in ended]
-                runner.move(*scheduler.release(slots), len(scheduler.running))
-        answers.collect()
+            on_tokens(len(work.running))
+            finished.collect()
+            stopped = _stopped(*flags.popleft()) if len(flags) > runner.lag else []
+            finished.fetch(runner, scheduler.postprocess(stopped))
+        finished.collect()
         # A capture that failed would fail again.
         self.use_cuda_graphs = self.use_cuda_graphs and runner.captures
         if not runner.static:
             self.release()
-        self.stats.seconds = time.perf_counter() - start
+        self.stats.seconds = time.perf_counter() - begun
         keys = [(r.prompt.index, r.sample_index) for r in requests]
-        return [answers.samples[key] for key in keys if key in answers.samples]
-
-    def begin_round(self, runner: Runner, scheduler: Scheduler, answers: Answers) -> None:
-        """All that comes before a decoding step: prefills, starts, new pages, preemptions."""
-        chunks = scheduler.prefill(self.max_prefill_tokens)
-        if chunks:
-            runner.prefill(chunks)
-        runner.start(*scheduler.admit())
-        growth = scheduler.grow()
-        runner.grow(growth)
-        if growth.preempted:
-            self._preempt(growth.preempted, runner, scheduler, answers)
-
-    def _preempt(
-        self,
-        sequences: Sequence[RunningSequence],
-        runner: Runner,
-        scheduler: Scheduler,
-        answers: Answers,
-    ) -> None:
-        """Put sequences that lost their pages back in line, unless they got their stop token."""
-        stopped = {s for step in self._flags for s in _stopped(*step)}
-        counts = {s: scheduler.num_tokens(s) for s in sequences}
-        answers.expect(runner, {s: n for s, n in counts.items() if s in stopped})
-        again = {s: n for s, n in counts.items() if s not in stopped}
-        found = runner.responses([s.slot for s in again], [*again.values()]).get() if again else []
-        for sequence, (tokens, logprobs) in zip(again, found, strict=True):
-            scheduler.requeue(sequence, tokens, logprobs.tolist())
-        self.stats.preempted += len(again)
-        moves = scheduler.release([s.slot for s in sequences], ended=len(again) < len(counts))
-        runner.move(*moves, len(scheduler.running))
-
-    def _ended(self, runner: Runner, scheduler: Scheduler) -> dict[RunningSequence, int]:
-        """Count a step. The sequences that ended, as far as the host knows, and their tokens."""
-        slots = scheduler.advance()
-        ended = {s: scheduler.num_tokens(s) for s in (scheduler.running[slot] for slot in slots)}
-        while len(self._flags) > runner.lag:
-            step = self._flags.popleft()
-            late = len(self._flags)  # tokens that came after the stop token, and do not count
-            for s in _stopped(*step):
-                if s.pages:  # else it has ended before
-                    ended[s] = scheduler.num_tokens(s) - late
-        return ended
-
-    @staticmethod
-    def _beyond_limit(
-        runner: Runner, scheduler: Scheduler, answers: Answers, params: SamplingParams
-    ) -> dict[RunningSequence, int]:
-        """Sequences that will be cut to what they have already, or to less."""
-        # The tokens of the last steps count only if there was no stop token before them.
-        known = {s: scheduler.num_tokens(s) - runner.lag for s in scheduler.running}
-        limit = common_length([*answers.lengths, *known.values()], params.max_tokens)
-        return {s: n for s, n in known.items() if n >= limit}
+        return [finished.samples[key] for key in keys if key in finished.samples]
 
     # ------------------------------------------------------------------ memory
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache, and what else is kept from one `generate` to the next."""
+        """Bytes of the cache, and of what else is kept from one `generate` to the next."""
         return 0 if self._runner is None else self._runner.num_bytes
 
     def release(self) -> None:
-        """Give this memory back until the next `generate`."""
+        """Free this memory until the next `generate`."""
         self._runner = None
 
     def _prepare(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        share: Share | None,
+        self, requests: Sequence[Request], params: SamplingParams, dp: Axis
     ) -> tuple[Runner, Scheduler]:
-        """A runner with room for these requests, the last one if it has that."""
+        """Return a scheduler, and a runner with room for the requests, the last one if possible."""
         limits = [r.max_new_tokens or params.max_new_tokens for r in requests]
         assert max(limits) <= params.max_new_tokens, "there is no room for longer responses"
         longest = max(len(r.prompt.token_ids) + n for r, n in zip(requests, limits, strict=True))
         width = -(-longest // self.page_size)
-        groups: Sequence[Sequence[Request]]
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.prompt.index)]
-        wanted = len(requests) if share is None else share.count_even(groups)
+        # The largest part if the groups are divided evenly.
+        wanted = sum(len(group) for group in groups[:: dp.size])
         wanted = min(wanted, self.max_concurrent or wanted)
         runner = self._runner
         if runner is None or not self._suits(runner, wanted, width, params):
-            self.release()  # first: the next one's size is what is then free
+            self.release()  # first, because the next runner is sized to the free memory
             del runner
             self._runner = runner = self.make_runner(wanted, width, params)
-            self._asked = wanted
+            self._wanted = wanted
         slots = min(runner.slots, self.max_concurrent or runner.slots)
-        mine = groups if share is None else share.read(groups, slots)
-        pages, limit = runner.cache.num_pages, params.max_new_tokens
-        return runner, Scheduler(mine, slots, pages, self.page_size, limit)
+        scheduler = Scheduler(
+            divide_groups(groups, slots, dp, self.head.tp, self.device),
+            slots,
+            runner.cache.num_pages,
+            self.page_size,
+            params.max_new_tokens,
+            self.max_prefill_tokens,
+            params.max_tokens,
+            runner.lag,
+        )
+        return runner, scheduler
 
     def _suits(self, last: Runner, wanted: int, width: int, params: SamplingParams) -> bool:
-        """Whether the last runner will do. One that memory kept small would be no larger now."""
+        """Return whether the last runner will do; one that memory kept small would be no larger."""
         return (
             last.params == params
-            and self._asked >= wanted
+            and self._wanted >= wanted
             and last.table_BM.shape[1] >= width
             and last.weights_stay()
         )
 
     def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
-        """A runner for so many sequences of so many pages, as far as memory for them is there."""
+        """Return a runner for `wanted` sequences of `width` pages, or as many as memory holds."""
         slots, pages = self.count_slots_and_pages(wanted, width, params)
         cache = KVCache(self._sizes, pages, self.page_size, self.path, self.dtype, self.device)
-        static = self.path.kernel is not None
         return Runner(
             self.model,
             self.head,
@@ -299,21 +247,20 @@ class Generator:
             width,
             self.eos_ids,
             params,
-            static,
             self.use_cuda_graphs,
         )
 
     def count_slots_and_pages(
         self, wanted: int, width: int, params: SamplingParams
     ) -> tuple[int, int]:
-        """Sequences to decode at once and pages for them.
+        """Return the number of sequences to decode at once, and of pages for them.
 
-        Responses are seldom as long as they may be: there are slots as long as each could have half
-        of its pages, and who needs more than there are waits.
+        Responses are seldom as long as they may be. So there are slots for as many sequences as
+        could have half of their pages each; a sequence that finds no free page waits.
         """
         per_page = self.page_size * bytes_per_token(self._sizes, self.dtype)
-        # Per row: its logits, exponentiated, and a chunk of them beside; or whole logits, and where
-        # they are truncated their sort with its int64 order, softmax, prefix sums and masks.
+        # Per row: its logits, exponentiated, and a chunk of them; or, with truncation, the whole
+        # logits, their sort with its int64 order, the softmax, prefix sums and masks.
         copies = 8 if params.distribution.truncates else 3
         per_slot = 4 * copies * self.head.vocab_size
         per_sequence = per_slot + per_page * -(-width // 2)
@@ -322,7 +269,7 @@ class Generator:
             return max(1, min(wanted, budget // per_sequence))
 
         budget, room = self.free_bytes() * 3 // 4, self.room()
-        # A cache that can stay costs no step its time; but not where it holds far fewer sequences.
+        # A cache that stays costs no time in later steps, but must not be much smaller.
         if room is not None and slots_in(min(room, budget)) >= _ENOUGH * slots_in(budget):
             budget = min(room, budget)
         slots = slots_in(budget)
@@ -331,12 +278,47 @@ class Generator:
         return slots, pages
 
     def free_bytes(self) -> int:
-        """Memory that a rollout may count on, the same on ranks that must schedule alike."""
+        """Return the memory for a rollout, the same on all tensor-parallel ranks."""
         return min_integer(free_bytes(self.device), self.device, self.head.tp)
 
 
-def _stopped(sequences: Sequence[RunningSequence], flags: Fetched | None) -> list[RunningSequence]:
-    """Those with a flag. Waits until the step has been done."""
+def _stopped(sequences: Sequence[SequenceState], flags: Fetched | None) -> list[SequenceState]:
+    """Return the sequences with a flag. Waits until the step is done."""
     if flags is None:
         return []
     return [s for s, flag in zip(sequences, flags.get().tolist(), strict=True) if flag]
+
+
+def divide_groups(
+    groups: Sequence[Group], slots: int, dp: Axis, tp: Axis, device: torch.device
+) -> Iterator[Group]:
+    """Yield this rank's groups, one by one, when it has free slots.
+
+    At first each rank takes an even part, as many groups as it can run at once. Then a rank with a
+    free slot takes the next of the rest, so that no rank waits long for another. A token depends
+    only on its own sequence, but the batches then depend on the speed of the ranks, and with them
+    the rounding of log-probs. So if torch has to be deterministic, the rest is divided evenly too.
+
+    Args:
+        groups: the same on all ranks. All ranks must read to the end.
+        slots: sequences that this rank runs at once.
+        dp: the ranks that divide the groups.
+        tp: the ranks that answer the same groups together.
+    """
+    even = groups[dp.rank :: dp.size]
+    if dp.size == 1 or torch.are_deterministic_algorithms_enabled():
+        yield from even
+        return
+    name = f"opd_titan/rollout/{next(_rollouts)}"
+    slots = min_integer(slots, device, dp)
+    first = -(-slots // max(len(group) for group in groups))
+    yield from even[:first]
+    rest = groups[first * dp.size :]
+    while rest:
+        number = len(rest)
+        if tp.rank == 0:
+            number = _get_default_store().add(name, 1) - 1
+        number = min_integer(number, device, tp)
+        if number >= len(rest):
+            return
+        yield rest[number]

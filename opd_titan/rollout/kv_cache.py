@@ -1,9 +1,10 @@
-"""Keys and values in pages, and what attends to them.
+"""Keys and values in pages, and the attention of prefill and decoding, which writes and reads them.
 
 Shapes: P pages, S tokens of a page, M pages of the longest sequence, N sequences, T tokens, H query
 heads, G key/value heads, K head size.
 
-Which page is whose is the scheduler's part. A sequence's row in a *table* [N, M] lists its pages.
+The scheduler decides which sequence has which page. A row of a *table* [N, M] lists the pages of a
+sequence.
 """
 
 from __future__ import annotations
@@ -12,25 +13,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from opd_titan.distributed.transfer import send, send_numbers
-from opd_titan.models.attention import Attend, PackedAttention
+from opd_titan.distributed.transfer import send
+from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels import CacheSlots, plain
-from opd_titan.rollout.attention_path import AttentionPath
-from opd_titan.rollout.page_parts import PageParts
+from opd_titan.models.kernels.paged import PagedAttention, PageParts
 from opd_titan.rollout.scheduler import Chunk
 
 
 class KVCache:
-    """A tensor [P, S, G, K] of keys and one of values for each layer.
+    """The pages of all layers: for each layer a tensor [P, S, G, K] of keys and one of values.
 
     Args:
         args: the model's sizes: `n_layers`, `n_kv_heads`, `head_dim`.
-        num_pages: those the scheduler gives out. There is one more, at the end, for rows of a
-            batch that no sequence is in.
-        path: what reads the pages.
+        num_pages: pages for the scheduler. One more page, at the end, is for rows of a batch
+            without a sequence.
+        path: how the pages are read.
     """
 
     def __init__(
@@ -38,25 +37,18 @@ class KVCache:
         args: Any,
         num_pages: int,
         page_size: int,
-        path: AttentionPath,
+        path: PagedAttention,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.page_size, self.num_pages, self.idle_page = page_size, num_pages, num_pages
-        self.path, self.device, self.dtype = path, device, dtype
-        by_head = path.kernel is None  # a head's keys side by side, as products of a head want them
-        shape = (num_pages + 1, page_size, args.n_kv_heads, args.head_dim)
-        if by_head:
-            shape = (shape[0], shape[2], shape[1], shape[3])
-
-        def pages() -> Tensor:
-            # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            return zeros.transpose(1, 2) if by_head else zeros
-
-        # One tensor a layer: pieces of this size find room between what else is allocated.
-        self.keys = [pages() for _ in range(args.n_layers)]
-        self.values = [pages() for _ in range(args.n_layers)]
+        self.path, self.device = path, device
+        # One tensor per layer, because smaller allocations fit between others.
+        shape = num_pages + 1, page_size, args.n_kv_heads, args.head_dim
+        self.keys, self.values = (
+            [path.allocate(*shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
+            for _ in range(2)
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -70,12 +62,12 @@ class KVCache:
 
 
 def bytes_per_token(args: Any, dtype: torch.dtype) -> int:
-    """Return the cache bytes that one token of one sequence takes."""
+    """Return the bytes of one token of one sequence in the cache."""
     return 2 * args.n_layers * args.n_kv_heads * args.head_dim * dtype.itemsize
 
 
-class _Writing:
-    """Attention that begins with writing new tokens' keys and values into the cache.
+class _CachedAttention:
+    """Attention that first writes the keys and values of its tokens into the cache.
 
     Args:
         page_T: int64, the page of each token.
@@ -97,12 +89,12 @@ class _Writing:
             plain.write(self._slots(layer), k_TGK, v_TGK)
 
 
-class PrefillAttention(_Writing):
-    """Causal attention of chunks of prefixes, whose keys and values also go into the cache.
+class PrefillAttention(_CachedAttention):
+    """Causal attention of chunks of prefixes.
 
     Args:
-        chunks: those that begin their prefix are packed as in training. Only the first may go on
-            with one.
+        chunks: only the first may continue a prefix, and attends to the cache. The others begin
+            theirs and are packed, as in training.
     """
 
     def __init__(self, cache: KVCache, chunks: Sequence[Chunk]) -> None:
@@ -112,65 +104,32 @@ class PrefillAttention(_Writing):
         positions = [p for _, p in places]
         super().__init__(cache, *send(torch.tensor([positions, pages]), device))
         # Masks and indices are made here, once for all layers.
-        goes_on, begin = [c for c in chunks[:1] if c.start], [c for c in chunks if not c.start]
-        assert [*goes_on, *begin] == list(chunks)
-        self.parts: list[Attend] = [ContinuedAttention(cache, c) for c in goes_on]
-        if begin:
-            self.parts.append(PackedAttention([len(c.tokens) for c in begin], device))
-        self.lengths = [part.positions_T.numel() for part in self.parts]
+        first, self.continued = chunks[0], 0
+        if first.start:
+            self.continued = len(first.tokens)
+            end = first.start + self.continued
+            self.resume = cache.path.resume(first.pages, first.start, end, device)
+        begin = [len(c.tokens) for c in chunks[bool(first.start) :]]
+        assert not any(c.start for c in chunks[1:])
+        self.packed = PackedAttention(begin, device) if begin else None
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
         self.write(layer, k_TGK, v_TGK)
-        split = (x.split(self.lengths) for x in (q_THK, k_TGK, v_TGK))
-        outs = [part(*qkv, layer) for part, *qkv in zip(self.parts, *split, strict=True)]
+        n, outs = self.continued, []
+        if n:
+            outs.append(self.resume(q_THK[:n], self.cache.keys[layer], self.cache.values[layer]))
+        if self.packed is not None:
+            outs.append(self.packed(q_THK[n:], k_TGK[n:], v_TGK[n:], layer))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-class ContinuedAttention:
-    """A chunk that goes on with its prefix attends to what is in the cache, itself included."""
-
-    def __init__(self, cache: KVCache, chunk: Chunk) -> None:
-        self.cache, self.num_tokens = cache, len(chunk.tokens)
-        end = chunk.start + self.num_tokens
-        self.positions_T = torch.arange(chunk.start, end, device=cache.device)
-
-        numbers = send_numbers([chunk.pages, [end], [0, self.num_tokens]], cache.device)
-        self.pages, self.used, self.starts = (x.int() for x in numbers)
-        if cache.path.kernel is None:
-            seen = torch.ones(self.num_tokens, end, dtype=torch.bool, device=cache.device)
-            self.seen = seen.tril(chunk.start)
-
-    def slots(self, layer: int) -> CacheSlots | None:
-        return None
-
-    def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor:
-        keys, values, kernel = (
-            self.cache.keys[layer],
-            self.cache.values[layer],
-            self.cache.path.kernel,
-        )
-        if kernel is not None:
-            table_1M = self.pages[None]
-            return kernel(q_THK, keys, values, table_1M, self.used, self.starts, self.num_tokens)
-        # Repeated here: with a mask and fewer key/value heads, CUDA has no kernel that keeps the
-        # scores out of memory.
-        end, repeats = self.seen.shape[1], q_THK.shape[1] // k_TGK.shape[1]
-        k, v = (
-            x.index_select(0, self.pages).flatten(0, 1)[:end].repeat_interleave(repeats, dim=1)
-            for x in (keys, values)
-        )
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen)
-        return out[0].transpose(0, 1)
-
-
-class DecodeAttention(_Writing):
-    """One new token per sequence, attending to all that came before it.
+class DecodeAttention(_CachedAttention):
+    """Attention of one new token per sequence to itself and all tokens before it.
 
     Args:
-        positions_N: of each sequence's new token.
-        table_NM: pages of each sequence, int32.
-        parts: how to go over the pages where no kernel takes the table; see there.
+        positions_N: the position of each sequence's new token.
+        table_NM: int32, the pages of each sequence.
+        plan: what `PagedAttention.plan` returned for these pages.
     """
 
     def __init__(
@@ -178,27 +137,12 @@ class DecodeAttention(_Writing):
         cache: KVCache,
         positions_N: Tensor,
         table_NM: Tensor,
-        parts: PageParts | None = None,
+        plan: PageParts | None = None,
     ) -> None:
         number_N1 = (positions_N // cache.page_size)[:, None]
         super().__init__(cache, positions_N, table_NM.gather(1, number_N1).squeeze(1).long())
-        self.table_NM = table_NM
-        if cache.path.kernel is None:
-            assert parts is not None
-            self.parts, self.masks = parts, parts.masks(positions_N, cache.dtype)
-        else:
-            n, device = positions_N.numel(), positions_N.device
-            self.starts_N1 = torch.arange(n + 1, dtype=torch.int32, device=device)
-            self.used_N = (positions_N + 1).to(torch.int32)
+        self.attend = cache.path.decode(positions_N, table_NM, plan)
 
     def __call__(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layer: int) -> Tensor:
         self.write(layer, k_NGK, v_NGK)
-        keys, values, kernel = (
-            self.cache.keys[layer],
-            self.cache.values[layer],
-            self.cache.path.kernel,
-        )
-        if kernel is not None:
-            return kernel(q_NHK, keys, values, self.table_NM, self.used_N, self.starts_N1, 1)
-        q_NGRK = q_NHK.unflatten(1, (k_NGK.shape[1], -1))
-        return self.parts.attend(q_NGRK, keys, values, self.masks).flatten(1, 2)
+        return self.attend(q_NHK, self.cache.keys[layer], self.cache.values[layer])

@@ -1,7 +1,7 @@
-"""Runs what the scheduler says: prefills, and decoding steps over the slots.
+"""Run what the scheduler decides: prefills, and decoding steps over the slots.
 
-Shapes: B slots, N rows of a decoding step (the sequences in slots 0 to N-1, and maybe idle ones),
-M pages of the longest sequence, R response tokens, E sequences that ended.
+Shapes: B slots, N rows of a decoding step (the sequences in slots 0 to N - 1, and possibly idle
+rows), M pages of the longest sequence, R response tokens, E sequences that are fetched.
 """
 
 from __future__ import annotations
@@ -17,35 +17,34 @@ from torch import Tensor, nn
 from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.transfer import Fetched, send
 from opd_titan.models.kernels import uniforms
+from opd_titan.models.kernels.paged import PageParts
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention
-from opd_titan.rollout.page_parts import PageParts
 from opd_titan.rollout.sampler import Sampler, SamplingParams
-from opd_titan.rollout.scheduler import Chunk, Growth, RunningSequence
+from opd_titan.rollout.scheduler import Chunk, SequenceState, Work
 
 logger = logging.getLogger("opd_titan")
 
-# Steps that have been launched since, when the host reads which sequences got a stop token: a GPU
-# should not wait for the host meanwhile.
+# The host reads the stop flags of a step after it has launched this many more, so that a GPU does
+# not wait for the host.
 LAG = {"cpu": 0, "cuda": 1}
 # Columns of what the host sends for each slot before a decoding step.
 _SOURCE, _TOKEN, _POSITION, _COUNT, _KEY, _RUNS, _PAGES = range(7)
 
 
 class Runner:
-    """The model, the cache, and what is known of each slot, in tensors that stay where they are.
+    """The model, the cache, and the state of each slot in tensors that stay in place.
 
-    A decoding step reads and writes nothing else, so that a CUDA graph of it can be replayed; and
-    no row of it is touched by Python. What the host changes between two steps goes to the device in
-    one copy before the next.
+    A decoding step reads and writes only these tensors, so that a CUDA graph of it can be replayed,
+    and Python does not touch single rows. Changes between two steps are made on the host and sent
+    to the device in one copy before the next step.
 
     Args:
         model: the decoder; its parameters are read, never written.
-        slots: rows at most.
-        max_pages: of the longest sequence.
+        slots: the most rows.
+        max_pages: pages of the longest sequence.
         eos_ids: each of these tokens ends a response.
-        static: a step has one of few numbers of rows.
-        captures: each of these is captured as a CUDA graph.
+        captures: capture steps as CUDA graphs, if the attention allows that.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Runner:
         max_pages: int,
         eos_ids: set[int],
         params: SamplingParams,
-        static: bool = False,
         captures: bool = True,
     ) -> None:
         self.model, self.cache, self.slots, self.params = model, cache, slots, params
@@ -73,31 +71,33 @@ class Runner:
         self.position_B = per_slot()
         self.count_B = per_slot()
         self.key_B = per_slot()
-        self.runs_B = per_slot()  # 1; 0 where no sequence is, or one that has got its stop token
+        self.runs_B = per_slot()  # 0 in idle rows, and after a stop token; else 1
         self.done_B = per_slot(dtype=torch.bool)
         self.table_BM = per_slot(max_pages, dtype=torch.int32).fill_(cache.idle_page)
-        # Tokens and, in the same bits, their log-probs: one copy brings both to the host.
+        # Tokens, and the bits of their log-probs: one copy brings both to the host.
         self.answers_B2R = per_slot(2, params.max_new_tokens, dtype=torch.int32)
         self.tokens_BR = self.answers_B2R[:, 0]
         self.logprobs_BR = self.answers_B2R.view(torch.float32)[:, 1]
         self.slot_B = torch.arange(slots, device=self.device)
-        # For each slot: which slot's contents go on here, or -1 and what a sequence starts with;
-        # and its pages.
+        # For each slot, the slot from which its contents come, or -1 and what a sequence starts
+        # with; then its pages.
         self._host_BX = torch.zeros(slots, _PAGES + max_pages, dtype=torch.int64)
         self._host_BX[:, _SOURCE] = torch.arange(slots)
         self._host_table_BM = self._host_BX[:, _PAGES:].fill_(cache.idle_page)
         self._num_pages_B = torch.zeros(slots, dtype=torch.int64)
         self._changed: set[str] = set()
-        self._resumed: list[RunningSequence] = []
-        self._parts: PageParts | None = None
-        self.static, self.captures = static, static and captures
+        self._resumed: list[SequenceState] = []
+        self._rows = 0  # sequences in the slots
+        self._plan: tuple[int, PageParts | None] | None = None
+        self.static = cache.path.static
+        self.captures = self.static and captures
         self._addresses = self._weight_addresses()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None  # the pool that all graphs share
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache, the responses, the logits and the graphs."""
+        """Bytes of the cache, the responses, the logits and the graphs."""
         own = (self.answers_B2R, self.sampler.values)
         tensors = sum(t.numel() * t.element_size() for t in own)
         return self.cache.num_bytes + tensors + self._graph_bytes()
@@ -109,52 +109,95 @@ class Runner:
         mine = [s for s in segments if s.get("segment_pool_id") == self._graph_memory]
         return sum(s["total_size"] for s in mine)
 
-    # ------------------------------------------------------------ what changes
+    def run(self, work: Work) -> Fetched | None:
+        """Do a step.
+
+        Returns:
+            On the way to the host, which of `work.running` got a stop token. None if there is no
+            stop token, or nothing to decode.
+        """
+        self._save(work.preempted)
+        self._move(work.moves, len(work.running) - len(work.started))
+        self._add_pages(work.new_pages)
+        if work.chunks:
+            self.prefill(work.chunks)
+        if work.copies:
+            self.cache.copy_pages(work.copies)
+        self._fill(work.started)
+        self._rows = len(work.running)
+        if not work.running:
+            return None
+        self.decode(self._rows)
+        return Fetched(self.done_B[: self._rows]) if self.eos.numel() else None
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
-        """Put the keys and values of prefixes into the cache."""
+        """Compute the keys and values of parts of prefixes."""
         tokens = [t for chunk in chunks for t in chunk.tokens]
         tokens_T = send(torch.tensor(tokens), self.device)
         self.model(tokens_T, PrefillAttention(self.cache, chunks))
 
-    def start(
-        self, sequences: Sequence[RunningSequence], copies: Sequence[tuple[int, int]]
-    ) -> None:
-        """Fill the slots of sequences that the scheduler has admitted."""
-        if copies:
-            self.cache.copy_pages(copies)
-        for s in sequences:
-            begin = (-1, s.tokens[-1], s.start_position, len(s.response), s.request.key, 1)
-            self._host_BX[s.slot, : _PAGES + len(s.pages)] = torch.tensor([*begin, *s.pages])
-            self._num_pages_B[s.slot] = len(s.pages)
-            self._changed.add("slots")
-            if s.response:  # it was preempted: what it had comes back
-                self._resumed.append(s)
+    def decode(self, n: int) -> None:
+        """Sample the next token of each sequence in slots 0 to n - 1."""
+        self._send_changes()
+        rows = bucket(n, self.slots) if self.static else n
+        if self.captures and rows not in self._graphs:
+            self._try_capture(rows)
+        if self.captures:
+            self._graphs[rows].replay()
+        else:
+            self._step(rows)
 
-    def grow(self, growth: Growth) -> None:
-        for slot, number, page in growth.pages:
+    def responses(self, slots: Sequence[int], counts: Sequence[int]) -> Responses:
+        """Fetch the first `counts` tokens of these slots' responses, and their log-probs."""
+        rows = [self.answers_B2R[slot, :, : max(counts)] for slot in slots]
+        return Responses(Fetched(torch.stack(rows)), counts)
+
+    # ---------------------------------------------------------- changes of slots
+
+    def _save(self, preempted: Sequence[tuple[SequenceState, int, int]]) -> None:
+        """Keep what preempted sequences have sampled. Waits for the device."""
+        if preempted:
+            sequences, slots, counts = zip(*preempted, strict=True)
+            found = self.responses(slots, counts).get()
+            for s, (tokens, logprobs) in zip(sequences, found, strict=True):
+                s.response, s.logprobs = tokens, logprobs.tolist()
+
+    def _move(self, moves: Sequence[tuple[int, int]], kept: int) -> None:
+        """Move slots' contents, and make the rows from `kept` on idle."""
+        if moves:
+            sources, targets = map(list, zip(*moves, strict=True))
+            self._host_BX[targets] = self._host_BX[sources]
+            self._num_pages_B[targets] = self._num_pages_B[sources]
+            self._changed.add("answers")
+        if kept < self._rows:
+            self._host_BX[kept:, :_PAGES] = 0
+            self._host_BX[kept:, _SOURCE] = -1
+            self._host_table_BM[kept:] = self.cache.idle_page
+            self._num_pages_B[kept:] = 0
+            self._changed.add("slots")
+
+    def _add_pages(self, new_pages: Sequence[tuple[int, int, int]]) -> None:
+        for slot, number, page in new_pages:
             self._host_table_BM[slot, number] = page
             self._num_pages_B[slot] = number + 1
             self._changed.add("pages")
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], running: int) -> None:
-        """Move slots' contents, and leave those from `running` on idle."""
-        if sources:
-            self._host_BX[targets] = self._host_BX[sources]
-            self._num_pages_B[targets] = self._num_pages_B[sources]
-            self._changed.add("answers")
-        self._host_BX[running:, :_PAGES] = 0
-        self._host_BX[running:, _SOURCE] = -1
-        self._host_table_BM[running:] = self.cache.idle_page
-        self._num_pages_B[running:] = 0
-        self._changed.add("slots")
+    def _fill(self, started: Sequence[SequenceState]) -> None:
+        """Fill the slots of sequences that start."""
+        for s in started:
+            begin = (-1, s.tokens[-1], s.start_position, len(s.response), s.request.key, 1)
+            self._host_BX[s.slot, : _PAGES + len(s.pages)] = torch.tensor([*begin, *s.pages])
+            self._num_pages_B[s.slot] = len(s.pages)
+            self._changed.add("slots")
+            if s.response:  # it was preempted, and what it had comes back
+                self._resumed.append(s)
 
     def _send_changes(self) -> None:
-        """Bring the device's part of the slots up to date, in one copy."""
+        """Bring the slots on the device up to date, in one copy."""
         changed, self._changed = self._changed, set()
         if not changed:
             return
-        self._parts = None
+        self._plan = None
         if changed == {"pages"}:
             self.table_BM.copy_(send(self._host_table_BM, self.device))
             return
@@ -180,23 +223,12 @@ class Runner:
             self.logprobs_BR[s.slot, :had] = torch.tensor(s.logprobs)
         self._resumed = []
 
-    # ----------------------------------------------------------------- a step
-
-    def decode(self, n: int) -> None:
-        """Give every sequence in slots 0 to n-1 its next token."""
-        self._send_changes()
-        rows = bucket(n, self.slots) if self.static else n
-        if self.captures and rows not in self._graphs:
-            self._try_capture(rows)
-        if self.captures:
-            self._graphs[rows].replay()
-        else:
-            self._step(rows)
+    # ------------------------------------------------------------ a decoding step
 
     def _step(self, n: int) -> None:
         count_N, runs_N = self.count_B[:n], self.runs_B[:n]
         attend = DecodeAttention(
-            self.cache, self.position_B[:n].clone(), self.table_BM[:n], self._page_parts(n)
+            self.cache, self.position_B[:n].clone(), self.table_BM[:n], self._plan_pages(n)
         )
         hidden_ND = self.model(self.token_B[:n], attend)
         tokens_N, logprobs_N = self.sampler(hidden_ND, uniforms(self.key_B[:n], count_N))
@@ -207,41 +239,39 @@ class Runner:
         self.done_B[:n] = done_N
         count_N += runs_N
         self.position_B[:n] += runs_N
-        # It stays where it is until the host knows.
+        # A sequence that is done stays in place until the host knows.
         runs_N *= ~done_N
 
-    def _page_parts(self, n: int) -> PageParts | None:
-        if self.cache.path.kernel is not None:
-            return None
-        if self._parts is None or self._parts.result_NM.shape[0] != n:
-            # An idle row attends to the page that is there for it.
-            counts_N = self._num_pages_B[:n].clamp(min=1)
-            self._parts = PageParts(
-                self._host_table_BM[:n], counts_N, self.cache.page_size, self.device
-            )
-        return self._parts
+    def _plan_pages(self, n: int) -> PageParts | None:
+        """Return the attention's plan for the pages of n rows, made anew after changes."""
+        if self._plan is None or self._plan[0] != n:
+            # An idle row attends to the idle page.
+            table_NM, counts_N = self._host_table_BM[:n], self._num_pages_B[:n].clamp(min=1)
+            page_size = self.cache.page_size
+            self._plan = n, self.cache.path.plan(table_NM, counts_N, page_size, self.device)
+        return self._plan[1]
 
     def weights_stay(self) -> bool:
-        """Whether they are where they were when this runner was made: a graph reads addresses."""
+        """Whether the weights are still at the addresses that the graphs read."""
         return self._addresses == self._weight_addresses()
 
     def _weight_addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.model.parameters()]
 
     def _try_capture(self, n: int) -> None:
-        """Capture a step of n rows. Where that fails, say so once and go on without graphs."""
+        """Capture a step of n rows. If that fails, warn once and continue without graphs."""
         state = (self.token_B, self.position_B, self.count_B, self.runs_B, self.done_B)
         kept = [tensor.clone() for tensor in state]
         self._warm_up(n)
         try:
             self._graphs[n] = self._capture(n)
         except RuntimeError as error:
-            # What ends a capture hides what went wrong in it.
+            # The error at the end of a capture hides the error inside it.
             cause = str(error.__context__ or error).split("\n", 1)[0]
             logger.warning(
-                "Rollouts: a CUDA graph could not be captured, going on without (slower): %s", cause
+                "Rollouts: could not capture a CUDA graph, continuing without (slower): %s", cause
             )
-        # Tensor-parallel ranks step alike.
+        # Tensor-parallel ranks must run the same steps.
         if not min_integer(int(n in self._graphs), self.device, self.sampler.head.tp):
             self.captures = False
             self._graphs.clear()
@@ -249,7 +279,7 @@ class Runner:
             tensor.copy_(value)
 
     def _warm_up(self, n: int) -> None:
-        """Run a step where it is captured afterwards, as CUDA wants: kernels are compiled now."""
+        """Run a step on the stream of captures, as CUDA requires, which compiles the kernels."""
         side, current = _capture_stream(self.device), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -259,7 +289,7 @@ class Runner:
     def _capture(self, n: int) -> torch.cuda.CUDAGraph:
         side, current = _capture_stream(self.device), torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a checkpoint being written) may use CUDA meanwhile.
+        # Other threads, such as one that writes a checkpoint, may use CUDA at the same time.
         mode = "thread_local"
         try:
             with torch.cuda.graph(
@@ -267,23 +297,10 @@ class Runner:
             ):
                 self._step(n)
         finally:
-            # Before torch 2.15 a capture that fails leaves its own stream the current one.
+            # Before torch 2.15 a failed capture leaves its own stream the current one.
             torch.cuda.set_stream(current)
         self._graph_memory = graph.pool()
         return graph
-
-    # ---------------------------------------------------------------- results
-
-    def stop_flags(self, n: int) -> Fetched | None:
-        """Which of the first n rows got a stop token in the last step; None where none can."""
-        return Fetched(self.done_B[:n]) if self.eos.numel() else None
-
-    def responses(self, slots: Sequence[int], counts: Sequence[int]) -> Responses:
-        """The first tokens of these slots' responses and their log-probs, so many of each."""
-        self._send_changes()
-        longest = max(counts)
-        rows = [self.answers_B2R[slot, :, :longest] for slot in slots]
-        return Responses(Fetched(torch.stack(rows)), counts)
 
 
 class Responses:
@@ -293,6 +310,7 @@ class Responses:
         self._fetched, self._counts = fetched, counts
 
     def get(self) -> list[tuple[list[int], Tensor]]:
+        """Return each response's tokens and log-probs, fp32 [R]. Waits until they are there."""
         answers_E2R = self._fetched.get()
         tokens, logprobs = answers_E2R[:, 0], answers_E2R.view(torch.float32)[:, 1]
         return [
@@ -302,11 +320,11 @@ class Responses:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream for captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """Return the one stream for captures: cuBLAS keeps a workspace for each stream that it saw."""
     return torch.cuda.Stream(device)
 
 
 def bucket(n: int, slots: int) -> int:
-    """The number of rows that n sequences are decoded with: few graphs, and few idle rows."""
+    """Return the number of rows that n sequences are decoded with: few graphs, few idle rows."""
     size = 1 << (n - 1).bit_length() if n <= 16 else n + -n % 16
     return min(size, slots)

@@ -21,17 +21,18 @@ from opd_titan.models.kernels.plain import LOGITS_BLOCK, Blocks, invert
 from opd_titan.models.logits import Distribution, VocabHead, project, whole_logits
 
 _MASK = (1 << 64) - 1
-# A chunk's logits should still be in the core's cache when they are summed. A GPU needs few large
-# kernels instead.
+# On a CPU a chunk's logits should still be in the cache when they are summed. A GPU needs few and
+# large kernels.
 CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy; its log-probs are those at temperature 1.
+    """How to sample.
 
     Attributes:
-        max_tokens: of all responses together, see `limit`; 0 for no limit.
+        temperature: 0 is greedy, with the log-probs at temperature 1.
+        max_tokens: the most tokens of all responses together, see `rollout.cut`; 0 for no limit.
         vocab_size: see `Distribution`.
     """
 
@@ -45,17 +46,17 @@ class SamplingParams:
 
     @property
     def distribution(self) -> Distribution:
-        """What is sampled from, and therefore what the student is scored under."""
+        """The distribution that is sampled from, under which the student is also scored."""
         return Distribution(self.temperature, self.top_k, self.top_p, self.vocab_size)
 
 
 class Sampler:
-    """From the last hidden states to the next tokens, the same on tensor-parallel ranks.
+    """Draw the next tokens from the last hidden states, the same on all tensor-parallel ranks.
 
     Args:
         head: its weight is read at every call, so it may change in place.
-        max_rows: rows at most. Their logits have one place for good, as a CUDA graph wants it; on a
-            CPU fresh pages at every call would cost as much as the product.
+        max_rows: the most rows. Their logits are always in the same buffer: a CUDA graph needs
+            that, and on a CPU new memory at every call would cost as much as the product.
     """
 
     def __init__(self, head: VocabHead, params: SamplingParams, max_rows: int) -> None:
@@ -81,7 +82,7 @@ class Sampler:
             chosen = sample(logits_NV, uniforms_N)
         else:
             chosen = self._draw(hidden_ND, uniforms_N)
-        # On a GPU, prefix sums of the same numbers may round differently: one rank decides.
+        # On a GPU prefix sums of the same numbers may round differently, so one rank decides.
         return broadcast_tokens(*chosen, self.head.tp)
 
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,32 +1,34 @@
-"""What to run next, and in which pages of the cache. Plain Python; running it is others' part.
+"""Decide what the engine runs next, and in which pages of the KV cache. Plain Python, no tensors.
 
-A *prefix* is what sequences start from: the tokens of a prompt but its last, whose keys and values
-are computed once and whose pages all samples of the group share; or everything that a preempted
-sequence had. The last token goes through the decoder with each sequence, so that every token is
-sampled in one place.
+A *prefix* is the part of a sequence that is computed before the sequence starts. For a prompt it is
+all tokens but the last; it is computed once, and the samples of the prompt share its pages. For a
+preempted sequence it is all tokens but the last that the sequence had. The last token goes through
+the decoder with each sequence, so that all tokens are sampled in the same place.
 
-A prefix's full pages are shared for good. The page that it fills only in part is copied for each
-sequence, since each goes on writing there; the last one to start takes it over.
+Sequences share the full pages of their prefix. If the last page is only partly filled, each
+sequence writes to its own copy of it; the last sequence of the group takes the original.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 from opd_titan.data.types import Prompt
 
+UNLIMITED = 1 << 62
+
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be sampled.
+    """One response to sample.
 
     Attributes:
-        key: selects its stream of random numbers.
-        max_new_tokens: None for what the sampling parameters say.
+        key: selects the stream of random numbers.
+        max_new_tokens: None for the limit of the sampling parameters.
     """
 
     prompt: Prompt
@@ -35,11 +37,91 @@ class Request:
     max_new_tokens: int | None = None
 
 
+@dataclass(eq=False)
+class SequenceState:
+    """A request and how far it is.
+
+    Attributes:
+        response, logprobs: what was sampled before the last start; empty at the first start.
+        pages: the pages of the tokens, in order. A sequence has pages exactly while it runs.
+        slot: the row in a decoding step; the last one after the sequence has ended, -1 in line.
+        start: the number of the last start, counted over all sequences. The sequence with the
+            highest number is preempted first.
+        first_step: the number of the first decoding step after the last start.
+    """
+
+    request: Request
+    response: list[int] = field(default_factory=list)
+    logprobs: Sequence[float] = ()
+    pages: list[int] = field(default_factory=list)
+    slot: int = -1
+    start: int = -1
+    first_step: int = -1
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.request.prompt.token_ids, *self.response]
+
+    @property
+    def start_position(self) -> int:
+        """The position of the first token that goes through the decoder, which is the last one."""
+        return len(self.request.prompt.token_ids) + len(self.response) - 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens to compute keys and values for, from position `start` on, and the pages up to them."""
+
+    tokens: list[int]
+    start: int
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step of the engine: what to do, in this order.
+
+    Attributes:
+        preempted: sequences that lost their pages, as (sequence, slot, tokens sampled so far).
+            `response` and `logprobs` must be set to what was sampled before the next step.
+        moves: slots with contents that move to a free slot, as (from, to). No slot is in two moves.
+        new_pages: pages for the next tokens of running sequences, as (slot, index in the sequence's
+            pages, page). The slots are those after the moves.
+        chunks: parts of prefixes to compute.
+        copies: pages to copy, as (from, to).
+        started: sequences that start, in the last slots.
+        running: the sequences in slots 0, 1, ..., those that start included. Each gets a token. It
+            is empty if a long prefix must be continued first.
+    """
+
+    preempted: list[tuple[SequenceState, int, int]]
+    moves: list[tuple[int, int]]
+    new_pages: list[tuple[int, int, int]]
+    chunks: list[Chunk]
+    copies: list[tuple[int, int]]
+    started: list[SequenceState]
+    running: list[SequenceState]
+
+
+def common_length(lengths: Iterable[int], max_tokens: int) -> int:
+    """Return the greatest length to which all responses can be cut to fit into `max_tokens`.
+
+    It depends on the responses alone, not on the order in which they were sampled. If some
+    responses are not complete, the result may be too high, but never too low.
+    """
+    left, longest_first = max_tokens, sorted(lengths, reverse=True)
+    while longest_first:
+        if longest_first[-1] * len(longest_first) > left:
+            return left // len(longest_first)
+        left -= longest_first.pop()
+    return UNLIMITED
+
+
 class PagePool:
-    """Numbers of pages, and how many hold each."""
+    """The free pages, and the number of holders of each page in use."""
 
     def __init__(self, num_pages: int) -> None:
-        # The lowest first: attention on a CPU runs over the pages up to the highest in use.
+        # The lowest page is taken first: attention on a CPU reads all pages up to the highest used.
         self._free = list(range(num_pages))
         self._holders: Counter[int] = Counter()
 
@@ -63,87 +145,40 @@ class PagePool:
                 heapq.heappush(self._free, page)
 
 
-@dataclass(eq=False)
-class RunningSequence:
-    """A sequence that runs or is in line. One that goes on after a preemption is a new one.
+class _Prefix:
+    """The prefix of `members`, in line. The first `filled` of its `length` tokens are computed."""
 
-    Attributes:
-        response, logprobs: what it has before it starts: after a preemption not nothing.
-        pages: of its tokens, in order. It runs as long as it has any.
-        slot: its row in a decoding step.
-        number: counts starts. Who started last is preempted first.
-        started: the decoding step before which it did.
-    """
-
-    request: Request
-    response: list[int] = field(default_factory=list)
-    logprobs: Sequence[float] = ()
-    pages: list[int] = field(default_factory=list)
-    slot: int = -1
-    number: int = -1
-    started: int = -1
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.request.prompt.token_ids, *self.response]
-
-    @property
-    def start_position(self) -> int:
-        """Of the first token that it feeds: the last one that it had."""
-        return len(self.request.prompt.token_ids) + len(self.response) - 1
-
-
-@dataclass(eq=False)
-class Prefix:
-    """Keys and values of the first `filled` tokens are in `pages`, for `members` to start from."""
-
-    members: deque[RunningSequence]
-    pages: list[int] = field(default_factory=list)
-    filled: int = 0
-
-    def __post_init__(self) -> None:
-        self.tokens = self.members[0].tokens[:-1]
+    def __init__(self, members: Iterable[SequenceState], length: int) -> None:
+        self.members, self.length = deque(members), length
+        self.pages: list[int] = []
+        self.filled = 0
 
     @property
     def ready(self) -> bool:
-        return self.filled == len(self.tokens)
+        return self.filled == self.length
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens whose keys and values come next, from position `start` on, and the pages to them."""
-
-    tokens: list[int]
-    start: int
-    pages: list[int]
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What changes before a decoding step.
-
-    Attributes:
-        pages: new ones, as (slot, its number among the sequence's pages, page).
-        preempted: their pages are gone. Each goes back in line by `requeue`.
-    """
-
-    pages: list[tuple[int, int, int]]
-    preempted: list[RunningSequence]
+    def advance(self, end: int) -> Chunk:
+        start, self.filled = self.filled, end
+        return Chunk(self.members[0].tokens[start:end], start, list(self.pages))
 
 
 class Scheduler:
     """Continuous batching over slots and pages, first come, first served.
 
-    Running sequences always occupy slots 0 to n-1: where some end, the last ones move into their
-    slots. A decoding step gives each of them one token. A round is:
-    `prefill`, `admit`, `grow`, (`requeue`, `release`), decode, `advance`, `release`.
+    Call `schedule` for the next step, run it, and call `postprocess` if it decoded tokens.
+
+    Running sequences occupy slots 0 to n - 1. When sequences end, the last ones move into the free
+    slots.
 
     Args:
-        groups: the requests of one prompt together. Read as slots get free, not before.
-        slots: sequences that run at once.
-        num_pages: of the cache; enough for any one sequence to its end.
-        page_size: tokens in a page.
-        max_new_tokens: of requests that do not say it.
+        groups: the requests of each prompt. A group is read when a slot is free for it.
+        slots: the most sequences that run at once.
+        num_pages: size of the cache, which must hold any one sequence to its end.
+        page_size: tokens of a page.
+        max_new_tokens: for requests without their own limit.
+        max_prefill_tokens: the most prefix tokens of one step. A longer prefix takes several steps.
+        max_tokens: the most tokens of all responses together; 0 for no limit.
+        lag: 1 if stop tokens are reported one step after they were sampled, else 0.
     """
 
     def __init__(
@@ -153,77 +188,177 @@ class Scheduler:
         num_pages: int,
         page_size: int,
         max_new_tokens: int,
+        max_prefill_tokens: int,
+        max_tokens: int = 0,
+        lag: int = 0,
     ) -> None:
-        assert slots > 0
-        self.max_new_tokens = max_new_tokens
+        assert slots > 0 and lag in (0, 1)
         self.slots, self.num_pages, self.page_size = slots, num_pages, page_size
+        self.max_new_tokens, self.max_prefill_tokens = max_new_tokens, max_prefill_tokens
+        self.max_tokens, self.lag = max_tokens, lag
         self.pool = PagePool(num_pages)
-        self.running: list[RunningSequence] = []
+        self.running: list[SequenceState] = []
         self._groups = iter(groups)
-        # Of those in line only the first that is not ready, and those before it, have pages.
-        self._waiting: deque[Prefix] = deque()
-        self._step, self._numbers = 0, count()
-        self._crowded = False  # from a preemption until a sequence ends: nothing new may start
-        # By decoding step: who needs a new page before it, and who has all its tokens after it,
-        # if it still runs then.
-        self._needs_page: defaultdict[int, list[RunningSequence]] = defaultdict(list)
-        self._ends: defaultdict[int, list[RunningSequence]] = defaultdict(list)
+        # Only the first prefix that is not ready, and those before it, have pages.
+        self._waiting: deque[_Prefix] = deque()
+        self._step, self._starts = 0, count()
+        self._free_slots: set[int] = set()  # below len(self.running), until the next step
+        self._crowded = False  # from a preemption until a sequence ends, nothing starts
+        # By decoding step: sequences that need a new page before it, and sequences that have all
+        # tokens after it. An entry counts only if the sequence has not stopped or started again.
+        self._needs_page: defaultdict[int, list[tuple[int, SequenceState]]] = defaultdict(list)
+        self._ends: defaultdict[int, list[tuple[int, SequenceState]]] = defaultdict(list)
+        self._sampled = 0
+        self._lengths: list[int] = []  # of responses that have ended
 
-    @property
-    def has_work(self) -> bool:
-        if not self.running:  # else whoever is free first may have the next group
-            self._read_groups(1)
-        return bool(self._waiting or self.running)
+    def schedule(self) -> Work | None:
+        """Return the next step, or None if all requests are answered."""
+        grown, preempted = self._grow()
+        moves = self._close_gaps()
+        new_pages = [(s.slot, len(s.pages) - 1, s.pages[-1]) for s in grown]
+        chunks = self._prefill()
+        started, copies = self._admit()
+        if not self.running and not self._waiting:
+            return None
+        return Work(preempted, moves, new_pages, chunks, copies, started, [*self.running])
 
-    def _read_groups(self, wanted: int) -> None:
-        """Have as many sequences in line, if there are."""
-        in_line = sum(len(p.members) for p in self._waiting)
-        while in_line < wanted and (group := next(self._groups, None)):
-            for r in group:
-                longest = len(r.prompt.token_ids) + self._limit(r) - 1
-                assert longest <= self.num_pages * self.page_size, "cache too small"
-            self._waiting.append(Prefix(deque(RunningSequence(r) for r in group)))
-            in_line += len(group)
+    def postprocess(self, stopped: Iterable[SequenceState] = ()) -> dict[SequenceState, int]:
+        """Count a decoding step, and end the sequences that are complete.
+
+        Args:
+            stopped: sequences that got a stop token `lag` steps ago.
+
+        Returns:
+            The sequences that ended and the lengths of their responses. The response is on the
+            device, in the sequence's slot, until the next step runs; or, if the sequence was
+            preempted before its stop token was reported (slot -1), in `response`.
+        """
+        self._step += 1
+        self._sampled += len(self.running)
+        ended = self._beyond_limit()
+        ended |= {s: self._num_tokens(s) for s in self._due(self._ends)}
+        for s in stopped:
+            if s.pages:
+                ended[s] = self._num_tokens(s) - self.lag
+            elif self._leave_line(s):
+                ended[s] = len(s.response)
+        for s, length in ended.items():
+            self._lengths.append(length)
+            self._crowded = False
+            if s.pages:
+                self._free(s)
+        return ended
+
+    # ------------------------------------------------------- running sequences
+
+    def _num_tokens(self, s: SequenceState) -> int:
+        """Return the number of response tokens that a running sequence has by now."""
+        return len(s.response) + self._step - s.first_step
 
     def _limit(self, request: Request) -> int:
         return request.max_new_tokens or self.max_new_tokens
 
-    # ----------------------------------------------------------------- prefill
+    def _due(
+        self, events: defaultdict[int, list[tuple[int, SequenceState]]]
+    ) -> Iterator[SequenceState]:
+        """Yield the sequences with an event at this step, the first started first."""
+        for start, s in sorted(events.pop(self._step, ()), key=lambda event: event[0]):
+            if s.pages and s.start == start:
+                yield s
 
-    def prefill(self, max_tokens: int) -> list[Chunk]:
-        """What to compute next for prefixes whose sequences have slots waiting.
+    def _beyond_limit(self) -> dict[SequenceState, int]:
+        """Return sequences that will be cut to what they have already, or to less."""
+        if not self.max_tokens or self._sampled <= self.max_tokens:
+            return {}
+        # The tokens of the last `lag` steps do not count if they came after a stop token.
+        known = {s: self._num_tokens(s) - self.lag for s in self.running}
+        limit = common_length([*self._lengths, *known.values()], self.max_tokens)
+        return {s: n for s, n in known.items() if n >= limit}
 
-        Args:
-            max_tokens: of all chunks together. A longer prefix takes several rounds.
+    def _grow(self) -> tuple[list[SequenceState], list[tuple[SequenceState, int, int]]]:
+        """Give each running sequence a page for its next token.
+
+        If no page is free, first the prefixes in line lose theirs, the last one first; then the
+        sequences that started last are preempted.
         """
-        slots = self.slots - len(self.running)
+        grown: list[SequenceState] = []
+        preempted: list[tuple[SequenceState, int, int]] = []
+        for s in self._due(self._needs_page):
+            while s.pages and not self.pool.free and not self._empty_last():
+                last = max((r for r in self.running if r.pages), key=lambda r: r.start)
+                preempted.append(self._preempt(last))
+            if s.pages:
+                s.pages.append(self.pool.take())
+                grown.append(s)
+                self._needs_page[self._step + self.page_size].append((s.start, s))
+        return grown, preempted
+
+    def _preempt(self, s: SequenceState) -> tuple[SequenceState, int, int]:
+        """Put a running sequence back in line, before those that started after it."""
+        slot, sampled = s.slot, self._num_tokens(s)
+        self._free(s)
+        s.slot = -1
+        self._waiting.appendleft(_Prefix([s], len(s.request.prompt.token_ids) + sampled - 1))
+        self._crowded = True
+        return s, slot, sampled
+
+    def _free(self, s: SequenceState) -> None:
+        self.pool.give_back(s.pages)
+        s.pages = []
+        self._free_slots.add(s.slot)
+
+    def _close_gaps(self) -> list[tuple[int, int]]:
+        """Move the last sequences into free slots. Returns the moves as (from, to)."""
+        free, self._free_slots = self._free_slots, set()
+        left = len(self.running) - len(free)
+        targets = sorted(slot for slot in free if slot < left)
+        sources = [slot for slot in range(left, len(self.running)) if slot not in free]
+        for source, target in zip(sources, targets, strict=True):
+            self.running[target] = self.running[source]
+            self.running[target].slot = target
+        del self.running[left:]
+        return list(zip(sources, targets, strict=True))
+
+    # ------------------------------------------------------- sequences in line
+
+    def _read_groups(self, wanted: int) -> None:
+        """Read groups until `wanted` sequences are in line, or none is left."""
+        in_line = sum(len(p.members) for p in self._waiting)
+        while in_line < wanted and (group := next(self._groups, None)):
+            length = len(group[0].prompt.token_ids)
+            for r in group:
+                longest = length + self._limit(r) - 1
+                assert longest <= self.num_pages * self.page_size, "cache too small"
+            self._waiting.append(_Prefix(map(SequenceState, group), length - 1))
+            in_line += len(group)
+
+    def _prefill(self) -> list[Chunk]:
+        """Return what to compute next for prefixes of sequences that have a slot waiting."""
+        budget, slots = self.max_prefill_tokens, self.slots - len(self.running)
         chunks: list[Chunk] = []
         if self._crowded or slots == 0:
             return chunks
-        self._read_groups(slots)  # and no more: all that are in line then have a slot waiting
+        self._read_groups(slots)  # and no more, so that all sequences in line have a slot waiting
         for prefix in self._waiting:
             if prefix.ready:
                 continue
-            if chunks and len(prefix.tokens) - prefix.filled > max_tokens:
-                break  # the next round takes it in fewer pieces
-            end = self._make_room(prefix, min(prefix.filled + max_tokens, len(prefix.tokens)))
+            if chunks and prefix.length - prefix.filled > budget:
+                break  # the next step computes it in fewer pieces
+            end = self._make_room(prefix, min(prefix.filled + budget, prefix.length))
             if end == prefix.filled:
                 break  # no page is free
-            chunks.append(
-                Chunk(prefix.tokens[prefix.filled : end], prefix.filled, list(prefix.pages))
-            )
-            max_tokens -= end - prefix.filled
-            prefix.filled = end
+            budget -= end - prefix.filled
+            chunks.append(prefix.advance(end))
         return chunks
 
-    def _make_room(self, prefix: Prefix, end: int) -> int:
-        """Take pages for tokens up to `end`, as far as there are. Returns how far that is."""
+    def _make_room(self, prefix: _Prefix, end: int) -> int:
+        """Take pages for tokens up to `end` while there are free ones. Returns how far they go."""
         while len(prefix.pages) * self.page_size < end and self.pool.free:
             prefix.pages.append(self.pool.take())
         return min(end, len(prefix.pages) * self.page_size)
 
-    def _empty_last(self, until: Prefix | None = None) -> bool:
-        """Free a page by emptying prefixes from the end of the line; not `until` or before it."""
+    def _empty_last(self, until: _Prefix | None = None) -> bool:
+        """Free a page by emptying prefixes from the end of the line, as far as after `until`."""
         for prefix in reversed(self._waiting):
             if prefix is until:
                 return False
@@ -233,31 +368,37 @@ class Scheduler:
                 return True
         return False
 
-    # -------------------------------------------------------------------- start
+    def _leave_line(self, s: SequenceState) -> bool:
+        """Remove a preempted sequence from the line. Returns False if it is not there."""
+        for prefix in self._waiting:
+            if prefix.members[0] is s:
+                self.pool.give_back(prefix.pages)
+                self._waiting.remove(prefix)
+                return True
+        return False
 
-    def admit(self) -> tuple[list[RunningSequence], list[tuple[int, int]]]:
-        """Start sequences whose prefix is computed, as far as there are slots and pages.
+    def _admit(self) -> tuple[list[SequenceState], list[tuple[int, int]]]:
+        """Start sequences with a computed prefix while there are slots and pages.
 
         Returns:
-            The sequences, in the last slots; and pages to be copied first, as (from, to).
+            The sequences, and the pages to copy first, as (from, to).
         """
-        admitted: list[RunningSequence] = []
+        started: list[SequenceState] = []
         copies: list[tuple[int, int]] = []
         while self._waiting and len(self.running) < self.slots and not self._crowded:
             prefix = self._waiting[0]
             if not prefix.ready or not self._give_pages(prefix, copies):
                 break
-            sequence = prefix.members.popleft()
-            self._start(sequence)
-            admitted.append(sequence)
+            started.append(prefix.members.popleft())
+            self._start(started[-1])
             if not prefix.members:
                 self.pool.give_back(prefix.pages)
                 self._waiting.popleft()
-        return admitted, copies
+        return started, copies
 
-    def _give_pages(self, prefix: Prefix, copies: list[tuple[int, int]]) -> bool:
-        """Pages for the first member's prefix and next token; False while there is none free."""
-        full, in_last = divmod(len(prefix.tokens), self.page_size)
+    def _give_pages(self, prefix: _Prefix, copies: list[tuple[int, int]]) -> bool:
+        """Give the first member pages for the prefix and one more token. False if none are free."""
+        full, in_last = divmod(prefix.length, self.page_size)
         if in_last and len(prefix.members) == 1:
             own = prefix.pages.pop()
         elif self.pool.free or (not self.running and self._empty_last(prefix)):
@@ -267,7 +408,7 @@ class Scheduler:
         elif self.running:
             return False
         else:
-            # It is alone and there is no page to spare. The next one computes it again.
+            # The sequence is alone and takes the last page. The next member computes it again.
             assert in_last, "the cache does not hold one sequence"
             own = prefix.pages.pop()
             prefix.filled = full * self.page_size
@@ -276,83 +417,10 @@ class Scheduler:
         prefix.members[0].pages = [*shared, own]
         return True
 
-    def _start(self, sequence: RunningSequence) -> None:
-        sequence.number, sequence.started = next(self._numbers), self._step
-        sequence.slot = len(self.running)
-        self.running.append(sequence)
-        fit = self.page_size - sequence.start_position % self.page_size
-        self._needs_page[self._step + fit].append(sequence)
-        left = self._limit(sequence.request) - len(sequence.response)
-        self._ends[self._step + left].append(sequence)
-
-    # ------------------------------------------------------------- while running
-
-    def grow(self) -> Growth:
-        """Give every running sequence a page for its next token.
-
-        Where none is free, those in line lose what was computed for them; then the youngest that
-        run are preempted.
-        """
-        growth = Growth([], [])
-        # The oldest first: then no page goes to one that is preempted after it.
-        for s in sorted(self._needs_page.pop(self._step, ()), key=lambda s: s.number):
-            while s.pages and not self.pool.free and not self._empty_last():
-                youngest = max((r for r in self.running if r.pages), key=lambda r: r.number)
-                self._free_pages(youngest)
-                growth.preempted.append(youngest)
-                self._crowded = True
-            if s.pages:
-                page = self.pool.take()
-                growth.pages.append((s.slot, len(s.pages), page))
-                s.pages.append(page)
-                self._needs_page[self._step + self.page_size].append(s)
-        return growth
-
-    def num_tokens(self, sequence: RunningSequence) -> int:
-        """Response tokens that a running sequence has by now."""
-        return len(sequence.response) + self._step - sequence.started
-
-    def requeue(
-        self, sequence: RunningSequence, response: list[int], logprobs: Sequence[float] = ()
-    ) -> None:
-        """Put a preempted sequence back in line, before all that are younger; then `release` it.
-
-        Args:
-            response, logprobs: all that it has. It goes on after them.
-        """
-        again = RunningSequence(sequence.request, response, logprobs)
-        self._waiting.appendleft(Prefix(deque([again])))
-
-    def advance(self) -> list[int]:
-        """Count a decoding step. Returns the slots of sequences that now have all their tokens."""
-        self._step += 1
-        return [s.slot for s in self._ends.pop(self._step, ()) if s.pages]
-
-    def release(self, slots: Iterable[int], ended: bool = False) -> tuple[list[int], list[int]]:
-        """Free the slots of sequences that ended or were preempted.
-
-        Args:
-            ended: one of those that lost their pages had ended, as was seen too late.
-
-        Returns:
-            Slots whose contents must move, and where to, pair by pair. No slot is in both lists.
-        """
-        gone = set(slots)
-        if ended:
-            self._crowded = False
-        for sequence in (self.running[slot] for slot in gone):
-            if sequence.pages:  # it ended
-                self._free_pages(sequence)
-                self._crowded = False
-        left = len(self.running) - len(gone)
-        targets = sorted(slot for slot in gone if slot < left)
-        sources = sorted(set(range(left, len(self.running))) - gone)
-        for source, target in zip(sources, targets, strict=True):
-            self.running[target] = self.running[source]
-            self.running[target].slot = target
-        del self.running[left:]
-        return sources, targets
-
-    def _free_pages(self, sequence: RunningSequence) -> None:
-        self.pool.give_back(sequence.pages)
-        sequence.pages = []
+    def _start(self, s: SequenceState) -> None:
+        s.start, s.first_step, s.slot = next(self._starts), self._step, len(self.running)
+        self.running.append(s)
+        fit = self.page_size - s.start_position % self.page_size
+        self._needs_page[self._step + fit].append((s.start, s))
+        left = self._limit(s.request) - len(s.response)
+        self._ends[self._step + left].append((s.start, s))

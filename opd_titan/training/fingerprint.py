@@ -1,4 +1,7 @@
-"""What makes a job this job and no other: its models, its data, its objective."""
+"""The fingerprint of a job: digests of its models, data and objective.
+
+A checkpoint carries it, so that another job does not resume from it.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,38 @@ from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opd_titan.config import JobConfig
-from opd_titan.config.sets import data_sets
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.types import Prompt
-from opd_titan.training.models import ModelSource, random_seed
+from opd_titan.training.sources import ModelSource
 
 _EDGE_BYTES = 64 * 1024
-# By key: what tells one from another, and what people call it.
-Identity = dict[str, dict[str, str]]
+# By option: a digest ("id") and a description ("name").
+Fingerprint = dict[str, dict[str, str]]
 
 
-def job_identity(
-    config: JobConfig, sources: Mapping[str, ModelSource], sets: Mapping[str, Sequence[Prompt]]
-) -> Identity:
-    """Plain JSON values. What only changes how fast or how long a job learns is not in it.
+def fingerprint(
+    job: ResolvedJob, sources: Mapping[str, ModelSource], sets: Mapping[str, Sequence[Prompt]]
+) -> Fingerprint:
+    """Return the fingerprint as plain JSON values.
+
+    Options that only change how fast or how long a job learns are not part of it.
 
     Args:
         sets: the prompts by the name of their set.
     """
+    config = job.config
     found = {
-        f"{role}.hf_path": _entry(_model_digest(source, config), str(source.folder))
+        f"{role}.hf_path": _entry(_model_digest(source), str(source.folder))
         for role, source in sources.items()
     }
-    for row in data_sets(config):
+    for row in job.data_sets:
         digest = _prompts_digest(sets[row.name])
-        told = f"{row.path} ({len(sets[row.name]):,} prompts)"
-        if row.teacher:
-            digest, told = f"{digest} {row.teacher}", f"{told} taught by {row.teacher}"
-        found[f"data.{row.name}.path" if row.name else "data.path"] = _entry(digest, told)
+        name = f"{row.path} ({len(sets[row.name]):,} prompts)"
+        if row.teacher != "teacher":
+            digest, name = f"{digest} {row.teacher}", f"{name} scored by {row.teacher}"
+        found[f"data.{row.name}.path" if row.name else "data.path"] = _entry(digest, name)
     if len(sets) > 1:
-        weights = ", ".join(f"{row.name} {row.weight:g}" for row in data_sets(config))
+        weights = ", ".join(f"{row.name} {row.weight:g}" for row in job.data_sets)
         found["data.sets.weight"] = _entry(weights, weights)
     d = config.distill
     objective = d.objective + (f" with beta {d.beta}" if d.objective == "jsd" else "")
@@ -47,8 +52,8 @@ def job_identity(
     return found
 
 
-def differences(saved: Identity, now: Identity) -> dict[str, str]:
-    """By key that differs: what it was and what it is, in words."""
+def differences(saved: Fingerprint, now: Fingerprint) -> dict[str, str]:
+    """Return, by option that differs, a description of the change."""
     nothing = _entry("", "nothing")
     found = {}
     for key in {**saved, **now}:
@@ -56,7 +61,7 @@ def differences(saved: Identity, now: Identity) -> dict[str, str]:
         if was["id"] != is_now["id"]:
             named = f"{key} was {was['name']} and is {is_now['name']}"
             same_name = was["name"] == is_now["name"]
-            found[key] = f"{key} {was['name']} has another content" if same_name else named
+            found[key] = f"{key} {was['name']} has changed content" if same_name else named
     return found
 
 
@@ -64,11 +69,11 @@ def _entry(digest: str, name: str) -> dict[str, str]:
     return {"id": digest, "name": name}
 
 
-def _model_digest(source: ModelSource, config: JobConfig) -> str:
-    """Of sizes and weights; of a file of these its two ends, which are quick to read."""
+def _model_digest(source: ModelSource) -> str:
+    """Return a digest of sizes and weights. Of a weight file it reads the two ends only."""
     digest = hashlib.sha256(repr(source.args).encode())
     if source.files is None:
-        digest.update(f"random {random_seed(source.role, config)}".encode())
+        digest.update(f"random {source.spec.seed}".encode())
     for path in sorted(set((source.files or {}).values())):
         digest.update(_ends(path))
     return digest.hexdigest()

@@ -1,9 +1,9 @@
-"""What stays gathered between the micro-batches of a phase: decided once, from sizes alone.
+"""Which weights and gradients stay gathered between the micro-batches of a phase.
 
-FSDP gathers a layer's weights for every forward and every backward, and exchanges its gradients
-after every backward. What is kept instead saves that for all micro-batches of a phase but one, also
-on a single rank, where gathering is a copy in another type. It costs memory, which a run must not
-find out it lacks; and ranks that decided differently would wait for each other for ever.
+FSDP gathers the weights of a layer for every forward and backward, and reduces its gradients after
+every backward. Keeping them gathered saves this for all micro-batches of a phase but one; also on
+one rank, where gathering is a copy in another dtype. It costs memory. The choice is made once, from
+sizes alone, because all ranks must make the same one.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.distill.head import CHUNK_BYTES
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.sharding import fsdp_groups, keep_gathered
 from opd_titan.distributed.world import World, axes
 from opd_titan.rollout.memory import total_bytes
-from opd_titan.training.models import ModelShape, cpu_offload
+from opd_titan.training.sources import ModelShape
 
 logger = logging.getLogger("opd_titan")
 
-# Share of a device's memory that may be planned for: the rest is the allocator's slack, CUDA's
-# context, NCCL's and the kernels' buffers, and what the estimate leaves out.
+# Share of a device's memory that the choice may plan for. The rest is for fragmentation, the CUDA
+# context, buffers of NCCL and of kernels, and what the estimate leaves out.
 USABLE = 0.85
 _GiB = 2**30
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """What is kept, the same on all ranks; nothing, by default.
+    """What stays gathered, the same on all ranks.
 
     Attributes:
         frozen: roles of the models that stay gathered while they score.
-        weights: of the student, through all micro-batches of an update.
-        gradients: of the student: exchanged once per update, and whole on every rank until then.
-        extra: bytes that the update keeps on a device for this.
-        needed: bytes of a device in the update, those included.
+        weights: whether the student's weights do, through all micro-batches of an update.
+        gradients: whether its gradients are reduced once per update; until then every rank has
+            them whole.
+        extra: bytes of a device that this takes in the update.
+        needed: bytes of a device that the update takes, `extra` included.
         usable: bytes of the smallest device that may be planned for.
     """
 
@@ -52,8 +53,8 @@ class Gathering:
     needed: float = 0.0
     usable: float = 0.0
 
-    def tell(self, models: Mapping[str, nn.Module]) -> None:
-        """Have the models do so."""
+    def apply(self, models: Mapping[str, nn.Module]) -> None:
+        """Configure the models' resharding."""
         for role, model in models.items():
             keep_gathered(model, self.weights if role == "student" else role in self.frozen)
 
@@ -67,43 +68,41 @@ class Gathering:
 
 
 def keep_what_fits(
-    config: JobConfig,
+    job: ResolvedJob,
     models: Mapping[str, nn.Module],
     shapes: Mapping[str, ModelShape],
     world: World,
-    dtype: torch.dtype,
 ) -> Gathering:
-    """Decide, tell the models and the log. All ranks call."""
+    """Choose for the smallest device, configure the models and log the choice. All ranks call."""
     memory = -max_scalar(-total_bytes(world.device), world.device)
-    found = choose(config, models, shapes, world, dtype, memory)
-    found.tell(models)
+    found = choose(job, models, shapes, world, memory)
+    found.apply(models)
     logger.info("Kept gathered: %s", found)
     return found
 
 
 def choose(
-    config: JobConfig,
+    job: ResolvedJob,
     models: Mapping[str, nn.Module],
     shapes: Mapping[str, ModelShape],
     world: World,
-    dtype: torch.dtype,
     memory: float,
 ) -> Gathering:
-    """Decide for devices of so many bytes.
+    """Choose for devices with `memory` bytes.
 
-    Models on the host keep nothing: they are there because the device's memory is short.
+    Offloaded models keep nothing gathered: they are offloaded because the memory is short.
     """
+    config, dtype = job.config, getattr(torch, job.dtype)
     tp, shards, usable = world.tp.size, axes(world.mesh)["dp_shard"], USABLE * memory
     whole = {r: sum(p.numel() for p in m.parameters()) / tp for r, m in models.items()}
-    here = [role for role in models if not cpu_offload(role, config)]
+    here = [role for role in models if not shapes[role].spec.cpu_offload]
     # The student in fp32, with its gradients and two moments; the others as they compute.
     stored = {role: 16 if role == "student" else dtype.itemsize for role in here}
     resident = sum(size * whole[role] / shards for role, size in stored.items())
     resident += 4 * CHUNK_BYTES[world.device.type]  # logits, and what is made of them
-    resident += _whole_distributions(config, shapes, world, dtype)
+    resident += _whole_distributions(job, shapes, world, dtype)
 
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    tokens = max(config.training.max_tokens_per_microbatch, longest)
+    tokens = max(config.training.max_tokens_per_microbatch, job.longest)
 
     def activations(role: str, mode: str) -> float:
         return shapes[role].args.activation_bytes(tokens, mode, dtype.itemsize, tp)
@@ -127,13 +126,16 @@ def choose(
 
 
 def _whole_distributions(
-    config: JobConfig, shapes: Mapping[str, ModelShape], world: World, dtype: torch.dtype
+    job: ResolvedJob, shapes: Mapping[str, ModelShape], world: World, dtype: torch.dtype
 ) -> float:
-    """Bytes of what an objective over the vocabulary keeps of the frozen models; 0 for others.
+    """Return the bytes that an objective over the vocabulary keeps of the frozen models.
 
-    Hidden states of all responses, and the heads, each with the embedding that FSDP gathers too.
+    These are the hidden states of all responses, and the heads, each with the embedding that FSDP
+    gathers with it.
     """
-    if not OBJECTIVES[config.distill.objective].needs_vocabulary(ObjectiveSettings.of(config)):
+    config = job.config
+    settings = ObjectiveSettings.of(config.distill, config.reference)
+    if not OBJECTIVES[config.distill.objective].needs_vocabulary(settings):
         return 0.0
     r, sizes = config.rollout, [s.args for role, s in shapes.items() if role != "student"]
     responses = r.prompts_per_step * r.group_size * r.max_new_tokens / world.dp.size

@@ -1,4 +1,4 @@
-"""Updates that were not made, for their numbers are not finite: kept for people, and counted."""
+"""Dump the batch of a non-finite update; stop after too many in a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from opd_titan.config import JobConfig
 from opd_titan.data.types import Sample
 from opd_titan.distill.update import UpdateResult
 from opd_titan.distributed.agreement import raise_on_all_ranks
@@ -18,32 +17,34 @@ from opd_titan.observability.rollout_writer import write_rollouts
 
 logger = logging.getLogger("opd_titan")
 
-_DUMPS = 20  # of one rank; what more of them would show is the same
+_DUMPS = 20  # of one rank
 
 
-class SkippedUpdates:
-    """Writes down the batch behind each, and gives up when too many come in a row.
+class NonfiniteUpdates:
+    """Dump the batches of updates that were skipped, and stop after too many in a row.
 
     Args:
-        grade: as `write_rollouts` has it.
+        limit: the most updates in a row that may be skipped.
+        folder: the dump folder.
+        grade: see `write_rollouts`.
 
     Attributes:
-        in_a_row: up to now; for the checkpoint.
+        in_a_row: the number of updates in a row that were skipped up to now.
     """
 
     def __init__(
         self,
-        config: JobConfig,
+        limit: int,
+        folder: Path,
         decode: Callable[[list[int]], str],
         grade: Callable[[str, str], bool | float | None],
     ) -> None:
-        self.most, self.decode = config.training.max_skipped_updates, decode
-        self.grade = grade
-        self.folder = Path(config.job.dump_folder) / "nonfinite"
+        self.limit, self.decode, self.grade = limit, decode, grade
+        self.folder = folder / "nonfinite"
         self.in_a_row = 0
 
-    def look_at(self, step: int, result: UpdateResult) -> None:
-        """Take in a step's updates. All ranks call.
+    def check(self, step: int, result: UpdateResult) -> None:
+        """Check the updates of a step. All ranks call.
 
         Raises:
             Fault: more than training.max_skipped_updates were skipped in a row.
@@ -65,20 +66,20 @@ class SkippedUpdates:
             len(result.made),
             f"is in {self.folder}" if written else "was not written",
         )
-        if self.in_a_row > self.most:
+        if self.in_a_row > self.limit:
             raise Fault(
                 f"step {step}: {self.in_a_row} updates in a row had a loss or a gradient that is "
-                f"not finite (training.max_skipped_updates = {self.most}); what was written "
-                f"of them is in {self.folder}; the last checkpoint is good"
+                f"not finite (training.max_skipped_updates = {self.limit}); their batches are "
+                f"in {self.folder}; the last checkpoint is good"
             )
 
     def _dump(self, step: int, suspects: Sequence[Sample]) -> bool:
-        """Whether this rank has written its samples: not without any, and not beyond the limit."""
+        """Write this rank's samples; return whether it has written any."""
         if not suspects:
             return False
         folder = self.folder / f"rank-{dist.get_rank()}"
         try:
-            # Counted where they lie: a run that is started again and again must end somewhere.
+            # Counted on disk: a run that is restarted again and again must not fill it.
             others = {path.name for path in folder.glob("step-*.jsonl")} - {f"step-{step}.jsonl"}
             if len(others) < _DUMPS:
                 write_rollouts(folder, step, suspects, self.decode, self.grade)

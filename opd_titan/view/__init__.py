@@ -1,4 +1,4 @@
 """Rollout files as one HTML page that needs no network: `python -m opd_titan.view <dump_folder>`.
 
-Reads what a run left behind and never torch, so that it starts in a moment, anywhere.
+It reads what a run wrote and does not import torch, so it starts quickly anywhere.
 """

@@ -17,13 +17,13 @@ disagrees, with log-probs, ranks and the teacher's alternatives, and the run's c
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse prints its usage too."""
+        """Raise, instead of printing the usage and exiting."""
         raise ConfigError(f"{message}; see --help")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m opd_titan.view", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("dump_folder", type=Path, help="of the run; its rollouts/ are read")
+    parser.add_argument("dump_folder", type=Path, help="of the run; its rollouts/ is read")
     parser.add_argument(
         "--out", type=Path, help="the page to write (default: <dump_folder>/rollouts.html)"
     )
@@ -31,7 +31,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Write the page. Returns 0, or 2 on bad input, said in one line on stderr."""
+    """Write the page. Return 0, or 2 and one line on stderr if the input is wrong."""
     try:
         options = _arguments(argv)
         out = options.out or options.dump_folder / "rollouts.html"

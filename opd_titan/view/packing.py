@@ -1,6 +1,6 @@
-"""Rollouts as blocks of base64, which a page can hold as they are and decode one at a time.
+"""Pack rollouts into blocks of base64, which the page decodes one at a time.
 
-A block is compressed JSON. Base64 has no character that means anything in HTML.
+A block is compressed JSON. Base64 has no character with a meaning in HTML.
 """
 
 from __future__ import annotations
@@ -11,27 +11,31 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opd_titan.view.rollouts import ROLES, Rollout
+from opd_titan.view.rollouts import read_lines
 
-# Tokens of a chunk. A click decodes one: more would be felt, fewer would compress worse.
+# Tokens of a chunk. A click decodes one: a larger chunk would be slow, a smaller one compresses
+# worse.
 _CHUNK_TOKENS = 8_000
 _PREVIEW = 110
-# Log-probs and advantages are whole numbers of these; nobody reads finer.
+# Log-probs and advantages are stored as integers in this unit, the precision that the page shows.
 _UNITS_PER_NAT = 1000
+ROLES = ("student", "teacher", "reference")
+_MAX_NUMBER = 1e12  # no log-prob, advantage or rank is as large
 
 
 def block(value: Any) -> str:
-    """The value as compressed JSON in base64."""
+    """Return the value as compressed JSON in base64."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 class _Words(dict[str, int]):
-    """Strings, each of them once, and their places."""
+    """Distinct strings and their positions."""
 
     def __missing__(self, text: str) -> int:
         self[text] = place = len(self)
@@ -40,12 +44,12 @@ class _Words(dict[str, int]):
 
 @dataclass
 class Packed:
-    """What a page holds of the rollouts.
+    """The rollouts of a page.
 
     Attributes:
-        index: a column of each of the list's values, of all rollouts.
-        chunks: blocks of the rollouts themselves; the index says which one is where.
-        texts: block of all prompts and responses, to search in.
+        index: the columns of the page's list, with one entry per rollout.
+        chunks: blocks of the rollouts themselves; the index says which chunk has which.
+        texts: block of all prompts and responses, for searching.
     """
 
     index: dict[str, Any]
@@ -55,11 +59,15 @@ class Packed:
     steps: list[int]
 
 
-def pack(rollouts: Iterable[Rollout]) -> Packed:
-    """Pack rollouts in this order; no more than a chunk of them is in memory at once."""
+def pack(files: Iterable[Path]) -> Packed:
+    """Pack the rollouts of these files in order, with one chunk in memory at a time.
+
+    Raises:
+        DataError: names a line that is not a rollout.
+    """
     packer = _Packer()
-    for rollout in rollouts:
-        packer.add(rollout)
+    for path in files:
+        read_lines(path, packer.add)
     return packer.finish()
 
 
@@ -77,30 +85,36 @@ class _Packer:
     rows: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
 
-    def add(self, r: Rollout) -> None:
-        # A number may be another prompt's where the data have changed meanwhile.
-        question = self.questions.setdefault((r.prompt_index, r.prompt), len(self.questions))
+    def add(self, line: bytes) -> None:
+        """Add a line of a rollout file. `read_lines` reports what a damaged line raises."""
+        row = json.loads(line.decode())
+        if not isinstance(row, dict):
+            raise TypeError("no JSON object")
+        packed, kl = _packed(row, self.words)
+        # The index may mean another prompt if the data changed between two starts of the run.
+        key = (row["prompt_index"], row["prompt"])
+        question = self.questions.setdefault(key, len(self.questions))
         if question == len(self.sets):
-            self.sets.append(r.data_set or "")
-        kl = r.kl
+            self.sets.append(row.get("data_set") or "")
+        correct = row["correct"]
         values = {
-            "step": r.step,
-            "prompt": r.prompt_index,
-            "sample": r.sample_index,
+            "step": int(row["step"]),
+            "prompt": row["prompt_index"],
+            "sample": row["sample_index"],
             "question": question,
-            "kl": None if kl is None else float(f"{kl:.4g}"),
-            "tokens": len(r.tokens),
-            "cut": int(r.finish_reason == "length"),
-            "correct": None if r.correct is None else float(f"{r.correct:.4g}"),
-            "preview": _preview(r.response),
+            "kl": kl,
+            "tokens": len(row["response_tokens"]),
+            "cut": int(row["finish_reason"] == "length"),
+            "correct": None if correct is None else float(f"{correct:.4g}"),
+            "preview": _preview(row["response"]),
             "chunk": len(self.chunks),
             "place": len(self.rows),
         }
         for name, value in values.items():
             self.columns[name].append(value)
-        self.responses.append(r.response)
-        self.rows.append(_row(r, self.words))
-        self.tokens += len(r.tokens)
+        self.responses.append(row["response"])
+        self.rows.append(packed)
+        self.tokens += len(row["response_tokens"])
         if self.tokens >= _CHUNK_TOKENS:
             self._close_chunk()
 
@@ -120,35 +134,63 @@ class _Packer:
         return Packed(self.columns, self.chunks, block(texts), len(self.responses), steps)
 
 
-def _row(r: Rollout, words: _Words) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "prompt": words[r.prompt],
-        "finish": words[r.finish_reason],
-        "answer": None if r.answer is None else words[r.answer],
-        "advantages": _whole(r.advantages, _UNITS_PER_NAT),
+def _packed(row: dict[str, Any], words: _Words) -> tuple[dict[str, Any], float | None]:
+    """Return the rollout as the page's script reads it, and its mean log S - log T."""
+    count = len(row["response_tokens"])
+    logprobs = {r: _numbers(row, f"{r}_logprobs", count) for r in ROLES}
+    packed: dict[str, Any] = {
+        "prompt": words[row["prompt"]],
+        "finish": words[row["finish_reason"]],
+        "answer": None if row["answer"] is None else words[row["answer"]],
+        "advantages": _integers(_numbers(row, "advantages", count), _UNITS_PER_NAT),
     }
-    if r.pieces is None:
-        row |= {"response": words[r.response], "ids": r.tokens}
-    else:
-        row["pieces"] = list(map(words.__getitem__, r.pieces))
     for role in ROLES:
-        row[role] = _whole(r.logprobs.get(role), _UNITS_PER_NAT)
-        row[f"{role}_ranks"] = _whole(r.ranks.get(role), 1)
-    if r.top_texts is not None:
-        row["top_sizes"] = r.top_sizes
-        row["top"] = list(map(words.__getitem__, r.top_texts))
-        row["top_logprobs"] = _whole(r.top_logprobs, _UNITS_PER_NAT)
-    return row
+        packed[role] = _integers(logprobs[role], _UNITS_PER_NAT)
+        packed[f"{role}_ranks"] = _integers(_numbers(row, f"{role}_ranks", count), 1)
+    pieces, top = _values(row, "response_pieces", count), _values(row, "teacher_top", count)
+    if pieces is None:  # a file of an earlier version
+        packed |= {"response": words[row["response"]], "ids": row["response_tokens"]}
+    else:
+        packed["pieces"] = [words[piece] for piece in pieces]
+    if top is not None:
+        pairs = [(text, value) for alternatives in top for text, value in alternatives]
+        packed["top_sizes"] = [len(alternatives) for alternatives in top]
+        packed["top"] = [words[text] for text, _ in pairs]
+        packed["top_logprobs"] = _integers(_array([value for _, value in pairs]), _UNITS_PER_NAT)
+    if logprobs["student"] is None or logprobs["teacher"] is None:
+        return packed, None
+    gaps = logprobs["student"] - logprobs["teacher"]
+    gaps = gaps[~np.isnan(gaps)]
+    return packed, float(f"{gaps.mean():.4g}") if gaps.size else None
 
 
-def _whole(values: np.ndarray | None, units: int) -> list[int | None] | None:
-    """Rounded to whole numbers of a unit's part; NaN is null."""
+def _values(row: dict[str, Any], key: str, count: int) -> list[Any] | None:
+    """Return the per-token values of a key; None if they are null or missing."""
+    values = row.get(key)
+    if values is not None and len(values) != count:
+        raise ValueError(f"`{key}` has {len(values)} entries for {count} tokens")
+    return values
+
+
+def _numbers(row: dict[str, Any], key: str, count: int) -> np.ndarray | None:
+    values = _values(row, key, count)
+    return None if values is None else _array(values)
+
+
+def _array(values: list[float | None]) -> np.ndarray:
+    """Return fp64, with NaN for null and for what no rollout has."""
+    array = np.array(values, dtype=np.float64)
+    return np.where(np.abs(array) < _MAX_NUMBER, array, np.nan)
+
+
+def _integers(values: np.ndarray | None, units: int) -> list[int | None] | None:
+    """Round to multiples of 1 / units; NaN becomes None."""
     if values is None:
         return None
     unknown = np.isnan(values)
     rounded = np.rint(np.where(unknown, 0.0, values) * units).astype(np.int64).tolist()
     if unknown.any():
-        return [None if odd else v for v, odd in zip(rounded, unknown.tolist(), strict=True)]
+        return [None if bad else v for v, bad in zip(rounded, unknown.tolist(), strict=True)]
     return rounded
 
 
@@ -157,7 +199,7 @@ def _preview(text: str) -> str:
 
 
 def _common_start(prompts: list[str]) -> int:
-    """Length of what all prompts start with, in whole words: a list should show what differs."""
+    """Return the length of the whole words that all prompts start with; the list omits them."""
     start = os.path.commonprefix(prompts) if len(prompts) > 1 else ""
     while start and not start[-1].isspace():
         start = start[:-1]

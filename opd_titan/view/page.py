@@ -1,4 +1,4 @@
-"""One HTML page out of the sources in `static/`, a run's rollouts and its curves."""
+"""Make one HTML page from the sources in `static/`, a run's rollouts and its curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opd_titan.config import RECIPE_FILE
 from opd_titan.errors import ConfigError, DataError
 from opd_titan.view.curves import read_curves
 from opd_titan.view.packing import Packed, block, pack
-from opd_titan.view.rollouts import Rollout, read_rollouts, rollout_files
+from opd_titan.view.rollouts import rollout_files
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,22 +30,17 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
     """Read a run's rollouts and curves and write the page; it appears whole or not at all.
 
     Returns:
-        The rollouts that are on it.
+        The rollouts on the page.
 
     Raises:
-        DataError: a rollout file is missing, damaged, or no such file; all of them are empty.
+        DataError: there are no rollouts, or a file of them is damaged.
         ConfigError: `out` cannot be written.
     """
-
-    def rollouts() -> Iterator[Rollout]:
-        for step, path in rollout_files(dump_folder):
-            yield from read_rollouts(step, path)
-
-    packed = pack(rollouts())
+    packed = pack(rollout_files(dump_folder))
     if not packed.count:
-        raise DataError(f"{dump_folder / 'rollouts'}: its files are empty; wanted a rollout a line")
+        raise DataError(f"{dump_folder / 'rollouts'}: the files are empty; wanted rollouts in them")
     curves = read_curves(dump_folder)
-    if out.is_dir():  # also because "." has no name to make a part's name of
+    if out.is_dir():  # checked here because "." has no name
         raise ConfigError(f"--out: {out} cannot be written (Is a directory); choose a file")
     part = out.with_name(out.name + ".tmp")
     try:
@@ -62,38 +57,31 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
 
 
 def _run(dump_folder: Path) -> dict[str, str]:
-    """What the run's own recipe says of it, as far as there is one."""
+    """Return the run's name and what its recipe says about it, if there is one."""
     run = {"name": dump_folder.resolve().name}
     try:
-        text = (dump_folder / RECIPE_FILE).read_text(encoding="utf-8")
-        config = tomllib.loads(text)
-    except (OSError, ValueError):
+        config = tomllib.loads((dump_folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        teacher = config["teacher"]
+        teachers = teacher.get("models") or [teacher]
+        return run | {
+            "description": str(config["job"]["description"]),
+            "student": _model_name(config["student"]["hf_path"]),
+            "teacher": ", ".join(_model_name(model["hf_path"]) for model in teachers),
+            "objective": str(config["distill"]["objective"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or edited
         return run
-    keys = {
-        "description": ("job", "description"),
-        "student": ("student", "hf_path"),
-        "teacher": ("teacher", "hf_path"),
-        "objective": ("distill", "objective"),
-    }
-    for name, (table, key) in keys.items():
-        value = config.get(table)
-        if not isinstance(value, dict):
-            continue
-        rows = value.get("models")
-        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        found = [text for row in rows or [value] if isinstance(text := row.get(key), str) and text]
-        if name in ("student", "teacher"):
-            # A folder on this machine is nobody else's business; its last two names say enough.
-            found = ["/".join(Path(path).parts[-2:]) for path in found]
-        if found:
-            run[name] = ", ".join(found)
-    return run
+
+
+def _model_name(path: str) -> str:
+    """Return the last two parts of a path: a reader needs no more of this machine's folders."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _parts(packed: Packed, curves: dict[str, Any], run: dict[str, str]) -> Iterator[str]:
-    """The page in order: what it shows first comes before what it may never be asked for."""
+    """Yield the page in order: first what it shows first, last what few readers open."""
     style = _source("style.css")
-    # A function of its own, so that nothing is left lying on `window`.
+    # In a function, so that it defines nothing on `window`.
     script = '(() => {\n"use strict";\n' + "".join(map(_source, _SCRIPTS)) + "})();\n"
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -113,7 +101,7 @@ def _parts(packed: Packed, curves: dict[str, Any], run: dict[str, str]) -> Itera
 
 
 def _data(name: str, content: str) -> str:
-    """A block that no browser runs, and that no text in it can end: it is base64."""
+    """Return a block of data. No browser runs it, and base64 text cannot end it."""
     return f'<script type="application/octet-stream" id="{name}">{content}</script>\n'
 
 

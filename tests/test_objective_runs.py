@@ -1,4 +1,7 @@
-"""`rollout.on_policy_fraction` between 0 and 1: some prompts are the data set's to answer."""
+"""Whole runs by every objective, and by samples of the student mixed with the data set's responses.
+
+With `rollout.on_policy_fraction` between 0 and 1 the data set answers some of the prompts.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_student import one_process_group
 from tiny_world import (
     World,
     assert_same_run,
     hf_logprobs,
     load_hf,
+    make_model,
     make_world,
     own_output,
     read_log,
@@ -25,14 +28,103 @@ from tiny_world import (
     write_rows,
 )
 
-from opd_titan.config import JobConfig
+from opd_titan.config import load_config
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distributed.world import build_world
-from opd_titan.observability.recorder import Recorder
-from opd_titan.rollout.rollout import divide, in_order
+from opd_titan.errors import ModelError
+from opd_titan.rollout.rollout import in_order, split_on_policy
 
 SEED = 42  # the default of training.seed
+TOKENS = 98  # of the tokenizer; the model "padded" has more rows
 Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("world"))
+    make_model(world.folder / "padded", seed=7, vocab_size=112, hidden_size=40)
+    return world
+
+
+# ---------------------------------------------------------------- every objective
+
+RUNS: dict[str, str] = {
+    "pg": "--distill.baseline kl --distill.minibatches 2 --reference.coef 0.5",
+    "jsd": "--distill.objective jsd --distill.beta 0.3 --rollout.temperature 0.8",
+    "top_k": "--distill.objective top_k_forward_kl --distill.top_k 4 --reference.coef 0.2",
+    "padded-teacher": "--distill.baseline top_k --teacher.hf_path {folder}/padded",
+    "padded-student": """--distill.objective reverse_kl --student.hf_path {folder}/padded
+        --teacher.hf_path {folder}/student""",
+}
+
+
+def arguments(world: World, name: str, *more: Any) -> list[str]:
+    options = RUNS[name].format(folder=world.folder).split()
+    short = ["--training.steps", 2, "--validation.enable", "False"]
+    short += ["--checkpoint.enable", "False", "--rollout.max_new_tokens", 10]
+    return world.argv(name, *short, *options, *more)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_every_objective(world: World, name: str) -> None:
+    assert train(arguments(world, name)) == 0
+    out, has_reference = world.folder / name, "--reference.coef" in RUNS[name]
+    scalars = read_scalars(out)
+    wanted = {"loss/policy", "grad_norm", "kl/student_teacher", "policy/entropy"}
+    wanted |= {"kl/reverse", "kl/forward", "policy/teacher_entropy", "policy/top_k_overlap"}
+    wanted |= {"kl/student_reference"} if has_reference else set()
+    for scalar in wanted:
+        assert list(scalars[scalar]) == [1, 2], scalar
+        assert all(map(math.isfinite, scalars[scalar].values())), scalar
+    assert min(scalars["grad_norm"].values()) > 0
+    assert ("policy/clip_fraction" in scalars) == (name in ("pg", "padded-teacher"))
+    assert max(scalars["policy/logprob_gap_max"].values()) < 1e-4
+    assert min(scalars["kl/reverse"].values()) > 0.01
+    folder = {"padded-student": "student", "padded-teacher": "padded"}.get(name, "teacher")
+    teacher, temperature = load_hf(world.folder / folder), 0.8 if name == "jsd" else 1.0
+    for rows in read_rollouts(out).values():
+        assert len(rows) == 8
+        for row in rows:
+            check_row(row, has_reference, name in ("jsd", "padded-student"))
+        prompt, response = rows[0]["prompt_tokens"], rows[0]["response_tokens"]
+        with torch.no_grad():
+            logits = teacher(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        theirs = (logits[:, :TOKENS] / temperature).log_softmax(-1)
+        theirs = theirs[torch.arange(len(response)), torch.tensor(response)]
+        ours = torch.tensor(rows[0]["teacher_logprobs"])
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def check_row(row: Row, has_reference: bool, plain: bool) -> None:
+    """
+    Args:
+        plain: advantages are those of the policy gradient without baseline or reference.
+    """
+    n = len(row["response_tokens"])
+    assert max(row["response_tokens"]) < TOKENS
+    assert (row["reference_logprobs"] is not None) == has_reference
+    keys = ["student_logprobs", "teacher_logprobs", "advantages"]
+    for key in [*keys, "reference_logprobs"][: 3 + has_reference]:
+        assert len(row[key]) == n and all(map(math.isfinite, row[key])), key
+    if plain:
+        student, teacher, advantages = (torch.tensor(row[key]) for key in keys)
+        torch.testing.assert_close(advantages, teacher - student, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["padded-teacher", "padded-student"])
+def test_ranks_do_not_split_vocabularies_of_different_sizes(world: World, name: str) -> None:
+    from opd_titan.training.models import inspect_models
+
+    tp = ["--parallelism.data_parallel_shard_degree", 1, "--parallelism.tensor_parallel_degree", 2]
+    with pytest.raises(ModelError) as caught:
+        inspect_models(load_config(arguments(world, name, *tp)))
+    message = str(caught.value)
+    assert "teacher.hf_path: vocab_size is " in message and "\n" not in message
+    assert "tensor_parallel_degree = 2" in message
+    assert "112" in message and f"{TOKENS}" in message
+    assert "wanted 1 there, or equal sizes" in message
+
+
+# ------------------------------------------------------------- who answers what
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -40,28 +132,25 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def chosen(count: int, fraction: float, *stream: int) -> set[int]:
-    """The prompts, by index, that the student answers."""
-    return {p.index for p in divide(prompts(count), fraction, stream)[0]}
+    """Return the prompts, by index, that the student answers."""
+    return {p.index for p in split_on_policy(prompts(count), fraction, stream)[0]}
 
 
-# ------------------------------------------------------------- who answers what
-
-
-def test_the_ends_leave_nothing_to_chance() -> None:
+def test_nothing_is_drawn_at_fractions_of_0_and_1() -> None:
     everyone = prompts(1000)
-    assert divide(everyone, 1.0, (0, 1)) == (everyone, [])
-    assert divide(everyone, 0.0, (0, 1)) == ([], everyone)
-    assert divide([], 0.5, (0, 1)) == ([], [])
+    assert split_on_policy(everyone, 1.0, (0, 1)) == (everyone, [])
+    assert split_on_policy(everyone, 0.0, (0, 1)) == ([], everyone)
+    assert split_on_policy([], 0.5, (0, 1)) == ([], [])
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9])
 def test_each_prompt_is_drawn_with_this_probability(fraction: float) -> None:
     n = 4000
-    counts = [len(chosen(n, fraction, SEED, step)) for step in range(1, 21)]
+    counts = [len(chosen(n, fraction, SEED, step)) for step in range(1, 11)]
     deviation = math.sqrt(fraction * (1 - fraction) * n)
     assert all(abs(c - fraction * n) < 4 * deviation for c in counts)
-    assert abs(sum(counts) - fraction * n * 20) < 4 * deviation * math.sqrt(20)
-    # A prompt comes back in every epoch: it must not be the same ones each time.
+    assert abs(sum(counts) - fraction * n * 10) < 4 * deviation * math.sqrt(10)
+    # In every epoch the same prompts come back, and others must be drawn.
     steps = [chosen(n, fraction, SEED, step) for step in (1, 2)]
     both, share = len(steps[0] & steps[1]), fraction**2
     assert abs(both - share * n) < 4 * math.sqrt(share * (1 - share) * n) + 1
@@ -71,13 +160,15 @@ def test_the_draw_depends_on_seed_step_and_prompt_alone() -> None:
     first = chosen(500, 0.5, SEED, 7)
     assert first == chosen(500, 0.5, SEED, 7)
     assert len({frozenset(chosen(500, 0.5, *s)) for s in ((SEED, 7), (SEED, 8), (43, 7))}) == 3
-    # Whatever else is in the batch, in whatever order; a larger fraction keeps who was in.
+    # It does not depend on the rest of the batch or its order; a larger fraction adds prompts.
     some = prompts(500)[::-3]
-    assert {p.index for p in divide(some, 0.5, (SEED, 7))[0]} == first & {p.index for p in some}
+    assert {p.index for p in split_on_policy(some, 0.5, (SEED, 7))[0]} == first & {
+        p.index for p in some
+    }
     assert first < chosen(500, 0.6, SEED, 7)
 
 
-def test_samples_stand_in_the_order_of_the_prompts() -> None:
+def test_samples_are_in_the_order_of_the_prompts() -> None:
     batch = [Prompt(i, "", (0,)) for i in (7, 3, 5)]
     samples = [Sample(p, i, [1], "stop") for p in (batch[2], batch[0]) for i in (1, 0)]
     samples.append(Sample(batch[1], 0, [1], "stop"))
@@ -85,7 +176,7 @@ def test_samples_stand_in_the_order_of_the_prompts() -> None:
     assert found == [(7, 0), (7, 1), (3, 0), (5, 0), (5, 1)]
 
 
-# ------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------ mixed runs
 
 MIXED = ["--distill.objective", "reverse_kl", "--rollout.on_policy_fraction", 0.5]
 MIXED += ["--rollout.max_new_tokens", 16, "--validation.enable", "False"]
@@ -93,21 +184,17 @@ VARIANTS: dict[str, list[Any]] = {
     "mixed": [],
     "limited": ["--distill.minibatches", 4, "--rollout.max_tokens_per_step", 20]
     + ["--distill.objective", "jsd", "--rollout.max_new_tokens", 10],
-    # Of 2 prompts a step the student seldom has one: most of its rollouts are empty.
+    # The student seldom has one of the 2 prompts of a step: most of its rollouts are empty.
     "rare": ["--rollout.on_policy_fraction", 0.1, "--rollout.prompts_per_step", 2]
     + ["--training.steps", 8, "--distill.objective", "forward_kl"],
 }
+by_variant = pytest.mark.parametrize("name", VARIANTS)
 PROMPTS = {"mixed": 4, "limited": 4, "rare": 2}
-# Of every n-th token of a micro-batch: which these are depends on the packing.
+FRACTION = {"mixed": 0.5, "limited": 0.5, "rare": 0.1}
+# Which tokens are probed depends on the packing.
 PROBES = ("kl/reverse", "kl/forward", "policy/teacher_entropy", "policy/top_k_overlap") + (
     "policy/top_1_agreement",
 )
-FRACTION = {"mixed": 0.5, "limited": 0.5, "rare": 0.1}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def argv(world: World, name: str, out: str, *options: Any) -> list[str]:
@@ -131,11 +218,7 @@ def sampled(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["student_logprobs"] is not None]
 
 
-def is_ours(name: str, step: int, index: int) -> bool:
-    return bool(divide([Prompt(index, "", (0,))], FRACTION[name], (SEED, step))[0])
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@by_variant
 def test_each_prompt_has_samples_or_the_data_sets_response(
     one: dict[str, Path], world: World, name: str
 ) -> None:
@@ -149,7 +232,7 @@ def test_each_prompt_has_samples_or_the_data_sets_response(
             by_prompt.setdefault(row["prompt_index"], []).append(row)
         assert len(by_prompt) == PROMPTS[name]
         for index, group in by_prompt.items():
-            ours = is_ours(name, step, index)
+            ours = bool(split_on_policy([Prompt(index, "", (0,))], FRACTION[name], (SEED, step))[0])
             sources.add(ours)
             assert [row["sample_index"] for row in group] == ([0, 1] if ours else [0])
             for row in group:
@@ -175,10 +258,10 @@ def test_the_students_samples_are_those_of_a_purely_on_policy_step(
     assert train(argv(world, "mixed", "pure", *options)) == 0
     (rows,) = read_rollouts(world.folder / "pure").values()
     assert "rollout/on_policy_fraction" not in read_scalars(world.folder / "pure")
-    # Log-probs round by the batch that a token is sampled in.
+    # Log-probs round by the batch that a token is sampled in, so only tokens are compared.
     tokens = {(r["prompt_index"], r["sample_index"]): r["response_tokens"] for r in rows}
     all_rows = read_rollouts(one["mixed"])[1]
-    # Both sources stand in the batch's order: minibatches are cut from it.
+    # Samples and responses keep the batch's order: minibatches are cut from it.
     order, same = (list(dict.fromkeys(r["prompt_index"] for r in x)) for x in (all_rows, rows))
     assert order == same
     mixed = sampled(all_rows)
@@ -187,7 +270,7 @@ def test_the_students_samples_are_those_of_a_purely_on_policy_step(
         assert row["response_tokens"] == tokens[row["prompt_index"], row["sample_index"]]
 
 
-def test_the_loss_is_the_mean_over_all_tokens_whoever_wrote_them(
+def test_the_loss_is_the_mean_over_all_tokens_of_both_sources(
     one: dict[str, Path], world: World
 ) -> None:
     student, teacher = load_hf(world.student), load_hf(world.teacher)
@@ -206,24 +289,24 @@ def test_the_loss_is_the_mean_over_all_tokens_whoever_wrote_them(
     assert read_scalars(one["mixed"])["loss/policy"][1] == pytest.approx(total / tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@by_variant
 def test_rollout_scalars_are_of_the_students_samples_alone(one: dict[str, Path], name: str) -> None:
     scalars, without = read_scalars(one[name]), 0
-    own = [n for n in scalars if n.startswith(("rollout/", "kl/student", "throughput/rollout"))]
-    assert len(own) == 1 + 7 + 1 + 1
+    fraction = "rollout/on_policy_fraction"
+    of_samples = ("rollout/", "kl/student", "throughput/rollout")
+    own = [n for n in scalars if n.startswith(of_samples) and n != fraction]
+    assert len(own) == 6 + 1 + 1 + 1
     for step, rows in read_rollouts(one[name]).items():
         ours = sampled(rows)
         value = {n: scalars[n].get(step) for n in scalars}
-        assert value["rollout/on_policy_fraction"] == pytest.approx(len(ours) / len(rows))
+        assert value[fraction] == pytest.approx(len(ours) / len(rows))
         responses = sum(len(row["response_tokens"]) for row in rows)
         fed = responses + sum(len(row["prompt_tokens"]) - 1 for row in rows)
         work = {"teacher": fed, "update": fed, "step": responses}
-        assert math.isfinite(value["loss/total"]) and value["grad_norm"] > 0
+        assert math.isfinite(value["loss/policy"]) and value["grad_norm"] > 0
         if not ours:
             without += 1
-            own.remove("rollout/on_policy_fraction")
             assert not [n for n in own if value[n] is not None]
-            own.append("rollout/on_policy_fraction")
         else:
             lengths = [len(row["response_tokens"]) for row in ours]
             work["rollout"] = sum(lengths)
@@ -237,7 +320,7 @@ def test_rollout_scalars_are_of_the_students_samples_alone(one: dict[str, Path],
             )
             mean = (student - teacher).mean().item()
             assert value["kl/student_teacher"] == pytest.approx(mean, abs=1e-5)
-            gap = value["policy/logprob_gap_max"]  # none where only later updates are on them
+            gap = value["policy/logprob_gap_max"]  # none if only later updates have samples
             assert gap < 1e-4 if gap is not None else name == "limited"
         for phase, count in work.items():
             rate, seconds = value[f"throughput/{phase}(tok/s/gpu)"], value[f"time/{phase}(s)"]
@@ -245,7 +328,7 @@ def test_rollout_scalars_are_of_the_students_samples_alone(one: dict[str, Path],
     assert (without > 0) == (name == "rare")
 
 
-def test_the_token_limit_is_one_of_the_students_samples(one: dict[str, Path]) -> None:
+def test_the_token_limit_counts_the_students_samples_alone(one: dict[str, Path]) -> None:
     found = []
     for rows in read_rollouts(one["limited"]).values():
         total = sum(len(row["response_tokens"]) for row in sampled(rows))
@@ -256,7 +339,7 @@ def test_the_token_limit_is_one_of_the_students_samples(one: dict[str, Path]) ->
     assert max(found) > 10
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@by_variant
 def test_two_processes_give_the_same_run(
     one: dict[str, Path], two: dict[str, Path], name: str
 ) -> None:
@@ -304,41 +387,3 @@ def test_a_row_without_a_response_is_refused(
     assert not (world.folder / "refused").exists()
     options += ["--rollout.on_policy_fraction", 1.0, "--training.steps", 1]
     assert train(argv(world, "mixed", "accepted", *options)) == 0
-
-
-# ---------------------------------------------------------------- the recorder
-
-
-def recorded(folder: str) -> dict[str, float]:
-    """Scalars of a step: one sample without repetition, two of the data set with nothing else."""
-    config = JobConfig()
-    config.job.dump_folder = folder
-    config.distill.objective, config.rollout.on_policy_fraction = "jsd", 0.5
-    config.metrics.enable_tensorboard, config.metrics.sample_rollouts = False, 0
-    recorder = Recorder(
-        config,
-        world=build_world(torch.device("cpu")),
-        dtype=torch.float32,
-        decode=lambda ids: "".join(map(chr, ids)),
-        grade=lambda response, answer: None,
-        forward_flops={"student": lambda lengths, projected: float(sum(lengths))},
-        decode_bytes=lambda forwards, cached, size: float(forwards),
-        start_step=0,
-        total_steps=2,
-    )
-    ones = [Sample(p, 0, [ord("x")] * 200, "stop") for p in prompts(3)]
-    own = ones[1]
-    own.response_ids, own.student_logprobs = list(range(32, 127)), torch.zeros(95)
-    for s in ones:
-        s.advantages = s.teacher_logprobs = -torch.ones(len(s.response_ids))
-    with recorder.clock.phase("rollout"):
-        recorder.record(1, ones, {}, decode_forwards=95, preempted=0, seconds=1.0)
-    return recorder.metrics.last
-
-
-def test_what_the_data_set_says_does_not_count_as_the_students(tmp_path: Path) -> None:
-    with one_process_group():
-        found = recorded(str(tmp_path))
-    assert found["rollout/repetition"] == 0.0
-    assert found["rollout/on_policy_fraction"] == pytest.approx(1 / 3)
-    assert found["kl/student_teacher"] == 1.0

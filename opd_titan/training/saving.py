@@ -1,0 +1,134 @@
+"""What a run saves: checkpoints to resume from, and exports for other programs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_titan import __version__
+from opd_titan.checkpoint.checkpointer import Checkpointer
+from opd_titan.checkpoint.hf_export import export_hf, is_exported
+from opd_titan.checkpoint.model_card import model_card
+from opd_titan.checkpoint.publish import link_latest
+from opd_titan.checkpoint.steps import set_aside
+from opd_titan.errors import StorageError
+from opd_titan.training.models import JobModels
+from opd_titan.training.setup import STATE_FORMAT, Setup, Start
+
+logger = logging.getLogger("opd_titan")
+
+
+class Saver:
+    """Save, load and export the student of a run. All methods are collective.
+
+    Attributes:
+        saved_at: the step of the newest checkpoint that this run has loaded or begun; 0 for none.
+        exported_at: the step of the newest export; 0 for none.
+    """
+
+    def __init__(self, setup: Setup, models: JobModels) -> None:
+        self.setup, self.models = setup, models
+        self.config, self.folder = setup.job.config, setup.job.folder
+        c = self.config.checkpoint
+        self.checkpoints = Checkpointer(
+            setup.checkpoints,
+            models.student,
+            models.optimizer,
+            keep_latest_k=c.keep_latest_k,
+            background=c.async_mode == "async",
+        )
+        self.saved_at = self.exported_at = 0
+        self._export_error: StorageError | None = None
+
+    def load(self, start: Start) -> None:
+        """Load the checkpoint that the run starts from, if any, and log the start."""
+        if start.state is None:
+            logger.info("Starting at step 1: %s in %s", start.reason, self.checkpoints.folder)
+            return
+        self.checkpoints.load(start.step)
+        self.saved_at, self.exported_at = start.step, start.state["exported_at"]
+        logger.info(
+            "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
+            self.checkpoints.folder,
+            start.step,
+            start.reason,
+            start.step + 1,
+        )
+
+    def set_aside_newer(self, step: int, suffix: str) -> None:
+        """Rename the checkpoints of later steps, which this run replaces."""
+        if self.config.checkpoint.enable:
+            set_aside(self.checkpoints.folder, step, suffix)
+
+    def save(self, step: int, state: dict[str, Any], written: Callable[[], None]) -> None:
+        """Save a checkpoint, or begin to (checkpoint.async_mode).
+
+        Args:
+            state: JSON values to save beside the tensors.
+            written: called once the files are written, before they are published.
+        """
+        state = {
+            "format": STATE_FORMAT,
+            "version": __version__,
+            "fingerprint": self.setup.fingerprint,
+            "exported_at": self.exported_at,
+            **state,
+        }
+        saved = self.checkpoints.save(step, state, written)
+        self.saved_at = step
+        if saved:
+            verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
+            logger.info("Checkpoint: %s %s/step-%s", verb, self.checkpoints.folder, step)
+
+    def export(self, step: int, total_steps: int, results: dict[str, Any]) -> None:
+        """Export the student as a Hugging Face folder.
+
+        A failure of the storage is fatal at the last step only: an earlier export may be missed,
+        because the checkpoint has the weights.
+
+        Args:
+            results: validation results for the model card.
+        """
+        source, name, out = self.setup.sources["student"], self.config.export.dtype, self._out(step)
+        self._export_error = None
+        try:
+            export_hf(
+                self.models.student,
+                out,
+                source_folder=source.folder,
+                key_table=source.key_table,
+                dtype=None if name == "auto" else getattr(torch, name),
+                edits=source.edits,
+                card=model_card(self.config, step, results),
+            )
+            if dist.get_rank() == 0:
+                link_latest(out)
+            self.exported_at = step
+            logger.info("Export: %s", out)
+        except StorageError as error:
+            logger.error("Storage: %s", error)
+            if step == total_steps:
+                self._export_error = error
+
+    def has_exported(self, step: int) -> bool:
+        """Return whether the export of this step exists and is of this run."""
+        return self.exported_at == step and is_exported(self._out(step))
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            StorageError: the last checkpoint or the last export is not complete.
+        """
+        if self.config.checkpoint.enable and self.saved_at:
+            self.checkpoints.require(self.saved_at)
+        if self._export_error is not None:
+            raise self._export_error
+
+    def _out(self, step: int) -> Path:
+        return self.folder / "hf" / f"step-{step}"

@@ -23,7 +23,7 @@ from torch import nn
 
 from opd_titan.checkpoint import manifest
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint, load_weights
-from opd_titan.checkpoint.faults import naming
+from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
 from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights
@@ -329,7 +329,7 @@ def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
 
 def test_an_error_without_a_number_keeps_its_words() -> None:
     with one_process_group(), pytest.raises(StorageError, match="^a/b: the disk is on fire$"):
-        with raise_on_all_ranks(), naming("a/b"):
+        with raise_on_all_ranks(), name_file_in_errors("a/b"):
             raise OSError("the disk is on fire")
 
 

@@ -14,7 +14,7 @@ from opd_titan.errors import ConfigError, reason
 
 
 @contextmanager
-def refusing(folder: Path) -> Iterator[None]:
+def config_error_if_unwritable(folder: Path) -> Iterator[None]:
     """Raise ConfigError, naming `job.dump_folder`, for an OSError of the body.
 
     Before the run begins, a folder that cannot be written is the user's mistake.
@@ -29,7 +29,7 @@ def refusing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def name_file_in_errors(path: Path | str) -> Iterator[None]:
     """Make an OSError of the body, also one that safetensors wraps, name this file."""
     try:
         yield

@@ -18,7 +18,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opd_titan.checkpoint.faults import naming
+from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.checkpoint.hf_folder import (
     CHECKSUMS,
     CONFIG,
@@ -151,7 +151,7 @@ def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]])
             _write_json(target / name, {**own, **edits[name]})
         else:
             content = (source / name).read_bytes()  # the hub's cache holds links
-            with naming(target / name):
+            with name_file_in_errors(target / name):
                 (target / name).write_bytes(content)
 
 

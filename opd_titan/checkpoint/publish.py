@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from opd_titan.checkpoint.faults import naming
+from opd_titan.checkpoint.faults import name_file_in_errors
 
 logger = logging.getLogger("opd_titan")
 
@@ -30,7 +30,7 @@ def fresh_tmp(final: Path) -> None:
 
 def write_file(path: Path, content: str) -> None:
     """Write a text file. Raise OSError, naming it, if that fails."""
-    with naming(path):
+    with name_file_in_errors(path):
         path.write_text(content, encoding="utf-8")
 
 
@@ -38,7 +38,7 @@ def sync_to_disk(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with name_file_in_errors(path):
             os.fsync(handle)
     finally:
         os.close(handle)
@@ -96,7 +96,7 @@ def link_latest(final: Path) -> None:
         logger.warning("%s: no link to %s (%s)", link, final.name, error.strerror)
 
 
-def lead_back(folder: Path, step: int) -> None:
+def reset_latest(folder: Path, step: int) -> None:
     """Make `latest` point to the export of an earlier step again; delete it if step is 0.
 
     A run that goes back has given up what it exported since.

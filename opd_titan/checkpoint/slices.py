@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from opd_titan.checkpoint.faults import naming
+from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.checkpoint.publish import sync_to_disk
 from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ModelError, first_line
@@ -119,7 +119,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written; names the file.
     """
-    with naming(path):
+    with name_file_in_errors(path):
         path.touch()
         mode = path.stat().st_mode
         save_file(tensors, path, metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.faults import refusing
+from opd_titan.checkpoint.faults import config_error_if_unwritable
 from opd_titan.checkpoint.manifest import find_damage
 from opd_titan.checkpoint.publish import clear_leftovers, fresh_tmp, restore_replaced, tmp_of
 from opd_titan.distributed.agreement import call_on_rank_0, raise_on_all_ranks
@@ -142,13 +142,13 @@ def open_folder(folder: Path) -> None:
     """
 
     def make() -> None:
-        with refusing(folder):
+        with config_error_if_unwritable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(folder)
 
     call_on_rank_0(make)
     _require_everywhere(folder)
-    with raise_on_all_ranks(), refusing(folder):
+    with raise_on_all_ranks(), config_error_if_unwritable(folder):
         probe = folder / f".writable-{dist.get_rank()}"
         try:
             probe.write_bytes(bytes(4096))

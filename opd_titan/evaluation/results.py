@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan import __version__
-from opd_titan.checkpoint.faults import naming
+from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
 from opd_titan.errors import ConfigError, reason
 from opd_titan.evaluation.metrics import Measurement, SetResult, percent
@@ -77,9 +77,9 @@ def write_results(
     Raises:
         OSError: a file could not be written; it names the file.
     """
-    with naming(folder / RECIPE_FILE):
+    with name_file_in_errors(folder / RECIPE_FILE):
         (folder / RECIPE_FILE).write_text(to_toml(config), encoding="utf-8")
-    with naming(folder / SAMPLES):
+    with name_file_in_errors(folder / SAMPLES):
         with (folder / SAMPLES).open(
             "w", encoding="utf-8", errors="backslashreplace", newline="\n"
         ) as file:
@@ -87,7 +87,7 @@ def write_results(
                 file.writelines(_sample_lines(result, decode))
     content = json.dumps(summary(config, model, dtype, measured), indent=1, ensure_ascii=False)
     part = folder / f"{RESULTS}.tmp"
-    with naming(folder / RESULTS):
+    with name_file_in_errors(folder / RESULTS):
         part.write_text(content + "\n", encoding="utf-8")
         part.replace(folder / RESULTS)
 

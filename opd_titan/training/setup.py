@@ -14,8 +14,8 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
-from opd_titan.checkpoint.faults import refusing
-from opd_titan.checkpoint.publish import clear_leftovers, lead_back
+from opd_titan.checkpoint.faults import config_error_if_unwritable
+from opd_titan.checkpoint.publish import clear_leftovers, reset_latest
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import RECIPE_FILE, to_toml
 from opd_titan.config.resolve import ResolvedJob, is_teacher
@@ -242,7 +242,7 @@ def roll_back(setup: Setup, last_good: int) -> Start:
     state = _read_state(setup, step)
     setup.loader.load_state_dict(state["loader"])
     if dist.get_rank() == 0:
-        lead_back(setup.job.folder / "hf", state["exported_at"])
+        reset_latest(setup.job.folder / "hf", state["exported_at"])
     return Start(step, "watchdog.action is rollback", state)
 
 
@@ -289,7 +289,7 @@ def _open_folder(setup: Setup) -> None:
     """Create the dump folder. All mistakes that can be found before have been found."""
     config, folder = setup.job.config, setup.job.folder
     resolved = to_toml(config)
-    with raise_on_all_ranks(), refusing(folder):
+    with raise_on_all_ranks(), config_error_if_unwritable(folder):
         if dist.get_rank() == 0:
             _warn_of_foreign_files(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ SCALARS: dict[str, str] = {
     "policy/teacher_entropy": "nats per response token, at the student's prefixes",
     "policy/top_k_overlap": "share of the student's 16 likeliest tokens that are the teacher's too",
     "policy/top_1_agreement": "share of response tokens with the same likeliest token",
-    "policy/clip_fraction": "share of response tokens whose ratio was clipped",
+    "policy/clip_fraction": "share of response tokens with a clipped ratio",
     "policy/ratio_mean": "mean of exp(log S - log S_old) over response tokens",
     "policy/logprob_gap_max": "nats; largest |rollout - update| log-prob of one token",
     "rollout/response_tokens_mean": "tokens, the stop token included",

@@ -363,6 +363,7 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", jsonl({"text": "x"}), "prompts", "no column 'prompt' or 'messages'.*it has 'text'"),
     ("a.jsonl", jsonl({"prompt": "x"}, {"prompt": None}), "prompts", "line 2: field 'prompt' is"),
     ("a.jsonl", jsonl({"prompt": 5}), "prompts", "line 1: field 'prompt' is a number, not text"),
+    ("a.jsonl", jsonl({"prompt": 0.5}), "prompts", "line 1: field 'prompt' is a number, not text"),
     ("a.jsonl", jsonl({"prompt": "x", "answer": [1]}), "prompts", "field 'answer' is a list"),
     ("a.jsonl", jsonl({"prompt": "x", "answer": True}), "prompts", "field 'answer' is a boolean"),
     ("a.jsonl", jsonl({"messages": [{"role": "assistant", "content": "x"}]}), "prompts",

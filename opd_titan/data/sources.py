@@ -188,7 +188,13 @@ def _text(row: Mapping[str, Any], field: str, shown: str | None = None) -> str:
 
 def _kind(value: Any) -> str:
     """Return the name of a value's type, in JSON's terms if it has one."""
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     if value is None:
         return "missing or null"
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+    names: list[tuple[Any, str]] = [
+        (bool, "a boolean"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (list, "a list"),
+        (Mapping, "an object"),
+    ]
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)

@@ -295,7 +295,7 @@ def test_the_recipes_optimizer_settings_win_over_the_checkpoints(
             setattr(config.optimizer, name, value)
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config.optimizer)
         model(torch.randn(2, 4)).square().sum().backward()
         optimizer.step()
         return model, optimizer

@@ -239,14 +239,14 @@ def test_workers_get_the_environment_that_the_scripts_give(
 WATCHED = """
 import importlib, os, sys
 
-class Monitor:
+class Inspector:
     def find_spec(self, name, *_):
         if name == "torch":
             own = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
             print(os.environ["PYTORCH_ALLOC_CONF"], own, flush=True)
             os._exit(0)
 
-sys.meta_path.insert(0, Monitor())
+sys.meta_path.insert(0, Inspector())
 importlib.import_module(sys.argv[1])
 """
 

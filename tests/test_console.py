@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import resolve
 from opd_titan.observability.console import Totals, console_line, report_job, report_outcome
 from opd_titan.observability.logging import init_logging, paint
 from opd_titan.observability.metrics import MetricLogger
@@ -191,7 +192,7 @@ def test_the_start_counts_the_bytes_of_the_models(caplog: pytest.LogCaptureFixtu
     student = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
     teacher = torch.nn.Linear(1024, 2048, bias=False, dtype=torch.bfloat16)  # 4 MiB
     with caplog.at_level("INFO", "opd_titan"):
-        report_job(config, 40, torch.bfloat16, student, {"teacher": teacher})
+        report_job(resolve(config, "cuda", 1), 40, student, {"teacher": teacher})
     assert "20.0 MiB per rank (student 4.0 MiB, gradients 4.0 MiB, Adam 8.0 MiB" in caplog.text
     assert "bfloat16, the student's master weights in float32" in caplog.text
     assert "out: tb/" in caplog.text
@@ -208,7 +209,7 @@ def test_the_end_reports_what_was_reached_and_what_to_do(
     totals.tokens = 1234
     last = {"kl/student_teacher": 0.1, "validation/accuracy": 0.75}
     with caplog.at_level("INFO", "opd_titan"):
-        report_outcome(config, 40, totals, last)
+        report_outcome(resolve(config, "cpu", 1), 40, totals, last)
     assert "KL to the teacher 0.5000 -> 0.1000, accuracy 25.0% -> 75.0%" in caplog.text
     assert "Time: rollout 0:02:05; 1,234 response tokens" in caplog.text
     assert f"tensorboard --logdir {tmp_path}/tb" in caplog.text
@@ -225,5 +226,5 @@ def test_the_end_of_a_run_whose_first_validation_came_with_its_checkpoint(
     again = MetricLogger(tmp_path, enable_tensorboard=False, total_steps=1, start_step=1)
     again.load_state_dict(before.state_dict())
     with caplog.at_level("INFO", "opd_titan"):
-        report_outcome(JobConfig(), 1, again.totals, again.last)
+        report_outcome(resolve(JobConfig(), "cpu", 1), 1, again.totals, again.last)
     assert "KL to the teacher 0.5000 -> 0.5000, accuracy 75.0%" in caplog.text

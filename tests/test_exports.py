@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from opd_titan.checkpoint.model_card import model_card
 from opd_titan.config import JobConfig, load_config
+from opd_titan.config.resolve import resolve
 
 SCALARS = {
     "validation/accuracy": 0.8125,
@@ -38,7 +39,7 @@ def gsm8k(**changes: str) -> JobConfig:
 
 
 def test_the_hub_reads_base_model_data_and_result() -> None:
-    card = ModelCard(model_card(gsm8k(), 200, SCALARS))
+    card = ModelCard(model_card(resolve(gsm8k(), "cpu", 1), 200, SCALARS))
     data = card.data
     assert data.base_model == "Qwen/Qwen3-0.6B"
     assert data.datasets == ["openai/gsm8k"]
@@ -57,7 +58,7 @@ def test_the_hub_reads_base_model_data_and_result() -> None:
 
 def test_the_recipe_in_it_gives_the_same_config(tmp_path: Path) -> None:
     config = gsm8k(**{"job.description": 'a "b" | c'})
-    text = model_card(config, 1, {}).split("```toml\n")[1].split("```")[0]
+    text = model_card(resolve(config, "cpu", 1), 1, {}).split("```toml\n")[1].split("```")[0]
     (tmp_path / "again.toml").write_text(text)
     assert load_config(["--job.config_file", str(tmp_path / "again.toml")]) == config
 
@@ -67,7 +68,7 @@ def test_no_description_breaks_it(description: str, tmp_path: Path) -> None:
     config = gsm8k(**{"job.description": description, "student.hf_path": str(tmp_path)})
     config.data.path = str(tmp_path / "a|b.jsonl")
     for scalars in (SCALARS, {}):
-        card = ModelCard(model_card(config, 1, scalars))
+        card = ModelCard(model_card(resolve(config, "cpu", 1), 1, scalars))
         # The hub takes no local paths as ids.
         assert card.data.base_model is None and card.data.datasets is None
         assert card.data.library_name == "transformers"

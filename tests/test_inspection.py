@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.distill import head
 from opd_titan.distill.head import score_head
-from opd_titan.distill.inspection import Columns, Monitor
+from opd_titan.distill.inspection import Columns, Inspector
 from opd_titan.models.logits import Distribution
 
 ROLES = ("student", "teacher", "reference")
@@ -43,7 +43,7 @@ def by_sorting(p: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(ranks), ids[:, :k], values[:, :k]
 
 
-def seen(p: Problem, monitor: Monitor, by: str = "scoring") -> Columns:
+def seen(p: Problem, monitor: Inspector, by: str = "scoring") -> Columns:
     if by == "scoring":
         score_head(p.hidden_TD, p.weight_VD, **p.where(), watch=monitor)
         return monitor.columns
@@ -59,7 +59,7 @@ def test_a_monitor_counts_as_sorting_does(
     for k, rows in product((0, 3, V + 4), (1, 3, 1000)):
         monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": rows * V * 4})
         p = Problem(dist)
-        found = seen(p, Monitor(spans, k), by)
+        found = seen(p, Inspector(spans, k), by)
         truth = [torch.cat([column[s] for s in spans]) for column in by_sorting(p, k)]
         assert torch.equal(found[0], truth[0]) and torch.equal(found[1], truth[1])
         assert_close(found[2], truth[2])
@@ -68,7 +68,7 @@ def test_a_monitor_counts_as_sorting_does(
 @pytest.mark.parametrize("vocab", [1000, 1024])
 def test_the_likeliest_tokens_of_a_large_vocabulary(vocab: int) -> None:
     p = Problem(vocab=vocab, teacher_vocab=vocab)
-    _, ids_RK, values_RK = seen(p, Monitor([slice(0, R)], 5))
+    _, ids_RK, values_RK = seen(p, Inspector([slice(0, R)], 5))
     _, true_ids_RK, true_values_RK = by_sorting(p, 5)
     assert torch.equal(ids_RK, true_ids_RK)
     assert_close(values_RK, true_values_RK)
@@ -78,7 +78,7 @@ def test_the_likeliest_tokens_of_a_large_vocabulary(vocab: int) -> None:
 def test_ranks_are_of_the_whole_vocabulary_if_samples_are_truncated(dist: Distribution) -> None:
     """Even a token that truncation removes has one: a data set's own responses have such tokens."""
     p = Problem(dist)
-    ranks_R, *_ = seen(p, Monitor([slice(0, R)], 0), "update")
+    ranks_R, *_ = seen(p, Inspector([slice(0, R)], 0), "update")
     assert torch.equal(ranks_R, by_sorting(p, 0)[0])
 
 
@@ -86,7 +86,7 @@ def test_equally_likely_tokens_share_the_best_rank() -> None:
     p = Problem()
     with torch.no_grad():
         p.weight_VD[:] = 0.0
-    ranks_R, _, logprobs_RK = seen(p, Monitor([slice(0, R)], 2))
+    ranks_R, _, logprobs_RK = seen(p, Inspector([slice(0, R)], 2))
     assert ranks_R.tolist() == [1] * R
     assert_close(logprobs_RK, torch.full((R, 2), 1 / V).log())
 
@@ -95,7 +95,7 @@ def test_the_rank_is_0_if_the_log_prob_is_not_finite() -> None:
     p = Problem()
     with torch.no_grad():
         p.hidden_TD[p.predict_R[2]] = torch.nan
-    ranks_R, *_ = seen(p, Monitor([slice(0, R)], 2))
+    ranks_R, *_ = seen(p, Inspector([slice(0, R)], 2))
     assert (ranks_R == 0).tolist() == [i == 2 for i in range(R)]
 
 

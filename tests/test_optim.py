@@ -25,7 +25,10 @@ def job(lr: float = 1.0, warmup: int = 0, decay: str = "constant", floor: float 
 
 
 def table(config: JobConfig, steps: int) -> list[float]:
-    return [learning_rate(step, steps, config) for step in range(1, steps + 1)]
+    return [
+        learning_rate(step, steps, config.optimizer.lr, config.lr_scheduler)
+        for step in range(1, steps + 1)
+    ]
 
 
 # ---------------------------------------------------------------- learning rate
@@ -82,7 +85,7 @@ def test_weight_decay_spares_the_norms_and_nothing_else(tied: bool) -> None:
     model = tiny_qwen3(tied=tied)
     config = job(lr=0.1)
     config.optimizer.weight_decay = 0.5
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config.optimizer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -105,7 +108,7 @@ def test_adamw_follows_the_config(fused: bool) -> None:
     o.beta1, o.beta2, o.eps, o.weight_decay, o.fused = 0.7, 0.9, 1e-3, 0.2, fused
     model = nn.Linear(3, 4, bias=False)
     weight = model.weight.detach().double()
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config.optimizer)
     mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
     for step, rate in enumerate([0.1, 0.05, 0.2], start=1):
         gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))

@@ -12,6 +12,7 @@ import torch
 from tiny_world import REPO, TIMEOUT, World, make_model, make_world
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import resolve
 from opd_titan.training.out_of_memory import is_out_of_memory, remedies
 
 # Logits of some tokens are larger than what is left by then.
@@ -96,12 +97,13 @@ def test_what_counts_as_running_out() -> None:
 
 
 def test_what_is_set_already_is_not_recommended() -> None:
-    config, place = JobConfig(), "phase update of step 3"
-    assert remedies(place, config, on_gpu=True)[-2:] == [
+    config, phase = JobConfig(), "phase update of step 3"
+    assert remedies(phase, resolve(config, "cuda", 1))[-2:] == [
         "set teacher.cpu_offload or optimizer.cpu_offload",
         "or take more ranks",
     ]
     config.activation_checkpoint.mode = "full"
     config.teacher.cpu_offload = config.optimizer.cpu_offload = True
-    assert len(remedies(place, config, on_gpu=True)) == 2
-    assert remedies("the loading of the teacher", config, on_gpu=False) == ["or take more ranks"]
+    assert len(remedies(phase, resolve(config, "cuda", 1))) == 2
+    job = resolve(config, "cpu", 1)
+    assert remedies("the loading of the teacher", job) == ["or take more ranks"]

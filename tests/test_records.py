@@ -14,13 +14,12 @@ import pytest
 import torch
 from tiny_student import one_process_group
 
-from opd_titan.config import JobConfig
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.update import UpdateResult
 from opd_titan.grading.graders import GRADERS
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.rollout_writer import repetition, write_rollouts
-from opd_titan.training.nonfinite import SkippedUpdates
+from opd_titan.training.nonfinite import NonfiniteUpdates
 
 # ---- rollouts ----
 
@@ -116,20 +115,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_skipped_update_is_reported_with_where_its_batch_is(tmp_path, monkeypatch, caplog):
-    config = JobConfig()
-    config.job.dump_folder, config.training.max_skipped_updates = str(tmp_path), 100
     result = UpdateResult({}, [True, False], [make_sample(1, 0)])
     logger = logging.getLogger("opd_titan")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     monkeypatch.setattr(logger, "propagate", False)
     with one_process_group():
         for start in (1, 8, 15):  # a run that is started again does a few steps once more
-            skipped = SkippedUpdates(config, decode, grade)
+            skipped = NonfiniteUpdates(100, tmp_path, decode, grade)
             for step in range(start, start + 8):
-                skipped.look_at(step, result)
+                skipped.check(step, result)
         (tmp_path / "nonfinite" / "rank-0").rename(tmp_path / "moved")
         (tmp_path / "nonfinite" / "rank-0").write_text("")
-        skipped.look_at(23, result)
+        skipped.check(23, result)
     assert len(list((tmp_path / "moved").iterdir())) == 20
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert all("1 of 2 updates skipped" in w for w in warnings) and len(warnings) == 25

@@ -17,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from opd_titan.config import load_config
+from opd_titan.config.resolve import resolve
 from opd_titan.observability.metrics import (
     DETAILED_STEPS,
     MetricLogger,
@@ -50,7 +51,7 @@ def a_run(
     config = load_config(MODELS)
     logger = MetricLogger(folder, start_step=start, total_steps=40)
     assert logger.events is not None
-    logger.events.describe(config)
+    logger.events.describe(resolve(config, "cpu", 1))
     if state is not None:
         logger.load_state_dict(state)
     if start == 0:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_utils import run_distributed
 from tiny_rollout import EOS, prompts, requests, tiny
 from tiny_student import CPU, random_samples, tiny_qwen3, with_rollout_logprobs
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import resolve
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distill.head import loss_head, score_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
@@ -313,9 +315,10 @@ def recorded(folder: str, forwards: list[int], **degrees: int) -> dict[str, floa
     world = build_world(CPU, **degrees)
     config = JobConfig()
     config.job.dump_folder = folder
+    config.parallelism.tensor_parallel_degree = degrees.get("tensor", 1)
     config.metrics.enable_tensorboard, config.metrics.sample_rollouts = False, 0
     recorder = Recorder(
-        config,
+        resolve(config, "cpu", dist.get_world_size()),
         world=world,
         dtype=torch.bfloat16,
         decode=str,

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_world import REPO, assert_same_run, read_log, read_scalars, train
 
 from opd_titan.config import JobConfig
+from opd_titan.config.resolve import resolve
 from opd_titan.errors import Fault
 from opd_titan.observability.watchdog import SIGNS, WINDOW, Watchdog
 from opd_titan.rollout.weights import GeneratorWeights
@@ -201,7 +201,7 @@ def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
 def watchdog(action: str) -> Watchdog:
     config = JobConfig()
     config.watchdog.action = action
-    return Watchdog(config, torch.float32)
+    return Watchdog(resolve(config, "cpu", 1))
 
 
 def reading(kl: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from opd_titan.distill import head as head_module
 from opd_titan.distill.head import FrozenHeads, HeadStats, loss_head, score_head
-from opd_titan.distill.inspection import Monitor
+from opd_titan.distill.inspection import Inspector
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.world import World
@@ -234,7 +234,7 @@ def split_problem(world: World, dist: Distribution) -> tuple[Problem, Tensor]:
 def split_results(world: World | None, case: Case, dist: Distribution) -> dict[str, Tensor]:
     """Return everything that the head computes, gradients included, the same on every rank."""
     # More of the likeliest tokens than one of two ranks holds.
-    watch = Monitor([slice(0, 2), slice(3, R)], V // 2 + 2)
+    watch = Inspector([slice(0, 2), slice(3, R)], V // 2 + 2)
     m, rows, tp = Problem(dist), V, None
     weight: Tensor = m.weight_VD
     if world is not None:

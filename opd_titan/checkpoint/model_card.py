@@ -9,8 +9,8 @@ from importlib.metadata import version
 from huggingface_hub import EvalResult, ModelCardData
 
 from opd_titan import __version__
-from opd_titan.config import JobConfig, to_toml
-from opd_titan.config.resolve import data_sets, teachers, validation_sets
+from opd_titan.config import to_toml
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.hub import looks_like_hub_id
 from opd_titan.data.sources import DATASETS
 
@@ -44,20 +44,21 @@ tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 """
 
 
-def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> str:
+def model_card(job: ResolvedJob, step: int, scalars: Mapping[str, float]) -> str:
     """Return the card: Markdown with the hub's front matter.
 
     Args:
         scalars: the last values by TensorBoard name; the card omits those that are absent.
     """
-    r = config.rollout
+    config, r = job.config, job.config.rollout
+    teachers = ((role.partition(".")[2], job.models[role].path) for role in job.teachers)
     rows: list[tuple[str, object]] = [
         ("student", config.student.hf_path),
-        ("teacher", _listed((t.name, t.hf_path) for t in teachers(config)) or "none"),
+        ("teacher", _listed(teachers) or "none"),
         ("objective", config.distill.objective),
         ("reference coefficient", config.reference.coef),
         ("on-policy fraction", r.on_policy_fraction),
-        ("data", _listed((s.name, f"{s.dataset} {s.path} {s.split}") for s in data_sets(config))),
+        ("data", _listed((s.name, f"{s.dataset} {s.path} {s.split}") for s in job.data_sets)),
         ("template", config.data.template),
         ("steps", step),
         ("prompts x responses per step", f"{r.prompts_per_step} x {r.group_size}"),
@@ -69,9 +70,9 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
     names += ["kl/student_teacher"] if "kl/student_teacher" in scalars else []
     rows += [(name, f"{scalars[name]:.4f}") for name in names]
     rows += [(name, version(name)) for name in ("torch", "transformers")]
-    title = _title(config)
+    title = " ".join(config.job.description.split()) or "A distilled model"
     return _CARD.format(
-        front_matter=_front_matter(config, title, scalars).to_yaml(),
+        front_matter=_front_matter(job, title, scalars).to_yaml(),
         title=title,
         version=__version__,
         step=step,
@@ -80,9 +81,9 @@ def model_card(config: JobConfig, step: int, scalars: Mapping[str, float]) -> st
     )
 
 
-def _front_matter(config: JobConfig, title: str, scalars: Mapping[str, float]) -> ModelCardData:
+def _front_matter(job: ResolvedJob, title: str, scalars: Mapping[str, float]) -> ModelCardData:
     """Return what the hub reads. It takes only hub ids; local paths are in the table alone."""
-    sets, results = validation_sets(config), []
+    sets, results = job.validation_sets, []
     for row in sets:
         name = "validation/accuracy" if len(sets) == 1 else f"validation/{row.name}/accuracy"
         if name in scalars:
@@ -95,20 +96,16 @@ def _front_matter(config: JobConfig, title: str, scalars: Mapping[str, float]) -
                 metric_value=round(scalars[name], 4),
             )
             results.append(result)
-    trained_on = list(filter(None, (_data_id(s.dataset, s.path) for s in data_sets(config))))
+    trained_on = list(filter(None, (_data_id(s.dataset, s.path) for s in job.data_sets)))
     return ModelCardData(
         model_name=title if results else None,
-        base_model=_hub_id(config.student.hf_path),
+        base_model=_hub_id(job.models["student"].path),
         datasets=trained_on or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["on-policy-distillation", "opd_titan"],
         eval_results=results or None,
     )
-
-
-def _title(config: JobConfig) -> str:
-    return " ".join(config.job.description.split()) or "A distilled model"
 
 
 def _listed(rows: Iterable[tuple[str, str]]) -> str:

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     def job() -> int:
         arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
         config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
+        config.validation.enable = True  # the recipe of a training job may have it off
         from opd_titan.cli.run import run
 
         return run(config, evaluate)
@@ -58,7 +59,7 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     from opd_titan.distributed.world import set_timeout
     from opd_titan.evaluation.results import claim_folder, table, write_results
     from opd_titan.evaluation.validator import build_validator, prompt_options
-    from opd_titan.training.models import build_generator, compute_dtype
+    from opd_titan.training.models import build_generator
     from opd_titan.training.setup import join_world
     from opd_titan.training.sources import check_lengths
 
@@ -66,17 +67,16 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     with raise_on_all_ranks():
         subject = find_subject(config)
         decode = partial(subject.tokenizer.decode, skip_special_tokens=True)
-        options = prompt_options(config, subject.tokenizer)
-        validator = build_validator(config, options, [], decode, world.dp, None)
+        options = prompt_options(config.data, subject.tokenizer)
+        validator = build_validator(job, options, [], decode, world.dp, None)
         new_tokens = validator.params.max_new_tokens
         check_lengths([subject.source], validator.longest, new_tokens, "validation")
     with raise_on_all_ranks():
-        folder = claim_folder(config, subject.name) if dist.get_rank() == 0 else None
+        folder = claim_folder(job, subject.name) if dist.get_rank() == 0 else None
     monitor = Monitor(stop, heartbeat, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
     monitor.set_phase(f"the loading of {subject.name}")
     stop.check()
-    dtype = compute_dtype(job)
     model = _load(job, subject, world)
     weights, generator = build_generator(job, subject.source, model, world)
     set_timeout(config.comm.train_timeout_seconds, world.device)
@@ -92,7 +92,7 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
                 "weights": subject.weights,
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
-            write_results(folder, config, model_summary, dtype, measured, decode)
+            write_results(folder, job, model_summary, measured, decode)
             print(table(subject.name, measured), flush=True)
             print(f"Results and samples: {folder}", flush=True)
     dist.barrier()  # a rank that exits early would break the last collective of the others

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_titan.distill.inspection import Columns, Monitor
+from opd_titan.distill.inspection import Columns, Inspector
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
 from opd_titan.models import kernels
@@ -67,7 +67,7 @@ class _Projection:
         head: VocabHead,
         dist: Distribution,
         chunks: Sequence[slice],
-        watch: Monitor | None = None,
+        watch: Inspector | None = None,
     ) -> None:
         self.head, self.dist, self.monitor = head, dist, watch
         self.buffer = _Buffer(head, chunks) if projects_in_place(head.weight_vD) else None
@@ -102,7 +102,7 @@ def score_head(
     predict_R: Tensor,
     targets_R: Tensor,
     dist: Distribution,
-    watch: Monitor | None = None,
+    watch: Inspector | None = None,
 ) -> Tensor:
     """Log-probs [R] fp32 of the targets, without gradients. Give it to the model's forward.
 
@@ -238,7 +238,7 @@ def loss_head(
     dist: Distribution,
     frozen: FrozenHeads = NONE_FROZEN,
     probe_from: int = 0,
-    watches: Mapping[str, Monitor] = MappingProxyType({}),
+    watches: Mapping[str, Inspector] = MappingProxyType({}),
 ) -> tuple[Tensor, HeadStats]:
     """The objective summed over response tokens, times `scale`, with its diagnostics.
 
@@ -293,7 +293,7 @@ class _ChunkedLoss:
         dist: Distribution,
         frozen: FrozenHeads,
         probe_from: int,
-        watches: Mapping[str, Monitor],
+        watches: Mapping[str, Inspector],
     ) -> None:
         self.probe_from, self.watches = probe_from, watches
         self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale

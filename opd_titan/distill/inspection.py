@@ -32,7 +32,7 @@ _BLOCK = 128
 Columns = tuple[Tensor, Tensor, Tensor]
 
 
-class Monitor:
+class Inspector:
     """Where the tokens at some rows stand in one model's distribution, seen chunk by chunk.
 
     Rows are spans, so that a chunk's watched logits are views of it.
@@ -133,7 +133,7 @@ def _likeliest(logits_Wv: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_WK, ids_WI.gather(1, place_WK)
 
 
-def watch_samples(samples: Sequence[Sample], role: str) -> Monitor | None:
+def watch_samples(samples: Sequence[Sample], role: str) -> Inspector | None:
     """Return a watch of those to be inspected among the samples that a head sees; None of none."""
     spans: list[slice] = []
     start = 0
@@ -145,7 +145,7 @@ def watch_samples(samples: Sequence[Sample], role: str) -> Monitor | None:
             else:
                 spans.append(slice(start, stop))
         start = stop
-    return Monitor(spans, ALTERNATIVES.get(role, 0)) if spans else None
+    return Inspector(spans, ALTERNATIVES.get(role, 0)) if spans else None
 
 
 def note_standings(samples: Sequence[Sample], role: str, columns: Columns) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from opd_titan import __version__
 from opd_titan.checkpoint.faults import name_file_in_errors
-from opd_titan.config import RECIPE_FILE, JobConfig, to_toml
+from opd_titan.config import RECIPE_FILE, to_toml
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.errors import ConfigError, reason
 from opd_titan.evaluation.metrics import Measurement, SetResult, percent
 from opd_titan.evaluation.statistics import CONFIDENCE
@@ -29,7 +29,7 @@ WILSON = "Wilson score interval over prompts"
 BOOTSTRAP = "percentile bootstrap over the prompts of each set"
 
 
-def claim_folder(config: JobConfig, name: str) -> Path:
+def claim_folder(job: ResolvedJob, name: str) -> Path:
     """Make the folder for the results and return it. Rank 0 calls.
 
     It is `evaluate.folder`, else `<dump_folder>/evaluation/<name>` with the first free number after
@@ -38,9 +38,9 @@ def claim_folder(config: JobConfig, name: str) -> Path:
     Raises:
         ConfigError: it cannot be written, or `evaluate.folder` holds a result already.
     """
-    given = config.evaluate.folder
+    given = job.config.evaluate.folder
     key = "[evaluate] folder" if given else "[job] dump_folder"
-    first = folder = Path(given or Path(config.job.dump_folder, "evaluation", name))
+    first = folder = Path(given or job.folder / "evaluation" / name)
     try:
         for number in count(2):
             if not (folder / RESULTS).exists():
@@ -59,9 +59,8 @@ def claim_folder(config: JobConfig, name: str) -> Path:
 
 def write_results(
     folder: Path,
-    config: JobConfig,
+    job: ResolvedJob,
     model: dict[str, Any],
-    dtype: torch.dtype,
     measured: Measurement,
     decode: Callable[[list[int]], str],
 ) -> None:
@@ -78,14 +77,14 @@ def write_results(
         OSError: a file could not be written; it names the file.
     """
     with name_file_in_errors(folder / RECIPE_FILE):
-        (folder / RECIPE_FILE).write_text(to_toml(config), encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(to_toml(job.config), encoding="utf-8")
     with name_file_in_errors(folder / SAMPLES):
         with (folder / SAMPLES).open(
             "w", encoding="utf-8", errors="backslashreplace", newline="\n"
         ) as file:
             for result in measured.sets:
                 file.writelines(_sample_lines(result, decode))
-    content = json.dumps(summary(config, model, dtype, measured), indent=1, ensure_ascii=False)
+    content = json.dumps(summary(job, model, measured), indent=1, ensure_ascii=False)
     part = folder / f"{RESULTS}.tmp"
     with name_file_in_errors(folder / RESULTS):
         part.write_text(content + "\n", encoding="utf-8")
@@ -110,11 +109,9 @@ def _sample_lines(result: SetResult, decode: Callable[[list[int]], str]) -> Iter
         )
 
 
-def summary(
-    config: JobConfig, model: dict[str, Any], dtype: torch.dtype, measured: Measurement
-) -> dict[str, Any]:
+def summary(job: ResolvedJob, model: dict[str, Any], measured: Measurement) -> dict[str, Any]:
     """Return the content of results.json: figures, their conditions, versions."""
-    v = config.validation
+    config, v = job.config, job.config.validation
     one_each = len(measured.sets) == 1 and v.samples_per_prompt == 1
     return {
         "model": model,
@@ -132,7 +129,7 @@ def summary(
             "enable_thinking": config.data.enable_thinking,
             "max_prompt_tokens": config.data.max_prompt_tokens,
             "seed": config.training.seed,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": job.dtype,
             "processes": dist.get_world_size(),
         },
         "versions": versions(),

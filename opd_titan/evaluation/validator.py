@@ -12,9 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from opd_titan.config import JobConfig
-from opd_titan.config.job_config import ValidationSet
-from opd_titan.config.resolve import teacher_role, validation_sets
+from opd_titan.config.job_config import Data, ValidationSet
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.cache import Prompts
 from opd_titan.data.prompts import build_prompts
 from opd_titan.data.types import Sample
@@ -229,25 +228,25 @@ class Validator:
         return [grade for _, grade in sorted(gather_lists(mine, self.dp))]
 
 
-def prompt_options(config: JobConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def prompt_options(data: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the options of `build_prompts` that training and validation share."""
     return {
-        "template": config.data.template,
-        "enable_thinking": config.data.enable_thinking,
-        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "template": data.template,
+        "enable_thinking": data.enable_thinking,
+        "max_prompt_tokens": data.max_prompt_tokens,
         "tokenizer": tokenizer,
     }
 
 
 def build_validator(
-    config: JobConfig,
+    job: ResolvedJob,
     options: dict[str, Any],
     training_sets: Sequence[Prompts],
     decode: Callable[[list[int]], str],
     dp: Axis,
     teacher: str | None,
 ) -> Validator:
-    """Read the validation sets of the configuration and return their validator.
+    """Read the job's validation sets and return their validator.
 
     Args:
         options: from `prompt_options`.
@@ -259,10 +258,10 @@ def build_validator(
         DataError: a set cannot be read, or has a prompt without an answer that its grader can
             grade.
     """
-    v = config.validation
+    config, v = job.config, job.config.validation
     sets = [
         _read_set(row, f"validation.sets[{i}]" if v.sets else "validation", options, training_sets)
-        for i, row in enumerate(validation_sets(config))
+        for i, row in enumerate(job.validation_sets)
     ]
     params = SamplingParams(v.max_new_tokens or config.rollout.max_new_tokens, v.temperature)
     seed = config.training.seed
@@ -300,5 +299,4 @@ def _read_set(
     texts = [prompt.text for prompt in found.prompts]
     trained_on = set().union(*(s.texts_among(texts) for s in training_sets))
     shared = sum(text in trained_on for text in texts)
-    role = teacher_role(row.teacher)
-    return HeldOut(row.name, found.prompts, grader, found.source, shared, role)
+    return HeldOut(row.name, found.prompts, grader, found.source, shared, row.teacher)

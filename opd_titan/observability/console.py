@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.observability.logging import paint
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 logger = logging.getLogger("opd_titan")
@@ -84,20 +83,18 @@ def duration(seconds: float) -> str:
 
 
 def report_job(
-    config: JobConfig,
+    job: ResolvedJob,
     total_steps: int,
-    dtype: torch.dtype,
     student: nn.Module,
     frozen: Mapping[str, nn.Module],
 ) -> None:
     """Log what the job will do, the memory of its models on this rank, and where files go.
 
     Args:
-        dtype: of computation.
         frozen: the other models by role.
     """
-    r, folder = config.rollout, config.job.dump_folder
-    name = str(dtype).removeprefix("torch.")
+    config, name = job.config, job.dtype
+    r, folder = config.rollout, job.folder
     masters = "" if name == "float32" else ", the student's master weights in float32"
     logger.info(
         f"Job: {config.distill.objective}, {total_steps:,} steps of {r.prompts_per_step} prompts x "
@@ -156,14 +153,14 @@ class Totals:
                 self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
-def report_outcome(config: JobConfig, step: int, totals: Totals, last: Mapping[str, float]) -> None:
+def report_outcome(job: ResolvedJob, step: int, totals: Totals, last: Mapping[str, float]) -> None:
     """Log what the job reached, where the time went, and what to do next.
 
     Args:
         last: the last value of each scalar.
     """
-    logger.info("Done: %s steps; everything is in %s", step, config.job.dump_folder)
-    for line in [*_outcome(totals, last), *_next_commands(config, step)]:
+    logger.info("Done: %s steps; everything is in %s", step, job.folder)
+    for line in [*_outcome(totals, last), *_next_commands(job, step)]:
         logger.info("%s", line)
 
 
@@ -189,9 +186,9 @@ def _outcome(totals: Totals, last: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _next_commands(config: JobConfig, step: int) -> list[str]:
+def _next_commands(job: ResolvedJob, step: int) -> list[str]:
     """Return the commands that show the run, continue it, and load its model."""
-    folder = config.job.dump_folder
+    config, folder = job.config, job.folder
     more = f"--training.steps {2 * step}"
     if config.training.epochs:
         more = f"--training.epochs {2 * config.training.epochs}"

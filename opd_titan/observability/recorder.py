@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.data.types import Sample
 from opd_titan.distributed.agreement import raise_on_all_ranks
@@ -58,7 +57,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: JobConfig,
+        job: ResolvedJob,
         *,
         world: World,
         dtype: torch.dtype,
@@ -71,19 +70,19 @@ class Recorder:
         whole: bool = False,
         texts: TokenTexts | None = None,
     ) -> None:
-        self.config, self.world, self.dtype = config, world, dtype
+        config = job.config
+        self.job, self.config, self.world, self.dtype = job, config, world, dtype
         self.decode, self.grade, self.texts = decode, grade, texts
         self.forward_flops, self.decode_bytes, self.whole = forward_flops, decode_bytes, whole
         self.total_steps = total_steps
-        folder = Path(config.job.dump_folder)
-        self.rollouts = folder / "rollouts"
+        self.rollouts = job.folder / "rollouts"
         self.old_rollouts = OldRollouts(self.rollouts, config.metrics.keep_rollouts)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.on_policy_fraction = config.rollout.on_policy_fraction
         self.clock = PhaseClock(world.device)
         self.peaks = _peaks(world.device, dtype)
         self.metrics = MetricLogger(
-            folder,
+            job.folder,
             total_steps=total_steps,
             start_step=start_step,
             log_freq=config.metrics.log_freq,
@@ -91,7 +90,7 @@ class Recorder:
             rank=self.rank,
         )
         if self.metrics.events is not None:
-            self.metrics.events.describe(config)
+            self.metrics.events.describe(job)
 
     def record(
         self,
@@ -155,7 +154,7 @@ class Recorder:
 
     def report_outcome(self, step: int) -> None:
         """Log the summary of a finished job."""
-        report_outcome(self.config, step, self.metrics.totals, self.metrics.last)
+        report_outcome(self.job, step, self.metrics.totals, self.metrics.last)
 
     def _speed(
         self, samples: Sequence[Sample], sampled: Sequence[Sample], decode_forwards: int

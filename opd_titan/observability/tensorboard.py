@@ -16,7 +16,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
-from opd_titan.config import JobConfig, to_toml
+from opd_titan.config import to_toml
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.observability.events import EventFile
 
 BINS = 64
@@ -158,12 +159,12 @@ def samples_text(rows: Sequence[tuple[str, str, str]]) -> str:
     return "\n\n".join(parts)
 
 
-def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
+def hyperparameters(job: ResolvedJob) -> dict[str, bool | int | float | str]:
     """Return what people compare runs by: models, data, and the options of training."""
     values = {
         f"{table}.{key}": value
         for table in _TABLES
-        for key, value in asdict(getattr(config, table)).items()
+        for key, value in asdict(getattr(job.config, table)).items()
     }
     plain = (bool, int, float, str)
     return {name: v if isinstance(v, plain) else str(v) for name, v in values.items()}
@@ -187,12 +188,12 @@ class Dashboard:
         # A new run starts with a validation at step 0, a resumed one after start_step.
         self._file = EventFile(folder, start_step + 1 if start_step else 0)
 
-    def describe(self, config: JobConfig) -> None:
+    def describe(self, job: ResolvedJob) -> None:
         """Write the resolved recipe of the first start, as text and as hyper-parameters."""
         if self._new:
-            self._file.add_summary(summary.text("config", as_code(to_toml(config), 100_000)), 0)
+            self._file.add_summary(summary.text("config", as_code(to_toml(job.config), 100_000)), 0)
             experiment, start, _ = summary.hparams(
-                hyperparameters(config), dict.fromkeys(_RESULTS, 0.0)
+                hyperparameters(job), dict.fromkeys(_RESULTS, 0.0)
             )
             self._file.add_summary(experiment, 0)
             self._file.add_summary(start, 0)

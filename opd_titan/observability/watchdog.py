@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from opd_titan.config import JobConfig
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.errors import Fault
 
 logger = logging.getLogger("opd_titan")
@@ -28,7 +26,7 @@ MAX_ROLLBACKS = 3  # then a smaller learning rate does not help
 SLOWDOWN = 0.5  # of the learning rate, at each rollback
 # Nats between the log-probs of rollout and update. With the same weights and code these differ only
 # by the order of additions and by rounding, in half precision up to this for one of a million.
-MAX_GAP = {torch.float32: 4e-3, torch.bfloat16: 1.0}
+MAX_GAP = {"float32": 4e-3, "bfloat16": 1.0}
 
 Figures = Mapping[str, float]
 
@@ -158,9 +156,9 @@ class Watchdog:
         sent_back: number of rollbacks so far.
     """
 
-    def __init__(self, config: JobConfig, dtype: torch.dtype) -> None:
-        self.action = config.watchdog.action
-        self.limits = Limits(MAX_GAP.get(dtype, 1.0), ends=not config.rollout.ignore_eos)
+    def __init__(self, job: ResolvedJob) -> None:
+        self.action = job.config.watchdog.action
+        self.limits = Limits(MAX_GAP[job.dtype], ends=not job.config.rollout.ignore_eos)
         self.slowdown, self.sent_back = 1.0, 0
         self._start: Figures = {}
         self._last: deque[Figures] = deque(maxlen=WINDOW)

@@ -22,14 +22,13 @@ logger = logging.getLogger("opd_titan")
 
 def log_job(setup: Setup, models: JobModels) -> None:
     """Log what the job is going to do, and what its models take of a rank's memory."""
-    dtype = compute_dtype(setup.job)
-    report_job(setup.job.config, setup.total_steps, dtype, models.student, models.frozen)
+    report_job(setup.job, setup.total_steps, models.student, models.frozen)
 
 
 def make_recorder(setup: Setup, step: int, rule: UpdateRule) -> Recorder:
     """Return the recorder of a run that goes on after `step`."""
     return Recorder(
-        setup.job.config,
+        setup.job,
         world=setup.world,
         dtype=compute_dtype(setup.job),
         decode=setup.decode,

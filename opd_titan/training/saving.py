@@ -104,7 +104,7 @@ class Saver:
                 key_table=source.key_table,
                 dtype=None if name == "auto" else getattr(torch, name),
                 edits=source.edits,
-                card=model_card(self.config, step, results),
+                card=model_card(self.setup.job, step, results),
             )
             if dist.get_rank() == 0:
                 link_latest(out)

@@ -129,7 +129,7 @@ def _inspect(job: ResolvedJob, world: World) -> Setup:
     sources = inspect_models(job)
     tokenizer = sources["student"].tokenizer
     decode: Any = partial(tokenizer.decode, skip_special_tokens=True)  # one text gives a str
-    options = prompt_options(config, tokenizer)
+    options = prompt_options(config.data, tokenizer)
     prompt_sets = _read_data(job, options)
     loader = PromptLoader(
         [s.prompts for s in prompt_sets],
@@ -152,7 +152,7 @@ def _inspect(job: ResolvedJob, world: World) -> Setup:
         ]
         teacher = "; ".join(teachers) or None
         training_sets = [s.prompts for s in prompt_sets]
-        validator = build_validator(config, options, training_sets, decode, world.dp, teacher)
+        validator = build_validator(job, options, training_sets, decode, world.dp, teacher)
         new_tokens = validator.params.max_new_tokens
         check_lengths(sources.values(), validator.longest, new_tokens, "validation")
     return Setup(

@@ -47,7 +47,7 @@ class Trainer:
             self.setup.decode,
             self.setup.grade,
         )
-        self.watchdog = Watchdog(self.config, compute_dtype(job))
+        self.watchdog = Watchdog(job)
         self.step, self.total_steps = 0, self.setup.total_steps
         self.graphs = 0  # compiled up to now
         self.pauses_due = False  # whether what follows the last step is still to be done

@@ -86,6 +86,6 @@ line.close()
 
 
 def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OPD_TITAN_PLACES": str(tmp_path / "absent")}
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OPD_TITAN_PHASES": str(tmp_path / "absent")}
     command = [sys.executable, "-c", SETUP + "line.close()"]
     assert subprocess.run(command, env=env, timeout=50).returncode == 0

@@ -64,11 +64,10 @@ class Trainer:
         self.on_policy = config.rollout.on_policy_fraction > 0.0
         self._build_models()
         self._build_rules()
-        self.step = self.graphs = 0
+        self.step = self.graphs = self.exported_at = 0
         self.skipped = SkippedUpdates(config, self.job.decode, self.job.grade)
         self.watchdog = Watchdog(config, self.job.dtype)
         self.saved_at = self.job.resumed_at
-        self.exported_at = 0
         self.export_fault: StorageError | None = None
         self.pauses_due = False  # what comes after the last step has not been done
 
@@ -96,11 +95,9 @@ class Trainer:
         self.stop.check()
         return load_model(self.sources[role], self.world, self.config, self.job.dtype)
 
-    def _generator(
-        self, role: str, model: Any, memory: StepMemory | None = None
-    ) -> tuple[GeneratorWeights, Generator]:
+    def _generator(self, role: str, model: Any, *memory: Any) -> tuple[GeneratorWeights, Generator]:
         source, dtype = self.sources[role], self.job.dtype
-        return build_generator(source, model, self.world, self.config, dtype, memory)
+        return build_generator(source, model, self.world, self.config, dtype, *memory)
 
     def _build_rules(self) -> None:
         c, r = self.config, self.config.rollout
@@ -216,8 +213,7 @@ class Trainer:
             with phase("update"):
                 result = self.update(plan)
                 self.weights.mark_stale()
-                if any(result.made):
-                    self.memory.measure(self.kept.usable - self.kept.needed)
+                self.memory.measure(any(result.made), self.kept.usable - self.kept.needed)
         return samples, result
 
     @contextmanager

@@ -44,13 +44,14 @@ class StepMemory:
         self.device = device
         self.room: int | None = None
 
-    def measure(self, most: float = math.inf) -> None:
-        """Set the room after an update, the first time. All ranks must call.
+    def measure(self, made: bool = True, most: float = math.inf) -> None:
+        """Set the room after the first update that was made. All ranks must call.
 
         Args:
+            made: whether an update was made, alike on all ranks.
             most: bytes that may be kept by what is known of later updates, which may be larger.
         """
-        if self.room is None:
+        if made and self.room is None:
             spare = _SPARE * total_bytes(self.device)
             free = max(0.0, min(never_used_bytes(self.device) - spare, most))
             self.room = -int(max_scalar(-free, self.device))

@@ -73,6 +73,7 @@ class GeneratorWeights:
         self._packed = self._pop_packed(copies) if pack and can_pack(dtype, device) else {}
         self._plain = copies
         self._storages = self._join_layers()
+        self._state = _Copies.RELEASED
         self.release()
 
     def _pop_packed(self, copies: dict[str, Tensor]) -> dict[str, Linear]:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 def private_mib() -> float:
     """Return the anonymous memory of this process, which is without the page cache."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else float("nan")
+    return int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
 
 def start(tokenizer_folder: str, file: str) -> None:
@@ -37,8 +36,8 @@ def start(tokenizer_folder: str, file: str) -> None:
     prompts = build_prompts(**options).prompts
     next(PromptLoader([prompts], prompts_per_step=64, seed=0))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    grown = private_mib() - before
-    print(f"{len(prompts):,} prompts: {wall:.1f} s ({cpu:.1f} s of CPU), {grown:.0f} MiB")
+    used = f"{wall:.1f} s ({cpu:.1f} s of CPU), {private_mib() - before:.0f} MiB"
+    print(f"{len(prompts):,} prompts: {used}")
 
 
 def main(tokenizer_folder: str, data: str, count: str) -> None:
@@ -47,14 +46,14 @@ def main(tokenizer_folder: str, data: str, count: str) -> None:
         file = Path(folder, "train.jsonl")
         with file.open("w") as rows:
             for i in range(int(count)):
-                two = [questions[n % len(questions)] for n in (i, i // 7)]
-                rows.write(json.dumps({"prompt": f"{i}: {' '.join(two)}"[:640]}) + "\n")
+                two = " ".join(questions[n % len(questions)] for n in (i, i // 7))
+                rows.write(json.dumps({"prompt": f"{i}: {two}"[:640]}) + "\n")
         time.sleep(3)  # files that have just changed are read again
         environment = {**os.environ, "HF_DATASETS_CACHE": folder}
         for name in ("first start", "later start"):
             print(name, end=": ", flush=True)
-            command = [sys.executable, __file__, tokenizer_folder, str(file)]
-            subprocess.run(command, env=environment, check=True)
+            words = [sys.executable, __file__, tokenizer_folder, str(file)]
+            subprocess.run(words, env=environment, check=True)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ _LEFTOVER = 86400.0  # seconds
 
 
 class TokenizedRow(NamedTuple):
-    """What is stored of a prompt. `index` is the number of its row in the split."""
+    """What is stored of a prompt. `number` is that of its row in the split."""
 
-    index: int
+    number: int
     text: str
     token_ids: list[int]
     response: str | None
@@ -76,7 +76,7 @@ class Prompts(Sequence[Prompt]):
         return self.info["digest"]
 
     def __len__(self) -> int:
-        return len(self._columns["index"])
+        return len(self._columns["number"])
 
     @overload
     def __getitem__(self, place: int) -> Prompt: ...
@@ -87,7 +87,7 @@ class Prompts(Sequence[Prompt]):
             return [self[i] for i in range(len(self))[place]]
         place = range(len(self))[place]
         row = TokenizedRow(*(column[place].as_py() for column in self._columns.values()))
-        index, ids = self.first_index + row.index, tuple(row.token_ids)
+        index, ids = self.first_index + row.number, tuple(row.token_ids)
         return Prompt(index, row.text, ids, row.response, row.answer, self.data_set, self.teacher)
 
     def texts_among(self, texts: Collection[str]) -> set[str]:
@@ -198,7 +198,7 @@ def _fill(sink: pa.NativeFile, make: Make, progress: Callable[[], None]) -> dict
     import pyarrow as pa
 
     types = {
-        "index": pa.int64(),
+        "number": pa.int64(),
         "text": pa.large_string(),
         "token_ids": pa.large_list(pa.int32()),
         "response": pa.large_string(),
@@ -220,7 +220,7 @@ def _fill(sink: pa.NativeFile, make: Make, progress: Callable[[], None]) -> dict
         writer.write_batch(pa.record_batch(arrays, names=list(types)))
         lengths = np.array([len(row.token_ids) for row in rows], np.int32)
         longest = max(longest, int(lengths.max()))
-        of_lengths.update(lengths)
+        of_lengths.update(lengths.tobytes())
         of_ids.update(arrays[2].flatten().to_numpy())
 
     with pa.ipc.new_file(sink, pa.schema(list(types.items()))) as writer:

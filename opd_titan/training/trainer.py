@@ -119,8 +119,8 @@ class Trainer:
                 with phase("update"):
                     result = phases.update(plan, self.watchdog.slowdown)
                     models.weights.mark_stale()
-                    if any(result.made):
-                        models.memory.measure(models.kept.usable - models.kept.needed)
+                    room = models.kept.usable - models.kept.needed
+                    models.memory.measure(any(result.made), room)
         except Stopped:
             self.step -= 1
             self.setup.loader.load_state_dict(position)

@@ -37,16 +37,16 @@ def when(place: str, beats: int, act: Callable[[], None]) -> tuple[Any, Any]:
 
 
 def poison() -> None:
-    from opd_titan.training import trainer
+    from opd_titan.training import phases
 
-    update = trainer.update
+    update = phases.update
 
     def poisoned(model: Any, optimizer: Any, plan: Any, *args: Any, **options: Any) -> Any:
         plan[0].microbatches[0][0].teacher_logprobs[0] = math.nan
-        trainer.update = update
+        phases.update = update
         return update(model, optimizer, plan, *args, **options)
 
-    trainer.update = poisoned
+    phases.update = poisoned
 
 
 def starve() -> None:

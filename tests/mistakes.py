@@ -200,7 +200,7 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "one prompt as long as a library": (
         data(rows({**ROW, "question": "x" * 3_000_000})),
-        ["data.max_prompt_tokens = 512 drops every prompt", "over 100000 letters"],
+        ["data.max_prompt_tokens = 512 drops every prompt", "over 100,000 characters"],
     ),
     "fewer prompts than a step": (
         given("--rollout.prompts_per_step", 23),

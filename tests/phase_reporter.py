@@ -28,12 +28,12 @@ FREEZE = "OPD_TEST_FREEZE"  # "rename:checkpoint:3": stand still before the thir
 
 # What a phase is called, and the function that it lasts for.
 FUNCTIONS = {
-    "prepare": "opd_titan.training.trainer:prepare",
-    "load": "opd_titan.training.trainer:load_model",
+    "prepare": "opd_titan.training.trainer:set_up",
+    "load": "opd_titan.training.models:load_model",
     "resume": "opd_titan.checkpoint.checkpointer:Checkpointer.load",
     "probe": "opd_titan.training.trainer:probe",
     "record": "opd_titan.observability.recorder:Recorder.record",
-    "export": "opd_titan.training.trainer:export_hf",
+    "export": "opd_titan.training.saving:export_hf",
     "save": "opd_titan.checkpoint.checkpointer:Checkpointer.save",
     "end": "opd_titan.training.trainer:Trainer._finish",
 }

@@ -153,7 +153,7 @@ def test_async_mode_writes_the_same_checkpoints(world: World, whole: Path, tmp_p
         ),
         (["--data.path", "{}/other.jsonl"], ["data.path was", "other.jsonl (22 prompts)"]),
         (["--teacher.hf_path", "{}/other"], ["teacher.hf_path was", "/teacher and is", "/other;"]),
-        (["--teacher.random_init"], ["teacher.hf_path", "/teacher has another content"]),
+        (["--teacher.random_init"], ["teacher.hf_path", "/teacher has changed content"]),
         (
             ["--distill.objective", "jsd"],
             ["objective was policy_gradient and is jsd with beta 0.5"],
@@ -197,7 +197,7 @@ def test_another_jobs_checkpoint_goes_on_where_that_is_asked_for(world: World, w
     seen = len(read_log(out))
     assert train(world.argv("changed", *options)) == 0
     log = read_log(out)[seen:]
-    assert "was another job's (checkpoint.allow_changes)" in log
+    assert "belongs to a different job (checkpoint.allow_changes)" in log
     assert "distill.objective was policy_gradient and is reverse_kl" in log
     assert "order starts afresh" in log and "next step 3" in log
     known = {json.loads(x)["question"] for x in (world.folder / "changed.jsonl").open()}

@@ -29,6 +29,7 @@ from tiny_world import (
 )
 
 from opd_titan.config import load_config
+from opd_titan.config.resolve import resolve
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.errors import ModelError
 from opd_titan.rollout.rollout import in_order, split_on_policy
@@ -112,11 +113,11 @@ def check_row(row: Row, has_reference: bool, plain: bool) -> None:
 
 @pytest.mark.parametrize("name", ["padded-teacher", "padded-student"])
 def test_ranks_do_not_split_vocabularies_of_different_sizes(world: World, name: str) -> None:
-    from opd_titan.training.models import inspect_models
+    from opd_titan.training.sources import inspect_models
 
     tp = ["--parallelism.data_parallel_shard_degree", 1, "--parallelism.tensor_parallel_degree", 2]
     with pytest.raises(ModelError) as caught:
-        inspect_models(load_config(arguments(world, name, *tp)))
+        inspect_models(resolve(load_config(arguments(world, name, *tp)), "cpu", 2))
     message = str(caught.value)
     assert "teacher.hf_path: vocab_size is " in message and "\n" not in message
     assert "tensor_parallel_degree = 2" in message

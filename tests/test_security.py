@@ -393,13 +393,13 @@ def test_no_secret_in_what_a_run_writes(
 
 FAULT = """
 import sys
-import opd_titan.training.trainer
+import opd_titan.training.phases
 from opd_titan.train import main
 
 def update(*args, **kwargs):
     raise RuntimeError("a fault")
 
-opd_titan.training.trainer.update = update
+opd_titan.training.phases.update = update
 sys.exit(main(sys.argv[1:]))
 """
 

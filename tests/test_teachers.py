@@ -263,7 +263,7 @@ def test_each_set_is_validated_against_its_own_teacher(world: World) -> None:
         assert scalars[f"validation/{name}/teacher_accuracy"][4] == expected
         assert accuracy_of("teacher." + TAUGHT_BY[name], name, world) == expected
     log = read_log(world.folder / "graded")
-    assert "Data sums: " in log and "67% of each step, taught by small" in log
+    assert "Data sums: " in log and "67% of each step, scored by teacher.small" in log
     card = (world.folder / "graded" / "hf" / "step-4" / "README.md").read_text()
     assert f"small: {world.teacher}, large: {world.folder / 'large'}" in card
 
@@ -280,7 +280,7 @@ def accuracy_of(model: str, name: str, world: World) -> float:
 def test_a_teacher_that_is_not_there_is_not_graded(world: World, capsys: Any) -> None:
     for name in ("teacher", "teacher.smal"):
         assert evaluate(world.argv("evaluated", "--evaluate.model", name)) == 2
-        told = f'[evaluate] model: "{name}" is none of the teachers; wanted teacher.small or'
+        told = f'[evaluate] model: "{name}" is not one of the teachers; wanted teacher.small or'
         assert told in capsys.readouterr().err
 
 
@@ -292,7 +292,7 @@ def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: An
         text.replace("weight = 2.0", "weight = 1.0"): "data.sets.weight was sums 2, words 1",
         text.replace('teacher = "small"', 'teacher = "large"', 1).replace(
             'words"\nteacher = "large"', 'words"\nteacher = "small"'
-        ): "taught by small and is",
+        ): "scored by teacher.small and is",
     }
     for recipe, told in changes.items():
         (world.folder / "other.toml").write_text(recipe)

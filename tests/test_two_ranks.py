@@ -33,7 +33,8 @@ from tiny_student import one_process_group, random_samples
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opd_titan.config import ConfigError
+from opd_titan.config import ConfigError, JobConfig
+from opd_titan.config.resolve import resolve
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.types import Sample
 from opd_titan.distill import head as head_module
@@ -472,9 +473,13 @@ def test_ranks_share_the_prompts_by_their_global_rank(ranks: list[Results]) -> N
 # ------------------------------------------------------------- mesh and collectives
 
 
-def message_of(*degrees: int) -> str:
+def message_of(replicate: int, shard: int = -1, tensor: int = 1) -> str:
+    config = JobConfig()
+    p = config.parallelism
+    p.data_parallel_replicate_degree, p.data_parallel_shard_degree = replicate, shard
+    p.tensor_parallel_degree = tensor
     with pytest.raises(ConfigError) as caught:
-        build_world(CPU, *degrees)
+        resolve(config, "cpu", 2)
     return str(caught.value)
 
 
@@ -484,7 +489,7 @@ def collectives() -> Results:
     lengths = [(3, 5), (0, 2), (2, 0), (0, 0), (1, 1)]
     # The same keys in another order; a sum that fp32 would round.
     values = {"x": 2.0**24, "y": 1.5} if rank == 0 else {"y": -1.0, "x": 1.0}
-    worlds = map(partial(build_world, CPU), (1, 1, 2, 1), (-1, 2, -1, -1), (1, 1, 1, 2))
+    worlds = map(partial(build_world, CPU), (1, 1, 2, 1), (None, 2, None, None), (1, 1, 1, 2))
     return {
         "vectors": [
             gather_vector(torch.arange(pair[rank], dtype=dtype) + 10 * rank, dp).tolist()
@@ -500,7 +505,6 @@ def collectives() -> Results:
             gather_lists([], dp),
         ],
         "meshes": [(w.mesh.mesh_dim_names, tuple(w.mesh.shape)) for w in worlds],
-        "refusals": [message_of(*d) for d in ((3,), (1, 1), (2, 2), (1, -1, 3))],
     }
 
 
@@ -520,14 +524,15 @@ def test_collectives_of_two_ranks(ranks: list[Results]) -> None:
         ]
 
 
-def test_a_mesh_that_does_not_fit_is_refused(ranks: list[Results]) -> None:
+def test_a_mesh_that_does_not_fit_is_refused() -> None:
     fitting = [  # layouts that keep what was asked for come first
         "1 x 2 x 1, 2 x 1 x 1, 1 x 1 x 2",
         "1 x 2 x 1, 2 x 1 x 1, 1 x 1 x 2",
         "2 x 1 x 1, 1 x 2 x 1, 1 x 1 x 2",
         "1 x 2 x 1, 1 x 1 x 2, 2 x 1 x 1",
     ]
-    for message, fits in zip(ranks[0]["collectives"]["refusals"], fitting, strict=True):
+    refused = ((3,), (1, 1), (2, 2), (1, -1, 3))
+    for message, fits in zip([message_of(*d) for d in refused], fitting, strict=True):
         for key in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel"):
             assert f"{key}_degree" in message
         assert "world size 2" in message and message.endswith(f"what fits: {fits}")

@@ -76,9 +76,8 @@ class Trainer:
                     profiler.step()
         except Stopped:
             stopped = True
-        except (
-            OneLineError
-        ):  # raised on all ranks: what is being written may be the only checkpoint
+        except OneLineError:  # on all ranks
+            # What is being written may be the only checkpoint.
             self.saver.checkpoints.wait()
             raise
         return self._finish(stopped)

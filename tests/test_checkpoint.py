@@ -361,6 +361,7 @@ def save_and_load_in_each_layout(source: Path, out: Path) -> list[dict[str, Tens
     return saved
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_any_layout_loads_in_any_other(tmp_path: Path) -> None:
     """The hidden size is odd, so that FSDP's shards are uneven; embedding and head are tied."""
     sizes = {"vocab_size": 38, "hidden_size": 33, "tied": True}
@@ -415,6 +416,7 @@ def on_ranks_with_folders(shared: Path, own: list[Path]) -> dict[str, Any]:
     return {**out, "ranks": total.item()}
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_a_step_and_must_share_the_folder(tmp_path: Path) -> None:
     own = [tmp_path / "0", tmp_path / "1"]
     for rank, name in enumerate(("first", "second")):

@@ -294,6 +294,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_several_processes_need_the_same_prompts(tmp_path: Path, folder: Path) -> None:
     command = [sys.executable, "-c", PROCESS, str(tmp_path / "cache")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -201,6 +201,7 @@ def test_written_rollouts_have_the_grader_of_validation(world: World) -> None:
         assert row["correct"] == pytest.approx(min(1.0, len(row["response"]) / 16))
 
 
+@pytest.mark.slow
 def test_a_grader_that_raises_on_one_rank_ends_all(world: World) -> None:
     """Rank 0 alone writes rollouts."""
     options = ["--validation.grader", "operator:sub", "--validation.enable", False]

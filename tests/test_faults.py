@@ -149,6 +149,7 @@ def opd_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("opd_titan: ")]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both(world: World) -> None:
     options: list[Any] = [*OPTIONS, "--training.deterministic", "true"]
     argv, place = world.argv("one-told", *options), "phase rollout of step 2"
@@ -161,6 +162,7 @@ def test_a_signal_to_one_rank_stops_both(world: World) -> None:
     assert_same_run(world.folder / "none-told", out, 4)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named(world: World) -> None:
     argv = world.argv("killed", *OPTIONS)
     code, stderr = launch(argv, 1, "phase update of step 2", 0, "SIGKILL")
@@ -181,6 +183,7 @@ def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
     assert "faulty_rank.py" in read_log(world.folder / "hangs", rank=1)  # where it stood
 
 
+@pytest.mark.slow
 def test_one_ranks_nan_skips_the_update_on_both(world: World) -> None:
     options = ["--export.interval", 1, "--training.max_skipped_updates", 1]
     argv = world.argv("nan", *options)

@@ -53,6 +53,7 @@ def test_what_further_microbatches_send(
             assert all_.get("dp_replicate") == first.get("dp_replicate")
 
 
+@pytest.mark.slow
 def test_weights_may_stay_where_gradients_do_not_fit(planned: Any) -> None:
     budget = ("--training.max_tokens_per_microbatch", 64)
     _, simulation, _ = planned("wide", "tiny", *budget)
@@ -80,6 +81,7 @@ ESTIMATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ESTIMATED)
 def test_what_is_decided_on_covers_what_the_update_takes(planned: Any, case: str) -> None:
     """The sizes that decide are no less than what the layers keep when they run, nor twice that."""

@@ -68,6 +68,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "lag"), [(0.0, 0), (1.2, 1)])
 def test_steps_played_again_sample_the_same(
     recorded: list[int], temperature: float, lag: int, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +113,7 @@ def test_a_limit_on_all_tokens_cuts_alike_when_stop_tokens_are_read_late(
     assert found[0] == found[1] and "stop" in {reason for *_, reason in found[0]}
 
 
+@pytest.mark.slow
 def test_a_capture_that_fails_is_one_warning(
     recorded: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -156,6 +158,7 @@ def test_weights_that_changed_in_place_are_read_and_moved_ones_are_recorded_anew
     assert graphs._runner is not runner and len(recorded) > times
 
 
+@pytest.mark.slow
 def test_a_runner_is_made_anew_only_for_more(recorded: list[int]) -> None:
     generator = Generator(tiny(), EOS, page_size=4)
 

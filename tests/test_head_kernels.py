@@ -101,6 +101,7 @@ def test_half_precision_derivatives_are_the_rounded_ones() -> None:
     check(head_plain, Chunk(50, False), torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_are_the_formulas_too() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -59,6 +59,7 @@ def start(script: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", HANGS)
 def test_a_process_that_stands_still_ends(hang: str) -> None:
     process = start(HANGS[hang])
@@ -68,6 +69,7 @@ def test_a_process_that_stands_still_ends(hang: str) -> None:
         assert "opd_titan: rank 0 has not moved for 1 s in the test; ended" in stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_goes_on() -> None:
     script = """
 print("up", file=sys.stderr, flush=True)

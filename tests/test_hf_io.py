@@ -336,6 +336,7 @@ def _random_init(source: Path, degrees: tuple[int, ...] | None) -> dict[str, Ten
     return {n: t.detach().clone() for n, t in full.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_load_and_export_uneven_shards(tmp_path: Path) -> None:
     names = ["sharded", "sharded_tied_bf16", "tied_with_head"]
     sources = [make_source(tmp_path / name, **SOURCES[name]) for name in names]
@@ -380,6 +381,7 @@ def test_four_processes_with_empty_shards_replicas_and_tensor_parallel(tmp_path:
         assert_same_tensors(stored(tmp_path / mesh / "0"), stored(even))
 
 
+@pytest.mark.slow
 def test_random_init_does_not_depend_on_the_world(tmp_path: Path) -> None:
     sources = [make_source(tmp_path / str(tied), tied=tied) for tied in (False, True)]
     plain = [_random_init(source, None) for source in sources]

@@ -42,6 +42,7 @@ def run_tests(file: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("file", ["interpreted_layers.py", "interpreted_attention.py"])
 def test_interpreted_kernels_are_their_twins(file: str) -> None:

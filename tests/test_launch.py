@@ -60,6 +60,7 @@ def test_help_comes_once_whatever_the_number_of_processes(world: World) -> None:
     assert out.count("usage: ") == 1 and "--rollout.group_size" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_missing_model_is_one_line_whatever_the_number_of_processes(
     world: World, processes: int

@@ -340,6 +340,7 @@ def test_the_token_limit_counts_the_students_samples_alone(one: dict[str, Path])
     assert max(found) > 10
 
 
+@pytest.mark.slow
 @by_variant
 def test_two_processes_give_the_same_run(
     one: dict[str, Path], two: dict[str, Path], name: str

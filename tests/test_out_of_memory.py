@@ -50,6 +50,7 @@ def starved(world: World, place: str, ranks: int = 1) -> tuple[int, list[str]]:
     return done.returncode, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "option", "parts"),
     [

@@ -93,6 +93,7 @@ def check_release_and_sync(spare: int | None) -> list[int]:
     return [*sizes, held_bytes(weights)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_copy_is_released_until_an_update_has_shown_that_it_can_stay(ranks: int) -> None:
     for sizes in run_distributed(check_release_and_sync, ranks, None):
@@ -100,6 +101,7 @@ def test_the_copy_is_released_until_an_update_has_shown_that_it_can_stay(ranks: 
         assert sizes == [sizes[0], 0, sizes[0], sizes[0]]
 
 
+@pytest.mark.slow
 def test_the_copy_is_released_at_every_update_where_memory_is_short() -> None:
     for sizes in run_distributed(check_release_and_sync, 1, 0):
         assert sizes == [sizes[0], 0, sizes[0], 0]
@@ -118,6 +120,7 @@ def check_ranks_agree() -> int:
     return held
 
 
+@pytest.mark.slow
 def test_ranks_release_their_copies_together() -> None:
     assert run_distributed(check_ranks_agree, 2) == [0, 0]
 
@@ -132,6 +135,7 @@ def check_one_rank_has_no_copy() -> tuple[int, bool]:
     return weights.num_bytes, followed
 
 
+@pytest.mark.slow
 def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
     assert run_distributed(check_one_rank_has_no_copy, 1) == [(0, True)]
 
@@ -159,6 +163,7 @@ def check_joined_copies() -> None:
         assert held_bytes(weights) == joined.untyped_storage().nbytes() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_copies_of_layers_with_one_input_are_one_tensor(ranks: int) -> None:
     run_distributed(check_joined_copies, ranks)
@@ -180,6 +185,7 @@ def check_resumed_trainer_releases(argv: list[str]) -> list[int]:
     return held
 
 
+@pytest.mark.slow
 def test_a_resumed_run_releases_its_copy_before_its_first_update(world: World) -> None:
     """It has updated before, but not in this process, so what the update takes is unknown."""
     options = ("--training.dtype", "bfloat16", "--validation.enable", "false")
@@ -224,6 +230,7 @@ def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
     return beside[0], sum(ref() is not None for ref in made)
 
 
+@pytest.mark.slow
 def test_the_teacher_answers_alone_and_is_let_go(world: World) -> None:
     argv = world.argv("alone", "--training.dtype", "bfloat16")
     assert run_distributed(check_teacher_is_let_go, 1, argv) == [(0, 0)]

@@ -36,6 +36,7 @@ REPO = Path(__file__).resolve().parent.parent
 SFT = ("--distill.objective", "sft", "--rollout.on_policy_fraction", 0, "--rollout.group_size", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "ranks", "degree"),
     [("8B", 8, 1), ("8B", 64, 8), ("8B", 512, 1), ("0.6B", 8, 1)],
@@ -290,6 +291,7 @@ def test_validation_has_the_teachers_copy_in_place_of_the_students(planned: Any)
 # ------------------------------------------------------------------- remedies
 
 
+@pytest.mark.slow
 def test_remedies_fit_when_they_are_tried(planned: Any, arguments: Any) -> None:
     tight = ("--training.max_tokens_per_microbatch", 2048, "--rollout.group_size", 16)
     job, simulation, found = planned("wide", "tiny", *tight)
@@ -307,6 +309,7 @@ def test_remedies_fit_when_they_are_tried(planned: Any, arguments: Any) -> None:
     assert again(changed) == better
 
 
+@pytest.mark.slow
 def test_no_remedy_for_what_is_hopeless(planned: Any) -> None:
     job, _, _ = planned("wide", "tiny")
     tiny = replace(H200, memory=1e5, reserve=0.0)
@@ -336,6 +339,7 @@ def test_plans_are_repeatable_and_leave_nothing(arguments: Any, capsys: Any) -> 
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_exit_code_1(arguments: Any, capsys: Any) -> None:
     argv = [*arguments("tiny", "wide"), "--gpu-memory", "0.01", "--reserve", "0.009"]
     assert main(argv) == 1
@@ -372,6 +376,7 @@ def test_a_failing_simulation_leaves_no_process_group(planned: Any) -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_both_scripts_plan(arguments: Any) -> None:
     outputs = []
     for command in (["plan.sh"], ["run_train.sh", "--plan"]):

@@ -453,6 +453,7 @@ def check_samples(got: list[list[tuple[Any, ...]]], expected: list[list[tuple[An
             assert values == pytest.approx(logprobs, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("world")
 def test_any_number_of_ranks_gives_the_same_samples_and_weights() -> None:
     truth = sample_some()

@@ -38,6 +38,7 @@ def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_stop_without_checkpoints_fails_and_says_so(world: World) -> None:
     options = ["--checkpoint.enable", "False", "--training.steps", 5000, *NO_VALIDATION]
     run, out = start(world.argv("unsaved", *options)), world.folder / "unsaved"

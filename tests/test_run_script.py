@@ -72,6 +72,7 @@ def test_one_process_for_each_visible_gpu(
         assert words[:4] == ["-m", "opd_titan.cli.launch", "--nproc-per-node", str(processes)]
 
 
+@pytest.mark.slow
 def test_the_default_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
     # This is refused only after the recipe, its models and its data have been found.
     options = ["--rollout.prompts_per_step", "1000000"]

@@ -312,6 +312,7 @@ def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
     return {**out, "ranks": total.item()}
 
 
+@pytest.mark.slow
 def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     first, second = run_distributed(with_one_rank_out_of_room, 2, tmp_path / "out", source)

@@ -41,6 +41,8 @@ from opd_titan.plan.simulate import simulate
 from opd_titan.training.fingerprint import differences, fingerprint
 from opd_titan.training.sources import inspect_models
 
+pytestmark = pytest.mark.slow  # worlds of two processes
+
 RECIPE = """
 [student]
 hf_path = "{folder}/student"

@@ -349,6 +349,7 @@ def with_logprobs(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
+@pytest.mark.slow
 def test_the_recorder_counts_a_tensor_parallel_forward_once(tmp_path):
     read = QWEN3_06B.decode_bytes(5, (3 + 4) + (3 + 4 + 5 + 6) + 2, 2)
     run = run_distributed(recorded_on_two_ranks, 2, str(tmp_path))

@@ -272,6 +272,7 @@ def assert_equivalent(a: Path, b: Path, *, on_policy: bool) -> None:
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_give_the_same_run(
     one: dict[str, Path], two: dict[str, Path], name: str

@@ -202,6 +202,7 @@ def fresh(compiler: None) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_more_recompilations_than_the_limit_stop_the_run(
     world: World, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +388,7 @@ def test_a_compiled_run_is_the_plain_one_within_rounding(
     assert_close_run(plain_run, files.folder / "resumed", 3)
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler_is_refused(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def signs(folder: Path) -> set[str]:
     return {s.name for s in SIGNS for line in warnings(folder) if f": {s.name} (" in line}
 
 
+@pytest.mark.slow
 def test_steps_far_too_large_show_every_sign_of_collapse(tmp_path: Path) -> None:
     options = ("--optimizer.lr", 2e-2, "--training.steps", 24, "--checkpoint.enable", False)
     assert train(argv(tmp_path, "--lr_scheduler.warmup_steps", 5, *options, *COLLAPSE)) == 0
@@ -171,6 +172,7 @@ def test_a_rollback_is_what_a_resume_would_be(
     assert list(read_scalars(whole)["validation/accuracy"]) == list(range(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int

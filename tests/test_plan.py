@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_exit_code_1(arguments: Any, capsys: Any) -> None:
     argv = [*arguments("tiny", "wide"), "--gpu-memory", "0.01", "--reserve", "0.009"]
     assert main(argv) == 1
     out = capsys.readouterr().out
-    assert "NO" in out and "On 8, alive at the peak (" in out
+    assert "NO" in out and "On 8, the peak (in " in out
 
 
 MISTAKES = [

@@ -1,6 +1,6 @@
-"""What a shell completes of `opd-titan`: commands, options, their choices, and file names.
+"""Complete commands, options, their choices and file names of `opd-titan` in a shell.
 
-One bash script; zsh reads it through its own bashcompinit.
+There is one bash script; zsh loads it with its bashcompinit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from opd_titan.plan.__main__ import make_parser
 SHELLS = ("bash", "zsh")
 _FOR_ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 _SCRIPT = """\
-# Of opd-titan. To have it in every shell: eval "$(opd-titan completion {shell})" in ~/.{shell}rc
+# Completion of opd-titan. In every shell: eval "$(opd-titan completion {shell})" in ~/.{shell}rc
 {setup}_opd_titan() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
     if [ "$COMP_CWORD" = 1 ]; then
@@ -38,7 +38,7 @@ complete -o default -F _opd_titan opd-titan
 
 
 def script(shell: str, commands: Iterable[str], with_recipe: Iterable[str]) -> str:
-    """The text for a shell to source.
+    """Return the script that a shell sources.
 
     Args:
         shell: one of `SHELLS`.

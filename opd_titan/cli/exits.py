@@ -1,4 +1,4 @@
-"""How a program ends: its exit code, and one line on stderr for what is wrong or failed."""
+"""Exit codes of the programs, and one line on stderr for each expected error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opd_titan.errors import Fault, LostOthers, OneLineError, UserError, tell
 
 
 def exit_code(job: Callable[[], int]) -> int:
-    """Do a job; what is wrong or fails is said in one line."""
+    """Run a job and return its exit code. Print an expected error in one line."""
     try:
         return job()
     except UserError as error:
@@ -27,7 +27,7 @@ def exit_code(job: Callable[[], int]) -> int:
 
 
 def _tell(error: OneLineError) -> None:
-    """One line on stderr. Every rank meets the same mistake, so under a launcher it speaks."""
+    """Print one line on stderr, or give it to the launcher, which prints it once for all ranks."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is not None:
         message = {"message": str(error), "timestamp": int(time.time())}
@@ -35,7 +35,7 @@ def _tell(error: OneLineError) -> None:
         try:
             Path(report).write_text(json.dumps(message), encoding="utf-8")
             return
-        except OSError:  # no space there: said here, and half a file would be none
+        except OSError:  # no space: print it here, and remove the partial file
             with suppress(OSError):
                 Path(report).unlink(missing_ok=True)
     tell(error)

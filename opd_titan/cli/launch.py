@@ -1,8 +1,8 @@
 """`torchrun` that keeps exit codes and signals: `python -m opd_titan.cli.launch [its options] ...`.
 
-torchrun itself turns every failure into exit code 1 and a page of traceback, which would hide what
-2 (your input is wrong) and 75 (stopped on a signal, start again) mean; and on SIGTERM it kills the
-workers after 30 seconds, where a step and its checkpoint may take longer.
+torchrun turns every failure into exit code 1 and a long traceback. This hides the exit codes 2 (the
+input is wrong) and 75 (stopped on a signal; start again). On SIGTERM it kills the workers after 30
+seconds, but a step and its checkpoint may take longer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SECONDS_TO_AGENTS_SIGKILL = 25
 
 
 def main(argv: list[str]) -> int:
-    """Run the workers; the exit code of the one that failed first."""
+    """Run the workers. Return the exit code of the one that failed first."""
     # The agent logs a traceback of its own for every failed worker.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The node that hosts the store may leave it a moment before the others, when all are done.
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     )
     for number in FORWARDED:
         signal.signal(number, _forward)
-    # An exit code that is known by then shall not be lost for a file that cannot be deleted.
+    # If the folder cannot be deleted, the exit code must still be returned.
     with tempfile.TemporaryDirectory(prefix="opd_titan-", ignore_cleanup_errors=True) as places:
         os.environ[FOLDER] = places
         try:
@@ -53,16 +53,17 @@ def main(argv: list[str]) -> int:
 
 
 def _first(failures: dict[int, Any]) -> tuple[int, Any]:
-    """The rank and the failure that the others follow from."""
+    """Return the rank and the failure that caused the other failures."""
     begin = min(failure.timestamp for failure in failures.values())
     return min(failures.items(), key=lambda item: _order(item[1], begin))
 
 
 def _order(failure: Any, begin: int) -> tuple[int, int]:
-    """The smallest is what the others follow from; their clocks alone would not say.
+    """Return a sort key: the smallest is of the failure that caused the others.
 
-    The agent ends who is left by SIGTERM, and after 30 s by SIGKILL: that may also be the system's,
-    for want of memory, and then the others say that they have lost a rank.
+    Timestamps alone do not suffice. The agent ends the remaining ranks by SIGTERM, and after 30 s
+    by SIGKILL. The system sends SIGKILL too, if memory runs out; then the other ranks report that
+    they have lost a rank.
 
     Args:
         begin: when the first rank failed.
@@ -82,7 +83,7 @@ def _order(failure: Any, begin: int) -> tuple[int, int]:
 
 
 def _tell(rank: int, failure: Any) -> int:
-    """Say what happened, once for all workers; the exit code."""
+    """Print what happened, once for all workers. Return the exit code."""
     code, said = failure.exitcode, failure.error_file_data.get("message")
     if code == 2:
         tell(failure.message)

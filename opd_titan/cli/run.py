@@ -1,4 +1,4 @@
-"""Run one job under a heartbeat and with signal handlers, and turn failures into errors."""
+"""Run one job with a heartbeat and signal handlers, and turn failures into one-line errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
     job, comm = resolve(config, device_type, int(os.environ.get("WORLD_SIZE", 1))), config.comm
     patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
     heartbeat = Heartbeat(int(os.environ.get("RANK", 0)), patience)
-    stop = StopRequest()  # at once: loading may take longer than a scheduler's patience
+    stop = StopRequest()  # before loading, which may take longer than a scheduler waits
     try:
         return work(job, stop, heartbeat)
     except Stopped:

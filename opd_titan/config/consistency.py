@@ -14,8 +14,8 @@ from opd_titan.config.resolve import data_sets, is_teacher, teacher_role, teache
 from opd_titan.config.value_types import literal, show
 from opd_titan.errors import ConfigError
 
-# Objectives that have an optimum with a negative reference.coef: their cost of leaving the teacher
-# grows as fast as what the reference term gains.
+# Objectives that have a minimum with a negative reference.coef: the loss grows at least as fast
+# as the reference term falls when the student moves away from the teacher.
 EXTRAPOLATES = ("policy_gradient", "reverse_kl", "top_k_reverse_kl")
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NEED_MODEL = "give a local Hugging Face folder or a hub id"
@@ -26,7 +26,7 @@ Problems = Iterator[tuple[str, str]]
 
 
 def check_consistency(config: JobConfig) -> None:
-    """Raise `ConfigError` for the first key of a training job that is missing or contradicted."""
+    """Raise `ConfigError` if a key of a training job is missing or contradicts another key."""
     checks = (_model_problems, _data_problems, _validation_problems, _routing_problems)
     more = (_objective_problems, _rollout_problems, _training_problems)
     _raise_first(p for check in (*checks, *more) for p in check(config))

@@ -1,6 +1,6 @@
 """All options of opd_titan: one dataclass per TOML table. The docstring under a field is its help.
 
-The type of a field says which values are allowed; `consistency.py` has the rules between keys.
+The type of a field defines the allowed values; `consistency.py` has the rules between keys.
 Paths (`hf_path`, `path`, `dump_folder`) are relative to the working directory, not to the TOML
 file.
 """
@@ -35,7 +35,7 @@ _TABLE = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 DatasetName = Literal["gsm8k", "openthoughts3", "prompts"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 SamplesPerPrompt = Annotated[Integer, Field(ge=1, le=1 << 20)]
-# At most a year: a timeout of some centuries overflows.
+# At most a year, because a timeout of several centuries overflows.
 Seconds = Annotated[Integer, Field(ge=1, le=365 * 24 * 3600)]
 
 
@@ -85,7 +85,7 @@ class Teacher:
     """Read only config.json, and use random weights. Off: the weights must exist."""
     cpu_offload: Switch = False
     """Keep the weights in host memory and stream them to the GPU layer by layer for scoring.
-    Validation of the teacher still gathers it on the GPU; see validation.enable."""
+    Validating the teacher still needs all of its weights on the GPU; see validation.enable."""
     models: list[TeacherModel] = field(default_factory=list)
     """Several teachers instead of hf_path. Each scores the responses to the [[data.sets]] that name
     it. See docs/several_teachers.md."""
@@ -156,10 +156,9 @@ class Rollout:
     """Responses that do not end within this many tokens are cut and marked as truncated."""
     max_tokens_per_step: Count = 0
     """Limit on the total response tokens of a step, so that a few long responses do not delay all
-    others. All responses are cut at the same length, the largest that keeps the limit. 0: no
-    limit."""
+    others. All responses are cut at the same length, the largest within the limit. 0: no limit."""
     temperature: Positive = 1.0
-    """Sampling temperature. All log-probs (student, teacher, reference) are taken at it."""
+    """Sampling temperature. All log-probs (student, teacher, reference) are computed at it."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens with at least this total probability. 1: all."""
     top_k: Count = 0
@@ -207,8 +206,8 @@ class Distill:
     minibatches: PositiveCount = 1
     """Optimizer updates per step. The rollouts of a step are divided among them."""
     log_ratio_clamp: NonNegative = 0.0
-    """policy_gradient clamps each token's logT - logS and logR - logS to +- this many nats. Other
-    objectives clamp only the advantages that are written with rollouts. 0: off."""
+    """policy_gradient: clamp log T - log S and log R - log S of each token to +- this many nats.
+    Other objectives clamp only the advantages that are written with rollouts. 0: off."""
 
 
 @dataclass(config=_TABLE)
@@ -255,8 +254,8 @@ class Training:
     max_tokens_per_microbatch: PositiveCount = 8192
     """Token budget of a forward pass on each rank. Changes speed and memory, not results."""
     max_skipped_updates: Count = 3
-    """An update with a non-finite loss or gradient is skipped. More than this many in a row end the
-    run with an error."""
+    """An update with a non-finite loss or gradient is skipped. The run ends with an error if more
+    than this many updates in a row are skipped."""
     deterministic: Switch = False
     """Use only deterministic kernels; slower."""
 
@@ -268,8 +267,8 @@ class Parallelism:
     data_parallel_shard_degree: Annotated[
         Integer, Field(ge=-1), AfterValidator(_check_shard_degree)
     ] = -1
-    """Number of ranks that share one copy (FSDP2). -1: all ranks that the other two degrees
-    leave."""
+    """Number of ranks that share one copy (FSDP2). -1: the number of ranks, divided by the other
+    two degrees."""
     tensor_parallel_degree: PositiveCount = 1
     """Number of neighbouring ranks that split each layer, with sequence parallelism. It must divide
     the models' attention heads, key/value heads, MLP width and vocabulary size."""
@@ -287,8 +286,8 @@ class ActivationCheckpoint:
 class Compile:
     enable: Literal["auto", "on", "off"] = "auto"
     """Compile the layers of all models with torch.compile, except the attention kernel. Batch sizes
-    are dynamic, so that few graphs are compiled; more than 32 of one function are an error. auto:
-    off, because the fused kernels are faster on an H100 and need no compilation."""
+    are dynamic, so that few graphs are compiled; more than 32 graphs of one function are an error.
+    auto: off, because the fused kernels are faster on an H100 and need no compilation."""
 
 
 @dataclass(config=_TABLE)
@@ -302,7 +301,7 @@ class Checkpoint:
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: write in the background while training continues."""
     load_step: Annotated[Integer, Field(ge=-1)] = -1
-    """The step to resume from. -1: the newest intact checkpoint, if there is one; 0: start anew."""
+    """The step to resume from. -1: the newest intact checkpoint, if any; 0: start a new run."""
     allow_changes: Switch = False
     """Resume even if models, data or objective differ from the checkpoint's, with a warning that
     lists the differences."""
@@ -394,7 +393,7 @@ class Metrics:
     a large vocabulary, one response in 16 costs 2 % of a step, and all of them 14 %. See
     docs/viewer.md."""
     keep_rollouts: Count = 1000
-    """Number of steps of which the rollouts are kept in the dump folder. 0: all."""
+    """Keep the rollouts of the last N steps in the dump folder. 0: of all steps."""
 
 
 @dataclass(config=_TABLE)

@@ -77,7 +77,7 @@ def load_config(
     for document in [*_read_files(given.get("job", {}).get("config_file", "")), given]:
         for table, values in document.items():
             merged.setdefault(table, {}).update(values)
-    # Each document was checked as strictly as its origin asks for.
+    # Each document has been checked already: files strictly, the command line with conversions.
     config = _JOB_CONFIG.validate_python(merged, strict=False)
     check(config)
     return config
@@ -104,7 +104,7 @@ def _pairs(values: Document) -> list[str]:
 
 
 def _check(document: Document, place: Callable[[Place], str], strict: bool) -> None:
-    """Raise `ConfigError` for the first value that is wrong by itself.
+    """Raise `ConfigError` for the first value of a wrong type or out of range.
 
     Args:
         place: returns what a message calls a value, given its table, key and row.

@@ -1,6 +1,6 @@
 """The options reference: what `--help` prints, and docs/options.md.
 
-The page is made from `job_config.py` and never edited:
+The page is generated from `job_config.py`. Do not edit it:
 
     python -m opd_titan.config --markdown > docs/options.md
 """
@@ -21,7 +21,7 @@ _PAGE = """\
 
 <!-- Made by `python -m opd_titan.config --markdown > docs/options.md`; do not edit. -->
 
-Where their values come from is in [configuration.md](configuration.md).
+[configuration.md](configuration.md) explains how their values are set.
 """
 
 _USAGE = """\

@@ -1,8 +1,8 @@
-"""What a job consists of, resolved once from its configuration and passed to everything below.
+"""Resolve a configuration, once, into the models, data sets and device mesh of a job.
 
 A `ResolvedJob` says which models, data sets and validation sets a job has, which teacher scores
-which responses, in which dtype, and how the ranks are laid out. Options without such a meaning of
-their own are read from its `config`.
+which responses, in which dtype, and how the ranks are laid out. All other options are read from
+its `config`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ResolvedJob:
-    """A job: its configuration, and what follows from it, the device and the number of ranks.
+    """A configuration, and what is derived from it, the device type and the number of ranks.
 
     Attributes:
         device_type: "cpu" or "cuda".
@@ -171,7 +171,7 @@ def _layout(config: JobConfig, world_size: int) -> Layout:
 
 
 def _fitting(world_size: int, replicate: int, tensor: int) -> list[tuple[int, int, int]]:
-    """Degrees that multiply to the world size, first those that keep one of the given degrees."""
+    """Return degrees with the world size as product, first those that keep a given degree."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     found = [
         (r, world_size // r // t, t)

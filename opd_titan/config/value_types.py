@@ -1,6 +1,6 @@
 """The types of option values. pydantic checks each value against the type of its field.
 
-Values from TOML must have the right type already, except that an integer will do for a float.
+Values from TOML must have the right type; only an integer is also accepted as a float.
 Command-line values are text, and pydantic converts them.
 """
 
@@ -120,4 +120,4 @@ Source = Annotated[Text, AfterValidator(_check_source)]
 Folder = Annotated[Text, AfterValidator(_check_folder)]
 """A folder to write to."""
 Grader = Annotated[Text, AfterValidator(_check_grader)]
-"""The name of a grader, or the user's own; empty: see the field."""
+"""The name of a grader, or `package.module:function`. Empty: see the field."""

@@ -39,15 +39,15 @@ from opd_titan.models.logits import (
 # A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
 # 64 MiB that traffic would be three times the products' own time).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
-# Diagnostics that need passes of their own over the vocabulary look at one of so many tokens.
+# Diagnostics that need extra passes over the vocabulary use one in PROBE_EVERY tokens.
 PROBE_EVERY = 8
 _GOLDEN = 2654435769  # 2**32 over the golden ratio
 PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
-    """Slices of so many tokens that a tensor [C, v] takes CHUNK_BYTES, and `tensors` three times
-    that at most (the probe's copies of some rows, half of one, aside)."""
+    """Return slices such that one tensor [C, v] takes at most CHUNK_BYTES, and `tensors` of them
+    at most three times that (the probe's copies of some rows not included)."""
     # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
     chunk_bytes = CHUNK_BYTES[head.weight_vD.device.type] * 3 // max(3, tensors)
@@ -56,7 +56,7 @@ def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> li
 
 
 class _Projection:
-    """One model's head, and the place of its logits: one allocation serves all chunks.
+    """Project one model's hidden states in chunks, into one buffer for all chunks.
 
     Args:
         watch: looks at the logits of some rows before they are truncated.
@@ -214,10 +214,10 @@ NONE_FROZEN = FrozenHeads()
 
 
 def probed(start: int, stop: int) -> Tensor:
-    """Which of the places from `start` to `stop` are looked at, counted from `start`.
+    """Return the places from `start` to `stop` that are probed, counted from `start`.
 
-    One of `PROBE_EVERY`, and as many of every 2nd, 64th, ... place (Fibonacci hashing): a plain
-    stride would see one position of responses that all have the same length.
+    One in `PROBE_EVERY` is chosen by Fibonacci hashing. A plain stride would always choose the same
+    positions of responses that all have the same length.
     """
     places = range(start, stop)
     # Not by `nonzero`: the planner's tensors have shapes and no data.
@@ -245,10 +245,10 @@ def loss_head(
     `scale` is one over the *global* number of response tokens of the update, so that adding up
     micro-batches and ranks gives the mean over tokens and never a mean of means.
 
-    `probe_from` differs from one micro-batch to another, so that not the same positions of their
-    responses are probed.
+    `probe_from` differs between micro-batches, so that different positions of the responses are
+    probed.
 
-    `watches` note where some of the targets stand with the "student" and the frozen models here.
+    `watches` record the ranks of some of the targets under the "student" and the frozen models.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
     chunked = _ChunkedLoss(
@@ -259,10 +259,10 @@ def loss_head(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """A loss whose forward ends with the gradients of both arguments in hand.
+    """A loss that computes the gradients of both arguments in its forward.
 
-    Under tensor parallelism the hidden states' gradient is this rank's part of a sum over ranks,
-    which the backward of the gathering of tokens makes.
+    Under tensor parallelism each rank has one summand of the hidden states' gradient; the backward
+    of `gather_tokens` adds them.
     """
 
     @staticmethod
@@ -384,7 +384,7 @@ class _ChunkedLoss:
         return torch.cat(some).to(device).split([len(part) for part in some])
 
     def _examine(self, rows: Rows) -> None:
-        """How far apart the distributions of some tokens are."""
+        """Compare the distributions of student and teacher at some tokens."""
         student_Cv, teacher_Cv, probs_Cv = rows.student_Cv, rows.teacher_Cv, rows.probs_Cv
         teacher_probs_Cv = teacher_Cv.exp()
         log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(

@@ -1,8 +1,8 @@
-"""What people want to see of a response beyond its log-probs: ranks, and what else was likely.
+"""Record the ranks of response tokens, and the likeliest other tokens, for written rollouts.
 
-Samples with an `inspection`, a dict that is empty at first, are watched wherever a model's logits
-at their tokens are made anyway: those of frozen models while they score, or in the update where it
-compares whole distributions; the student's in the update.
+Samples with an `inspection`, a dict that is empty at first, are watched where a model's logits are
+computed anyway: those of frozen models in scoring, or in the update if it compares whole
+distributions; those of the student in the update.
 
 Shapes: R response tokens that a head sees, W watched ones among them, C of a chunk, v the part of
 the vocabulary that this rank holds, B blocks of b columns of it, P tensor-parallel ranks, K
@@ -33,7 +33,7 @@ Columns = tuple[Tensor, Tensor, Tensor]
 
 
 class Inspector:
-    """Where the tokens at some rows stand in one model's distribution, seen chunk by chunk.
+    """Record the ranks of the tokens at some rows in one model's distribution, chunk by chunk.
 
     Rows are spans, so that a chunk's watched logits are views of it.
 
@@ -108,7 +108,7 @@ def _count_above(logits_Wv: Tensor, target_W: Tensor) -> Tensor:
     """Return how many logits of each row are larger than its target's."""
     counts = []
     for block in row_blocks(logits_Wv):
-        # Floats, for a CPU takes three times as long to sum booleans. Exact up to 2**24.
+        # As floats, because a CPU sums booleans three times slower. Exact up to 2**24.
         above_Wv = torch.empty_like(logits_Wv[block])
         torch.gt(logits_Wv[block], target_W[block, None], out=above_Wv)
         counts.append(above_Wv.sum(dim=1))
@@ -134,7 +134,7 @@ def _likeliest(logits_Wv: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def watch_samples(samples: Sequence[Sample], role: str) -> Inspector | None:
-    """Return a watch of those to be inspected among the samples that a head sees; None of none."""
+    """Return an inspector of the watched samples among those of a head; None if there are none."""
     spans: list[slice] = []
     start = 0
     for sample in samples:

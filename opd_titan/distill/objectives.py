@@ -1,8 +1,8 @@
-"""What the student minimises, per response token. Pure tensor maths; the head calls it by chunks.
+"""The loss of each response token: functions of tensors that the head calls for each chunk.
 
-An objective is a function of `Rows` and settings, marked as one, and a row of the table at the end.
-Those that look at the sampled token alone return a loss that carries its gradient by
-`rows.logprob_C`; those over the vocabulary give the gradient by the logits themselves.
+An objective is a function of `Rows` and settings with the decorator `objective`, and a row of the
+table at the end. Objectives of the sampled token return a loss with a gradient with respect to
+`rows.logprob_C`; objectives over the vocabulary return the gradient with respect to the logits.
 `docs/objectives.md` derives each.
 
 Shapes: C response tokens of a chunk, v a rank's part of the vocabulary, K tokens of a support, B =
@@ -78,7 +78,7 @@ class TokenLoss:
 
 
 class Objective:
-    """A function of `Rows` and settings, and what the head must know of it.
+    """A function of `Rows` and settings, and the tensors that it needs.
 
     Args:
         whole: it compares whole distributions, not only log-probs of the sampled token.
@@ -185,7 +185,7 @@ def policy_gradient(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 
 @objective(whole=False)
 def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """-log S: cross-entropy on responses that somebody else wrote."""
+    """-log S: cross-entropy on the responses of the data set."""
     return TokenLoss(-rows.logprob_C, torch.ones_like(rows.logprob_C))
 
 
@@ -251,7 +251,7 @@ def _with_reference(
 def _with_advantage(
     rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
 ) -> TokenLoss:
-    """The advantage is what a policy gradient would use at the present weights: for people."""
+    """Add the advantage of a policy gradient at the current weights, for written rollouts."""
     scores = rows.scores
     penalty_C = penalty(rows.logprob_C.detach(), scores.teacher, scores.reference, settings)
     return TokenLoss(loss_C, -penalty_C, dlogits_Cv=dlogits_Cv)

@@ -1,4 +1,4 @@
-"""From samples to packed micro-batches: who computes what, and the index tensors to do it with.
+"""Divide samples among ranks and micro-batches, and pack them with their index tensors.
 
 Shapes: T packed tokens, R response tokens.
 """
@@ -175,7 +175,7 @@ def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def place(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
-    """Give each rank about the same to compute, where samples of one prompt cost less together.
+    """Give each rank about the same work; samples of one prompt cost less on the same rank.
 
     Groups are placed whole, then cut in 2, 4, ... down to single samples; what counts is the way
     that leaves the busiest rank the least. Returns indices per rank, ascending.
@@ -239,8 +239,8 @@ class Minibatch:
         microbatches: this rank's samples, by micro-batch; padded with empty ones so that every
             rank has the same number, because each forward and backward is collective.
         response_tokens: of the whole update, over all ranks.
-        teachers: of each micro-batch, whose its samples are; on every rank the same, and those of
-            one teacher follow each other.
+        teachers: the teacher of each micro-batch, the same on every rank; the micro-batches of one
+            teacher follow each other.
     """
 
     microbatches: list[list[Sample]]
@@ -257,7 +257,7 @@ class Minibatch:
 def plan_minibatches(
     samples: Sequence[Sample], minibatches: int, max_tokens: int, dp: Axis
 ) -> list[Minibatch]:
-    """Every rank calls this with the same samples and takes its own share."""
+    """Return this rank's share of the updates. All ranks must pass the same samples."""
     plan = []
     for part in split_minibatches(len(samples), minibatches):
         chosen = [samples[i] for i in part]

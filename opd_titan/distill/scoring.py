@@ -1,4 +1,4 @@
-"""Frozen models scoring responses, with the packing, model code and head of the update."""
+"""Score responses with frozen models, with the packing, model code and head of the update."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def score(
     keep_hidden: bool = False,
     role: str = "teacher",
 ) -> list[tuple[Sample, Tensor]]:
-    """Log-probs of every response token of this rank's share of the plan, or what predicts them.
+    """Return the log-probs, or the hidden states, of the response tokens of this rank's share.
 
     Args:
         model: the decoder; left resharded.

@@ -1,4 +1,4 @@
-"""The student's update: a plan of micro-batches in, moved weights and their diagnostics out."""
+"""Update the student on the micro-batches of a plan, and return diagnostics."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class UpdateResult:
         scalars: by their TensorBoard names, the same on every rank.
         made: of each update in turn, whether it was made; not where its loss or gradient was not
             finite on some rank. The same on every rank.
-        suspects: this rank's samples behind what was not finite; where no rank has a token whose
-            loss shows it, all of an update that was not made.
+        suspects: this rank's samples with a token of non-finite loss, in updates that were skipped;
+            if no rank has such a token, all samples of the update.
     """
 
     scalars: dict[str, float]
@@ -146,9 +146,9 @@ def update(
     frozen: Mapping[str, nn.Module] = MappingProxyType({}),
     exchange_once: bool = False,
 ) -> UpdateResult:
-    """One optimizer step per mini-batch; fills in each sample's advantages.
+    """Do one optimizer step per mini-batch, and set the advantages of each sample.
 
-    An update whose loss or gradient is not finite is skipped, on all ranks.
+    An update with a non-finite loss or gradient is skipped, on all ranks.
 
     Args:
         on_sequences: called by all ranks with the number of sequences just done. Until the first
@@ -198,9 +198,9 @@ def update(
 
 @contextmanager
 def _accumulating(model: nn.Module) -> Iterator[None]:
-    """The forwards and backwards of one update, after which the gradients stand with the shards.
+    """Accumulate the gradients of one update on the shards, and reshard at the end.
 
-    Where the body is left before its end, nothing of it stays.
+    If the update is stopped, its gradients are dropped.
     """
     with resharding(model):
         try:
@@ -217,7 +217,7 @@ def models_of(teacher: str, frozen: Mapping[str, nn.Module]) -> dict[str, nn.Mod
 
 
 def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]], world: World) -> list[Sample]:
-    """The samples with a token whose loss is not finite; all, where no rank has one."""
+    """Return the samples with a token of non-finite loss; all samples if no rank has one."""
     found = [
         sample
         for samples, stats in done

@@ -1,4 +1,4 @@
-"""What an objective sees of a chunk: the sampled tokens, and whole distributions where it asks.
+"""The arguments of objectives: sampled tokens of a chunk, and whole distributions on demand.
 
 Shapes: C response tokens of a chunk, v the part of the vocabulary that this rank holds (all of it
 without tensor parallelism), K tokens of a support, B = K + 1 buckets: those and one for the rest.
@@ -79,7 +79,7 @@ class ModelLogits:
 
 @dataclass
 class Rows:
-    """One chunk. What takes a pass over the vocabulary is made when an objective asks for it.
+    """One chunk. Tensors over the vocabulary are computed when they are first used.
 
     Attributes:
         logprob_C: log S of the sampled tokens.

@@ -1,4 +1,4 @@
-"""Errors that all ranks raise together, so that none waits for one that has left."""
+"""Raise errors on all ranks together, so that no rank waits for one that has exited."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on every rank the first error that any rank raises in the body.
 
-    All ranks enter. The body must have no collectives. Without a process group this
-    rank is alone.
+    All ranks must enter. The body must not call collectives. Without a process group, only this
+    rank takes part.
 
     Raises:
         OneLineError: as the first rank that failed raised it.
@@ -36,7 +36,7 @@ def raise_on_all_ranks() -> Iterator[None]:
     found: list[Any] = [mine]
     if dist.is_initialized():
         found = [None] * dist.get_world_size()
-        # Without its traceback, and whatever it was raised from.
+        # Send it without its traceback and its cause.
         dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args))
     for theirs in found:
         if theirs is not None:
@@ -46,8 +46,8 @@ def raise_on_all_ranks() -> Iterator[None]:
 def call_on_rank_0(function: Callable[[], T]) -> T:
     """Call the function on rank 0; return what it returned, or raise its error, on every rank.
 
-    All ranks call. The function must have no collectives. Without a process group this rank is
-    alone.
+    All ranks must call. The function must not call collectives. Without a process group, only
+    this rank takes part.
 
     Raises:
         OneLineError, StorageError: as `raise_on_all_ranks`.

@@ -1,6 +1,6 @@
 """Small collectives along an axis of the mesh; `max_scalar` is over all ranks.
 
-Each is the identity where there is one rank.
+With one rank, each returns its argument.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def gather_lists(items: list[T], axis: Axis) -> list[T]:
-    """Every rank's list, concatenated in rank order, on every rank. The items are pickled."""
+    """Return every rank's list, concatenated in rank order. The items are pickled."""
     if axis.size == 1:
         return items
     parts: list[list[T]] = [[] for _ in range(axis.size)]
@@ -28,7 +28,7 @@ def gather_lists(items: list[T], axis: Axis) -> list[T]:
 
 
 def sum_scalars(values: dict[str, float], device: torch.device, axis: Axis) -> dict[str, float]:
-    """Sum of each value over ranks, in float64. Every rank must pass the same keys."""
+    """Return the sum of each value over ranks, in float64. All ranks must pass the same keys."""
     if not values or axis.size == 1:
         return dict(values)
     names = sorted(values)
@@ -38,7 +38,7 @@ def sum_scalars(values: dict[str, float], device: torch.device, axis: Axis) -> d
 
 
 def max_scalar(value: float, device: torch.device) -> float:
-    """The largest of all ranks' values; infinite if one is NaN, which a reduction may lose."""
+    """Return the largest value of all ranks; infinity if one is NaN, which a reduction may lose."""
     value = math.inf if math.isnan(value) else value
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -46,7 +46,7 @@ def max_scalar(value: float, device: torch.device) -> float:
 
 
 def min_integer(value: int, device: torch.device, axis: Axis) -> int:
-    """The smallest of the ranks' values."""
+    """Return the smallest value of the ranks."""
     if axis.size == 1:
         return value
     smallest = torch.tensor(value, device=device)
@@ -55,7 +55,7 @@ def min_integer(value: int, device: torch.device, axis: Axis) -> int:
 
 
 def broadcast_tokens(tokens_N: Tensor, logprobs_N: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The first rank's tokens (int64) and their log-probs (fp32), in one collective."""
+    """Return the first rank's tokens (int64) and their log-probs (fp32), in one collective."""
     if axis.size == 1:
         return tokens_N, logprobs_N
     both_2N = torch.stack((tokens_N, logprobs_N.double().view(torch.int64)))
@@ -64,7 +64,7 @@ def broadcast_tokens(tokens_N: Tensor, logprobs_N: Tensor, axis: Axis) -> tuple[
 
 
 def gather_vector(values_N: Tensor, axis: Axis) -> Tensor:
-    """Every rank's 1-D tensor, of any length, concatenated in rank order, on every rank."""
+    """Return every rank's 1-D tensor, of any length, concatenated in rank order."""
     if axis.size == 1:
         return values_N
     size = torch.tensor([values_N.numel()], device=values_N.device)

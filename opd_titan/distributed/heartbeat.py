@@ -1,4 +1,4 @@
-"""The present phase of a rank, for error reports; and an end to a rank that hangs."""
+"""Record the current phase of a rank for error reports, and end a rank that hangs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECONDS_TO_TELL = 5.0
 T = TypeVar("T")
 logger = logging.getLogger("opd_titan")
 
-# Names the launcher's folder in which each of its ranks writes its present phase.
+# Environment variable: the launcher's folder, where each of its ranks writes its phase.
 FOLDER = "OPD_TITAN_PHASES"
 
 
@@ -34,7 +34,7 @@ def phase_of(rank: int) -> str:
 
 
 def set_phase(phase: str) -> None:
-    """Record on this process's heartbeat, if it has one, what begins: "the check of the data"."""
+    """Record the phase that begins, such as "the check of the data", if there is a heartbeat."""
     if Heartbeat.current is not None:
         Heartbeat.current.set_phase(phase)
 
@@ -49,7 +49,7 @@ def beat() -> None:
 
 
 def track_memory(name: str, owner: T, size: Callable[[T], float]) -> None:
-    """Register on this process's heartbeat, if it has one, an object that takes memory.
+    """Register an object that takes memory, if this process has a heartbeat.
 
     The report of an out-of-memory error lists it.
 
@@ -81,11 +81,11 @@ class Heartbeat:
         self.set_phase(self.phase)
 
     def set_phase(self, phase: str) -> None:
-        """Record what begins: "the update of step 3"."""
+        """Record the phase that begins, such as "the update of step 3"."""
         self.phase = phase
         folder = os.environ.get(FOLDER)
         if folder:
-            with suppress(OSError):  # a note for whoever asks: no reason to lose the run
+            with suppress(OSError):  # only a note: the run must not fail because of it
                 Path(folder, str(self.rank)).write_text(phase, encoding="utf-8")
         self.beat()
 
@@ -108,12 +108,12 @@ class Heartbeat:
         tick = min(self.limit / 10, 10.0)
         seen, still = self._moved_at, 0.0
         while True:
-            # A library that does not let go of the interpreter keeps this thread still, too.
+            # A library that does not release the GIL blocks this thread too.
             _end_from_outside(self.limit - still + 2 * tick + _SECONDS_TO_TELL)
             began = time.monotonic()
             if self._over.wait(tick):
                 return
-            # Not the clock's time: the whole process may have been suspended meanwhile.
+            # Limit each wait, because the whole process may have been suspended meanwhile.
             still += min(time.monotonic() - began, 2 * tick)
             if self._moved_at != seen:
                 seen, still = self._moved_at, 0.0
@@ -125,7 +125,7 @@ class Heartbeat:
             f"rank {self.rank} has not moved for {still:.0f} s in {self.phase}; ended "
             f"(comm.train_timeout_seconds)"
         )
-        # By another thread: what hangs may be the log's file system, or its lock.
+        # In another thread, because the file system of the log, or its lock, may be what hangs.
         telling = threading.Thread(target=_tell, args=(text,), daemon=True)
         try:
             telling.start()
@@ -146,6 +146,6 @@ def _tell(text: str) -> None:
 
 
 def _end_from_outside(seconds: float) -> None:
-    """Have the interpreter's own watchdog, which needs no lock of it, end this process then."""
+    """Let faulthandler, which does not need the GIL, end this process after `seconds`."""
     with suppress(OSError, ValueError, AttributeError, RuntimeError):  # no stderr to write to
         faulthandler.dump_traceback_later(seconds, exit=True)

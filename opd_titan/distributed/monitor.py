@@ -1,4 +1,4 @@
-"""What a long phase reports as it goes on: a progress bar, the heartbeat, signals to stop."""
+"""Callbacks for long phases: they update progress bar and heartbeat, and check for signals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Monitor:
         self.stop, self.heartbeat, self.world = stop, heartbeat, world
 
     def set_phase(self, phase: str) -> None:
-        """Record what begins."""
+        """Record the phase that begins."""
         self.heartbeat.set_phase(phase)
 
     def on_tokens(self, bar: ProgressBar) -> Callable[[int], None]:

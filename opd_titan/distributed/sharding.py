@@ -1,7 +1,6 @@
-"""What FSDP keeps between the passes of a phase: gathered weights, gradients not yet exchanged.
+"""Control what FSDP keeps between the passes of a phase: gathered weights, unreduced gradients.
 
-A model may have no FSDP groups at all (where nothing is sharded and nothing is trained); then these
-functions do nothing.
+A model that is neither sharded nor trained has no FSDP groups; then these functions do nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def fsdp_groups(model: nn.Module) -> list[FSDPModule]:
 
 
 def keep_gathered(model: nn.Module, keep: bool = True) -> None:
-    """Leave weights gathered after a forward and a backward, until `reshard`; or not."""
+    """Set whether weights stay gathered after a forward and a backward, until `reshard`."""
     for group in fsdp_groups(model):
         # The root's are needed again as soon as its forward has ended.
         group.set_reshard_after_forward(not keep and group is not model, recurse=False)
@@ -38,7 +37,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """Reshard when the body ends, also by an exception: what follows may read the shards."""
+    """Reshard when the body ends, also by an exception, because later code may read the shards."""
     try:
         yield
     finally:
@@ -46,15 +45,15 @@ def resharding(model: nn.Module) -> Iterator[None]:
 
 
 def exchange_gradients(model: nn.Module, last: bool, once: bool) -> None:
-    """Say what the next backward does with its gradients.
+    """Set whether the next backward reduces its gradients.
 
-    Copies of the shards (HSDP) sum theirs in the last backward of an update alone: what waits for
-    that is a shard, and takes the place of the gradient itself.
+    Copies of the shards (HSDP) are always summed in the last backward of an update only. Until
+    then, a rank keeps the sum of its own shard in place of the gradient.
 
     Args:
-        last: of the update's backwards.
-        once: the shards too are summed in the last one. Until then each rank holds the gradients of
-            all that it has gathered, in fp32.
+        last: the next backward is the last one of the update.
+        once: the shards are also summed in the last backward only. Until then, each rank keeps the
+            gradients of all weights that it has gathered, in fp32.
     """
     for group in fsdp_groups(model):
         group.set_requires_gradient_sync(last or not once, recurse=False)
@@ -62,7 +61,7 @@ def exchange_gradients(model: nn.Module, last: bool, once: bool) -> None:
 
 
 def drop_gradients(model: nn.Module) -> None:
-    """Forget the gradients of an update that was left half-way, exchanged or not."""
+    """Drop the gradients, reduced or not, of an update that was stopped before its end."""
     model.zero_grad(set_to_none=True)
     for parameters in _parameter_groups(model):
         parameters._partial_reduce_output = None
@@ -73,7 +72,7 @@ def drop_gradients(model: nn.Module) -> None:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Return what the gradients of FSDP's parameters take, exchanged or not."""
+    """Return the bytes of the gradients of FSDP's parameters, reduced or not."""
     found: list[Tensor | None] = []
     for parameters in _parameter_groups(model):
         found.append(parameters._partial_reduce_output)
@@ -84,7 +83,7 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def device_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Return what this rank stores of the tensors: on a GPU, where there is one."""
+    """Return the bytes of the tensors that this rank stores (on its GPU, if it has one)."""
     parts = [local(tensor.detach()) for tensor in tensors if tensor is not None]
     on_gpu = torch.cuda.is_available()
     return sum(part.nbytes for part in parts if part.is_cuda or not on_gpu)

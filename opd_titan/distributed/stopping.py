@@ -1,4 +1,4 @@
-"""Stop on a signal: all ranks leave at the same point, whichever of them the signal reached."""
+"""Stop on a signal: all ranks stop at the same point, even if only one of them got it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ROUNDS_BETWEEN_VOTES = 16
 
 
 class Stopped(BaseException):
-    """All ranks leave what they are doing, for one of them got a signal.
+    """All ranks stop, because one of them got a signal.
 
-    Not an `Exception`: nothing that handles faults on the way may keep it.
+    It is not an `Exception`, so that code that handles errors does not catch it.
     """
 
 
@@ -29,7 +29,7 @@ class StopRequest:
     """SIGTERM or SIGUSR1, which a scheduler may send to one rank or to all.
 
     Attributes:
-        signal: the number of what came, here or to another rank that has said so; 0 for nothing.
+        signal: the number of the signal that this or another rank has got; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
         self.signal = number
 
     def _heard(self) -> bool:
-        """Whether this rank knows of a signal. Cheap enough for a loop; ranks may differ."""
+        """Return whether this rank knows of a signal. Ranks may differ. Fast enough for loops."""
         if dist.get_world_size() == 1 or self._said:
             return self.signal > 0
         store = _get_default_store()
@@ -57,9 +57,9 @@ class StopRequest:
         return self.signal > 0
 
     def check_axis(self, axis: Axis, device: torch.device) -> None:
-        """Raise Stopped when this rank has heard of a signal; the ranks of `axis`, all together.
+        """Raise Stopped on all ranks of `axis` together when one of them knows of a signal.
 
-        For loops whose rounds the ranks of `axis` make together, and other ranks do not.
+        For loops that the ranks of `axis` run in lockstep, but other ranks do not.
         """
         self._rounds += 1
         if axis.size == 1:
@@ -72,7 +72,7 @@ class StopRequest:
             raise Stopped
 
     def check(self) -> None:
-        """Raise Stopped on all ranks when one has heard of a signal. All ranks call."""
+        """Raise Stopped on all ranks when one of them knows of a signal. All ranks must call."""
         # On the host: a GPU would have to finish its work first.
         if self._vote(None, torch.device("cpu")):
             raise Stopped
@@ -81,6 +81,6 @@ class StopRequest:
         vote = torch.tensor(self.signal if self._heard() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
         told = int(vote)
-        if told:  # or a signal that came during the vote would be forgotten
+        if told:  # if 0, keep a signal that came during the vote
             self.signal = told
         return told > 0

@@ -1,4 +1,4 @@
-"""What tensor parallelism sends between ranks, with gradients (Megatron-LM, arXiv 1909.08053).
+"""The collectives of tensor parallelism, with gradients (Megatron-LM, arXiv 1909.08053).
 
 Each rank multiplies by its share of a layer's weights. Between layers the hidden states are either
 split over the ranks by token (sequence parallelism, arXiv 2205.05198: training and scoring) or
@@ -24,11 +24,11 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The plain tensor that this rank computes with: its part of a split parameter, or all of it.
+    """Return the plain tensor that this rank computes with: its part of a parameter, or all of it.
 
-    Inside FSDP's forward a parameter is plain, or a DTensor over `tp` alone. Each rank applies one
-    that is not split (a norm's) to its own tokens or heads only, so that its gradient is summed
-    over `tp`; that of a split one is already complete.
+    Inside FSDP's forward a parameter is plain, or a DTensor over `tp` alone. If it is not split (as
+    in a norm), each rank applies it to its own tokens or heads only, so its gradient is summed over
+    `tp`. The gradient of a split parameter is already complete.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -37,14 +37,14 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def locate_rows(tokens_T: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Row of each token among `rows` that start with `first`, 0 if it has none; whether it has."""
+    """Return each token's row among `rows` from `first` on (0 if outside), and if it is inside."""
     row_T = tokens_T - first
     held_T = (row_T >= 0) & (row_T < rows)
     return row_T * held_T, held_T
 
 
 def concat_ranks(x_TD: Tensor, axis: Axis) -> Tensor:
-    """Every rank's tensor, concatenated along the first dimension. Without gradients."""
+    """Concatenate every rank's tensor along the first dimension. Without gradients."""
     if axis.size == 1:
         return x_TD
     out_TD = x_TD.new_empty(x_TD.shape[0] * axis.size, *x_TD.shape[1:])
@@ -83,17 +83,17 @@ class _ScatterTokens(torch.autograd.Function):
 
 
 def gather_tokens(x_TD: Tensor, axis: Axis) -> Tensor:
-    """All tokens [T, D] from each rank's share; every rank's gradient of them is added up."""
+    """Gather all tokens [T, D] from the ranks' shares. The backward sums the ranks' gradients."""
     return _GatherTokens.apply(x_TD, axis)
 
 
 def scatter_tokens(x_TD: Tensor, axis: Axis) -> Tensor:
-    """This rank's tokens of the sum of all ranks' [T, D]; T must be a multiple of the ranks."""
+    """Sum all ranks' [T, D] and return this rank's share of the tokens. T must be divisible."""
     return _ScatterTokens.apply(x_TD, axis)
 
 
 def sum_ranks(x_TD: Tensor, axis: Axis) -> Tensor:
-    """The sum of all ranks' [T, D] on every rank, in place. Without gradients."""
+    """Sum all ranks' [T, D], in place, on every rank. Without gradients."""
     if axis.size == 1:
         return x_TD
     dist.all_reduce(x_TD, group=axis.group)

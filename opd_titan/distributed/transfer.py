@@ -1,4 +1,4 @@
-"""Copies between host and device that nobody waits for."""
+"""Copy between host and device without waiting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def send_numbers(parts: Sequence[Sequence[int]], device: torch.device) -> list[T
 
 
 class Fetched:
-    """A copy of a tensor on its way to the host, which waits only in `get`."""
+    """An asynchronous copy of a tensor to the host. Only `get` waits for it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copied: torch.cuda.Event | None = None

@@ -38,7 +38,7 @@ class World:
         mesh: the axes `dp_replicate`, `dp_shard`, `tp`, without the first and the last where
             they have one rank.
         dp: the ranks that divide the data among them: `dp_replicate` and `dp_shard` together.
-        tp: the ranks that hold one model between them and see the same data.
+        tp: the ranks that split each layer among them and process the same data.
     """
 
     device: torch.device
@@ -48,18 +48,18 @@ class World:
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
-        """What FSDP shards over: 1-D, or 2-D with copies of the shards (HSDP)."""
+        """The mesh that FSDP shards over: 1-D, or 2-D with copies of the shards (HSDP)."""
         names = tuple(name for name in axes(self.mesh) if name != "tp")
         return self.mesh[names]
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:
-        """What layers are split over, if they are."""
+        """The mesh that layers are split over; None if they are not split."""
         return self.mesh["tp"] if self.tp.size > 1 else None
 
 
 def axes(mesh: DeviceMesh) -> dict[str, int]:
-    """The mesh's axes by name, and the ranks along each."""
+    """Return the number of ranks along each axis of the mesh, by name."""
     assert mesh.mesh_dim_names is not None, "our meshes name their axes"
     return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
 
@@ -91,7 +91,7 @@ def init_world(init_timeout_seconds: int) -> torch.device:
 def set_timeout(seconds: int, device: torch.device) -> None:
     """Change the time limit of all groups' collectives: start-up and training need different ones.
 
-    Every rank must call this; none goes on under the new limit before all are here.
+    All ranks must call. No rank continues before all have called.
     """
     dist.all_reduce(torch.zeros(1, device=device))
     if device.type == "cuda":
@@ -133,7 +133,7 @@ def build_world(
 def _data_group(
     mesh: DeviceMesh, replicate: int, shard: int, tensor: int
 ) -> dist.ProcessGroup | None:
-    """The ranks at this one's place in the other models, itself included."""
+    """Return the group of ranks that have the same tensor-parallel rank as this one."""
     if replicate * shard == 1:
         return None
     if tensor == 1:

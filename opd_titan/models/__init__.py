@@ -17,10 +17,10 @@ from opd_titan.models.qwen3.state_dict import TIED_HF_KEYS, hf_to_native
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """An architecture, as the rest of the program sees it.
+    """The interface of a model architecture.
 
-    Besides this table it uses of the model `args`, `layers` (of blocks with the two halves that
-    `transforms` names), `lm_head`, `forward(tokens_T, attend, head)`, `tie_weights` and
+    The program also uses these attributes of the model: `args`, `layers` (of blocks with the two
+    halves that `transforms` names), `lm_head`, `forward(tokens_T, attend, head)`, `tie_weights` and
     `assert_tied`; of the sizes `n_layers`, `n_kv_heads`, `head_dim`, `vocab_size`, `tied`,
     `max_seq_len`, `init_std`, `forward_flops`, `decode_bytes` and `activation_bytes`.
 

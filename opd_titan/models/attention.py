@@ -3,8 +3,8 @@
 Shapes: T packed tokens, B sequences, S longest sequence of a group, H query heads, G key/value
 heads, K head size.
 
-The model calls `attend(q_THK, k_TGK, v_TGK, layer)` and knows no more. Training, scoring, prefill
-(`PackedAttention`) and decoding (`rollout.kv_cache`) differ only in the object behind that call.
+The model only calls `attend(q_THK, k_TGK, v_TGK, layer)`. Training, scoring, prefill
+(`PackedAttention`) and decoding (`rollout.kv_cache`) differ only in the object `attend`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def why_padded(dtype: torch.dtype, device: torch.device) -> str:
 
 
 class Attend(Protocol):
-    """What a model needs to know of attention: where each token stands, and how to mix values."""
+    """The interface of attention: the position of each token, and the mixing of values."""
 
     positions_T: Tensor
 

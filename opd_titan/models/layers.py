@@ -1,7 +1,7 @@
-"""Layers whose weights may be a rank's part of the whole.
+"""Layers that can hold a tensor-parallel rank's part of the weights.
 
-They compute with plain tensors: FSDP2 and tensor parallelism store weights as DTensors, and what
-has to be sent between ranks is said once, in the family's `parallelize`.
+They compute with plain tensors. FSDP2 and tensor parallelism store weights as DTensors, and the
+family's `parallelize` adds the communication between ranks.
 
 Shapes: T packed tokens, D model width.
 """

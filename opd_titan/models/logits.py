@@ -22,13 +22,13 @@ from opd_titan.models.kernels import truncation_threshold
 
 @dataclass(frozen=True)
 class Distribution:
-    """What log-probs are taken under. Sampling and scoring share it, or they disagree.
+    """The distribution of log-probs. Sampling and scoring must use the same one.
 
     top_k 0 and top_p 1.0 keep every token.
 
     Attributes:
-        vocab_size: only token ids below this take part; 0 for all. For models whose vocabularies
-            are padded to different sizes.
+        vocab_size: only token ids below this are included; 0 for all. For models with vocabularies
+            that are padded to different sizes.
     """
 
     temperature: float = 1.0
@@ -42,7 +42,7 @@ class Distribution:
 
     @property
     def untruncated(self) -> Distribution:
-        """What frozen models are scored under: what samples were cut to is the student's affair."""
+        """The distribution of frozen models, which are scored without truncation."""
         return replace(self, top_k=0, top_p=1.0)
 
 

@@ -21,14 +21,14 @@ HALVES = ("before_mixing", "after_mixing")
 # Graphs per half: roles and their sizes, with and without gradients, one token and many; on a CPU
 # the compiler sums weight gradients over more than 1024, 2048 and 4096 tokens by other code.
 RECOMPILE_LIMIT = 32
-# What selective checkpointing keeps: a product costs more to make again than its result does to
-# keep. Norms, rotations and activations are made again. Compiled halves need it too: by itself the
+# What selective checkpointing keeps: products, which are expensive to recompute. Norms, rotations
+# and activations are recomputed. Compiled halves need it too: by itself the
 # compiler keeps a quarter more (benchmarks/README.md).
 _KEPT = [torch.ops.aten.mm.default]
 
 
 def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> None:
-    """Save memory in the forward by making activations again in the backward.
+    """Save memory by recomputing activations in the backward.
 
     Args:
         mode: "none"; "selective": keep products and attention's results; "full": keep only what
@@ -89,7 +89,7 @@ def _bounded(compiled: Callable[..., Any], *args: Any) -> Any:
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise RuntimeError(
             f"[compile] enable: a layer has been compiled {torch._dynamo.config.recompile_limit} "
-            'times and would have to be again for this batch; set it to "off", and report what '
+            'times, and this batch needs another compilation; set it to "off", and report what '
             "TORCH_LOGS=recompiles prints"
         ) from error
 

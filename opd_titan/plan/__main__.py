@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # it imports torch
     from opd_titan.plan.cluster import Cluster
 
 DESCRIPTION = """\
-What a recipe will need on a cluster: memory of one device, traffic, work and time of a step,
-whether it fits, and what to change if not. Needs no GPU and no weights: of the models only
-config.json is read. Every other option is --table.key value, as in training."""
+Print what a recipe needs on a cluster: memory of one device, traffic, work and time of a step,
+whether it fits, and what to change if it does not. Needs no GPU and no weights; it reads only
+config.json of each model. All other options are --table.key value, as in training."""
 
 # Total memory in GiB as the driver reports it.
 _MEMORY = {
@@ -47,11 +47,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The cluster's options; what is not among them is the recipe's."""
+    """Return the parser of the cluster's options. All other options belong to the recipe."""
     parser = _Parser(prog="plan", description=DESCRIPTION, allow_abbrev=False)
     number = _positive
     parser.add_argument(
-        "--world-size", type=_counts, default=[8], help="devices; several as 8,64,512"
+        "--world-size", type=_counts, default=[8], help="number of devices, or several: 8,64,512"
     )
     parser.add_argument("--gpu", default="H200", help="device name, or cpu (default: H200)")
     parser.add_argument("--gpus-per-node", type=_count, default=8, help="default: 8")
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--network-bandwidth", type=number, default=50.0, help="GB/s per device between nodes (50)"
     )
     parser.add_argument(
-        "--reserve", type=number, help="GiB that no tensor sees: CUDA context, NCCL (default: 2.5)"
+        "--reserve", type=number, help="GiB outside tensors: CUDA context, NCCL (default: 2.5)"
     )
     parser.add_argument("--prompt-tokens", type=_count, help="default: data.max_prompt_tokens")
     parser.add_argument("--response-tokens", type=_count, help="default: rollout.max_new_tokens")
@@ -109,7 +109,7 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
     from opd_titan.plan.report import assumptions, table
     from opd_titan.plan.simulate import Simulation, simulate
 
-    # It has opinions on how a run could be laid out, at every export of the simulation.
+    # This logger warns about layouts again and again during the simulation.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     prompt, response = _lengths(config, options)
     cluster = _cluster(options)
@@ -131,19 +131,19 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
         if found.fits:
             continue
         changes, better = remedies(config, where, partial(estimated, where.world_size))
-        said = f"On {where.world_size}, alive at the peak ({found.peak_phase}) is too much"
+        said = f"On {where.world_size}, the peak (in {found.peak_phase}) does not fit"
         if better is not None:
             peak = better.peak / 2**30
-            print(f"{said}; fits with {' '.join(changes)}: {peak:.1f} GiB")
+            print(f"{said}; it fits with {' '.join(changes)}: {peak:.1f} GiB")
         else:
-            print(f"{said}, even with {' '.join(changes)}: take more devices, or larger ones")
+            print(f"{said}, even with {' '.join(changes)}; use more or larger devices")
     if columns[0][2].seconds:
         print(assumptions(cluster.assumed))
     return 0 if all(found.fits for _, _, found in columns) else 1
 
 
 def _lengths(config: JobConfig, options: argparse.Namespace) -> tuple[int, int]:
-    """Tokens of every prompt and response; the recipe's limits where none are given."""
+    """Return the tokens of each prompt and response: as given, or else the recipe's limits."""
     limits = {
         "prompt-tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
         "response-tokens": ("rollout.max_new_tokens", config.rollout.max_new_tokens),
@@ -191,7 +191,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
 
 
 def _own_bytes() -> float:
-    """Resident memory of a run before it has any tensors: here, with what it loads loaded."""
+    """Return the resident memory of this process after it has imported what a run imports."""
     import datasets  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401

@@ -1,4 +1,4 @@
-"""The machines of a plan, and what is assumed of them."""
+"""The cluster of a plan, and the assumptions about its speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Assumed:
-    """What turns peaks into times: as measured on one H100 (benchmarks/README.md), and guesses.
+    """Constants of the estimated times: measured on one H100 (benchmarks/README.md), or guesses.
 
     Attributes:
         scoring: share of peak FLOP/s that scoring and prefills reach. Measured: 0.55.
@@ -68,10 +68,9 @@ class Cluster:
     assumed: Assumed = field(default_factory=Assumed)
 
     def link(self, stride: int, ranks: int) -> float:
-        """Bytes/s per rank of a collective over `ranks` that lie `stride` apart.
+        """Return the bytes/s per rank of a collective over `ranks` ranks, `stride` apart.
 
-        What enters a node is shared out inside it, so the ranks of a group that are on one node
-        add up their network links.
+        The ranks of a group that are on one node use their network links together.
         """
         here = max(1, min(ranks, self.gpus_per_node // stride))
         if here == ranks:

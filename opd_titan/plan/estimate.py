@@ -1,4 +1,4 @@
-"""From one rank's simulated step to memory and seconds per device."""
+"""Compute memory and seconds per device from the simulated step of one rank."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _HAS_CACHE = ("rollout", "validation")
 
 @dataclass
 class Seconds:
-    """One phase's time: what it computes (or reads, or waits for), and what it waits to be sent.
+    """The time of one phase: computing (or reading, or waiting), and communication.
 
-    Traffic over the data-parallel axes is hidden behind computing as far as that lasts;
-    tensor-parallel traffic is not.
+    Data-parallel traffic overlaps with computing, and costs time only if it takes longer;
+    tensor-parallel traffic does not overlap.
     """
 
     busy: float = 0.0
@@ -60,7 +60,7 @@ def estimate(job: ResolvedJob, cluster: Cluster, simulation: Simulation) -> Esti
     """Add up a simulation; see `cluster.Assumed` for what is assumed."""
     copy = simulation.resident["generator weights"]
     peaks = {name: phase.peak for name, phase in simulation.phases.items()}
-    # As the run decides it: when memory for it is left over that nothing has ever asked for.
+    # The same rule as in the run: it stays if it fits beside the highest peak of all phases.
     kept = copy + (simulation.kv_cache if simulation.runner else 0)
     copy_stays = kept > 0 and _total(cluster, max(peaks.values()) + kept) <= cluster.memory
     if copy_stays:
@@ -90,7 +90,7 @@ def _total(cluster: Cluster, alive: float) -> float:
 def _seconds(
     job: ResolvedJob, cluster: Cluster, simulation: Simulation, flops: dict[str, float]
 ) -> dict[str, Seconds]:
-    """Of the rank with the most to do: the others wait for it."""
+    """Return the seconds of the rank with the most work, because the others wait for it."""
     config, a, phases = job.config, cluster.assumed, simulation.phases
     assert cluster.flops and cluster.bandwidth
     peak = cluster.flops * simulation.world.tp.size

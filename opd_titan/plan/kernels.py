@@ -1,4 +1,4 @@
-"""What GPUs compute otherwise than a CPU does, for a plan that runs on fake tensors of a CPU."""
+"""Make a plan, which runs on fake CPU tensors, take the code paths of GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opd_titan.models import kernels
 from opd_titan.models.kernels import paged
 from opd_titan.rollout import generator, runner, sampler
 
-# Not cuDNN's: torch asks the device, which is not there, whether that would do, only to take flash.
+# Without cuDNN, because torch would ask the (missing) device whether it supports cuDNN.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Figures by kind of device, which the program looks up where it runs.
 _FIGURES: tuple[dict[str, int], ...] = (
@@ -56,7 +56,7 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Te
 
 
 def know_collectives() -> None:
-    """Let collectives take tensors without data, which older versions of torch must be told."""
+    """Register collectives for tensors without data, which older versions of torch lack."""
     known = torch._C._dispatch_has_kernel_for_dispatch_key
     if not known("c10d::_allgather_base_", "Meta"):
         from torch.distributed._tools import fake_collectives  # noqa: F401 - registers them

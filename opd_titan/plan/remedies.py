@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit."""
+"""Find options that make a recipe fit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from opd_titan.plan.estimate import Estimate
 def remedies(
     config: JobConfig, cluster: Cluster, planned: Callable[[JobConfig], Estimate]
 ) -> tuple[list[str], Estimate | None]:
-    """Options that make the recipe fit, the cheapest first, each tried on top of those before it.
+    """Return options that make the recipe fit. They are tried one after another, cheapest first.
 
     Args:
         planned: the estimate of a config on the cluster.
 
     Returns:
-        Command-line options, and the estimate with them; None if all together do not do.
+        Command-line options, and the estimate with them; None if it does not fit with all of them.
     """
     config = copy.deepcopy(config)
     before = planned(config).peak

@@ -10,7 +10,7 @@ Column = tuple[Cluster, Simulation, Estimate]
 
 
 def table(columns: list[Column]) -> str:
-    """Every figure of the plan; memory in GiB of one device, times in seconds of one step."""
+    """Return all figures of the plan: memory in GiB of one device, times in seconds of a step."""
     rows: list[tuple[str, list[str]]] = []
 
     def add(name: str, values: list[str]) -> None:
@@ -69,10 +69,10 @@ def _add_times(rows: list[tuple[str, list[str]]], columns: list[Column]) -> None
 
 
 def assumptions(assumed: Assumed) -> str:
-    """What the times rest on, in one paragraph."""
+    """Return the assumptions of the estimated times, in one paragraph."""
     return (
         f"Assumed: {assumed.scoring:.0%} of peak FLOP/s in scoring, {assumed.training:.0%} in the "
-        f"update, which takes the host {assumed.layer * 1e3:.0f} ms a layer and micro-batch, "
+        f"update (at least {assumed.layer * 1e3:.0f} ms per layer and micro-batch), "
         f"{assumed.memory:.0%} of memory bandwidth in decoding, {assumed.links:.0%} of a link in "
         f"collectives and {assumed.latency * 1e6:.0f} us per rank of their ring, "
         f"{assumed.kernel * 1e6:.1f} us per kernel of a decoding step's graph "
@@ -92,7 +92,7 @@ def _mesh(simulation: Simulation) -> str:
 
 
 def _activations(simulation: Simulation) -> float:
-    """What the update's peak holds beyond what is resident, the generator's copy aside."""
+    """Return the update's peak without resident memory, gradients and gathered tensors."""
     resident = sum(v for n, v in simulation.resident.items() if n != "generator weights")
     kept = simulation.gradients + simulation.kept.extra
     return max(0, simulation.phases["update"].peak - resident - kept)

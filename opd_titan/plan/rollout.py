@@ -1,8 +1,8 @@
-"""A rollout without data: the engine's own loop decides everything, and its largest moments run.
+"""Simulate a rollout without data: the scheduler runs all steps, the model only the largest ones.
 
-A rollout is thousands of decoding steps, far too many even for tensors that compute nothing. So the
-scheduler goes through all of them, which is plain Python, while the runner only takes notes; then
-it runs the fullest prefill and the widest step, which stand for the others.
+A rollout has thousands of decoding steps, which are too many even for tensors without data. The
+scheduler, which is plain Python, goes through all of them, and the runner only records them. Then
+the runner runs the fullest prefill and the widest decoding step, which represent the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opd_titan.rollout.scheduler import Chunk, Request, SequenceState, Work
 
 
 class PlannedGenerator(Generator):
-    """Counts on the memory of the cluster, not on that of the machine that plans.
+    """A generator with the memory of the cluster, not of the machine that runs the planner.
 
     Attributes:
         budget: bytes.
@@ -52,7 +52,7 @@ class PlannedGenerator(Generator):
 
 
 class PlannedRunner(Runner):
-    """Notes what it should run; `run_fullest` and `run_widest` run the largest of that.
+    """A runner that only records its work; `run_fullest` and `run_widest` run the largest parts.
 
     Attributes:
         chunks: of all prefills, as (start, end) in their prefix.

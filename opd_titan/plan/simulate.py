@@ -1,7 +1,7 @@
-"""One step of a job on tensors without data: the program's own code, on one rank of a fake world.
+"""Run one step of a job on tensors without data, as one rank of a fake process group.
 
-Nothing is computed and nothing is sent, so a plan for 512 GPUs takes a laptop and seconds; but the
-model, its sharding, the head, the optimizer, the KV cache and the packing are those of the run.
+Nothing is computed and nothing is sent, so a laptop plans for 512 GPUs in seconds. The code of the
+model, its sharding, the head, the optimizer, the KV cache and the packing is that of the run.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ class _Step:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Before step 1 the teacher answers too, from a copy in place of the student's."""
+        """Simulate the validation at step 0, with a copy of the largest teacher if there is one."""
         v, r = self.config.validation, self.config.rollout
         prompts = v.max_prompts or _VALIDATION_PROMPTS
         mine = -(-prompts // self.world.dp.size)

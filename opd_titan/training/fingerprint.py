@@ -1,6 +1,6 @@
 """The fingerprint of a job: digests of its models, data and objective.
 
-A checkpoint carries it, so that another job does not resume from it.
+Each checkpoint contains it, so that a different job does not resume from the checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fingerprint(
 
 
 def differences(saved: Fingerprint, now: Fingerprint) -> dict[str, str]:
-    """Return, by option that differs, a description of the change."""
+    """Return a description of each change, by option."""
     nothing = _entry("", "nothing")
     found = {}
     for key in {**saved, **now}:
@@ -68,7 +68,7 @@ def _entry(digest: str, name: str) -> dict[str, str]:
 
 
 def _model_digest(source: ModelSource) -> str:
-    """Return a digest of sizes and weights. Of a weight file it reads the two ends only."""
+    """Return a digest of sizes and weights. Read only the start and end of each weight file."""
     digest = hashlib.sha256(repr(source.args).encode())
     if source.files is None:
         digest.update(f"random {source.spec.seed}".encode())

@@ -1,9 +1,9 @@
-"""Which weights and gradients stay gathered between the micro-batches of a phase.
+"""Choose which weights and gradients stay gathered between the micro-batches of a phase.
 
 FSDP gathers the weights of a layer for every forward and backward, and reduces its gradients after
-every backward. Keeping them gathered saves this for all micro-batches of a phase but one; also on
-one rank, where gathering is a copy in another dtype. It costs memory. The choice is made once, from
-sizes alone, because all ranks must make the same one.
+every backward. If they stay gathered, this is done once per phase instead of once per micro-batch.
+It also helps on one rank, where gathering is a copy in another dtype. It costs memory. The choice
+is made once, from sizes alone, because all ranks must make the same choice.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Gathering:
 
     Attributes:
         frozen: roles of the models that stay gathered while they score.
-        weights: whether the student's weights do, through all micro-batches of an update.
+        weights: whether the student's weights stay gathered for all micro-batches of an update.
         gradients: whether its gradients are reduced once per update; until then every rank has
-            them whole.
-        extra: bytes of a device that this takes in the update.
-        needed: bytes of a device that the update takes, `extra` included.
-        usable: bytes of the smallest device that may be planned for.
+            whole gradients.
+        extra: bytes of a device that the gathered tensors take in the update.
+        needed: bytes of a device that the update takes, including `extra`.
+        usable: bytes of the smallest device that may be used.
     """
 
     frozen: frozenset[str] = frozenset()
@@ -128,7 +128,7 @@ def choose(
 def _whole_distributions(
     job: ResolvedJob, shapes: Mapping[str, ModelShape], world: World, dtype: torch.dtype
 ) -> float:
-    """Return the bytes that an objective over the vocabulary keeps of the frozen models.
+    """Return the bytes of frozen models' tensors that an objective over the vocabulary keeps.
 
     These are the hidden states of all responses, and the heads, each with the embedding that FSDP
     gathers with it.

@@ -1,4 +1,4 @@
-"""The models of a job with their weights: sharded over the world, ready to train and to sample."""
+"""Load the models of a job, sharded over all ranks, and build what samples from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("opd_titan")
 
 @dataclass(frozen=True)
 class JobModels:
-    """All that a job trains, scores and samples with.
+    """The models, the optimizer and the generator of a job.
 
     Attributes:
         frozen: teachers and reference, by role.
@@ -78,7 +78,7 @@ def load_model(job: ResolvedJob, source: ModelSource, world: World) -> nn.Module
     start = time.perf_counter()
     why = why_padded(compute_dtype(job), world.device)
     if why and world.device.type == "cuda" and source.spec.is_trained:
-        logger.warning("Attention of training and scoring: on padded sequences (slow: %s)", why)
+        logger.warning("Training and scoring pad sequences for attention, which is slow: %s", why)
     model = allocated_model(job, source, world)
     if source.files is None:
         random_init_weights(model, source.spec.seed, source.args.init_std)
@@ -148,7 +148,7 @@ def build_generator(
     world: World,
     memory: StepMemory | None = None,
 ) -> tuple[GeneratorWeights, Generator]:
-    """Return what samples from a loaded model. The weights must be synced before use.
+    """Return the weights and the generator of a loaded model. Sync the weights before use.
 
     Args:
         memory: says what may stay in use between rollouts; without it, all free memory is used.

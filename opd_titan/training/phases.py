@@ -21,7 +21,7 @@ from opd_titan.training.sources import common_vocab_size
 
 
 class Phases:
-    """What the ranks do together in each phase of a step.
+    """Run each phase of a step on all ranks.
 
     Attributes:
         step: the present step, for random numbers and progress bars.
@@ -70,7 +70,7 @@ class Phases:
         return plan_minibatches(samples, self.config.distill.minibatches, tokens, self.world.dp)
 
     def score(self, role: str, plan: list[Minibatch]) -> None:
-        """Give the samples of a frozen model its log-probs, or its hidden states."""
+        """Set the log-probs, or the hidden states, of a frozen model on its samples."""
         name = "reference"
         if is_teacher(role):
             name, plan = "teacher", taught_by(role, plan)

@@ -1,4 +1,4 @@
-"""What a run tells its recorder, its profiler and its log about itself."""
+"""Make the recorder and the profiler of a run, and log its settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("opd_titan")
 
 
 def log_job(setup: Setup, models: JobModels) -> None:
-    """Log what the job is going to do, and what its models take of a rank's memory."""
+    """Log the settings of the job, and how much memory of a rank its models take."""
     report_job(setup.job, setup.total_steps, models.student, models.frozen)
 
 

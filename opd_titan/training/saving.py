@@ -1,4 +1,4 @@
-"""What a run saves: checkpoints to resume from, and exports for other programs."""
+"""Save checkpoints to resume from, and exports for other programs."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Saver:
     def export(self, step: int, total_steps: int, results: dict[str, Any]) -> None:
         """Export the student as a Hugging Face folder.
 
-        A failure of the storage is fatal at the last step only: an earlier export may be missed,
-        because the checkpoint has the weights.
+        A storage failure is fatal only at the last step. An earlier export may be missing, because
+        the checkpoint has the weights.
 
         Args:
             results: validation results for the model card.

@@ -1,4 +1,4 @@
-"""Checks that cost seconds and save days: run before step 1, on the real weights."""
+"""Compare the log-probs of rollout, scoring and update on the real weights, before step 1."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def probe(
     seed: int,
     world: World,
 ) -> dict[str, float]:
-    """Let the student be its own teacher on a few tokens.
+    """Use the student as its own teacher on a few sampled tokens.
 
     Returns:
         "kl": mean log S - log T with the student in the teacher's place; 0 to rounding.
@@ -79,7 +79,7 @@ def probe(
 
 
 def report(result: dict[str, float], dtype: torch.dtype) -> None:
-    """One line, and a warning where the numbers say that two code paths disagree."""
+    """Log the result, and warn if two code paths disagree."""
     logger.info(
         "Preflight: student as its own teacher: KL %.1e; rollout and update log-probs differ by "
         "at most %.1e",

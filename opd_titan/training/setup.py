@@ -1,4 +1,4 @@
-"""Check all about a job that is known before a weight is loaded, then open its folder."""
+"""Check everything about a job that needs no weights, then open its dump folder."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _read_data(job: ResolvedJob, options: dict[str, Any]) -> list[PromptSet]:
 
 
 def _mismatches(setup: Setup) -> Iterator[str]:
-    """Yield where student and teacher expect other templates or stop tokens."""
+    """Yield warnings that student and teacher expect different templates or stop tokens."""
     if setup.job.config.watchdog.action == "off":
         return
     student, data = setup.sources["student"], setup.job.config.data
@@ -258,15 +258,15 @@ def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
             f"{path}: was written by another version of opd_titan ({state.get('version')}, format "
-            f"{state.get('format')}; this one reads format {STATE_FORMAT}); go on with that one, "
-            f"choose another job.dump_folder, or start afresh with checkpoint.load_step = 0"
+            f"{state.get('format')}; this one reads format {STATE_FORMAT}); use that version, "
+            f"choose another job.dump_folder, or start a new run with checkpoint.load_step = 0"
         )
     differ = differences(state["fingerprint"], setup.fingerprint)
     changes = "; ".join(differ.values())
     if differ and not allow_changes:
         raise CheckpointError(
             f"{path}: belongs to a different job: {changes}; set that back, choose another "
-            f"job.dump_folder, or go on with --checkpoint.allow_changes"
+            f"job.dump_folder, or continue with --checkpoint.allow_changes"
         )
     if differ:
         logger.warning(
@@ -279,7 +279,7 @@ def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
     except CheckpointError as error:
         if not allow_changes:
             raise
-        logger.warning("The order of prompts starts anew: %s", error)
+        logger.warning("The order of the prompts starts from the beginning: %s", error)
 
 
 # ------------------------------------------------------------------ dump folder
@@ -309,7 +309,7 @@ def _warn_of_foreign_files(folder: Path) -> None:
     if found:
         logger.warning(
             "[job] dump_folder: %s has %s, but no run of this program wrote there before: files of "
-            "the same names will be replaced; another folder keeps them",
+            "the same names will be replaced; choose another folder to keep them",
             folder,
             " and ".join(f"{name}/" for name in found),
         )

@@ -1,4 +1,4 @@
-"""What the models of a job are, read from their small files: sizes, tokenizer, weight files."""
+"""Inspect the models of a job without reading weights: sizes, tokenizers, names of weight files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ModelSource(ModelShape):
-    """A checked model whose weights have not been read.
+    """A model that has been checked, before its weights are read.
 
     Attributes:
         key_table: from Hugging Face's names of the tensors to ours.
@@ -126,7 +126,7 @@ def _name_odd_values(where: str) -> Iterator[None]:
         yield
     except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as e:
         raise ModelError(
-            f"{where}: holds a value that no model has ({type(e).__name__}: {first_line(e)}); "
+            f"{where}: contains a value that no model has ({type(e).__name__}: {first_line(e)}); "
             "wanted the file that transformers saved"
         ) from e
 

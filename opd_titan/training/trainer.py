@@ -50,7 +50,7 @@ class Trainer:
         self.watchdog = Watchdog(job)
         self.step, self.total_steps = 0, self.setup.total_steps
         self.graphs = 0  # compiled up to now
-        self.pauses_due = False  # whether what follows the last step is still to be done
+        self.pauses_due = False  # whether the work due after the last step is still to be done
 
     def train(self) -> int:
         """Run the job to its end, or to a signal. Return the exit code, see `train.main`."""
@@ -228,7 +228,7 @@ class Trainer:
         if not stopped:
             self.recorder.report_outcome(self.step)
             return 0
-        outcome = "with a complete checkpoint; start again to go on"
+        outcome = "with a complete checkpoint; start again to continue"
         if self.step == 0:
             outcome = "before there was anything to save; start again"
         if not saves:
@@ -277,7 +277,7 @@ class Trainer:
             self.validator.load_state_dict(state["validator"])
 
     def _roll_back(self, last_good: int) -> None:
-        """Go on from a checkpoint of step `last_good` or before, with a smaller learning rate."""
+        """Continue from a checkpoint of step `last_good` or before, with a lower learning rate."""
         self.saver.checkpoints.wait()
         start = roll_back(self.setup, last_good)
         self.recorder.metrics.close()

@@ -392,3 +392,16 @@ def test_a_wrong_config_is_one_line_and_exit_code_2() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     expected = "--rollout.group_sise: unknown option; did you mean --rollout.group_size?\n"
     assert done.stderr == expected
+
+
+def test_random_teachers_have_seeds_of_their_own_whatever_the_objective() -> None:
+    options = ["--student.hf_path", "s", "--teacher.models"]
+    options += ['[{name = "a", hf_path = "m"}, {name = "b", hf_path = "m"}]']
+    config = load_config(options)
+    seeds = {role: spec.seed for role, spec in resolve(config, "cpu", 1).models.items()}
+    assert len(set(seeds.values())) == 3
+    config.distill.objective = "sft"
+    assert set(resolve(config, "cpu", 1).models) == {"student"}
+    assert {spec.role: spec.seed for spec in teacher_specs(config)} == {
+        role: seed for role, seed in seeds.items() if role != "student"
+    }

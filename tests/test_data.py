@@ -77,6 +77,15 @@ def test_gsm8k_reads_the_same_from_every_kind_of_path(shared_data, tiny, tmp_pat
         assert row["answer"] not in prompt.text
 
 
+def test_indices_of_a_slice_do_not_reach_into_the_next_set(tiny, tmp_path) -> None:
+    rows = [{"prompt": f"Q{i}", "answer": "1"} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = build(tiny, "prompts", tmp_path / "a.jsonl", split="train[4:7]")
+    second = build(tiny, "prompts", tmp_path / "a.jsonl", first_index=first.end)
+    assert [p.index for p in first.prompts] == [4, 5, 6]
+    assert first.num_rows == 3 and second.prompts[0].index == 7
+
+
 def test_openthoughts3_gives_each_human_turn_once_and_no_trace(shared_data, qwen3) -> None:
     file = shared_data / "openthoughts3_fixture.jsonl"
     rows = [json.loads(line)["conversations"] for line in file.read_text().splitlines()]

@@ -45,7 +45,7 @@ def numbers(size: int, tokens: int = 3) -> Callable[[Write], dict[str, int]]:
         for i in range(0, size, 1000):
             rows = range(i, min(i + 1000, size))
             write([TokenizedRow(n, str(n), [n] * tokens, None, f"a{n}") for n in rows])
-        return {"num_rows": size}
+        return {"num_rows": size, "end": size}
 
     return make
 

@@ -54,6 +54,16 @@ def test_a_mistyped_option_is_one_line_at_once(world: World, processes: int) -> 
     assert not (world.folder / "typo").exists()
 
 
+def test_a_world_size_without_a_rank_is_not_a_world(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch system may set the variable in every shell."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    options = ("--training.steps", 1, "--validation.enable", "false")
+    assert train(world.argv("alone", *options)) == 0
+
+
 def test_help_comes_once_whatever_the_number_of_processes(world: World) -> None:
     code, out, err, _ = finish(world.argv("help", "--help"), 2)
     assert (code, err) == (0, "")

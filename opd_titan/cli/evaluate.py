@@ -64,7 +64,7 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     from opd_titan.training.sources import check_lengths
 
     config, world = job.config, join_world(job)
-    with raise_on_all_ranks():
+    with raise_on_all_ranks(wait=True):
         subject = find_subject(config)
         decode = partial(subject.tokenizer.decode, skip_special_tokens=True)
         options = prompt_options(config.data, subject.tokenizer)

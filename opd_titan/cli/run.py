@@ -13,6 +13,7 @@ from opd_titan.config import JobConfig
 from opd_titan.config.resolve import ResolvedJob, resolve
 from opd_titan.distributed.heartbeat import Heartbeat
 from opd_titan.distributed.stopping import Stopped, StopRequest
+from opd_titan.distributed.world import world_size
 from opd_titan.errors import LostOthers, OneLineError, first_line
 from opd_titan.training.out_of_memory import is_out_of_memory, out_of_memory
 from opd_titan.training.trainer import Trainer
@@ -35,7 +36,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
         Fault: it cannot go on.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    job, comm = resolve(config, device_type, int(os.environ.get("WORLD_SIZE", 1))), config.comm
+    job, comm = resolve(config, device_type, world_size()), config.comm
     patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
     heartbeat = Heartbeat(int(os.environ.get("RANK", 0)), patience)
     stop = StopRequest()  # before loading, which may take longer than a scheduler waits

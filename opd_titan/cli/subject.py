@@ -10,8 +10,7 @@ from typing import Any
 
 from opd_titan.checkpoint.steps import is_checkpoint
 from opd_titan.config import RECIPE_FILE, JobConfig
-from opd_titan.config.job_config import TeacherModel
-from opd_titan.config.resolve import ModelSpec, teacher_role
+from opd_titan.config.resolve import ModelSpec, teacher_specs
 from opd_titan.data.tokenizer import compare_tokenizers
 from opd_titan.errors import ConfigError
 from opd_titan.training.sources import ModelSource, inspect_model
@@ -48,19 +47,16 @@ def find_subject(config: JobConfig) -> Subject:
         UserError: there is no such model, or it cannot be used.
     """
     model, tp = config.evaluate.model or "student", config.parallelism.tensor_parallel_degree
-    c, teacher = config.student, config.teacher
+    c = config.student
     student = ModelSpec(
         "student", c.hf_path, "student.hf_path", c.random_init, config.training.seed
     )
     # For the tokenizer and the sizes of the student, its weights need not exist.
     template = replace(student, random_init=True)
-    one = TeacherModel(hf_path=teacher.hf_path)
-    teachers = {teacher_role(t.name): t.hf_path for t in (one, *teacher.models)}
+    teachers = {spec.role: spec for spec in teacher_specs(config)}
     checkpoint = None
     if model in teachers:
-        spec = replace(student, role=model, path=teachers[model], key=f"{model}.hf_path")
-        spec = replace(spec, random_init=teacher.random_init, cpu_offload=teacher.cpu_offload)
-        source = inspect_model(spec, tp)
+        source = inspect_model(teachers[model], tp)
         if not c.hf_path:
             return Subject(model, source, source.tokenizer)
         # As in training, the teacher gets the student's prompts.

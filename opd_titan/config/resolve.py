@@ -129,7 +129,7 @@ def resolve(config: JobConfig, device_type: str, world_size: int) -> ResolvedJob
 
 
 def _models(config: JobConfig) -> Iterator[ModelSpec]:
-    student, teacher, reference = config.student, config.teacher, config.reference
+    student, reference = config.student, config.reference
     seed = config.training.seed
     yield ModelSpec(
         "student",
@@ -140,11 +140,8 @@ def _models(config: JobConfig) -> Iterator[ModelSpec]:
         config.optimizer.cpu_offload,
         student.eos_token,
     )
-    for number, row in enumerate(teachers(config), 1):
-        # Random teachers differ from the student and from each other, also at equal shapes.
-        role, drawn = teacher_role(row.name), seed + number
-        key = f"{role}.hf_path"
-        yield ModelSpec(role, row.hf_path, key, teacher.random_init, drawn, teacher.cpu_offload)
+    if config.distill.objective != "sft":
+        yield from teacher_specs(config)
     if reference.coef != 0.0:
         # The default reference is the initial student.
         path, random_init = reference.hf_path, False
@@ -152,6 +149,17 @@ def _models(config: JobConfig) -> Iterator[ModelSpec]:
             path, random_init = student.hf_path, student.random_init
         key = "reference.hf_path"
         yield ModelSpec("reference", path, key, random_init, seed, reference.cpu_offload)
+
+
+def teacher_specs(config: JobConfig) -> Iterator[ModelSpec]:
+    """Yield the teachers of the configuration, whether or not the objective needs them."""
+    teacher = config.teacher
+    for number, row in enumerate(teacher.models or [TeacherModel(hf_path=teacher.hf_path)], 1):
+        role = teacher_role(row.name)
+        # Random teachers differ from the student and from each other, also at equal shapes.
+        seed = config.training.seed + number
+        key, offload = f"{role}.hf_path", teacher.cpu_offload
+        yield ModelSpec(role, row.hf_path, key, teacher.random_init, seed, offload)
 
 
 def _layout(config: JobConfig, world_size: int) -> Layout:

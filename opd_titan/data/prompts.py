@@ -39,6 +39,7 @@ class PromptSet:
     Attributes:
         source: where they come from, for messages. name: empty for the only set.
         num_rows: rows read.
+        end: the index after that of the last row, which is larger for a slice of a split.
         num_duplicates, num_too_long: how many of them were dropped for this reason.
     """
 
@@ -46,6 +47,7 @@ class PromptSet:
     name: str
     prompts: Prompts
     num_rows: int
+    end: int
     num_duplicates: int
     num_too_long: int
 
@@ -117,7 +119,8 @@ def build_prompts(
     if not prompts:
         raise _none_fits(rows.source, max_prompt_tokens, prompts.info["shortest"])
     prompts.first_index, prompts.data_set, prompts.teacher = first_index, name, teacher
-    counts = (prompts.info[key] for key in ("num_rows", "num_duplicates", "num_too_long"))
+    info, end = prompts.info, first_index + prompts.info["end"]
+    counts = info["num_rows"], end, info["num_duplicates"], info["num_too_long"]
     return PromptSet(rows.source, name, prompts, *counts)
 
 
@@ -170,7 +173,7 @@ def _make(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: _Settings, write: Write
 ) -> dict[str, int]:
     """Write the prompts in batches. Returns the counts of a PromptSet and the shortest length."""
-    counts = {"num_rows": 0, "num_duplicates": 0, "num_too_long": 0}
+    counts = {"num_rows": 0, "end": 0, "num_duplicates": 0, "num_too_long": 0}
     limit, left = settings.max_prompt_tokens, settings.max_prompts or sys.maxsize
     most_text = max(LARGE_TEXT, limit * max(map(len, tokenizer.get_vocab())))
     shortest = sys.maxsize
@@ -201,6 +204,7 @@ def _rendered(
     seen: set[bytes] = set()
     for number, place, record in rows.records():
         counts["num_rows"] += 1
+        counts["end"] = number + 1
         if rows.spec.deduplicate:
             question = " ".join(" ".join(m["content"] for m in record.messages).split())
             # 16 bytes a prompt instead of its text: there are over a million rows.

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from opd_titan.errors import OneLineError, StorageError, reason
 
 T = TypeVar("T")
+_ARRIVED, _POLL_SECONDS = "opd_titan/arrived", 0.1
 
 
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
+def raise_on_all_ranks(wait: bool = False) -> Iterator[None]:
     """Raise on every rank the first error that any rank raises in the body.
 
     All ranks must enter. The body must not call collectives. Without a process group, only this
     rank takes part.
+
+    Args:
+        wait: let the slowest rank take longer than the timeout of a collective. The heartbeat
+            still ends a rank that waits for too long.
 
     Raises:
         OneLineError: as the first rank that failed raised it.
@@ -35,12 +42,23 @@ def raise_on_all_ranks() -> Iterator[None]:
         mine.__cause__ = error
     found: list[Any] = [mine]
     if dist.is_initialized():
+        if wait:
+            _wait_for_all_ranks()
         found = [None] * dist.get_world_size()
         # Send it without its traceback and its cause.
         dist.all_gather_object(found, None if mine is None else type(mine)(*mine.args))
     for theirs in found:
         if theirs is not None:
             raise theirs from mine
+
+
+def _wait_for_all_ranks() -> None:
+    """Return when all ranks have called this; once per process group."""
+    store, ranks = _get_default_store(), dist.get_world_size()
+    arrived = store.add(_ARRIVED, 1)
+    while arrived < ranks:
+        time.sleep(_POLL_SECONDS)
+        arrived = store.add(_ARRIVED, 0)
 
 
 def call_on_rank_0(function: Callable[[], T]) -> T:

@@ -64,6 +64,11 @@ def axes(mesh: DeviceMesh) -> dict[str, int]:
     return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
 
 
+def world_size() -> int:
+    """Return the number of ranks that the launcher has started; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
 def init_world(init_timeout_seconds: int) -> torch.device:
     """Join the process group that the launcher describes, or start one of a single process.
 

@@ -94,7 +94,8 @@ def set_up(job: ResolvedJob) -> tuple[Setup, Start]:
             itself is at fault.
     """
     world = join_world(job)
-    with raise_on_all_ranks():
+    # A node without a cache of the prompts may take much longer than the others.
+    with raise_on_all_ranks(wait=True):
         setup = _inspect(job, world)
         if job.config.watchdog.action == "stop":
             for text in _mismatches(setup):
@@ -179,7 +180,7 @@ def _read_data(job: ResolvedJob, options: dict[str, Any]) -> list[PromptSet]:
             keep_responses=job.config.rollout.on_policy_fraction < 1.0,
             section=f"data.sets[{i}]" if job.config.data.sets else "data",
             # Indices continue from set to set.
-            first_index=sum(s.num_rows for s in found),
+            first_index=found[-1].end if found else 0,
             name=row.name,
             teacher=row.teacher,
             **options,

@@ -13,6 +13,7 @@ import pytest
 
 from opd_titan.config import ConfigError, JobConfig, job_config, load_config
 from opd_titan.config.options import LISTS, OPTIONS, VALUES
+from opd_titan.config.resolve import resolve, teacher_specs
 
 MODELS = ["--student.hf_path", "s", "--teacher.hf_path", "t"]
 
@@ -397,7 +398,8 @@ def test_a_wrong_config_is_one_line_and_exit_code_2() -> None:
 def test_random_teachers_have_seeds_of_their_own_whatever_the_objective() -> None:
     options = ["--student.hf_path", "s", "--teacher.models"]
     options += ['[{name = "a", hf_path = "m"}, {name = "b", hf_path = "m"}]']
-    config = load_config(options)
+    options += ["--data.sets", '[{name = "x", path = "p", teacher = "a"}]']
+    config = load_config([*options, "--validation.enable", "false"])
     seeds = {role: spec.seed for role, spec in resolve(config, "cpu", 1).models.items()}
     assert len(set(seeds.values())) == 3
     config.distill.objective = "sft"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="the kernels are Triton's: pip install triton",

@@ -398,7 +398,10 @@ def test_a_wrong_config_is_one_line_and_exit_code_2() -> None:
 def test_random_teachers_have_seeds_of_their_own_whatever_the_objective() -> None:
     options = ["--student.hf_path", "s", "--teacher.models"]
     options += ['[{name = "a", hf_path = "m"}, {name = "b", hf_path = "m"}]']
-    options += ["--data.sets", '[{name = "x", path = "p", teacher = "a"}]']
+    options += [
+        "--data.sets",
+        '[{name = "x", path = "p", teacher = "a"}, {name = "y", path = "q", teacher = "b"}]',
+    ]
     config = load_config([*options, "--validation.enable", "false"])
     seeds = {role: spec.seed for role, spec in resolve(config, "cpu", 1).models.items()}
     assert len(set(seeds.values())) == 3

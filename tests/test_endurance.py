@@ -198,7 +198,7 @@ def calm(values: list[float]) -> tuple[float, float]:
     return min(values[:half]), min(values[half:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_150_steps_on_two_processes_leave_nothing_behind(repo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(repo / "benchmarks" / "endurance.py"), "--out", str(out)]

@@ -29,7 +29,7 @@ from opd_titan.data.prompts import build_prompts
 from opd_titan.data.sources import DATASETS
 from opd_titan.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 FACTOR = int(os.environ.get("OPD_TITAN_FUZZ", 1))
 

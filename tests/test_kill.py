@@ -27,7 +27,7 @@ def test_killed_twice_it_is_the_same_run(tmp_path: Path) -> None:
     assert any(name.startswith("before rename checkpoint/") for name in harness.exact)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_eight_times_on_two_processes(tmp_path: Path) -> None:
     harness = kill_anywhere(tmp_path / "out", 8, processes=2, seed=1, variants=("sync",))
     report(harness, 8)

@@ -158,7 +158,7 @@ def assert_same_numbers(a: Path, b: Path) -> None:
 # -------------------------------------------------------------------- cluster
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("cluster", ["start_slurm.sh", NETNS], indirect=True)
 def test_two_nodes_give_the_numbers_of_one_machine(
     cluster: Cluster, one_machine: Path, tmp_path: Path
@@ -176,7 +176,7 @@ def test_two_nodes_give_the_numbers_of_one_machine(
     assert_same_numbers(out, one_machine)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_near_the_time_limit_it_saves_and_the_requeued_job_goes_on(
     cluster: Cluster, one_machine: Path, tmp_path: Path
 ) -> None:
@@ -200,7 +200,7 @@ def test_near_the_time_limit_it_saves_and_the_requeued_job_goes_on(
     assert_same_numbers(out, one_machine)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = [*OPTIONS, "--training.steps", "500", "--job.dump_folder", str(out)]
@@ -214,7 +214,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: P
     assert f"Stopped by signal 15 after step {stopped_at}" in read_log(out)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_before_any_checkpoint_it_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """It would be, for ever, if its time limit is too short to get anywhere."""
     out = tmp_path / "out"
@@ -235,7 +235,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("nodes", "environment", "options", "told"), MISTAKES)
 def test_a_mistake_is_one_line_and_is_not_requeued(
     cluster: Cluster,

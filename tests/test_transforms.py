@@ -216,7 +216,7 @@ def test_more_recompilations_than_the_limit_stop_the_run(
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_student_trains_the_same_without_recompiling(
     world: World, fresh: None, mode: str, capfd: pytest.CaptureFixture[str]
@@ -234,7 +234,7 @@ def test_a_compiled_student_trains_the_same_without_recompiling(
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_first_batch_of_as_many_tokens_as_the_width(world: World, fresh: None) -> None:
     plain, compiled = make(world), make(world, compile=True)
     for seq_lens in ([ARGS.dim], [ARGS.ffn_dim], [11, 4]):
@@ -245,7 +245,7 @@ def test_a_first_batch_of_as_many_tokens_as_the_width(world: World, fresh: None)
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 def test_long_batches_take_few_graphs_more(world: World, fresh: None) -> None:
     """On a CPU the compiler has other code for sums over many tokens, up to a number of tokens."""
     model = make(world, compile=True)
@@ -257,7 +257,7 @@ def test_long_batches_take_few_graphs_more(world: World, fresh: None) -> None:
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_checkpointing_keeps_less(compiler: None) -> None:
     kept = {}
     for mode in MODES:
@@ -267,7 +267,7 @@ def test_compiled_checkpointing_keeps_less(compiler: None) -> None:
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_and_a_generator_are_compiled_once(world: World, fresh: None) -> None:
     """Student, teacher and generator use the same code with three widths."""
     student = make(world, compile=True)
@@ -335,7 +335,7 @@ def share_of(model: Qwen3Model, world: World, compile: bool) -> Qwen3Model:
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_under_tensor_parallelism(compiler: None) -> None:
     """Collectives are compiled too, those of training and the others of rollouts."""
     for worst, same_rollouts, graphs in run_distributed(compiled_on_two, 2):
@@ -375,7 +375,7 @@ def assert_close_run(a: Path, b: Path, first_step: int) -> None:
 
 
 @needs_cpp
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_run_is_the_plain_one_within_rounding(
     files: Files, plain_run: Path, fresh: None
 ) -> None:
@@ -388,7 +388,7 @@ def test_a_compiled_run_is_the_plain_one_within_rounding(
     assert_close_run(plain_run, files.folder / "resumed", 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiling_without_a_compiler_is_refused(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from tiny_world import World, make_world, read_rollouts, train
 
 from opd_titan.view.__main__ import main
 
+pytestmark = pytest.mark.long
+
 Rows = dict[int, list[dict[str, Any]]]
 
 

@@ -199,7 +199,7 @@ def test_another_jobs_checkpoint_goes_on_where_that_is_asked_for(world: World, w
     log = read_log(out)[seen:]
     assert "belongs to a different job (checkpoint.allow_changes)" in log
     assert "distill.objective was policy_gradient and is reverse_kl" in log
-    assert "order starts afresh" in log and "next step 3" in log
+    assert "order of the prompts starts from the beginning" in log and "next step 3" in log
     known = {json.loads(x)["question"] for x in (world.folder / "changed.jsonl").open()}
     rows = read_rollouts(out)
     assert all(any(q in row["prompt"] for q in known) for row in rows[3])

@@ -50,6 +50,7 @@ def undisturbed(world: World) -> Path:
 # ----------------------------------------------------------- stopped inside a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 @pytest.mark.parametrize(
     ("phase", "beats", "saved"),
@@ -91,6 +92,7 @@ def test_a_signal_is_heard_inside_every_phase(
         assert_same_run(undisturbed, out, 4)
 
 
+@pytest.mark.slow
 def test_no_signal_stops_between_the_updates_of_a_step(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

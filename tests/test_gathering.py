@@ -35,6 +35,7 @@ def test_traffic_of_sharding(planned: Any, cluster: Cluster) -> None:
     assert collectives == (1 + times) * SIZES["wide"][1] + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [TIGHT, H200], ids=["anew", "kept"])
 @pytest.mark.parametrize("degrees", [(1, 8), (4, 2)], ids=["fsdp", "hsdp"])
 def test_what_further_microbatches_send(

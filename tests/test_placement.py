@@ -30,6 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("placement"))
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_the_host_is_the_same_run(world: World) -> None:
     """FSDP's path of offloading (copies there and back, optimizer on the host), on a CPU."""
     assert train(world.argv("resident", "--reference.coef", 0.5)) == 0
@@ -37,6 +38,7 @@ def test_a_run_with_everything_on_the_host_is_the_same_run(world: World) -> None
     assert_same_run(world.folder / "resident", world.folder / "offloaded", step=4)
 
 
+@pytest.mark.slow
 def test_an_offloaded_run_goes_on_from_a_resident_one(world: World) -> None:
     whole, half = world.folder / "whole", world.folder / "half"
     assert train(world.argv("whole", "--training.steps", 4, "--reference.coef", 0.5)) == 0

@@ -271,6 +271,7 @@ def test_planning_for_gpus_takes_their_branches_and_leaves_none_behind() -> None
     assert inside[:3] == (True, True, True) and inside[3] is not before[3]
 
 
+@pytest.mark.slow
 def test_several_updates_do_not_pile_up_gradients(planned: Any) -> None:
     """Only micro-batches of one update have earlier gradients beside them."""
     budget = "--training.max_tokens_per_microbatch", 128

@@ -73,6 +73,7 @@ def test_without_an_intact_checkpoint_a_run_does_not_start_afresh_by_itself(
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_what_storage_refuses_is_tried_again(
     world: World, whole: Path, capfd: pytest.CaptureFixture[str], mode: str

@@ -79,6 +79,7 @@ def validated(world: World) -> tuple[Path, list[Any]]:
     return world.folder / "validated", options
 
 
+@pytest.mark.slow
 def test_validation_stops_the_teacher_at_its_own_tokens(validated: tuple[Path, list[Any]]) -> None:
     scalars = read_scalars(validated[0])
     assert scalars["validation/teacher_accuracy"] == {0: 1.0, 1: 1.0, 2: 1.0}

@@ -85,6 +85,7 @@ def test_a_generator_with_other_weights_than_the_student_is_noticed(
     assert signs(tmp_path) == {"log-probs of rollout and update drift apart"}
 
 
+@pytest.mark.slow
 def test_a_stop_token_that_the_student_never_writes(tmp_path: Path) -> None:
     shutil.copytree(DEBUG / "student", tmp_path / "student")
     path = tmp_path / "student" / "generation_config.json"
@@ -130,6 +131,7 @@ def test_stop_ends_the_run_with_the_sign(tmp_path: Path, capsys: pytest.CaptureF
     assert "watchdog: step 5: " in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_rollback_goes_on_from_before_the_sign_with_smaller_steps(tmp_path: Path) -> None:
     saves = ("--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
     assert train(argv(tmp_path, *TOO_FAST, *saves)) == 0

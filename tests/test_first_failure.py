@@ -50,7 +50,7 @@ def test_the_launcher_tells_what_the_others_follow_from(
 RANKS = """
 import os, signal, sys, time
 from opd_titan.errors import LostOthers
-from opd_titan.train import _tell
+from opd_titan.cli.exits import _tell
 if os.environ["RANK"] == "1":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that cannot reach bytecode
     time.sleep(120)

@@ -15,6 +15,7 @@ from same_run import differences, leftovers
 from tiny_world import make_world, train
 
 
+@pytest.mark.slow
 def test_killed_twice_it_is_the_same_run(tmp_path: Path) -> None:
     """In an update while a checkpoint may be being written, and before one gets its name."""
     harness = Harness(make_world(tmp_path), 1, tmp_path / "scratch", random.Random(0))

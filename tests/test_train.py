@@ -281,6 +281,7 @@ def test_two_processes_give_the_same_run(
     assert {p.name for p in (two[name] / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_on_one(
     one: dict[str, Path], two: dict[str, Path], world: World
 ) -> None:

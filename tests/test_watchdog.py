@@ -147,6 +147,7 @@ SETS = "[{name = 'a', teacher = 'a', weight = 3.0}, {name = 'b', teacher = 'b', 
 TWO = ("--teacher.hf_path=", "--teacher.models", TEACHERS.format(DEBUG), "--data.sets", SETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, teachers",
     [("disabled", ()), ("disabled", TWO), pytest.param("async", (), marks=pytest.mark.slow)],

@@ -37,10 +37,6 @@ class ModelSpec:
     eos_token: str = ""
 
     @property
-    def is_teacher(self) -> bool:
-        return is_teacher(self.role)
-
-    @property
     def is_trained(self) -> bool:
         return self.role == "student"
 
@@ -154,7 +150,7 @@ def _models(config: JobConfig) -> Iterator[ModelSpec]:
 def teacher_specs(config: JobConfig) -> Iterator[ModelSpec]:
     """Yield the teachers of the configuration, whether or not the objective needs them."""
     teacher = config.teacher
-    for number, row in enumerate(teacher.models or [TeacherModel(hf_path=teacher.hf_path)], 1):
+    for number, row in enumerate(_listed_teachers(config), 1):
         role = teacher_role(row.name)
         # Random teachers differ from the student and from each other, also at equal shapes.
         seed = config.training.seed + number
@@ -193,8 +189,10 @@ def _fitting(world_size: int, replicate: int, tensor: int) -> list[tuple[int, in
 
 def teachers(config: JobConfig) -> list[TeacherModel]:
     """Return [[teacher.models]], or the model of [teacher]; none if the objective is sft."""
-    if config.distill.objective == "sft":
-        return []
+    return [] if config.distill.objective == "sft" else _listed_teachers(config)
+
+
+def _listed_teachers(config: JobConfig) -> list[TeacherModel]:
     return config.teacher.models or [TeacherModel(hf_path=config.teacher.hf_path)]
 
 

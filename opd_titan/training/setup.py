@@ -18,7 +18,7 @@ from opd_titan.checkpoint.faults import config_error_if_unwritable
 from opd_titan.checkpoint.publish import clear_leftovers, reset_latest
 from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
 from opd_titan.config import RECIPE_FILE, to_toml
-from opd_titan.config.resolve import ResolvedJob, is_teacher
+from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.loader import PromptLoader
 from opd_titan.data.prompts import PromptSet, build_prompts
 from opd_titan.data.templates import template_warning
@@ -194,9 +194,8 @@ def _mismatches(setup: Setup) -> Iterator[str]:
     if setup.job.config.watchdog.action == "off":
         return
     student, data = setup.sources["student"], setup.job.config.data
-    for role, teacher in setup.sources.items():
-        if not is_teacher(role):
-            continue
+    for role in setup.job.teachers:
+        teacher = setup.sources[role]
         texts = [eos_warning(student.eos_ids, teacher.eos_ids, setup.tokenizer)]
         if data.template == "chat":
             texts.append(template_warning(setup.tokenizer, teacher.tokenizer, data.enable_thinking))

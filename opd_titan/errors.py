@@ -1,7 +1,7 @@
-"""Errors that are told in one line: what a user can mend, and faults of the machine.
+"""Errors that are reported in one line: mistakes of the user, and faults of the machine.
 
-`train.main` prints them on stderr and exits with code 2 for a `UserError`, 1 for a `Fault`.
-Anything else is a bug, keeps its traceback and exits with code 1.
+The programs print them on stderr and exit with code 2 for a `UserError`, 1 for a `Fault`. Any other
+exception is a bug: it keeps its traceback, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What a terminal can show of one mistake; a list of columns or a path may be as long as it likes.
+# In characters. A message may quote a list of columns or a path of any length.
 _LONGEST = 1000
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
 
 
 class OneLineError(Exception):
-    """What is said to the user in one line, without a traceback.
+    """An error that the user sees as one line, without a traceback.
 
-    Whatever names and values it quotes, the message is one printable line of bounded length, and
-    shows no user name and password of a URL.
+    The message becomes one printable line of bounded length without the credentials of any URL.
     """
 
     def __init__(self, message: object) -> None:
@@ -37,11 +36,11 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data set cannot be read, or a row of it lacks what is needed."""
+    """A data set cannot be read, or one of its rows lacks a required value."""
 
 
 class ModelError(UserError):
-    """A model folder, its config, weights or tokenizer cannot be used as asked."""
+    """A model folder, its config, weights or tokenizer cannot be used as requested."""
 
 
 class CheckpointError(UserError):
@@ -49,19 +48,19 @@ class CheckpointError(UserError):
 
 
 class Fault(OneLineError):
-    """The run cannot go on, for a reason that is known: exit code 1."""
+    """The run cannot continue, and the reason is known: exit code 1."""
 
 
 class LostOthers(Fault):
-    """Another rank has died or did not come to a collective in time: that one knows why."""
+    """Another rank has died or missed a collective; that rank reports the cause."""
 
 
 class StorageError(Fault):
-    """Something could not be written: no space, no right to, a broken disk."""
+    """A file could not be written: no space, no permission, or a broken disk."""
 
 
 def without_credentials(text: str) -> str:
-    """The text with `***` for what stands between `://` and `@` in it."""
+    """Return the text with `***` in place of everything between `://` and `@`."""
     return _CREDENTIALS.sub("***@", text)
 
 
@@ -73,29 +72,29 @@ def _one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's message, or its class when it has none."""
+    """Return the first non-empty line of an error's message, or its class if it has none."""
     message = without_credentials(str(error))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
 def reason(error: BaseException) -> str:
-    """Why, in the operating system's words where it has some; without the file's name."""
+    """Return the operating system's description of an error, else its first line; no file name."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def tell(text: object) -> None:
-    """One line on stderr, in one write: ranks share it, and Python may write a line's end apart."""
+    """Write one line on stderr in a single call, because several ranks write to it."""
     sys.stderr.write(f"opd_titan: {text}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def for_a_pipe() -> Iterator[None]:
-    """Print, and end without a word where nobody reads on, as after `| head` or a pager.
+    """Exit quietly if the reader of stdout has closed it, as `| head` and pagers do.
 
     Raises:
-        SystemExit: nobody does; 141, as of what dies of SIGPIPE.
+        SystemExit: with code 141, like a process that SIGPIPE ends.
     """
     try:
         try:
@@ -103,6 +102,6 @@ def for_a_pipe() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more at its end, and would complain.
+        # Python flushes again when it exits, and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

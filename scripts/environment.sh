@@ -1,12 +1,11 @@
-# Sourced by the other scripts. `prepare_environment` leaves $PYTHON set to an interpreter that has
-# what is needed: the active Python when it can import everything, otherwise a .venv made here, once.
-# The rest is what every launch does alike.
+# Sourced by the other scripts. `prepare_environment` sets PYTHON to an interpreter that has the
+# required packages: the active Python if it can import all of them, otherwise a new .venv.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# What a Python lacks of the named packages; it fails where that is nothing. find_spec: importing
-# torch here would cost seconds on every start.
+# Print which of the named packages a Python lacks. It uses find_spec because importing torch would
+# cost seconds at every start.
 missing_packages() {
     "$1" - "${@:2}" <<'PY' 2>/dev/null || echo "a Python that runs"
 import importlib.util as u, sys
@@ -20,15 +19,15 @@ has_packages() {
     command -v "$1" >/dev/null && [ -z "$(missing_packages "$@")" ]
 }
 
-# Whether pip finds packages, by whatever it is configured with: an index, a mirror, a folder. The
-# system's Python of Debian and others refuses even a dry run without the variable (PEP 668).
+# Return whether pip finds packages with its configuration: an index, a mirror or a folder. Without
+# the variable, the system Python of Debian and others refuses even a dry run (PEP 668).
 finds_packages() {
     PIP_BREAK_SYSTEM_PACKAGES=1 "$1" -m pip install --dry-run --ignore-installed --no-deps --quiet --disable-pip-version-check \
         --retries 0 --timeout 10 tqdm >/dev/null 2>&1
 }
 
-# prepare_environment [extra [package ...]]: the extra "dev" also wants what the tests need; so it
-# does the packages that are named.
+# prepare_environment [extra [package ...]]: the extra "dev" adds what the tests need. Further
+# packages are required too.
 prepare_environment() {
     local needed=(torch transformers datasets safetensors pydantic tensorboard tqdm jinja2)
     needed+=("${@:2}")
@@ -43,7 +42,7 @@ prepare_environment() {
     done
     PYTHON="$ROOT/.venv/bin/python"
     (
-        # Of jobs that start at once in a new checkout one makes it, the others wait and find it.
+        # If several jobs start at once in a new checkout, one makes the .venv and the others wait.
         command -v flock >/dev/null && flock 9
         has_packages "$PYTHON" "${needed[@]}" && exit
         local missing pip=python3
@@ -51,7 +50,7 @@ prepare_environment() {
         python3 -m pip --version >/dev/null 2>&1 || pip="$PYTHON"
         [ "$pip" = python3 ] || [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
         finds_packages "$pip" || fail "python3 lacks $missing, and pip finds no packages here;" \
-            "where it does: python3 -m pip download --dest wheels --constraint constraints.txt" \
+            "on a machine with network access: python3 -m pip download --dest wheels --constraint constraints.txt" \
             "'.${extra:+[$extra]}' setuptools; then here: python3 -m pip install --no-index" \
             "--find-links wheels --editable '.${extra:+[$extra]}'"
         echo "python3 lacks $missing; installing into $ROOT/.venv" >&2
@@ -66,60 +65,16 @@ fail() {
     exit 2
 }
 
-# Sets CONFIG_FILE where the user did not.
+# choose_recipe "$@": set CONFIG_FILE, and ARGUMENTS to the other arguments. A recipe as first argument
+# wins over the variable.
 choose_recipe() {
+    if [[ "${1:-}" == *.toml && "$1" != -* ]]; then
+        CONFIG_FILE="$1"
+        shift
+    fi
+    ARGUMENTS=("$@")
     if [ -z "${CONFIG_FILE:-}" ]; then
-        cd "$ROOT"  # the default recipe's paths are relative to it
+        cd "$ROOT" # the default recipe's paths are relative to it
         CONFIG_FILE=train_configs/debug.toml
-    fi
-}
-
-# The recipe with the options, as TOML. Mistakes in them are told before any worker starts.
-resolve_recipe() {
-    "$PYTHON" -m opd_titan.config --job.config_file "$CONFIG_FILE" "$@"
-}
-
-asks_for_help() {
-    case " $* " in *" --help "* | *" -h "*) return 0 ;; esac
-    return 1
-}
-
-# The GPUs that are visible on this machine; 0 without any.
-visible_gpus() {
-    # Set but empty hides every GPU.
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus | grep -c . || true
-    else
-        echo 0
-    fi
-}
-
-check_processes() {
-    [[ "$NGPU" =~ ^[1-9][0-9]*$ ]] || fail "NGPU is '$NGPU'; wanted a number of processes"
-}
-
-# Sets NGPU where the user did not, and the workers' environment. The arguments are the program's.
-choose_processes() {
-    if [ -z "${NGPU:-}" ]; then
-        NGPU=$(visible_gpus)
-        [ "$NGPU" -ge 1 ] || NGPU=1
-    fi
-    check_processes
-    if asks_for_help "$@"; then NGPU=1; fi # one help, not one from each process
-    set_worker_environment
-}
-
-# What NGPU workers on this machine get in their environment.
-set_worker_environment() {
-    # Huge pages for malloc (glibc 2.35 on): large tensors that come and go fault 512 times less, on
-    # a CPU 10 to 25 % of a rollout. One arena: a background save's thread has its own otherwise,
-    # which keeps 0.6 MiB more after each save (benchmarks/endurance.py).
-    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1}"
-    # The workers share the cores, also those that drive GPUs: torchrun alone would give each one
-    # thread, and an optimizer on the host needs more.
-    if [ "$NGPU" -gt 1 ]; then
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NGPU - 1) / NGPU ))}"
     fi
 }

@@ -4,9 +4,9 @@
 #   STUDENT_PATH=Qwen/Qwen3-8B-Base TEACHER_PATH=Qwen/Qwen3-8B DATA_PATH=gsm8k N_GPUS=4 \
 #       bash scripts/run_opd.sh --output_dir checkpoints/mine --num_epochs 2 --learning_rate 1e-5
 #
-# DATA_PATH is the name of a data set (gsm8k, openthoughts) or where one lies. Options of the
-# program itself (--rollout.group_size 4, ...) may be mixed in. The recipe underneath, also for what
-# is not said: train_configs/seed_gsm8k.toml.
+# DATA_PATH is the name of a data set (gsm8k, openthoughts) or its path. Options of the program itself
+# (--rollout.group_size 4, ...) may be mixed in. All other settings come from
+# train_configs/seed_gsm8k.toml.
 set -euo pipefail
 scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -53,7 +53,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-# The name of a data set, in any spelling that the prototype knew, is not a path.
+# Print the name of a data set for any spelling that the prototype accepted; print a path unchanged.
 canonical() {
     case "${1,,}" in
         gsm8k | openai/gsm8k) echo gsm8k ;;

@@ -1,19 +1,20 @@
-# One node's part in scripts/multinode.slurm, which starts it on each node and says what is exported.
+# The part of scripts/multinode.slurm that runs on each node. It uses the variables exported there.
 #
-#   slurm_node.sh count      this node's name and its GPUs
-#   slurm_node.sh run ...    this node's share of the processes, with the program's arguments
+#   slurm_node.sh count      print the name of this node and its number of GPUs
+#   slurm_node.sh run ...    run the processes of this node with these arguments of the program
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [ "$1" = count ]; then
-    # Where SLURM does not manage the GPUs, what is visible counts.
-    echo "${SLURMD_NODENAME:-$(hostname)} ${SLURM_GPUS_ON_NODE:-$(visible_gpus)}"
+    # If SLURM does not manage the GPUs, count the visible ones.
+    count="import os; from opd_titan.cli.start import visible_gpus; print(visible_gpus(os.environ))"
+    echo "${SLURMD_NODENAME:-$(hostname)} ${SLURM_GPUS_ON_NODE:-$("$PYTHON" -c "$count")}"
     exit
 fi
 shift
 
-# gloo takes the interface that this host's own name resolves to: on a host with several addresses
-# maybe none that the others reach. The one to take is the one that leads to another node.
+# gloo uses the interface that the name of this host resolves to. On a host with several addresses the
+# other nodes may not reach that one. Choose the interface of the route to another node.
 choose_interface() {
     local peer="$RENDEZVOUS_HOST" route
     [ "$SLURM_NODEID" != 0 ] || peer="$NEIGHBOUR"
@@ -25,11 +26,10 @@ choose_interface() {
 if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [ "$NNODES" -gt 1 ] && command -v ip >/dev/null; then
     choose_interface
 fi
-set_worker_environment
-# A job that was requeued goes on from its newest checkpoint, wherever it was first sent back to.
+# A requeued job resumes from its newest checkpoint, even if its first start used an older one.
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --checkpoint.load_step -1
-# The static rendezvous: who hosts it follows from SLURM's node number. c10d compares its address
-# with those of the host and waits in vain where none is its own; it also orders ranks by name.
+# The static rendezvous is on the first node of SLURM. c10d would compare its address with those of
+# each host, and hang if no host has it; it also orders ranks by host name.
 exec "$PYTHON" -m opd_titan.cli.launch --nnodes "$NNODES" --nproc-per-node "$NGPU" \
     --rdzv-backend static --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     --node-rank "$SLURM_NODEID" --master-addr "$RENDEZVOUS_HOST" --master-port "$RENDEZVOUS_PORT" \

@@ -16,6 +16,7 @@ import pytest
 from tiny_world import REPO, World, make_world
 
 from opd_titan import __main__ as command
+from opd_titan.cli.start import num_processes
 from opd_titan.config.options import OPTIONS
 
 
@@ -110,6 +111,30 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 BRIEF = ["--training.steps", "1", "--validation.enable", "false", "--checkpoint.enable", "false"]
 
 
+@pytest.mark.parametrize(
+    ("given", "processes"),
+    [
+        ({}, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "3,"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2,GPU-3"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "", "NGPU": "4"}, 4),
+        ({"NGPU": ""}, 2),
+    ],
+    ids=str,
+)
+def test_one_process_for_each_visible_gpu(
+    given: dict[str, str], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with two GPUs, as nvidia-smi lists them."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: H200 (UUID: GPU-1)'\necho 'GPU 1: H200'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert num_processes(given) == processes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -> None:
@@ -139,18 +164,6 @@ def test_what_is_wrong_with_ngpu_is_said() -> None:
     done = run("train", str(REPO / "train_configs" / "debug.toml"), NGPU="two")
     assert done.returncode == 2
     assert done.stderr == "opd_titan: NGPU is 'two'; wanted a number of processes\n"
-
-
-def ask_bash(code: str, **environment: str) -> str:
-    """What scripts/environment.sh says."""
-    done = subprocess.run(
-        ["bash", "-c", f"source {REPO}/scripts/environment.sh; {code}"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -204,35 +217,6 @@ def test_packages_are_found_by_a_python_that_the_system_manages(bare: Path, whee
         pytest.skip("needs the Python of a system that manages it, with pip (PEP 668)")
     ask = ["bash", "-c", f"source {bare}/scripts/environment.sh; finds_packages {python}"]
     assert without_index(bare, ask, PIP_FIND_LINKS=wheels).returncode == 0
-
-
-@pytest.mark.parametrize("visible", ["", "0", "0,1", "3,", "GPU-1,GPU-2,GPU-3", None])
-def test_gpus_are_counted_as_the_scripts_count_them(
-    visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a machine of two that says so in the words of nvidia-smi."""
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'GPU 0: H200 (UUID: GPU-1)'\necho 'GPU 1: H200'\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    expected = 2 if visible is None else len([v for v in visible.split(",") if v])
-    assert command.visible_gpus({**os.environ, **given}) == expected
-    assert ask_bash("visible_gpus", **given) == str(expected)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_workers_get_the_environment_that_the_scripts_give(
-    processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ("GLIBC_TUNABLES", "OMP_NUM_THREADS")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-    show = "; ".join(f'echo "${name}"' for name in names)
-    theirs = ask_bash(f"NGPU={processes}; set_worker_environment; {show}").split("\n")
-    ours = command.worker_environment(processes)
-    assert [ours.get(name, "") for name in names] == [*theirs, ""][:2]
 
 
 # Says what is set when torch begins to be imported.

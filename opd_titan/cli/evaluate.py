@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_titan.cli.exits import exit_code
-from opd_titan.config import RECIPE_FILE, load_config
+from opd_titan.config import RECIPE_FILE, JobConfig, load_config
 from opd_titan.config.consistency import check_evaluation
 from opd_titan.config.resolve import ResolvedJob
 
@@ -27,14 +27,20 @@ def main(argv: list[str]) -> int:
     """Evaluate one model. Return the exit code, see `train.main`."""
 
     def job() -> int:
-        arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
-        config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
-        config.validation.enable = True  # the recipe of a training job may have it off
+        config = load_evaluation(argv)
         from opd_titan.cli.run import run
 
         return run(config, evaluate)
 
     return exit_code(job)
+
+
+def load_evaluation(argv: list[str]) -> JobConfig:
+    """Return the checked configuration of an evaluation; see `load_config`."""
+    arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
+    config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
+    config.validation.enable = True  # the recipe of a training job may have it off
+    return config
 
 
 def add_own_recipe(argv: list[str]) -> list[str]:

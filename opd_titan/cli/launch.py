@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from opd_titan.cli.start import worker_environment
 from opd_titan.distributed.heartbeat import FOLDER, phase_of
 from opd_titan.errors import tell
 
@@ -42,8 +43,12 @@ def main(argv: list[str]) -> int:
     # If the folder cannot be deleted, the exit code must still be returned.
     with tempfile.TemporaryDirectory(prefix="opd_titan-", ignore_cleanup_errors=True) as places:
         os.environ[FOLDER] = places
+        options = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv])
+        if options.nproc_per_node.isdecimal():
+            for name, value in worker_environment(int(options.nproc_per_node)).items():
+                os.environ.setdefault(name, value)
         try:
-            run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
+            run(options)
         except ChildFailedError as error:
             return _tell(*_first(error.failures))
         except SignalException as error:

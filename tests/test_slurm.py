@@ -190,7 +190,7 @@ def test_near_the_time_limit_it_saves_and_the_requeued_job_goes_on(
     assert 2 <= stopped_at < STEPS
     for rank in range(4):
         assert f"Stopped by signal 10 after step {stopped_at}" in read_log(out, rank)
-    assert f"job {job.number} goes back into the queue" in job.text()
+    assert f"requeueing job {job.number}" in job.text()
     # SLURM waits two minutes. Less is enough, but to the nodes the job was killed a moment ago.
     time.sleep(5)
     job.command("scontrol", "update", f"jobid={job.number}", "StartTime=now")

@@ -220,7 +220,7 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "no hub for data": (
         given("--data.path", "org/name"),
-        ['data.path: "org/name" is no local path', "give a downloaded copy's folder"],
+        ['data.path: "org/name" is not a local path', "give the folder of a downloaded copy"],
     ),
     # ---- validation and graders
     "a validation set that is not there": (

@@ -188,7 +188,7 @@ def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
     quoted = [span for span in code(page) if " " in span and not _NO_MESSAGE.match(span)]
     assert len(quoted) > 30
     assert [span for span in quoted if not can_be_printed(span)] == []
-    assert not can_be_printed("has not moved for ... hours")
+    assert not can_be_printed("has made no progress for ... hours")
 
 
 # ---------------------------------------------------------------- files, tests, links

@@ -1,4 +1,4 @@
-"""Stop on a signal: all ranks stop at the same point, even if only one of them got it."""
+"""Stop on a signal: all ranks stop at the same point, even if only one rank received it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StopRequest:
     """SIGTERM or SIGUSR1, which a scheduler may send to one rank or to all.
 
     Attributes:
-        signal: the number of the signal that this or another rank has got; 0 for none.
+        signal: the number of the signal that this or another rank has received; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise Stopped on all ranks when one of them knows of a signal. All ranks must call."""
-        # On the host: a GPU would have to finish its work first.
+        # On the host, because a GPU would have to finish its work first.
         if self._vote(None, torch.device("cpu")):
             raise Stopped
 
@@ -81,6 +81,6 @@ class StopRequest:
         vote = torch.tensor(self.signal if self._heard() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
         told = int(vote)
-        if told:  # if 0, keep a signal that came during the vote
+        if told:  # if 0, keep a signal that arrived during the vote
             self.signal = told
         return told > 0

@@ -13,18 +13,18 @@ function shade(gap) {
 function drawLegend(box) {
   box.setAttribute(
     "aria-label",
-    "Shades: blue with a dotted line, likelier to the teacher; orange with a solid line, likelier " +
-      "to the student; stronger and thicker with a wider gap, from 0.1 to 4 nats",
+    "Shades: blue with a dotted line, more likely under the teacher; orange with a solid line, more " +
+      "likely under the student; stronger and thicker with a larger gap, from 0.1 to 4 nats",
   );
   const swatch = (level, sign) =>
     element("span", { class: `swatch ${sign}${level}` }, `${LEVELS[level - 1]}`);
   const levels = [1, 2, 3, 4, 5];
   box.append(
-    element("span", { class: "side" }, "teacher likelier"),
+    element("span", { class: "side" }, "teacher higher"),
     ...levels.toReversed().map((level) => swatch(level, "n")),
     element("span", { class: "swatch z" }, "0"),
     ...levels.map((level) => swatch(level, "p")),
-    element("span", { class: "side" }, "student likelier"),
+    element("span", { class: "side" }, "student higher"),
     element("span", { class: "unit" }, "nats"),
   );
 }

@@ -41,11 +41,11 @@ function alternatives(data, t) {
 
 function gapText(gap) {
   if (gap === null) return "No gap: a log-prob is missing";
-  const who = gap > 0 ? "likelier to the student" : "likelier to the teacher";
+  const who = gap > 0 ? "more likely under the student" : "more likely under the teacher";
   const times = Math.exp(Math.abs(gap));
   const factor = times < 10 ? times.toFixed(1) : Math.round(times).toLocaleString("en");
   const often = times < 1e6 ? `${factor}\u00d7` : "over a million times";
-  return Math.abs(gap) < LEVELS[0] ? "about as likely to both" : `${often} ${who}`;
+  return Math.abs(gap) < LEVELS[0] ? "about as likely under both" : `${often} ${who}`;
 }
 
 function drawToken(box, data, t) {

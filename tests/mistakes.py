@@ -216,7 +216,7 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
             SETS.replace("'b'", "'b', split='test', weight=100"),
             *("--rollout.prompts_per_step", "20"),
         ),
-        ["data.sets[1].weight: 100.0 of 101 is 19.8 of [rollout] prompts_per_step = 20, but"],
+        ["data.sets[1].weight: 100.0 of 101 asks for 19.8 of the 20 prompts of a step, but"],
     ),
     "no hub for data": (
         given("--data.path", "org/name"),

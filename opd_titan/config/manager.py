@@ -107,7 +107,7 @@ def _check(document: Document, place: Callable[[Place], str], strict: bool) -> N
     """Raise `ConfigError` for the first value of a wrong type or out of range.
 
     Args:
-        place: returns what a message calls a value, given its table, key and row.
+        place: returns the name of a value in messages, given its table, key and row.
         strict: no conversion of text to other types.
     """
     try:

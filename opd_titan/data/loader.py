@@ -153,7 +153,7 @@ def _check_shares(sizes: Sequence[int], weights: Sequence[float], batch_size: in
         share = batch_size * weight / sum(weights)
         if share > size:
             raise DataError(
-                f"data.sets[{i}].weight: {weight} of {sum(weights):g} is {share:.1f} of "
-                f"[rollout] prompts_per_step = {batch_size}, but the set has {size} prompts after "
-                f"filtering; lower the weight or prompts_per_step"
+                f"data.sets[{i}].weight: {weight} of {sum(weights):g} asks for {share:.1f} of the "
+                f"{batch_size} prompts of a step, but the set has {size} prompts after "
+                f"filtering; lower the weight or rollout.prompts_per_step"
             )

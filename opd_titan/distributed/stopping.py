@@ -43,7 +43,7 @@ class StopRequest:
         self.signal = number
 
     def _heard(self) -> bool:
-        """Return whether this rank knows of a signal. Ranks may differ. Fast enough for loops."""
+        """Return whether this rank knows of a signal (ranks may differ). Fast enough for loops."""
         if dist.get_world_size() == 1 or self._said:
             return self.signal > 0
         store = _get_default_store()
@@ -63,12 +63,12 @@ class StopRequest:
         """
         self._rounds += 1
         if axis.size == 1:
-            told = self._heard()
+            stopped = self._heard()
         elif self._rounds % _ROUNDS_BETWEEN_VOTES:
             return
         else:
-            told = self._vote(axis.group, device)
-        if told:
+            stopped = self._vote(axis.group, device)
+        if stopped:
             raise Stopped
 
     def check(self) -> None:
@@ -80,7 +80,7 @@ class StopRequest:
     def _vote(self, group: dist.ProcessGroup | None, device: torch.device) -> bool:
         vote = torch.tensor(self.signal if self._heard() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
-        told = int(vote)
-        if told:  # if 0, keep a signal that arrived during the vote
-            self.signal = told
-        return told > 0
+        number = int(vote)
+        if number:  # if 0, keep a signal that arrived during the vote
+            self.signal = number
+        return number > 0

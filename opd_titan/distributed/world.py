@@ -80,7 +80,7 @@ def init_world(init_timeout_seconds: int) -> torch.device:
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
-    # gloo beside NCCL: checkpoints and Python objects travel over the host.
+    # gloo in addition to NCCL, because checkpoints and Python objects are sent from host memory.
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     single = "RANK" not in os.environ
     dist.init_process_group(

@@ -148,7 +148,7 @@ class Recorder:
         """Record scalars and times from after a step, or from before the first one.
 
         Args:
-            found: scalars besides the times.
+            found: scalars other than the times.
         """
         self.metrics.log_pause(step, {**found, **time_scalars(self.clock.pop())})
 

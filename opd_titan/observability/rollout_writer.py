@@ -1,4 +1,4 @@
-"""Files of rollouts for people and scripts: one JSON object per line."""
+"""Write rollouts to files for people and scripts: one JSON object per line."""
 
 from __future__ import annotations
 

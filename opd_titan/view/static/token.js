@@ -1,4 +1,4 @@
-// What is known of one token.
+// The details of one token.
 
 const ROLES = [
   ["student", "Student"],
@@ -36,7 +36,7 @@ function alternatives(data, t) {
       element("span", {}, nats(logprob, 2)),
     );
   });
-  return [element("h3", {}, "The teacher would write"), element("ol", {}, ...items)];
+  return [element("h3", {}, "The teacher's most likely tokens"), element("ol", {}, ...items)];
 }
 
 function gapText(gap) {
@@ -50,7 +50,7 @@ function gapText(gap) {
 
 function drawToken(box, data, t) {
   if (t === null || !data) {
-    const hint = "Point at a token, or walk with \u2190 and \u2192, to see what each model thought of it.";
+    const hint = "Point at a token, or use \u2190 and \u2192, to see its log-prob and rank under each model.";
     box.replaceChildren(element("p", { class: "hint" }, hint));
     return;
   }

@@ -10,13 +10,13 @@ def main(argv: list[str]) -> int:
     """Run one training job.
 
     Returns:
-        The exit code: 0 done; 1 failed, with one line on stderr; 2 the user's input is wrong, with
-        one line on stderr; 75 stopped on a signal after a good checkpoint. A bug raises.
+        The exit code: 0 done; 1 failed, with one line on stderr; 2 wrong input, with one line on
+        stderr; 75 stopped by a signal after a complete checkpoint. A bug raises its exception.
     """
 
     def job() -> int:
         config = load_config(argv)
-        # Only now: a mistyped option should not have to wait for torch.
+        # Not before, because a mistake in the options should be reported without importing torch.
         from opd_titan.cli.run import run
 
         return run(config)

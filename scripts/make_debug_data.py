@@ -1,25 +1,27 @@
-"""Make the embedded default's data and tokenizer: one-step grade-school word problems.
+"""Create data and tokenizer of the debug recipe: one-step grade-school word problems.
 
     python scripts/make_debug_data.py                           # assets/debug, as shipped
-    python scripts/make_debug_data.py --sft-folder build/sft    # and what the two models learn from
+    python scripts/make_debug_data.py --sft-folder build/sft    # and the SFT data of both models
 
 Writes, in GSM8K's format (`question`, and `answer` ending in `#### number`):
 
 - `data/train.jsonl`: prompts for on-policy distillation;
-- `data/test.jsonl`: held out, no operation on the same two numbers occurs in any other file;
+- `data/test.jsonl`: held out; no other file has the same operation on the same two numbers;
 - with `--sft-folder`, `student_sft.jsonl`: most answers follow a misconception (no carry, no
-  borrow, adding where it should multiply); and `teacher_sft.jsonl`: nearly all answers are right;
+  borrow, adding where it should multiply); and `teacher_sft.jsonl`: nearly all answers are right.
 
-and, into the folder of each model, the tokenizer: byte-level BPE with the structure of Qwen3's.
+It also writes the tokenizer into the folder of each model: byte-level BPE with the structure of
+Qwen3's.
 
-An answer works digit by digit and writes its carry down, so that a misconception is one wrong token
-(`carry 0`, `borrow 0`, or `+` for `*`) and everything after it follows from what is written:
+An answer goes digit by digit and writes down the carry. So a misconception is one wrong token
+(`carry 0`, `borrow 0`, or `+` instead of `*`), and everything after it follows from the text so
+far:
 
     27 + 15   right   7+5=12, carry 1, 2+1+1=4.     #### 42
               wrong   7+5=12, carry 0, 2+1+0=3.     #### 32
 
-All of it depends only on the constants below; tests/test_debug_data.py holds the shipped files to
-it.
+The output depends only on the constants below. tests/test_debug_data.py compares the shipped files
+with it.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SEED = 2026
 TRAIN_ROWS, TEST_ROWS = 4000, 500
 SFT_ROWS = 40_000
-# Shares of wrong answers, among the problems where a misconception applies. The teacher's few teach
-# it to follow through what is written, right or wrong; its greedy answer stays right. Without them
-# it would object a second time where a wrong carry is used.
+# Shares of wrong answers among the problems to which a misconception applies. The few wrong answers
+# of the teacher teach it to continue consistently after a wrong carry; without them it would also
+# penalize the student where that carry is used. Its greedy answers stay right.
 STUDENT_MISCONCEPTIONS, TEACHER_SLIPS = 0.7, 0.03
 HELD_OUT_SHARE = 0.15  # of each operation's operand pairs, at most
 VOCAB_SIZE = 448  # at most, special tokens included
 
-# (operation, does a misconception apply): weight. Where none applies the student is
-# right from the start, so that its accuracy starts at about a quarter.
+# (operation, does a misconception apply): weight. If none applies, the student is right from the
+# start, so its accuracy begins at about a quarter.
 MIXTURE = {
     ("+", True): 0.25,
     ("-", True): 0.25,
@@ -79,7 +81,7 @@ PHRASINGS = {
 }
 
 PROMPT = "Question: {question}\nAnswer: Let's solve this step by step.\n"  # the `raw` template
-# Qwen3's pre-tokenizer: words keep the space before them, every digit stands alone.
+# Qwen3's pre-tokenizer: words keep the space before them, and every digit is a separate token.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -108,7 +110,7 @@ class Operands:
 
     @property
     def carry(self) -> int:
-        """What goes from the ones to the tens: the carry, or the borrow (0 or 1)."""
+        """The carry from the ones to the tens, or the borrow (0 or 1)."""
         ones_a, ones_b = self.a % 10, self.b % 10
         if self.op == "-":
             return int(ones_a < ones_b)
@@ -121,7 +123,7 @@ class Operands:
 
     @property
     def held_out_key(self) -> tuple[str, int, int]:
-        """The same for 27 + 15 and 15 + 27: what is held out is held out in both orders."""
+        """A key that is equal for 27 + 15 and 15 + 27, which are held out together."""
         return (self.op, self.a, self.b) if self.op == "-" else (self.op, *sorted((self.a, self.b)))
 
     @property
@@ -135,7 +137,7 @@ class Operands:
 
 
 def work(operands: Operands, carry: int | None = None) -> str:
-    """The answer text; a `carry` other than the right one is followed through."""
+    """Return the text of the answer, computed with `carry` if one is given, even a wrong one."""
     op, a, b = operands.op, operands.a, operands.b
     carry = operands.carry if carry is None else carry
     ones_a, ones_b, tens_a, tens_b = a % 10, b % 10, a // 10, b // 10
@@ -153,14 +155,14 @@ def work(operands: Operands, carry: int | None = None) -> str:
 
 
 def misconceived_work(operands: Operands) -> str:
-    """What a student with misconceptions writes: adds for times, else drops the carry or borrow."""
+    """Return a wrong answer: add instead of multiplying, or else drop the carry or borrow."""
     if operands.op == "*":
         return work(Operands("+", operands.a, operands.b))
     return work(operands, carry=0)
 
 
 def all_operands() -> list[Operands]:
-    """Every problem there is. Answers have two digits, so that places stay aligned."""
+    """Return all problems. Answers have two digits, so that places stay aligned."""
     two_digits = range(11, 100)
     pairs = [(a, b) for a in two_digits for b in range(2, 100)]
     return [
@@ -171,7 +173,7 @@ def all_operands() -> list[Operands]:
 
 
 def split_operands(seed: int) -> tuple[list[Operands], list[Operands]]:
-    """(seen, held out): held out only while every one-digit fact is still seen somewhere else."""
+    """Return (seen, held out). Every one-digit fact of a held-out problem is also in a seen one."""
     groups: dict[tuple[str, int, int], list[Operands]] = {}
     for operands in all_operands():
         groups.setdefault(operands.held_out_key, []).append(operands)
@@ -203,13 +205,16 @@ class Problem:
     misconceived: bool = False
 
     def to_json(self) -> str:
-        """One line of GSM8K's format."""
+        """Return the row as a line in GSM8K's format."""
         return json.dumps({"question": self.question, "answer": self.answer})
 
 
 def generate(pool: Iterable[Operands], seed: str, misconceptions: float = 0.0) -> Iterator[Problem]:
-    """Endless problems from `pool`; `misconceptions` is the share of wrong answers where one can
-    be."""
+    """Yield random problems from `pool`, without end.
+
+    Args:
+        misconceptions: share of wrong answers among the problems that allow a misconception.
+    """
     rng = random.Random(seed)
     by_kind: dict[tuple[str, bool], list[Operands]] = {kind: [] for kind in MIXTURE}
     for operands in pool:
@@ -227,7 +232,7 @@ def generate(pool: Iterable[Operands], seed: str, misconceptions: float = 0.0) -
 
 
 def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
-    """The four files' rows: `train`, `test` (no question twice), `teacher_sft`, `student_sft`."""
+    """Return the rows of `train`, `test` (no question twice), `teacher_sft` and `student_sft`."""
     seen, held_out = split_operands(seed)
 
     def distinct(pool: list[Operands], name: str, rows: int) -> list[Problem]:
@@ -250,7 +255,7 @@ def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE as in Qwen3: any text round-trips, digits are single tokens.
+    """Train a byte-level BPE as in Qwen3: any text round-trips, and digits are single tokens.
 
     The special tokens come last, as in Qwen3.
     """
@@ -269,13 +274,13 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # "normalized" off: a special token is matched as it is written, never after normalization.
+    # normalized=False: special tokens are matched before normalization.
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in specials])
     return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """`tokenizer.json` and `tokenizer_config.json`, as `AutoTokenizer` reads them."""
+    """Write `tokenizer.json` and `tokenizer_config.json` for `AutoTokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -295,14 +300,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_rows(problems: Iterable[Problem], path: Path) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(problem.to_json() + "\n" for problem in problems)
     path.write_text(lines, encoding="utf-8", newline="\n")
 
 
 def main() -> None:
-    """Write everything."""
+    """Write all files."""
     repository = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=repository / "assets" / "debug")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The interface of the prototype that opd_titan grew from, on the same program as run_train.sh:
+# The interface of the prototype of opd_titan. It runs the same program as run_train.sh:
 #
 #   STUDENT_PATH=Qwen/Qwen3-8B-Base TEACHER_PATH=Qwen/Qwen3-8B DATA_PATH=gsm8k N_GPUS=4 \
 #       bash scripts/run_opd.sh --output_dir checkpoints/mine --num_epochs 2 --learning_rate 1e-5

@@ -216,11 +216,11 @@ TABLE: dict[str, tuple[Mistake, list[str]]] = {
             SETS.replace("'b'", "'b', split='test', weight=100"),
             *("--rollout.prompts_per_step", "20"),
         ),
-        ["data.sets[1].weight: 100.0 of 101 is 19.8 of [rollout] prompts_per_step = 20, but"],
+        ["data.sets[1].weight: 100.0 of 101 asks for 19.8 of the 20 prompts of a step, but"],
     ),
     "no hub for data": (
         given("--data.path", "org/name"),
-        ['data.path: "org/name" is no local path', "give a downloaded copy's folder"],
+        ['data.path: "org/name" is not a local path', "give the folder of a downloaded copy"],
     ),
     # ---- validation and graders
     "a validation set that is not there": (

@@ -109,10 +109,12 @@ def test_commands_can_be_started(page: Path) -> None:
         if start is None or "--plan" in words or "--help" in words or "<" in " ".join(words):
             continue
         environment = dict(w.split("=", 1) for w in words[:start])
-        recipe = REPO / environment.get("CONFIG_FILE", "train_configs/debug.toml")
+        options = words[start + 1 :]
+        named = options.pop(0) if options and not options[0].startswith("--") else ""
+        recipe = REPO / (named or environment.get("CONFIG_FILE", "train_configs/debug.toml"))
         if recipe.parent.name == "train_configs":
             assert recipe.is_file(), words
-            load_config(["--job.config_file", str(recipe), *words[start + 1 :]])
+            load_config(["--job.config_file", str(recipe), *options])
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -186,7 +188,7 @@ def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
     quoted = [span for span in code(page) if " " in span and not _NO_MESSAGE.match(span)]
     assert len(quoted) > 30
     assert [span for span in quoted if not can_be_printed(span)] == []
-    assert not can_be_printed("has not moved for ... hours")
+    assert not can_be_printed("has made no progress for ... hours")
 
 
 # ---------------------------------------------------------------- files, tests, links

@@ -178,7 +178,7 @@ def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
     argv = world.argv("hangs", *OPTIONS, "--comm.train_timeout_seconds", 8)
     code, stderr = launch(argv, 1, "phase rollout of step 2", 1, "hang")
     assert code == 1
-    said = "opd_titan: rank 1 has not moved for"
+    said = "opd_titan: rank 1 has made no progress for"
     (line,) = (line for line in opd_lines(stderr) if line.startswith(said))
     assert line.endswith("s in phase rollout of step 2; ended (comm.train_timeout_seconds)")
     assert "Traceback" not in stderr

@@ -66,7 +66,7 @@ def test_a_process_that_stands_still_ends(hang: str) -> None:
     _, stderr = process.communicate(timeout=50)
     assert process.returncode == 1
     if hang not in ("no stderr", "a library that keeps the interpreter"):
-        assert "opd_titan: rank 0 has not moved for 1 s in the test; ended" in stderr
+        assert "opd_titan: rank 0 has made no progress for 1 s in the test; ended" in stderr
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def test_several_sets_have_their_shares_and_resume_anywhere(data) -> None:
 def test_a_set_that_is_too_small_for_its_share_is_refused() -> None:
     sets = [fake_prompts(30), fake_prompts(3)]
     for weights, told in (
-        ([1.0, 1.0], "data.sets[1].weight: 1.0 of 2 is 4.0 of [rollout] prompts_per_step = 8, but"),
+        ([1.0, 1.0], "data.sets[1].weight: 1.0 of 2 asks for 4.0 of the 8 prompts of a step, but"),
         ([0.0001, 1.0], "but the set has 3 prompts"),
     ):
         with pytest.raises(DataError) as error:

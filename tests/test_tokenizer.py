@@ -49,7 +49,7 @@ def test_bad_tokenizer_folders(tiny, tmp_path) -> None:
     config["tokenizer_class"] = "EvilTokenizer"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('code from the folder ran')")
-    refuse("cannot be read", "need no own code")
+    refuse("cannot be read", "need no code of their own")
 
 
 def test_tokenizers_that_differ_are_named(tiny) -> None:

@@ -53,11 +53,11 @@ def test_steps_far_too_large_show_every_sign_of_collapse(tmp_path: Path) -> None
     assert train(argv(tmp_path, "--lr_scheduler.warmup_steps", 5, *options, *COLLAPSE)) == 0
     assert signs(tmp_path) == {
         "responses repeat themselves",
-        "ever more responses are cut off",
-        "responses run away in length",
+        "more and more responses are cut off",
+        "responses become much longer",
         "entropy has collapsed away from the teacher",
         "no response ends",
-        "the student leaves what the teacher could say",
+        "the student samples tokens that the teacher almost excludes",
         "the student moves away from the teacher",
     }
     line = next(line for line in warnings(tmp_path) if "moves away" in line)

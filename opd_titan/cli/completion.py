@@ -32,7 +32,7 @@ _SCRIPT = """\
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
-# Where it offers nothing, file names.
+# If there is no completion, offer file names.
 complete -o default -F _opd_titan opd-titan
 """
 

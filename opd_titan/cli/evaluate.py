@@ -39,7 +39,7 @@ def load_evaluation(argv: list[str]) -> JobConfig:
     """Return the checked configuration of an evaluation; see `load_config`."""
     arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
     config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
-    config.validation.enable = True  # the recipe of a training job may have it off
+    config.validation.enable = True  # a training recipe may disable it
     return config
 
 

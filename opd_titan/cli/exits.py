@@ -42,9 +42,9 @@ def _tell(error: OneLineError) -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit without waiting for ranks that may never come to a collective."""
+    """Exit without waiting for ranks that may never reach a collective."""
     if code == 1:
-        # Threads may wait for them too: of a save in the background, of NCCL.
+        # Threads may wait for them too: a background save, or NCCL.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

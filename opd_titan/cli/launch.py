@@ -1,8 +1,8 @@
 """`torchrun` that keeps exit codes and signals: `python -m opd_titan.cli.launch [its options] ...`.
 
-torchrun turns every failure into exit code 1 and a long traceback. This hides the exit codes 2 (the
-input is wrong) and 75 (stopped on a signal; start again). On SIGTERM it kills the workers after 30
-seconds, but a step and its checkpoint may take longer.
+torchrun turns every failure into exit code 1 and a long traceback. So it hides the exit codes 2
+(wrong input) and 75 (stopped by a signal; start again). On SIGTERM torchrun kills the workers after
+30 seconds, but a step and its checkpoint may take longer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _SECONDS_TO_AGENTS_SIGKILL = 25
 
 def main(argv: list[str]) -> int:
     """Run the workers. Return the exit code of the one that failed first."""
-    # The agent logs a traceback of its own for every failed worker.
+    # The agent logs its own traceback for every failed worker.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # The node that hosts the store may leave it a moment before the others, when all are done.
+    # When all are done, the node that hosts the store may exit a moment before the others.
     logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(
         lambda record: "exit barrier" not in str(record.msg)
     )
@@ -64,17 +64,17 @@ def _first(failures: dict[int, Any]) -> tuple[int, Any]:
 
 
 def _order(failure: Any, begin: int) -> tuple[int, int]:
-    """Return a sort key: the smallest is of the failure that caused the others.
+    """Return a sort key: the failure that caused the others has the smallest.
 
-    Timestamps alone do not suffice. The agent ends the remaining ranks by SIGTERM, and after 30 s
-    by SIGKILL. The system sends SIGKILL too, if memory runs out; then the other ranks report that
+    Timestamps alone are not enough. The agent ends the remaining ranks with SIGTERM, and after 30 s
+    with SIGKILL. The system also sends SIGKILL if memory runs out; then the other ranks report that
     they have lost a rank.
 
     Args:
         begin: when the first rank failed.
     """
     code, late = failure.exitcode, failure.timestamp - begin >= _SECONDS_TO_AGENTS_SIGKILL
-    if code in (2, 75):  # all ranks have agreed on that
+    if code in (2, 75):  # all ranks have agreed on this code
         rank = 0
     elif code > 0:
         rank = 5 if failure.error_file_data.get("follows") else 1
@@ -82,7 +82,7 @@ def _order(failure: Any, begin: int) -> tuple[int, int]:
         rank = 2
     elif code == -signal.SIGKILL:
         rank = 6 if late else 3
-    else:  # an abort follows from a collective that failed
+    else:  # an abort is the consequence of a failed collective
         rank = 6 if code == -signal.SIGTERM else 4
     return rank, failure.timestamp
 
@@ -112,10 +112,10 @@ def _name(number: int) -> str:
 
 
 def _forward(number: int, _frame: Any) -> None:
-    """Pass a signal on to the workers, which stop by themselves."""
+    """Pass a signal on to the workers, which then stop."""
     workers = list(_children())
-    if not workers:  # not started yet, or no Linux: torchrun's own way
-        raise SignalException("no workers to tell", signal.Signals(number))
+    if not workers:  # not started yet, or not on Linux: handle it like torchrun
+        raise SignalException("no workers to signal", signal.Signals(number))
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -124,7 +124,7 @@ def _forward(number: int, _frame: Any) -> None:
 def _children() -> Iterator[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # "pid (name) state parent ...", where the name may hold anything.
+            # "pid (name) state parent ...", where the name may contain any character.
             if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 yield int(stat.parent.name)
 

@@ -33,13 +33,13 @@ def run(config: JobConfig, work: Work = _train) -> int:
 
     Raises:
         UserError: the job cannot be started.
-        Fault: it cannot go on.
+        Fault: the job cannot continue.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     job, comm = resolve(config, device_type, world_size()), config.comm
     patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
     heartbeat = Heartbeat(int(os.environ.get("RANK", 0)), patience)
-    stop = StopRequest()  # before loading, which may take longer than a scheduler waits
+    stop = StopRequest()  # before loading, because it may take longer than a scheduler waits
     try:
         return work(job, stop, heartbeat)
     except Stopped:
@@ -61,8 +61,8 @@ def run(config: JobConfig, work: Work = _train) -> int:
 
 
 def lost_others(error: Exception) -> bool:
-    """Return whether a collective failed because another rank died or did not come in time."""
-    # gloo, unlike NCCL, has no class of its own; it names its source files.
+    """Return whether a collective failed because another rank died or missed it."""
+    # gloo, unlike NCCL, has no error class of its own; its messages name its source files.
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )

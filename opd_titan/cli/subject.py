@@ -68,16 +68,16 @@ def find_subject(config: JobConfig) -> Subject:
     elif is_checkpoint(Path(model)):
         if not c.hf_path:
             raise ConfigError(
-                f"evaluate.model: the checkpoint {model} has weights only; for the sizes and the "
-                f"tokenizer give its run's recipe (--job.config_file .../{RECIPE_FILE}) or "
+                f"evaluate.model: the checkpoint {model} has only weights; for the sizes and the "
+                f"tokenizer give the recipe of its run (--job.config_file .../{RECIPE_FILE}) or "
                 f"student.hf_path"
             )
         spec, checkpoint = replace(template, eos_token=c.eos_token), Path(model)
     else:
         _refuse_dump_folder(Path(model))
-        spec = ModelSpec("student", model, "evaluate.model")  # an export has its eos_token itself
+        spec = ModelSpec("student", model, "evaluate.model")  # an export already has the eos_token
     source = inspect_model(spec, tp)
-    # With a role other than the student's it is loaded frozen, in the compute dtype.
+    # Any role other than the student's is loaded frozen, in the compute dtype.
     source = replace(source, spec=replace(spec, role="model"))
     return Subject(short_name(model), source, source.tokenizer, checkpoint)
 
@@ -85,7 +85,7 @@ def find_subject(config: JobConfig) -> Subject:
 def _refuse_dump_folder(folder: Path) -> None:
     if (folder / RECIPE_FILE).is_file():
         models = sorted(folder.glob("hf/step-*")) + sorted(folder.glob("checkpoint/step-*"))
-        choices = ", ".join(map(str, models)) or "it has none yet"
+        choices = ", ".join(map(str, models)) or "it has no models yet"
         raise ConfigError(
             f"evaluate.model: {folder} is the dump folder of a run; expected one of its models: "
             f"{choices}"

@@ -87,7 +87,7 @@ def _data_problems(c: JobConfig) -> Problems:
         if row.dataset == "prompts" and not row.path:
             yield f"data.sets[{i}].path" if c.data.sets else "data.path", _NEED_PATH
     if c.training.epochs and len(c.data.sets) > 1:
-        several = "several [[data.sets]], which do not end together"
+        several = "several [[data.sets]], which end their epochs at different steps"
         yield _contradicts(c, "training.epochs", several, "0, and [training] steps")
     for name, path in _read_from(c):
         if path and os.path.realpath(path) == os.path.realpath(c.job.dump_folder):
@@ -206,10 +206,10 @@ def _rollout_problems(c: JobConfig) -> Problems:
             f"{r.max_tokens_per_step} is less than one token for each of the {responses} responses "
             f"of a step; wanted 0, or at least {responses}",
         )
-    # It may happen that the student samples for no prompt of a step.
+    # By chance, a step may have only responses of the data set.
     fewest, factors = responses, "prompts_per_step x group_size"
     if fraction < 1.0:
-        fewest, factors = r.prompts_per_step, "prompts_per_step, if none is sampled"
+        fewest, factors = r.prompts_per_step, "prompts_per_step, if the student samples none"
     if c.distill.minibatches > fewest:
         yield (
             "distill.minibatches",
@@ -230,6 +230,6 @@ def _training_problems(c: JobConfig) -> Problems:
             f"{named}; wanted 1.0, 1.0 and 0",
         )
     if c.checkpoint.load_step > 0 and not c.checkpoint.enable:
-        yield _contradicts(c, "checkpoint.load_step", "[checkpoint] enable = false", "true there")
+        yield _contradicts(c, "checkpoint.load_step", "[checkpoint] enable = false", "-1 or 0")
     if c.watchdog.action == "rollback" and not c.checkpoint.enable:
         yield "watchdog.action", "rollback needs checkpoints; wanted [checkpoint] enable = true"

@@ -128,7 +128,7 @@ class DataSet:
 @dataclass(config=_TABLE)
 class Data:
     dataset: DatasetName = "gsm8k"
-    """The format of the rows. `prompts` takes any set with a `prompt` or a `messages` column."""
+    """The format of the rows. `prompts` accepts any set with a `prompt` or a `messages` column."""
     path: Source = ""
     """A local file, a save_to_disk folder or a hub id. Empty: the default hub id of the dataset."""
     split: NonEmptyText = "train"
@@ -158,7 +158,7 @@ class Rollout:
     """Limit on the total response tokens of a step, so that a few long responses do not delay all
     others. All responses are cut at the same length, the largest within the limit. 0: no limit."""
     temperature: Positive = 1.0
-    """Sampling temperature. All log-probs (student, teacher, reference) are computed at it."""
+    """Sampling temperature. All log-probs (student, teacher, reference) use it too."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens with at least this total probability. 1: all."""
     top_k: Count = 0
@@ -169,8 +169,8 @@ class Rollout:
     """Probability that the student samples the responses to a prompt; otherwise the step uses the
     data set's own response. policy_gradient needs 1, sft needs 0; the others allow any value."""
     max_concurrent: Count = 0
-    """Sequences decoded at once on each rank. 0: as many as fit in the free memory at half of the
-    maximum length; when memory runs out, the newest sequences wait."""
+    """Sequences decoded at once on each rank. 0: as many as fit into the free memory at half of the
+    maximum length. When memory runs out, the newest sequences wait."""
 
 
 @dataclass(config=_TABLE)
@@ -250,7 +250,7 @@ class Training:
     dtype: DtypeName = "auto"
     """Compute dtype; master weights are float32. auto: bfloat16 on CUDA, float32 on CPU."""
     max_grad_norm: NonNegative = 1.0
-    """Clip the total gradient norm to this value. 0: no clipping."""
+    """Clip the gradients to this total norm. 0: no clipping."""
     max_tokens_per_microbatch: PositiveCount = 8192
     """Token budget of a forward pass on each rank. Changes speed and memory, not results."""
     max_skipped_updates: Count = 3
@@ -341,7 +341,7 @@ class ValidationSet:
 @dataclass(config=_TABLE)
 class Validation:
     enable: Switch = True
-    """Measure accuracy on held-out prompts: the student's from step 0 on, the teacher's once."""
+    """Measure accuracy on held-out prompts: of the student from step 0 on, of the teacher once."""
     interval: Count = 50
     """Steps between validations. 0: only at the start and at the end."""
     dataset: Literal["", DatasetName] = ""
@@ -363,14 +363,14 @@ class Validation:
     max_new_tokens: Count = 0
     """Longest response in tokens. 0: rollout.max_new_tokens."""
     sets: list[ValidationSet] = field(default_factory=list)
-    """Several validation sets; accuracy is the mean over them. A list replaces that of the parent
-    recipe. Empty: the one set of this table or, if the table names none, the validation.split of
+    """Several validation sets; accuracy is the mean over them. The list replaces the list of a
+    parent recipe. Empty: the one set of this table or, if the table names none, validation.split of
     each of the [[data.sets]]."""
 
 
 @dataclass(config=_TABLE)
 class Evaluate:
-    """For `python -m opd_titan.evaluate` only. [validation] says which prompts it uses."""
+    """Only for `python -m opd_titan.evaluate`. [validation] defines the prompts."""
 
     model: Source = ""
     """The model to grade: student, teacher (teacher.<name> if there are several), a local Hugging

@@ -1,8 +1,8 @@
 """Read a configuration: TOML files, then the command line, then the rules between keys.
 
 The command line overrides the TOML file, which overrides its parent (`base`), which overrides the
-defaults. pydantic checks each of them against `JobConfig`. Every mistake is a `ConfigError` of one
-line.
+defaults. pydantic checks each of these sources against `JobConfig`. Every mistake is a
+`ConfigError` of one line.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def load_config(
     for document in [*_read_files(given.get("job", {}).get("config_file", "")), given]:
         for table, values in document.items():
             merged.setdefault(table, {}).update(values)
-    # Each document has been checked already: files strictly, the command line with conversions.
+    # Each document has been checked already: files without conversions, the command line with them.
     config = _JOB_CONFIG.validate_python(merged, strict=False)
     check(config)
     return config
@@ -107,7 +107,7 @@ def _check(document: Document, place: Callable[[Place], str], strict: bool) -> N
     """Raise `ConfigError` for the first value of a wrong type or out of range.
 
     Args:
-        place: returns what a message calls a value, given its table, key and row.
+        place: returns the name of a value in messages, given its table, key and row.
         strict: no conversion of text to other types.
     """
     try:

@@ -231,7 +231,7 @@ def validation_sets(config: JobConfig) -> list[ValidationSet]:
     dataset = v.dataset or data.dataset
     found = []
     for row in v.sets or [ValidationSet()]:
-        # Rows of another kind are not in [validation]'s path.
+        # A row with another dataset cannot use the path of [validation].
         elsewhere = row.dataset not in ("", dataset)
         found.append(
             replace(

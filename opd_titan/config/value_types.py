@@ -22,7 +22,7 @@ _LARGEST_FLOAT = 3e38
 
 
 def literal(value: Any) -> str:
-    """Return `value` in TOML syntax. A TOML string has the escapes of JSON, and one for DEL."""
+    """Return `value` in TOML syntax. TOML strings have JSON's escapes, and one for DEL."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,7 +1,7 @@
-"""Tokenized prompts on disk: made once, memory-mapped by every process that needs them.
+"""A cache of tokenized prompts on disk: written once, memory-mapped by every process.
 
-An entry of the cache is a folder named by its key. It holds the prompts as an Arrow file, and
-numbers about all of them as JSON. It gets its name when it is finished, by renaming.
+An entry of the cache is a folder named by its key. It contains the prompts as an Arrow file, and
+their counts as JSON. The folder is renamed to this name when it is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LEFTOVER = 86400.0  # seconds
 
 
 class TokenizedRow(NamedTuple):
-    """What is stored of a prompt. `number` is that of its row in the split."""
+    """The stored fields of a prompt. `number` is the number of its row in the split."""
 
     number: int
     text: str
@@ -53,10 +53,10 @@ Make = Callable[[Write], dict[str, Any]]
 
 
 class Prompts(Sequence[Prompt]):
-    """Prompts in an Arrow table, which is a mapped file. Each is made when it is accessed.
+    """Prompts in a memory-mapped Arrow table. Each `Prompt` is created when it is accessed.
 
     Attributes:
-        info: what `Make` returned, with `longest` and `digest`.
+        info: the values that `Make` returned, and `longest` and `digest`.
         first_index: added to the number of each row. data_set, teacher: of each prompt.
     """
 
@@ -91,7 +91,7 @@ class Prompts(Sequence[Prompt]):
         return Prompt(index, row.text, ids, row.response, row.answer, self.data_set, self.teacher)
 
     def texts_among(self, texts: Collection[str]) -> set[str]:
-        """Return those of the texts that are prompts here."""
+        """Return the texts that are also prompts of this set."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -103,11 +103,12 @@ class Prompts(Sequence[Prompt]):
 def cached_prompts(key: str, make: Make) -> Prompts:
     """Return the prompts stored under a key; make and store them if there are none.
 
-    Of several processes, on one node or on a shared file system, one makes them and the others
-    wait. If the cache cannot be written, each process makes them in a temporary file.
+    If several processes, on one node or on a shared file system, need the same prompts, one makes
+    them and the others wait. If the cache cannot be written, each process makes them in a temporary
+    file.
 
     Args:
-        key: a hash of everything that decides what `make` writes.
+        key: a hash of everything that determines what `make` writes.
 
     Raises:
         DataError: as `make` does.
@@ -122,7 +123,7 @@ def cached_prompts(key: str, make: Make) -> Prompts:
             found = _load(folder)
             if found is None and first:
                 return _store(folder, make, progress)
-        # If the process that was waited for has failed, all that waited find out why at once.
+        # If the first process has failed, all others try at once, and report the same error.
         return found or _store(folder, make, beat)
     except OSError as error:
         _warn_once(folder.parent, reason(error))
@@ -134,11 +135,11 @@ def cached_prompts(key: str, make: Make) -> Prompts:
 def _turn(path: Path) -> Iterator[tuple[bool, Callable[[], None]]]:
     """Hold a lock that only one process has at a time.
 
-    A process that makes no progress is waited for no longer than _PATIENCE. Where the file system
-    has no locks, no process waits.
+    If the process that has the lock makes no progress for _PATIENCE seconds, continue without the
+    lock. If the file system has no locks, do not wait.
 
     Yields:
-        Whether no other process had the lock first, and a function that records progress.
+        Whether this process did not have to wait, and a function that records progress.
     """
     with path.open("a") as file:
         first, seen, since = True, 0, time.monotonic()
@@ -184,7 +185,7 @@ def _store(folder: Path, make: Make, progress: Callable[[], None]) -> Prompts:
         (new / INFO).write_text(json.dumps(stored), encoding="utf-8")
         prompts = _load(new)
         if prompts is None:
-            raise OSError(f"{new} does not hold what was written")
+            raise OSError(f"{new} does not contain what was written")
         if _load(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)  # damaged
             with suppress(OSError):  # another process was faster
@@ -193,7 +194,7 @@ def _store(folder: Path, make: Make, progress: Callable[[], None]) -> Prompts:
 
 
 def _fill(sink: pa.NativeFile, make: Make, progress: Callable[[], None]) -> dict[str, Any]:
-    """Write all prompts as an Arrow file. Returns what is known about all of them."""
+    """Write all prompts as an Arrow file. Return their counts, longest length and digest."""
     import numpy as np
     import pyarrow as pa
 
@@ -229,7 +230,7 @@ def _fill(sink: pa.NativeFile, make: Make, progress: Callable[[], None]) -> dict
 
 
 def _load(folder: Path) -> Prompts | None:
-    """Map an entry. Returns None if there is none or it is damaged."""
+    """Map an entry. Return None if it does not exist or is damaged."""
     import pyarrow as pa
 
     try:
@@ -254,7 +255,7 @@ def _checksum(info: dict[str, Any], content: pa.Buffer) -> int:
 def _warn_once(folder: Path, why: str) -> None:
     logger.warning(
         "%s cannot be written (%s): each process tokenizes all prompts at every start; set "
-        "HF_DATASETS_CACHE to a folder that can be written",
+        "HF_DATASETS_CACHE to a writable folder",
         folder,
         why,
     )

@@ -1,7 +1,7 @@
 """Data files on disk: the rows of JSON files, and whether any file has changed.
 
 Arrow infers one type for each column of a JSON file and casts the values to it, which changes
-numbers, dates and texts. So these files are parsed here, and values stay as they are written.
+numbers, dates and texts. So this module parses these files, and keeps the values as written.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from opd_titan.errors import DataError, first_line, reason
 Row = dict[str, Any]
 
 BLOCK = 1 << 24  # bytes
-# A file that has changed in the last seconds may change again without a change of its times.
+# A file that was changed in the last seconds may change again without a change of its times.
 _SETTLED = 2.0
-_BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, too
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -47,7 +47,8 @@ class WrittenFloat(float):
 def is_plain_name(name: Any) -> bool:
     """Return whether this is a file name without folders.
 
-    An index, a manifest or a data set is data, and must not name files in other folders.
+    An index, a manifest or a data set may come from elsewhere, so it must not name files in other
+    folders.
     """
     return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
 
@@ -55,7 +56,7 @@ def is_plain_name(name: Any) -> bool:
 def read_json(file: Path) -> Iterator[tuple[str, Row]]:
     """Yield each row with its place in the file, "line 3" or "row 3".
 
-    The file has one object a line, an array of objects, or one object over several lines.
+    The file has one object per line, an array of objects, or one object over several lines.
 
     Raises:
         DataError: names the file, and the line if one is wrong.
@@ -106,7 +107,7 @@ def _parse(text: bytes, file: Path, first: int) -> Any:
         line = first + error.lineno - 1
         cause, problem = error, f"broken JSON: {error.msg} (column {error.colno})"
     except (ValueError, RecursionError) as error:
-        # A repeated field, a number of thousands of digits, or too many levels.
+        # A repeated field, a number with thousands of digits, or too many levels.
         line = None if b"\n" in text.strip() else first
         deep = isinstance(error, RecursionError)
         cause, problem = error, "nested too deeply" if deep else first_line(error).split(";")[0]
@@ -124,9 +125,9 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def cache_folder() -> Path:
-    """Return the folder of this program in the cache of `datasets` (HF_DATASETS_CACHE).
+    """Return this program's folder in the cache of `datasets` (HF_DATASETS_CACHE).
 
-    It may not exist, and may be deleted at any time.
+    It may not exist yet, and users may delete it at any time.
     """
     import datasets
 
@@ -136,7 +137,7 @@ def cache_folder() -> Path:
 def digest_of_files(files: Sequence[Path]) -> str:
     """Return a hash of the files' contents.
 
-    They are read again only if a size, a time or an inode has changed.
+    The files are read again only if a size, a time or an inode has changed.
 
     Raises:
         DataError: a file cannot be read.

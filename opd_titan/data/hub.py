@@ -23,10 +23,10 @@ def looks_like_hub_id(name: str) -> bool:
 def hub_in_reach() -> Iterator[str]:
     """Use only earlier downloads in the body if the hub does not answer.
 
-    The hub's own clients would retry for half a minute, and log each time.
+    The hub's own clients would retry for half a minute, and log each attempt.
 
     Yields:
-        Why the hub does not answer, for error messages; "" if it answers.
+        The reason why the hub does not answer, for error messages; "" if it answers.
     """
     import datasets
     from huggingface_hub import constants
@@ -48,6 +48,6 @@ def _trouble(endpoint: str) -> str:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         get_session().head(endpoint, timeout=_TIMEOUT)
-    except Exception as error:  # depends on the HTTP client of this version
+    except Exception as error:  # its class depends on the HTTP client of this version
         return f"the hub at {endpoint} does not answer ({first_line(error)})"
     return ""

@@ -1,4 +1,4 @@
-"""The endless, shuffled, resumable stream of prompt batches."""
+"""An endless, shuffled, resumable stream of batches of prompts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from opd_titan.errors import CheckpointError, DataError
 
 
 class Epochs:
-    """The positions of one set of prompts without end, a part of a batch at a time.
+    """An endless sequence of positions in one set of prompts, in shuffled epochs.
 
     The order of epoch e depends only on (seed, e, the set's number) and the number of prompts. If
-    fewer positions are left in an epoch than a batch needs, they are dropped: no batch has a prompt
-    twice, and no epoch either.
+    an epoch has fewer remaining positions than a batch needs, they are dropped. So no batch and no
+    epoch has a prompt twice.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool, number: int) -> None:
@@ -27,10 +27,10 @@ class Epochs:
         self.move_to(0, 0)
 
     def move_to(self, epoch: int, taken: int) -> None:
-        """Go to the place after the first `taken` positions of an epoch (from 0)."""
+        """Continue after the first `taken` positions of an epoch, counted from 0."""
         self.epoch, self.taken = epoch, taken
         if self.shuffle:
-            # SeedSequence mixes them: (seed 1, epoch 0) and (seed 0, epoch 1) have no relation.
+            # SeedSequence mixes the numbers: (seed 1, epoch 0) and (seed 0, epoch 1) are unrelated.
             entropy = (self.seed % 2**64, epoch, self.number)
             mixed = np.random.SeedSequence(entropy).generate_state(1)[0]
             generator = torch.Generator().manual_seed(int(mixed))
@@ -49,20 +49,20 @@ class Epochs:
 def share_out(
     sizes: Sequence[int], weights: Sequence[float], picked: list[int] | None = None
 ) -> Iterator[int]:
-    """Yield the number of the set that each place of a batch goes to.
+    """Yield the number of the set that each prompt of a batch is taken from.
 
-    Each place goes to the set that is furthest behind its share (Webster's method of
-    apportionment): after any number of places every set has had its share to within about one,
-    and the sets are mixed within a batch, too. No set gives more than its size.
+    Each prompt is taken from the set that is furthest behind its share (Webster's method of
+    apportionment). So every set has its share to within about one prompt at any time, and the sets
+    are mixed within a batch. No set gives more prompts than its size.
 
     Args:
         sizes, weights: by set.
-        picked: by set, the places that it has had so far; updated. None: no places yet.
+        picked: by set, the number of prompts taken so far; updated in place. None: none yet.
     """
     picked, left = picked if picked is not None else [0] * len(sizes), list(sizes)
     while any(left):
         able = [i for i, count in enumerate(left) if count]
-        # The first of those that are equally far behind.
+        # If several sets are equally far behind, take the first one.
         chosen = min(able, key=lambda i: (2 * picked[i] + 1) / weights[i])
         picked[chosen] += 1
         left[chosen] -= 1
@@ -112,15 +112,15 @@ class PromptLoader:
         return [self._sets[i][next(taken[i])] for i in sets]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what decides the order, as plain JSON values."""
+        """Return the position, and the options that define the order, as plain JSON values."""
         epochs = [[epochs.epoch, epochs.taken] for epochs in self._epochs]
         return {**self._order(), "picked": list(self._picked), "epochs": epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
+        """Restore a saved position.
 
         Raises:
-            CheckpointError: it belongs to a different order.
+            CheckpointError: the position belongs to a different order.
         """
         for key, value in self._order().items():
             if state.get(key) != value:
@@ -133,7 +133,7 @@ class PromptLoader:
             epochs.move_to(epoch, taken)
 
     def _order(self) -> dict[str, Any]:
-        """Return what decides the order of the prompts, by its name in the configuration."""
+        """Return the values that define the order of the prompts, by their name in messages."""
         return {
             "data.num_prompts": self._sizes,
             "data.weights": self._weights,
@@ -153,7 +153,7 @@ def _check_shares(sizes: Sequence[int], weights: Sequence[float], batch_size: in
         share = batch_size * weight / sum(weights)
         if share > size:
             raise DataError(
-                f"data.sets[{i}].weight: {weight} of {sum(weights):g} is {share:.1f} of "
-                f"[rollout] prompts_per_step = {batch_size}, but the set has {size} prompts after "
-                f"filtering; lower one of the two"
+                f"data.sets[{i}].weight: {weight} of {sum(weights):g} asks for {share:.1f} of the "
+                f"{batch_size} prompts of a step, but the set has {size} prompts after "
+                f"filtering; lower the weight or rollout.prompts_per_step"
             )

@@ -1,6 +1,6 @@
 """Find the rows of a data set, on disk or on the hub.
 
-The message of a DataError from here begins with the key, without its table: the caller adds it.
+The message of a DataError from this module begins with the key; the caller adds its table.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SPLIT = re.compile(r"([\w.]+)(?:\[(-?\d{1,12}%?)?:(-?\d{1,12}%?)?\])?")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split or of a slice of it; none is read before `records` is called.
+    """The rows of one split or of a slice of it. No row is read before `records` is called.
 
     Attributes:
         where: the path or hub id, for messages.
         split: the split as the user wrote it.
-        bounds: the two ends of its slice; "" for one that is not given.
+        bounds: the two ends of its slice; "" for an end that is not given.
         read: yields each row of the whole split with its place.
-        files: the files that `read` reads; none for a hub set.
+        files: the files that `read` reads; empty for a hub set.
         version: a hash of a hub set's revision and configuration.
     """
 
@@ -98,11 +98,12 @@ def load_rows(dataset: str, path: str, split: str) -> Rows:
     """Find the rows of a data set of `sources.DATASETS`.
 
     Args:
-        path: "" for the set's own hub id; else a `save_to_disk` folder (a plain Dataset is taken
-            as any split); a folder with `<split>.jsonl`, `.json`, `.parquet` or `<split>-*`
-            shards, in it or in its `data/` (for gsm8k also `main/`), or with a single data file,
-            which then is "train"; such a file, taken as any split; else a hub id, "org/name" or
-            "org/name:config".
+        path: "" for the set's own hub id, or one of
+            - a `save_to_disk` folder; a plain Dataset serves as any split;
+            - a folder with `<split>.jsonl`, `.json`, `.parquet` or `<split>-*` shards, in it or in
+              its `data/` (for gsm8k also `main/`); a single data file serves as "train";
+            - a data file, which serves as any split;
+            - a hub id, "org/name" or "org/name:config".
         split: one split or a slice of it: "train", "train[:100]", "train[10%:20%]".
 
     Raises:
@@ -152,9 +153,9 @@ def _read_parquet(spec: DatasetSpec, file: Path) -> Iterator[tuple[str, Row]]:
     import datasets
 
     _silence()
-    pattern = re.sub(r"([*?\[])", r"[\1]", str(file))  # the name itself
+    pattern = re.sub(r"([*?\[])", r"[\1]", str(file))  # a pattern that matches only this name
     try:
-        # Streaming: without a copy in the cache of `datasets`, which may be of an older file.
+        # Streaming avoids the cache of `datasets`, which may have a copy of an older file.
         table = datasets.load_dataset(
             "parquet", data_files={"rows": [pattern]}, split="rows", streaming=True
         )
@@ -181,7 +182,7 @@ def _read_table(
         # A save_to_disk folder may ask for tensors instead of Python values.
         for number, row in enumerate(table.with_format(None), 1):
             yield f"{label}, row {number}", row
-    except UnicodeDecodeError as error:  # Arrow does not check text before
+    except UnicodeDecodeError as error:  # Arrow does not check text earlier
         raise DataError(f"path: {label}: text that is not UTF-8") from error
 
 
@@ -198,7 +199,7 @@ def _read_saved(spec: DatasetSpec, folder: Path, label: str) -> Iterator[tuple[s
                 )
         _silence()
         table = datasets.load_from_disk(str(folder))
-        # Arrow would follow wrong offsets in the file to any place in memory.
+        # Otherwise wrong offsets in the file would make Arrow read any place in memory.
         table.data.validate(full=True)
     except DataError:
         raise
@@ -218,7 +219,7 @@ def _saved_folder(path: Path, name: str) -> Path:
         splits = list(map(str, json.loads(listed.read_text(encoding="utf-8"))["splits"]))
     except Exception as error:
         raise DataError(f"path: {listed} cannot be read ({first_line(error)})") from error
-    if name not in splits or not (path / name).is_dir():  # without "/": it stays in the folder
+    if name not in splits or not (path / name).is_dir():  # a split name has no "/"
         raise _no_split(path, name, splits)
     return path / name
 
@@ -239,17 +240,17 @@ def _load_hub(spec: DatasetSpec, path: str, name: str) -> tuple[Dataset, str]:
     with hub_in_reach() as trouble:
         try:
             table = datasets.load_dataset(hub_id, config or None, split=name)
-        except Exception as error:  # the first line for a wrong split or config lists the known
+        except Exception as error:  # for a wrong split or config, its first line lists the others
             raise DataError(
-                f'path: "{hub_id}" is no local path and its split "{name}" cannot be read from the '
-                f"hub ({trouble or first_line(error)}); log in if it is private; without a "
-                "network, give a downloaded copy's folder"
+                f'path: "{hub_id}" is not a local path, and its split "{name}" cannot be read from '
+                f"the hub ({trouble or first_line(error)}); log in if it is private; without a "
+                "network, give the folder of a downloaded copy"
             ) from error
     return table, f"{hub_id}:{config}" if config else hub_id
 
 
 def _silence() -> None:
-    """Turn off the log of `datasets`, and its progress bars where nobody sees them."""
+    """Turn off the log of `datasets`, and its progress bars unless they show in a terminal."""
     import datasets
 
     if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
@@ -259,11 +260,11 @@ def _silence() -> None:
 
 def _split_files(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
     """Choose the files of one split by name; see `load_rows` for the rule."""
-    subfolders = {".", "data", spec.hub_config or "."}  # the latter two as hub snapshots do
+    subfolders = {".", "data", spec.hub_config or "."}  # hub snapshots have the last two
     found = [f for sub in sorted(subfolders) for f in sorted((folder / sub).glob("*.*"))]
     every = [f for f in found if f.suffix in SUFFIXES and f.name != "dataset_infos.json"]
     mine = [f for f in every if _split_name(f) == name]
-    # A train.jsonl beside its own train.parquet must not count twice.
+    # A train.jsonl and a train.parquet with the same rows must not count twice.
     if len({(f.parent, f.suffix) for f in mine}) > 1:
         shown = ", ".join(map(str, mine[:4]))
         raise DataError(

@@ -9,31 +9,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\ufffd"  # decoders write it for bytes that are not UTF-8
-# A character has at most 4 bytes in UTF-8: up to 3 of them may be incomplete before the next token.
+# A character has at most 4 bytes in UTF-8, so a text may end with up to 3 incomplete bytes.
 _MAX_INCOMPLETE = 3
-# The number of earlier tokens that are decoded together with a token. A character that is cut off
-# at their start is then never among the incomplete ones at their end.
+# A token is decoded together with this many earlier tokens, so that a character that is cut off at
+# their start is never mistaken for an incomplete one at their end.
 _CONTEXT = 16
 
 
 class TokenTexts:
-    """Splits a decoded text into the part of each token. Special tokens are shown by name."""
+    """Split a decoded text into the parts of its tokens. Special tokens are shown by name."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._alone: dict[int, str] = {}
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return a text for each token; joined, they are the decoded text, special tokens included.
+        """Return the text of each token; joined, they are the decoded text with special tokens.
 
-        A character that consists of several tokens is the text of the last one; the others' text
-        is empty.
+        If a character has several tokens, it belongs to the last one, and the others are empty.
         """
         alone = [self._decoded(i) for i in ids]
         if _BROKEN not in "".join(alone) and "".join(alone) == self._decode(ids):
             return alone
-        # Some tokens are parts of characters, or their text depends on their neighbours. Each
-        # token's text is then what it adds to the decoded text, without an incomplete end.
+        # Some tokens are parts of characters, or their text depends on their neighbours. So the
+        # text of a token is what it adds to the decoded text, without an incomplete end.
         pieces = []
         for t in range(len(ids)):
             start, last = max(0, t - _CONTEXT), t == len(ids) - 1
@@ -43,7 +42,7 @@ class TokenTexts:
         return pieces
 
     def alone(self, token: int) -> str:
-        """Return one token's own text; its name in the vocabulary if it is part of a character."""
+        """Return the text of one token, or its name in the vocabulary for part of a character."""
         text = self._decoded(token)
         if _BROKEN in text:
             return str(self._tokenizer.convert_ids_to_tokens(int(token)) or text)

@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_BATCH = 1024
-# Texts with more characters are compared with the longest token before they are tokenized: a
-# broken row may hold a whole file, which would take gigabytes only to be dropped.
+# A text with more characters is dropped without tokenizing it if it would exceed the limit even
+# with the longest tokens. A broken row may contain a whole file, which would take gigabytes.
 LARGE_TEXT = 100_000
 NO_RESPONSE = (
-    "no response, which rollout.on_policy_fraction < 1 and sft learn from; use a set that has them"
+    "no response, but rollout.on_policy_fraction < 1 and sft need one; use a set with responses"
 )
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are left, in the order of the source, and the number of other rows.
+    """The prompts that are kept, in the order of the source, and the numbers of dropped rows.
 
     Attributes:
         source: where they come from, for messages. name: empty for the only set.
-        num_rows: rows read.
-        end: the index after that of the last row, which is larger for a slice of a split.
-        num_duplicates, num_too_long: how many of them were dropped for this reason.
+        num_rows: number of rows read.
+        end: one more than the index of the last row; larger than num_rows for a slice of a split.
+        num_duplicates, num_too_long: number of rows that were dropped for this reason.
     """
 
     source: str
@@ -54,7 +54,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The arguments of `build_prompts` that decide which prompts are made of the rows."""
+    """The arguments of `build_prompts` that determine the prompts made from the rows."""
 
     template: str
     enable_thinking: bool
@@ -80,13 +80,13 @@ def build_prompts(
     name: str = "",
     teacher: str = "teacher",
 ) -> PromptSet:
-    """Load, render, tokenize and filter, or take the result of an earlier start from the cache.
+    """Load, render, tokenize and filter rows, or take the result of an earlier start from a cache.
 
     `Prompt.index` is the number of the row in the source.
 
     Args:
-        keep_responses: keep the data set's own responses, which every prompt then must have; else
-            drop them (OpenThoughts3's take gigabytes).
+        keep_responses: keep the data set's own responses; every prompt must then have one. False:
+            drop them (those of OpenThoughts3 take gigabytes).
         max_prompts: stop after this many prompts (0: take all).
         answer_problem: returns what is wrong with an answer, "" if nothing is.
         section: the config table that errors name, "data" or "validation".
@@ -114,7 +114,7 @@ def build_prompts(
         prompts = cached_prompts(key, make)
         if answer_problem is not None:
             _check_answers(rows, prompts, answer_problem)
-    except DataError as error:  # which begins with a key of the table
+    except DataError as error:  # the message begins with a key of the table
         raise DataError(f"{section}.{error}") from error
     if not prompts:
         raise _none_fits(rows.source, max_prompt_tokens, prompts.info["shortest"])
@@ -138,11 +138,11 @@ def _cache_key(
     settings: _Settings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """Return a hash of everything that decides which prompts `_make` writes."""
+    """Return a hash of everything that determines the prompts that `_make` writes."""
     import tokenizers
     import transformers
 
-    # The code of this folder, and that of the data set, which may be the user's own.
+    # The code of this folder and of the data set's function, which may be the user's own.
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(spec.to_record))]
     parts = [
         *(file.read_bytes() for file in code if file.is_file()),
@@ -162,9 +162,9 @@ def _cache_key(
 
 @lru_cache(maxsize=4)
 def _model_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of the vocabulary and the rules, which take a second to write out."""
+    """Return a hash of the vocabulary and the rules. Serializing them takes about a second."""
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # as each call of the tokenizer sets it
+    backend.no_truncation()  # a call of the tokenizer sets the same
     backend.no_padding()
     return hashlib.blake2b(backend.to_str().encode(), digest_size=16).hexdigest()
 
@@ -200,14 +200,14 @@ def _make(
 def _rendered(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: _Settings, counts: dict[str, int]
 ) -> Iterator[tuple[int, str, Record, str]]:
-    """Yield number, place, record and text of each row, without duplicates. Count both."""
+    """Yield number, place, record and text of each row that is no duplicate. Update `counts`."""
     seen: set[bytes] = set()
     for number, place, record in rows.records():
         counts["num_rows"] += 1
         counts["end"] = number + 1
         if rows.spec.deduplicate:
             question = " ".join(" ".join(m["content"] for m in record.messages).split())
-            # 16 bytes a prompt instead of its text: there are over a million rows.
+            # 16 bytes per prompt instead of its text, because there are over a million rows.
             key = hashlib.blake2b(question.encode(), digest_size=16).digest()
             if key in seen:
                 counts["num_duplicates"] += 1
@@ -237,7 +237,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     """Return token ids, without added special tokens."""
     if not texts:
         return []
-    # verbose=False: no warning about long texts, which are dropped.
+    # verbose=False: no warning about long texts, because they are dropped.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return encoded["input_ids"]
 
@@ -245,9 +245,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 def given_response(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], limit: int
 ) -> Sample:
-    """Return the data set's own response in place of a sampled one, cut at `limit` tokens.
+    """Return the data set's own response as a sample, cut at `limit` tokens.
 
-    A model may have several stop tokens; the tokenizer's own ends what people wrote.
+    If the model has several stop tokens, the response ends with the one of the tokenizer.
     """
     eos_id = tokenizer.eos_token_id
     ids = response_token_ids(prompt, tokenizer, eos_id if eos_id in stop_ids else min(stop_ids))

@@ -13,19 +13,19 @@ from typing import Any
 
 Message = dict[str, str]
 
-# The prompt of the prototype that this project grew from, kept to the byte.
+# The prompt of the prototype of this project, unchanged to the byte.
 QUESTION_FORMAT = "Question: {}\nAnswer: Let's solve this step by step.\n"
-# For sets with rows that already are prompts.
+# For sets in which each row already is a prompt.
 TEXT_FORMAT = "{}"
 
 
 class RowError(ValueError):
-    """A row cannot be used. The reader of the rows adds the place and raises a `DataError`."""
+    """A row cannot be used. The caller adds its place and raises a `DataError`."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The turns of a row to answer and, if the row has them, a response and a gold answer.
+    """The prompt of a row as turns and, if the row has them, a response and a gold answer.
 
     Attributes:
         messages: `{"role", "content"}` turns up to and including the last user turn.
@@ -41,7 +41,7 @@ class DatasetSpec:
     """One data set: its name on the hub, its columns, and how to read a row.
 
     Attributes:
-        columns: the columns that a row must have; "a|b" is either.
+        columns: the columns that a row must have; "a|b" means one of the two.
         raw_format: the text around the prompt in the raw template, with one `{}`.
         deduplicate: keep only the first row of each prompt (compared with whitespace normalised).
     """

@@ -1,7 +1,7 @@
 """Render a record to the text that the student continues.
 
-The text is tokenized with `add_special_tokens=False`, so text and token ids always agree, and a BOS
-appears only where a chat template writes one.
+The text is tokenized with `add_special_tokens=False`, so that text and token ids always agree.
+There is a BOS only if the chat template writes one.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ def render(
     """Return the text of the prompt.
 
     raw: `raw_format` around the only user turn. chat: the tokenizer's own template with a
-    generation prompt; without `enable_thinking`, Qwen3's ends in an empty, closed think block.
+    generation prompt. Without `enable_thinking`, the one of Qwen3 ends in an empty, closed think
+    block.
 
     Raises:
         RowError: the template cannot show this record.
-        ModelError: the chat template fails; names its file.
+        ModelError: the chat template fails; the message names its file.
     """
     if template == "raw":
         if len(record.messages) != 1:
@@ -61,8 +62,8 @@ def render(
             add_generation_prompt=True,
             enable_thinking=enable_thinking,
         )
-    except Exception as error:  # a template can raise any
-        if type(error) is TemplateError:  # its own raise_exception
+    except Exception as error:  # a template can raise any error
+        if type(error) is TemplateError:  # raised by the template's own raise_exception
             raise RowError(f"the chat template refuses this prompt: {error}") from error
         raise ModelError(
             f"{_template_file(tokenizer)}: the chat template fails ({type(error).__name__}: "
@@ -81,7 +82,10 @@ def template_warning(
     are worse (tinker-cookbook issue 796).
     """
     if not teacher.chat_template:
-        return "the teacher's tokenizer has no chat template: it scores a form it may not know"
+        return (
+            "the teacher's tokenizer has no chat template, so the teacher may not know the form of "
+            "the prompts that it scores"
+        )
     mine, other = (
         render(
             Record([{"role": "user", "content": "Why?"}]),
@@ -98,7 +102,7 @@ def template_warning(
     return (
         f"the chat templates of student and teacher render the same question differently: after "
         f"{mine[:at][-20:]!r} come {mine[at:][:20]!r} and {other[at:][:20]!r}; the teacher scores "
-        f"the student's form; copy the teacher's chat template to the student's folder"
+        f"prompts in the student's form; copy the teacher's chat template to the student's folder"
     )
 
 

@@ -27,12 +27,13 @@ def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        # False, not unset: unset would ask a question on stdin.
+        # If this were unset, transformers would ask a question on stdin.
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise nearly every class here
         raise ModelError(
             f"{where}: the tokenizer in {str(folder)!r} cannot be read ({first_line(error)}); "
-            "tokenizer.json and tokenizer_config.json must be complete and need no own code"
+            "tokenizer.json and tokenizer_config.json must be complete, and need no code of their "
+            "own"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{where}: {str(folder)!r} has no fast tokenizer; save a tokenizer.json")
@@ -86,7 +87,7 @@ def compare_tokenizers(
 def eos_warning(
     student_eos: Collection[int], teacher_eos: Collection[int], tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
-    """Return the effect if student and teacher end with different tokens, None if they do not."""
+    """Return a warning if student and teacher end with different tokens, else None."""
     if set(student_eos) == set(teacher_eos):
         return None
 
@@ -96,6 +97,6 @@ def eos_warning(
 
     return (
         f"student ends with {show(student_eos)}, teacher ends with {show(teacher_eos)}; a response "
-        "stops only at the student's; where the teacher would end with a different token, the "
+        "stops only at the student's; if the teacher would end with a different token, the "
         "student learns to write that token and to continue, up to rollout.max_new_tokens"
     )

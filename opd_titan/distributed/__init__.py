@@ -1,1 +1,1 @@
-"""Processes, the device mesh, and the few collectives that the program needs by itself."""
+"""Processes, the device mesh, and the few collectives that the program calls directly."""

@@ -28,8 +28,8 @@ def raise_on_all_ranks(wait: bool = False) -> Iterator[None]:
             still ends a rank that waits for too long.
 
     Raises:
-        OneLineError: as the first rank that failed raised it.
-        StorageError: an OSError of the first rank that failed.
+        OneLineError: the error of the lowest rank that failed.
+        StorageError: in place of an OSError of that rank.
     """
     mine: OneLineError | None = None
     try:
@@ -53,7 +53,7 @@ def raise_on_all_ranks(wait: bool = False) -> Iterator[None]:
 
 
 def _wait_for_all_ranks() -> None:
-    """Return when all ranks have called this; once per process group."""
+    """Return when all ranks have called this. It works once per process group."""
     store, ranks = _get_default_store(), dist.get_world_size()
     arrived = store.add(_ARRIVED, 1)
     while arrived < ranks:

@@ -40,22 +40,23 @@ def set_phase(phase: str) -> None:
 
 
 def beat() -> None:
-    """Record on this process's heartbeat, if it has one, that work goes on.
+    """Record progress on the heartbeat of this process, if it has one.
 
-    For long loops below the trainer. Thread-safe: a write in the background calls it too.
+    For long loops in code that has no access to the trainer's heartbeat. Thread-safe: background
+    writes call it too.
     """
     if Heartbeat.current is not None:
         Heartbeat.current.beat()
 
 
 def track_memory(name: str, owner: T, size: Callable[[T], float]) -> None:
-    """Register an object that takes memory, if this process has a heartbeat.
+    """Register an object that uses memory, if this process has a heartbeat.
 
     The report of an out-of-memory error lists it.
 
     Args:
         owner: the object, held by a weak reference.
-        size: returns the bytes that it takes at the time of the call.
+        size: returns the bytes that it uses at the time of the call.
     """
     if Heartbeat.current is not None:
         Heartbeat.current.owners[name] = weakref.ref(owner), size
@@ -64,8 +65,8 @@ def track_memory(name: str, owner: T, size: Callable[[T], float]) -> None:
 class Heartbeat:
     """End this process, with one line, after `limit_seconds` without a beat.
 
-    The timeout of a collective ends the ranks that wait for others. This ends the rank that they
-    wait for, which may hang in a file system or in a library.
+    The timeout of a collective ends the ranks that wait for another one. The heartbeat ends the
+    rank that they wait for, which may hang in a file system or in a library.
     """
 
     current: ClassVar[Heartbeat | None] = None  # the newest of this process that is not closed
@@ -85,17 +86,17 @@ class Heartbeat:
         self.phase = phase
         folder = os.environ.get(FOLDER)
         if folder:
-            with suppress(OSError):  # only a note: the run must not fail because of it
+            with suppress(OSError):  # only for error reports: the run must not fail because of it
                 Path(folder, str(self.rank)).write_text(phase, encoding="utf-8")
         self.beat()
 
     def memory(self) -> dict[str, float]:
-        """Return the bytes that each owner takes now, by name."""
+        """Return the bytes that each owner uses now, by name."""
         found = {name: (owner(), size) for name, (owner, size) in self.owners.items()}
         return {name: size(owner) for name, (owner, size) in found.items() if owner is not None}
 
     def beat(self) -> None:
-        """Record that work goes on."""
+        """Record progress."""
         self._moved_at = time.monotonic()
 
     def close(self) -> None:
@@ -122,7 +123,7 @@ class Heartbeat:
 
     def _end(self, still: float) -> None:
         text = (
-            f"rank {self.rank} has not moved for {still:.0f} s in {self.phase}; ended "
+            f"rank {self.rank} has made no progress for {still:.0f} s in {self.phase}; ended "
             f"(comm.train_timeout_seconds)"
         )
         # In another thread, because the file system of the log, or its lock, may be what hangs.

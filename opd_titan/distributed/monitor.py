@@ -39,7 +39,7 @@ class Monitor:
         """Return the callback for passes over micro-batches, which all ranks run in lockstep.
 
         Args:
-            stops: the number of calls that look for a signal; None: all.
+            stops: the number of calls that check for a signal; None: all.
         """
         calls = count(1)
 

@@ -47,13 +47,13 @@ def resharding(model: nn.Module) -> Iterator[None]:
 def exchange_gradients(model: nn.Module, last: bool, once: bool) -> None:
     """Set whether the next backward reduces its gradients.
 
-    Copies of the shards (HSDP) are always summed in the last backward of an update only. Until
-    then, a rank keeps the sum of its own shard in place of the gradient.
+    The all-reduce over copies of the shards (HSDP) always happens only in the last backward of an
+    update. Until then, each rank keeps the reduced gradient of its own shard.
 
     Args:
         last: the next backward is the last one of the update.
-        once: the shards are also summed in the last backward only. Until then, each rank keeps the
-            gradients of all weights that it has gathered, in fp32.
+        once: the reduce-scatter over shards also happens only in the last backward. Until then,
+            each rank keeps the gradients of all weights that it has gathered, in fp32.
     """
     for group in fsdp_groups(model):
         group.set_requires_gradient_sync(last or not once, recurse=False)

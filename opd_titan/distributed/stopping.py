@@ -1,4 +1,4 @@
-"""Stop on a signal: all ranks stop at the same point, even if only one of them got it."""
+"""Stop on a signal: all ranks stop at the same point, even if only one rank received it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StopRequest:
     """SIGTERM or SIGUSR1, which a scheduler may send to one rank or to all.
 
     Attributes:
-        signal: the number of the signal that this or another rank has got; 0 for none.
+        signal: the number of the signal that this or another rank has received; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
         self.signal = number
 
     def _heard(self) -> bool:
-        """Return whether this rank knows of a signal. Ranks may differ. Fast enough for loops."""
+        """Return whether this rank knows of a signal (ranks may differ). Fast enough for loops."""
         if dist.get_world_size() == 1 or self._said:
             return self.signal > 0
         store = _get_default_store()
@@ -63,24 +63,24 @@ class StopRequest:
         """
         self._rounds += 1
         if axis.size == 1:
-            told = self._heard()
+            stopped = self._heard()
         elif self._rounds % _ROUNDS_BETWEEN_VOTES:
             return
         else:
-            told = self._vote(axis.group, device)
-        if told:
+            stopped = self._vote(axis.group, device)
+        if stopped:
             raise Stopped
 
     def check(self) -> None:
         """Raise Stopped on all ranks when one of them knows of a signal. All ranks must call."""
-        # On the host: a GPU would have to finish its work first.
+        # On the host, because a GPU would have to finish its work first.
         if self._vote(None, torch.device("cpu")):
             raise Stopped
 
     def _vote(self, group: dist.ProcessGroup | None, device: torch.device) -> bool:
         vote = torch.tensor(self.signal if self._heard() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
-        told = int(vote)
-        if told:  # if 0, keep a signal that came during the vote
-            self.signal = told
-        return told > 0
+        number = int(vote)
+        if number:  # if 0, keep a signal that arrived during the vote
+            self.signal = number
+        return number > 0

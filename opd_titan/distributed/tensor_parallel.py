@@ -1,10 +1,11 @@
 """The collectives of tensor parallelism, with gradients (Megatron-LM, arXiv 1909.08053).
 
 Each rank multiplies by its share of a layer's weights. Between layers the hidden states are either
-split over the ranks by token (sequence parallelism, arXiv 2205.05198: training and scoring) or
-whole on every rank (rollouts, where a step has few tokens).
+split over the ranks by token (sequence parallelism, arXiv 2205.05198, in training and scoring) or
+whole on every rank (in rollouts, where a step has few tokens).
 
-Shapes: T packed tokens, of which each rank holds T / size in turn; D model width.
+Shapes: T packed tokens, of which each rank has T / size consecutive ones if they are split; D model
+width.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def locate_rows(tokens_T: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Return each token's row among `rows` from `first` on (0 if outside), and if it is inside."""
+    """Return each token's row in the `rows` rows from `first` on, and whether it is one of them.
+
+    The row is 0 if it is not.
+    """
     row_T = tokens_T - first
     held_T = (row_T >= 0) & (row_T < rows)
     return row_T * held_T, held_T

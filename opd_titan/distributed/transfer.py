@@ -17,7 +17,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def send_numbers(parts: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Return int64 tensors of these numbers on the device: views of one, which is copied once."""
+    """Return int64 tensors of these numbers on the device, as views of one copied tensor."""
     whole = send(torch.tensor([*chain(*parts)], dtype=torch.int64), device)
     return list(whole.split([len(part) for part in parts]))
 

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Axis:
-    """Ranks that work together along one direction of the mesh, and this rank's place.
+    """The ranks along one dimension of the mesh, and the position of this rank among them.
 
-    `group` is None only where the axis has a single rank.
+    `group` is None only if the axis has a single rank.
     """
 
     rank: int = 0
@@ -34,11 +34,11 @@ class World:
     """The processes of a job, as one rank sees them.
 
     Attributes:
-        device: of this rank: its own GPU, or the CPU where there is none.
-        mesh: the axes `dp_replicate`, `dp_shard`, `tp`, without the first and the last where
-            they have one rank.
-        dp: the ranks that divide the data among them: `dp_replicate` and `dp_shard` together.
-        tp: the ranks that split each layer among them and process the same data.
+        device: the device of this rank: its own GPU, or the CPU if there is none.
+        mesh: the axes `dp_replicate`, `dp_shard`, `tp`; the first and the last are omitted if they
+            have one rank.
+        dp: the ranks that divide the data: `dp_replicate` and `dp_shard` together.
+        tp: the ranks that split each layer and process the same data.
     """
 
     device: torch.device
@@ -73,14 +73,14 @@ def init_world(init_timeout_seconds: int) -> torch.device:
     """Join the process group that the launcher describes, or start one of a single process.
 
     Returns:
-        The device of this rank: its own GPU, or the CPU where there is none.
+        The device of this rank: its own GPU, or the CPU if there is none.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
-    # gloo beside NCCL: checkpoints and Python objects travel over the host.
+    # gloo in addition to NCCL, because checkpoints and Python objects are sent from host memory.
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     single = "RANK" not in os.environ
     dist.init_process_group(
@@ -94,7 +94,7 @@ def init_world(init_timeout_seconds: int) -> torch.device:
 
 
 def set_timeout(seconds: int, device: torch.device) -> None:
-    """Change the time limit of all groups' collectives: start-up and training need different ones.
+    """Change the timeout of collectives in all groups, because start-up and training differ.
 
     All ranks must call. No rank continues before all have called.
     """
@@ -111,15 +111,15 @@ def set_timeout(seconds: int, device: torch.device) -> None:
 def build_world(
     device: torch.device, replicate: int = 1, shard: int | None = None, tensor: int = 1
 ) -> World:
-    """Lay the mesh over the process group. All ranks call.
+    """Create the device mesh on the process group. All ranks call.
 
-    Neighbouring ranks, which share the fast links of a node, hold one model between them (`tp`);
-    then come the shards of a copy, then the copies.
+    `tp` is the innermost dimension, because neighbouring ranks share the fast links of a node; next
+    are the shards of a copy, and the copies are outermost.
 
     Args:
-        replicate: copies of the sharded model.
-        shard: ranks that share one copy; None: all that the other two leave.
-        tensor: ranks that each layer is split over.
+        replicate: number of copies of the sharded model.
+        shard: number of ranks that share one copy; None: the world size / (replicate * tensor).
+        tensor: number of ranks that each layer is split over.
     """
     if shard is None:
         shard = dist.get_world_size() // (replicate * tensor)

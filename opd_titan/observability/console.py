@@ -1,4 +1,4 @@
-"""What the console shows of a job: its plan at the start, a line per step, its outcome."""
+"""The console output of a job: its plan at the start, a line per step, its outcome."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("opd_titan")
 
 _CLOCK = len("[00:00:00] ")
 
-# Figures of the step line, the most important first: a narrow terminal gets as many as fit.
+# Figures of the step line, the most important first. A narrow terminal shows as many as fit.
 _FIGURES = {
     "kl/student_teacher": ("kl {:.4f}", "green"),
     "validation/gap_recovered": ("gap recovered {:.1%}", "green"),
@@ -47,7 +47,7 @@ def console_line(
     eta_seconds: float | None = None,
     columns: int | None = None,
 ) -> str:
-    """Return the line of a step, in color. All scalars that are not finite are named in it.
+    """Return the line of a step, in color. It names every scalar that is not finite.
 
     Args:
         columns: width of the terminal; figures that do not fit are left out. None shows all.
@@ -75,7 +75,7 @@ def terminal_columns() -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """Return h:mm:ss, with the days before it if there are any."""
+    """Return h:mm:ss, after the number of days if there are any."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -88,7 +88,7 @@ def report_job(
     student: nn.Module,
     frozen: Mapping[str, nn.Module],
 ) -> None:
-    """Log what the job will do, the memory of its models on this rank, and where files go.
+    """Log what the job will do, the memory of its models on this rank, and the output folders.
 
     Args:
         frozen: the other models by role.
@@ -134,7 +134,7 @@ def _size(count: float) -> str:
 
 @dataclass
 class Totals:
-    """What the summary at the end needs of all steps: plain numbers, saved in checkpoints.
+    """Totals over all steps for the summary at the end: plain numbers, saved in checkpoints.
 
     Attributes:
         first: the first value of each scalar.
@@ -154,7 +154,7 @@ class Totals:
 
 
 def report_outcome(job: ResolvedJob, step: int, totals: Totals, last: Mapping[str, float]) -> None:
-    """Log what the job reached, where the time went, and what to do next.
+    """Log the outcome of the job, the time of each phase, and the next commands.
 
     Args:
         last: the last value of each scalar.
@@ -174,7 +174,7 @@ def _outcome(totals: Totals, last: Mapping[str, float]) -> list[str]:
     parts = []
     for name, (label, form, changes) in figures.items():
         if name in last:
-            # The first validation may have come with the checkpoint that this run started from.
+            # The first validation may have been in an earlier start of the run.
             first = f"{totals.first[name]:{form}} -> " if changes and name in totals.first else ""
             parts.append(f"{label} {first}{last[name]:{form}}")
     lines = [f"Outcome: {', '.join(parts)}"] if parts else []

@@ -1,4 +1,4 @@
-"""A TensorBoard event file that loses nothing to a kill or to a full disk."""
+"""A TensorBoard event file that loses no record if the run is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class EventFile:
     """Write summaries to a new event file of a folder.
 
     `torch.utils.tensorboard.SummaryWriter` queues events for a thread; the first failed write ends
-    the thread and loses the queue. Here a record stays in memory until its bytes are in the file,
-    and the next call writes it again at the same place.
+    the thread and loses the queue. Here a record stays in memory until its bytes are in the file.
+    If a write fails, the next call writes the record again at the same position.
 
     Args:
         folder: created if it is missing.
-        purge_step: TensorBoard drops what earlier files have for this step and later ones. This is
-            how a resumed run replaces the steps that it repeats.
+        purge_step: TensorBoard drops the events of earlier files from this step on, so that a
+            resumed run replaces the steps that it repeats.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
@@ -43,12 +43,12 @@ class EventFile:
         self._write()
 
     def add_summary(self, summary: Summary, step: int) -> None:
-        """Write a summary. When this returns, the file has it, or an error was logged."""
+        """Write a summary. On return it is in the file, or an error was logged."""
         self._add(Event(step=step, summary=summary))
         self._write()
 
     def close(self) -> None:
-        """Try once more to write what is pending; log an error if it is lost."""
+        """Try once more to write pending records; log an error if they are lost."""
         if self._pending:
             self._write()
         if self._pending:
@@ -64,12 +64,12 @@ class EventFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                # A failed write may have left a part of a record.
+                # Remove the part of a record that a failed write may have left.
                 file.truncate(min(self._size, file.tell()))
                 file.write(b"".join(self._pending))
                 file.flush()
                 self._size = file.tell()
-        except OSError as error:  # numbers for people: no reason to stop the run
+        except OSError as error:  # missing metrics must not stop the run
             logger.error("Storage: TensorBoard's events in %s: %s", self.path.parent, reason(error))
             return
         self._pending.clear()
@@ -78,8 +78,9 @@ class EventFile:
 def _new_path(folder: Path) -> Path:
     """Return a path that sorts after every event file in the folder.
 
-    TensorBoard reads event files in the order of their names, which start with the second. A second
-    start within the same second, or on a host with a slow clock, must not sort before the first.
+    TensorBoard reads event files in the order of their names, which begin with the time in seconds.
+    Another start in the same second, or on a host with a slow clock, must not sort before the
+    first one.
     """
     seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
     second = max([int(time.time()), *(int(s) + 1 for s in seconds if s.isdecimal())])

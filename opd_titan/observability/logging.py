@@ -24,12 +24,12 @@ _ANSI = re.compile(r"\x1b\[\d*m")
 
 
 def paint(text: str, color: str) -> str:
-    """Return the text in a terminal color. Log files and pipes get it without the color."""
+    """Return the text in a terminal color. Log files and pipes get the text without color."""
     return f"\x1b[{_COLORS[color]}m{text}\x1b[0m"
 
 
 class _ConsoleHandler(logging.Handler):
-    """Write to the current `sys.stdout` through tqdm, which moves a live bar out of the way."""
+    """Write to the current `sys.stdout` through tqdm, which prints above a progress bar."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(logging.INFO)
@@ -51,7 +51,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileHandler(RotatingFileHandler):
-    """Report a full disk once, where Python would print a traceback for every line."""
+    """Report a full disk once. Python would print a traceback for every line."""
 
     reported = False
 
@@ -82,15 +82,15 @@ def init_logging(dump_folder: Path | None, rank: int) -> logging.Logger:
     Args:
         dump_folder: None keeps the lines in memory; the next call writes them to its file.
     """
-    # It warns on each rank, at every export, that two axes are gathered one after the other.
+    # This logger warns on each rank, at every export, that two axes are gathered in turn.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     logger = logging.getLogger("opd_titan")
     logger.setLevel(logging.DEBUG)
-    # Some libraries call logging.basicConfig(); the root logger would then print each line again.
+    # Some libraries call logging.basicConfig(). The root logger would then print each line again.
     logger.propagate = False
     file: logging.Handler
     if dump_folder is None:
-        file = MemoryHandler(capacity=0)  # without a target it keeps everything
+        file = MemoryHandler(capacity=0)  # without a target it keeps all lines
     else:
         path = Path(dump_folder) / "logs" / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The run's numbers: their names, the timing of phases, windows, what a resume needs of them."""
+"""The metrics of a run: their names, the timing of phases, log windows, and their saved state."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ SCALARS: dict[str, str] = {
     "kl/forward": "nats per response token; exact KL(teacher || student) over the vocabulary",
     "policy/entropy": "nats per response token",
     "policy/teacher_entropy": "nats per response token, at the student's prefixes",
-    "policy/top_k_overlap": "share of the student's 16 likeliest tokens that are the teacher's too",
-    "policy/top_1_agreement": "share of response tokens with the same likeliest token",
+    "policy/top_k_overlap": "share of the student's 16 most likely tokens in the teacher's 16",
+    "policy/top_1_agreement": "share of response tokens with the same most likely token",
     "policy/clip_fraction": "share of response tokens with a clipped ratio",
     "policy/ratio_mean": "mean of exp(log S - log S_old) over response tokens",
     "policy/logprob_gap_max": "nats; largest |rollout - update| log-prob of one token",
-    "rollout/response_tokens_mean": "tokens, the stop token included",
-    "rollout/response_tokens_max": "tokens, the stop token included",
+    "rollout/response_tokens_mean": "tokens, with the stop token",
+    "rollout/response_tokens_max": "tokens, with the stop token",
     "rollout/truncated_fraction": "share of responses cut at max_new_tokens",
     "rollout/eos_fraction": "share of responses that ended with a stop token",
     "rollout/idle_share": "share of the ranks' time spent waiting for the slowest rank's samples",
@@ -69,11 +69,11 @@ SCALARS: dict[str, str] = {
     "rollout/on_policy_fraction": "share of responses that the student sampled itself",
     # With several data sets.
     "data/<set>/share": "share of the step's sampled responses",
-    "data/<set>/kl_student_teacher": "as kl/student_teacher, against the set's own teacher",
+    "data/<set>/kl_student_teacher": "as kl/student_teacher, with the set's own teacher",
     "data/<set>/response_tokens_mean": "as rollout/response_tokens_mean",
     "data/<set>/truncated_fraction": "as rollout/truncated_fraction",
     "grad_norm": "total norm before clipping, mean over the step's updates",
-    "skipped_updates": "updates of the step that were skipped: loss or gradient was not finite",
+    "skipped_updates": "updates of the step that were skipped, because of a non-finite number",
     "lr": "learning rate",
     "time/data(s)": "seconds on rank 0: prompts",
     "time/rollout(s)": "seconds on rank 0: sampling",
@@ -95,7 +95,7 @@ SCALARS: dict[str, str] = {
     "mbu/rollout(%)": "bytes that decoding must read, as a share of the memory bandwidth",
     "memory/max_active(GiB)": "peak since the last step on CUDA; see memory_scalars for CPU",
     "memory/max_reserved(GiB)": "peak since the last step on CUDA; see memory_scalars for CPU",
-    "charts/<figure>": "what the chart layout needs in another form: tensorboard.chart_scalars",
+    "charts/<figure>": "copies and sums for the chart layout: see tensorboard.chart_scalars",
     **{f"validation/{figure}": meaning for figure, meaning in _VALIDATION.items()},
     **{f"validation/<set>/{figure}": f"validation/{figure} of one set" for figure in _VALIDATION},
     **{position_name(*p): "nats; kl/student_teacher of these tokens alone" for p in POSITIONS},
@@ -105,7 +105,7 @@ _NAME = re.compile("|".join(re.sub(r"<\w+>", "[^/]+", re.escape(name)) for name 
 # By the name in the table: a data set may have "max" in its name.
 _MAXIMA = frozenset(name for name in SCALARS if "max" in name)
 
-DETAILED_STEPS = 20  # of a run, besides the first and the last
+DETAILED_STEPS = 20  # per run, in addition to the first and the last step
 
 
 def is_scalar(name: str) -> bool:
@@ -129,7 +129,7 @@ class PhaseClock:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def _now(self) -> float:
-        # Kernels are asynchronous: without this a phase would pay for the one before it.
+        # Kernels are asynchronous: without this, a phase would include kernels of the previous one.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -168,8 +168,8 @@ def work_scalars(
     Args:
         seconds: by phase, from `PhaseClock.pop`.
         tokens, flops, bytes_read: by phase, summed over all ranks. A phase may be absent.
-        world_size: number of devices, tensor-parallel ones included.
-        peaks: of one device. An unknown peak gives no share of it.
+        world_size: number of devices, including tensor-parallel ones.
+        peaks: of one device. Without a known peak there is no share.
     """
     scalars = {}
     for phase, count in tokens.items():
@@ -186,9 +186,9 @@ def work_scalars(
 def memory_scalars(device: torch.device | str) -> dict[str, float]:
     """Return `memory/*`, the peak memory of this process in GiB.
 
-    On CUDA: the allocator's peaks since the last call, which also resets them. A CPU has no such
-    allocator and its peak cannot be reset: both values are the largest resident memory of this
-    process since it started, weights, Python and libraries included.
+    On CUDA: the allocator's peaks since the last call; each call resets them. A CPU has no such
+    allocator, and its peak cannot be reset: both values are the largest resident memory of this
+    process since it started, including weights, Python and libraries.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -203,8 +203,8 @@ def memory_scalars(device: torch.device | str) -> dict[str, float]:
 
 def peak_resident_bytes() -> int:
     """Return the largest resident memory of this process so far."""
-    # Linux passes a parent's ru_maxrss down through exec, so a run that a big process starts would
-    # report the parent's memory; VmHWM is this process's own.
+    # On Linux ru_maxrss survives exec, so a run that a large process starts would report the memory
+    # of its parent. VmHWM is only of this process.
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
@@ -214,14 +214,14 @@ def peak_resident_bytes() -> int:
 
 
 class MetricLogger:
-    """Take each step's scalars and write them to TensorBoard every `log_freq` steps.
+    """Collect the scalars of each step, and write them to TensorBoard every `log_freq` steps.
 
     A window ends at step 1, at each multiple of `log_freq` and at the last step. The value of a
-    window is the mean over its steps that have the scalar, or the maximum if the scalar is a
-    maximum itself. What comes between steps (validation, checkpoints) is written as it comes.
+    window is the mean over its steps that have the scalar, or the maximum if the scalar is itself a
+    maximum. Scalars from between steps (validation, checkpoints) are written at once.
 
     On resume the events continue in the same folder, and `load_state_dict` restores a half-filled
-    window. Log a step before its checkpoint is saved: a crash after the checkpoint then loses
+    window. Log a step before its checkpoint is saved, so that a crash after the checkpoint loses
     nothing.
     """
 
@@ -237,15 +237,15 @@ class MetricLogger:
     ) -> None:
         """
         Args:
-            dump_folder: events go to its `tb/`, from rank 0 only.
+            dump_folder: rank 0 writes events to its `tb/`.
             total_steps: the run's last step.
-            start_step: the last step that was done, 0 for a new run.
+            start_step: the last completed step, 0 for a new run.
         """
         self.total_steps, self.log_freq = total_steps, log_freq
         self.last: dict[str, float] = {}  # the newest value of each scalar
         self.totals = Totals()
         self._validated_at: int | None = None
-        self._step: dict[str, float] = {}  # the newest step, which may lack what others have
+        self._step: dict[str, float] = {}  # the newest step, which may lack scalars of others
         self._window: dict[str, list[float]] = {}
         self._began: tuple[int, float] | None = None  # first step of this process, when it ended
         self.events: Dashboard | None = None
@@ -269,7 +269,7 @@ class MetricLogger:
             self._window = {}
 
     def log_pause(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record what came after a step, before the next one.
+        """Record scalars from after a step, before the next one.
 
         Raises:
             ValueError: `SCALARS` lacks a name.
@@ -291,30 +291,30 @@ class MetricLogger:
             self.events.scalars(step, values)
 
     def due(self, step: int) -> bool:
-        """Return whether the step ends a window: then it is written and printed."""
+        """Return whether the step ends a window, so that it is written and printed."""
         return step == 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def seconds_left(self, step: int) -> float | None:
-        """Estimate from the steps of this process after its first one, with the pauses between."""
+        """Estimate from the time per step of this process after its first step, with all pauses."""
         if self._began is None or step == self._began[0]:
             return None
         first, when = self._began
         return (time.monotonic() - when) / (step - first) * (self.total_steps - step)
 
     def validated(self, step: int, found: Mapping[str, float]) -> None:
-        """Replace the known `validation/*`: a result of another step may not be comparable.
+        """Replace the known `validation/*`, because results of other steps may not be comparable.
 
-        An export and a checkpoint show the result before `log_pause` records it.
+        An export and a checkpoint need the result before `log_pause` records it.
         """
         self.last = _without_validation(self.last) | dict(found)
         self._validated_at = step
 
     def results(self, step: int) -> dict[str, float]:
-        """Return the newest values, without a validation of other weights than this step's."""
+        """Return the newest values. Omit a validation of another step's weights."""
         return dict(self.last) if step == self._validated_at else _without_validation(self.last)
 
     def console_line(self, step: int) -> str:
-        """Return the step's values in one line, with the newest validation and the time left."""
+        """Return the step's values, the newest validation and the remaining time in one line."""
         validation = {n: v for n, v in self.last.items() if n.startswith("validation/")}
         return console_line(
             step,
@@ -325,7 +325,7 @@ class MetricLogger:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, so that a resumed run writes what a whole run would."""
+        """Return plain JSON values. With them a resumed run writes the same as a whole run."""
         return {
             "window": {name: list(values) for name, values in self._window.items()},
             "last": dict(self.last),

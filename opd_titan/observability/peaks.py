@@ -23,9 +23,10 @@ class Peaks:
     bandwidth: float | None = None
 
 
-# Name without "NVIDIA ", dense bf16 FLOP/s, bytes/s; from the vendor's data sheets, which also give
-# sparse FLOP/s, twice as high. The whole name must match: a MIG slice ("... MIG 1g.10gb") and a
-# share of a virtual GPU ("L40S-48Q") contain a board's name, but do not reach its figures.
+# Name without "NVIDIA ", dense bf16 FLOP/s, bytes/s, from the vendor's data sheets. (They also give
+# sparse FLOP/s, which are twice as high.) The whole name must match: a MIG slice
+# ("... MIG 1g.10gb") and a share of a virtual GPU ("L40S-48Q") contain a board's name, but do not
+# reach its figures.
 _DEVICES: list[tuple[str, float, float | None]] = [
     (r"B200", 2.25e15, 8e12),
     (r"H200", 989e12, 4.8e12),
@@ -50,7 +51,7 @@ _DEVICES: list[tuple[str, float, float | None]] = [
 def device_peaks(name: str) -> Peaks:
     """Return the peaks of a GPU, given its name from `torch.cuda.get_device_name`.
 
-    A device that the table lacks has none: a share of a made-up peak is worse than no share.
+    A device that is not in the table has none, because a wrong peak is worse than no figure.
     """
     board = name.removeprefix("NVIDIA ")
     for pattern, flops, bandwidth in _DEVICES:
@@ -66,6 +67,6 @@ def percent_of_peak(work: float, seconds: float, peak: float, world_size: int = 
         work: of all ranks together.
         seconds: wall-clock time of that work.
         peak: of one device, per second.
-        world_size: number of devices. Tensor-parallel ranks count one each: they share the work.
+        world_size: number of devices. Each tensor-parallel rank counts as one.
     """
     return 100.0 * work / (seconds * peak * world_size)

@@ -22,12 +22,13 @@ def maybe_profiler(
 ) -> Iterator[Any]:
     """Yield a profiler; its `.step()` is called at the end of each training step.
 
-    Each step that is a multiple of `interval` leaves `<dump_folder>/profile/step-N/rank-R.json.gz`
-    (open it in ui.perfetto.dev or chrome://tracing). The step before it warms the profiler up.
-    A step that an error or a signal interrupts leaves no trace.
+    Each step that is a multiple of `interval` is written to
+    `<dump_folder>/profile/step-N/rank-R.json.gz` (open it in ui.perfetto.dev or chrome://tracing).
+    The step before it warms up the profiler. A step that an error or a signal interrupts has no
+    trace.
 
     Args:
-        start_step: the last step that was done, 0 for a new run.
+        start_step: the last completed step, 0 for a new run.
     """
     if not enable:
         yield SimpleNamespace(step=lambda: None)
@@ -47,11 +48,11 @@ def maybe_profiler(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(folder / f"rank-{rank}.json.gz"))
-        except OSError as error:  # a trace for people: no reason to stop the run
+        except OSError as error:  # a missing trace must not stop the run
             logger.error("Storage: %s not written: %s", folder, reason(error))
 
     with profile(schedule=schedule, on_trace_ready=save) as profiler:
         try:
             yield profiler
         finally:
-            interrupted = True  # torch also saves on the way out
+            interrupted = True  # torch also saves when the context ends

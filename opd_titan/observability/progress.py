@@ -1,4 +1,4 @@
-"""A progress bar for long phases, shown at a terminal only."""
+"""A progress bar for long phases, shown only in a terminal."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from tqdm import tqdm
 
 
 class Bar(tqdm):
-    """tqdm without its monitor thread: threads and forked data workers do not mix."""
+    """tqdm without its monitor thread, because forking a process with threads is not safe."""
 
     monitor_interval = 0
 
 
 def progress(total: int, desc: str, unit: str, *, rank: int = 0) -> Bar:
-    """Return a bar with the rate and the time left, as a context manager; `.update(n)` moves it.
+    """Return a bar with the rate and the remaining time, as a context manager.
 
-    It is shown on rank 0 and only if stdout is a terminal; otherwise nothing is written. It leaves
-    no line behind, and the console log moves it out of the way to print.
+    `.update(n)` advances it. It is shown only on rank 0 and only if stdout is a terminal, and is
+    removed when it is closed. Log lines are printed above it.
 
     Args:
         total: number of units.
-        unit: what is counted, for example "tok" or "prompts".
+        unit: name of the units, for example "tok" or "prompts".
     """
     return Bar(
         desc=desc,

@@ -1,4 +1,4 @@
-"""What a step leaves behind: scalars, a console line, a file of rollouts."""
+"""Record each step: scalars, a console line, a file of rollouts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from opd_titan.observability.step_scalars import (
 
 logger = logging.getLogger("opd_titan")
 
-SHOWN_SAMPLES = 3  # in TensorBoard, each of another prompt
+SHOWN_SAMPLES = 3  # in TensorBoard, each for a different prompt
 
 
 class Recorder:
@@ -49,8 +49,8 @@ class Recorder:
 
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
-        decode_bytes: of the student, (forwards, cached tokens, bytes of a number) -> bytes read.
-        start_step: the last step that was done, 0 for a new run.
+        decode_bytes: of the student, (forwards, cached tokens, bytes per element) -> bytes read.
+        start_step: the last completed step, 0 for a new run.
         whole: the update projects the frozen models' hidden states.
         texts: of single tokens, for the files of rollouts.
     """
@@ -105,8 +105,8 @@ class Recorder:
         """Record a step that has just ended and return its scalars.
 
         Args:
-            samples: of all ranks. Those that this rank updates on have advantages, those that the
-                student sampled have its log-probs.
+            samples: of all ranks. Samples that this rank updates on have advantages; samples of the
+                student have its log-probs.
             scalars: measured by the update.
             decode_forwards, preempted, seconds: of this rank's rollout, see `RolloutStats`.
         """
@@ -134,7 +134,7 @@ class Recorder:
         return scalars
 
     def choose(self, samples: list[Sample]) -> None:
-        """Mark the samples of a step that will be written to a file: scoring inspects them."""
+        """Mark the samples of a step that will be written to a file, so that scoring ranks them."""
         for sample in self._chosen(samples):
             sample.inspection = {}
 
@@ -145,10 +145,10 @@ class Recorder:
         return samples if limit < 0 else samples[:limit]
 
     def record_pauses(self, step: int, found: Mapping[str, float]) -> None:
-        """Record what came after a step, or before the first one, while no step ran.
+        """Record scalars and times from after a step, or from before the first one.
 
         Args:
-            found: scalars besides the times.
+            found: scalars other than the times.
         """
         self.metrics.log_pause(step, {**found, **time_scalars(self.clock.pop())})
 
@@ -166,7 +166,7 @@ class Recorder:
         if sampled:
             own_tokens, own_flops = work(sampled, self.forward_flops, self.whole)
             tokens["rollout"], flops["rollout"] = own_tokens["rollout"], own_flops["rollout"]
-            # Tensor-parallel ranks run one forward together, and each reads its share.
+            # Tensor-parallel ranks run each forward together, and each rank reads its share.
             own = {"forwards": float(decode_forwards)}
             forwards = int(sum_scalars(own, self.world.device, self.world.dp)["forwards"])
             cached = cached_tokens_read(sampled)
@@ -197,7 +197,7 @@ class Recorder:
         try:
             write_rollouts(self.rollouts, step, scored, self.decode, self.grade, self.texts)
             self.old_rollouts.delete(step)
-        except OSError as error:  # samples for people: no reason to stop the run
+        except OSError as error:  # missing rollout files must not stop the run
             logger.error("Storage: rollouts of step %s not written: %s", step, reason(error))
 
     def _shown(self, s: Sample) -> tuple[str, str, str]:

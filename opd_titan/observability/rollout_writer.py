@@ -1,4 +1,4 @@
-"""Files of rollouts for people and scripts: one JSON object per line."""
+"""Write rollouts to files for people and scripts: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FILE = re.compile(r"step-(0|[1-9][0-9]*)\.jsonl")
 class OldRollouts:
     """Delete the rollouts of old steps, and no other file.
 
-    Those of later steps stay: a run that goes back replaces them one by one.
+    Rollouts of later steps stay: a run that returned to an earlier step replaces them one by one.
 
     Args:
         keep: number of steps to keep, counted back from the newest one written; 0 keeps all.
@@ -39,7 +39,7 @@ class OldRollouts:
         self._first = True
 
     def delete(self, step: int) -> None:
-        """Delete what is too old, once this step's file is written. Ignore errors."""
+        """Delete files that are too old after this step's file was written. Ignore errors."""
         last = step - self.keep
         if self.keep <= 0:
             return
@@ -64,19 +64,19 @@ def write_rollouts(
     grade: Callable[[str, str], bool | float | None],
     texts: TokenTexts | None = None,
 ) -> Path:
-    """Write `<folder>/step-N.jsonl` and return its path; the file appears whole or not at all.
+    """Write `<folder>/step-N.jsonl` atomically and return its path.
 
-    `answer` is the prompt's gold answer and `correct` the grade of the response against it; both
-    are null if there is nothing to grade. Log-probs and advantages keep 7 significant digits, the
-    precision of fp32, those of `teacher_top` 4. A value that is not finite is null, because JSON
-    cannot express it. What a sample's `inspection` lacks is null too.
+    `answer` is the prompt's gold answer and `correct` the grade of the response; both are null if
+    there is nothing to grade. Log-probs and advantages have 7 significant digits, the precision of
+    fp32; log-probs in `teacher_top` have 4. A value that is not finite is null, because JSON cannot
+    express it. Values that a sample's `inspection` does not have are null too.
 
     Args:
         samples: in the order of the step's prompts. They are written by prompt, in the order in
             which the prompts first appear, and then by sample index.
         decode: response token ids to text.
         grade: (response text, gold answer) to whether it is right, or a score from 0 to 1, or None
-            if it cannot tell. Called only with an answer.
+            if it cannot be graded. Called only if there is an answer.
         texts: of single tokens. None makes `response_pieces` and `teacher_top` null.
     """
     position: dict[int, int] = {}
@@ -158,9 +158,9 @@ def _rounded(values: Tensor | Sequence[float] | None, digits: int = 7) -> Any:
 def repetition(text: str) -> float:
     """Return how repetitive a text is, from 0 to 1: 1 - compressed size / size under zlib.
 
-    Ordinary prose of a few hundred characters gives about 0.3 to 0.5, a loop over 0.9; texts too
-    short to compress give 0. A rising mean together with truncation is how on-policy distillation
-    collapses (StableOPD, arXiv 2604.08527).
+    Ordinary prose of a few hundred characters has about 0.3 to 0.5, a loop over 0.9, and a text
+    that is too short to compress 0. When on-policy distillation collapses, the mean rises together
+    with truncation (StableOPD, arXiv 2604.08527).
     """
     raw = text.encode("utf-8", errors="backslashreplace")
     if not raw:

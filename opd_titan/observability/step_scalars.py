@@ -26,8 +26,8 @@ def rollout_scalars(
     """Return `rollout/*`. All ranks call.
 
     Args:
-        samples: of all ranks.
-        mine: this rank's share; each rank decodes its own.
+        samples: the samples of all ranks.
+        mine: the samples that this rank decodes.
     """
     lengths = [len(s.response_ids) for s in samples]
     truncated = sum(s.finish_reason == "length" for s in samples) / len(samples)
@@ -165,7 +165,7 @@ def cached_tokens_read(samples: Sequence[Sample]) -> int:
 
 
 def _fed_in(sample: Sample) -> int:
-    """Return the tokens that go through a model: all but the last, which predicts nothing."""
+    """Return the number of input tokens of a model: all but the last, which predicts nothing."""
     return sample.num_tokens - 1
 
 

@@ -1,7 +1,7 @@
 """A run in TensorBoard: scalars, a layout of charts, samples, histograms, the recipe.
 
-Everything is in one folder, `<dump_folder>/tb`, and bounded: scalars by `log_freq`, samples and
-histograms by `metrics.has_details`; the recipe is written once.
+Everything is in one folder, `<dump_folder>/tb`. `log_freq` limits the number of scalars, and
+`metrics.has_details` that of samples and histograms; the recipe is written once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_CHARACTERS = 1500  # of a prompt or a response
 # Line n of the chart of a step's seconds is the sum of the first n of these phases.
 STACK = ("update", "teacher", "reference", "rollout", "sync", "data")
 
-# In the tab that compares runs: the options of these tables, and these results.
+# The HParams tab, which compares runs, has the options of these tables and these results.
 _TABLES = (
     *("student", "teacher", "reference", "data", "rollout", "distill", "optimizer"),
     *("lr_scheduler", "training"),
@@ -34,7 +34,7 @@ _TABLES = (
 _RESULTS = ("kl/student_teacher", "validation/accuracy", "validation/gap_recovered")
 
 # The scalars of each chart, by group; * stands for any text. A chart with a scalar that ends in
-# _high is a value with its interval, the others are lines.
+# _high shows a value with its interval; the others show lines.
 LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "1. Distance to the teacher": {
         "KL(student || teacher), nats per token": (
@@ -69,7 +69,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "Tokens per second and device": tuple(
             f"charts/throughput_{p}" for p in ("rollout", "teacher", "update", "step")
         ),
-        "Where a step's seconds go: lines stacked": (
+        "Seconds of a step by phase, stacked": (
             *(f"charts/stacked_{i}_{p}" for i, p in enumerate(STACK, 1)),
             "charts/time_step",
         ),
@@ -93,10 +93,10 @@ _TAGS = {tag for charts in LAYOUT.values() for tags in charts.values() for tag i
 def chart_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
     """Return `charts/*`: scalars in the form that the layout needs.
 
-    TensorBoard 2.21 draws no line in a custom chart for a name with parentheses, so these scalars
-    come again without their unit. It cannot stack areas either: the lines `charts/stacked_*` are
-    running sums over the phases in `STACK`. A phase's time is the gap to the line below it, and the
-    gap up to `charts/time_step` belongs to no phase.
+    In a custom chart TensorBoard 2.21 draws no line for a name with parentheses, so these scalars
+    are copied without their unit. It cannot stack areas either, so `charts/stacked_*` are running
+    sums over the phases in `STACK`. The time of a phase is the distance to the line below it. The
+    distance up to `charts/time_step` is time outside of any phase.
     """
     total, charts = 0.0, {}
     for i, phase in enumerate(STACK, 1):
@@ -116,7 +116,7 @@ def layout_of(names: Collection[str]) -> dict[str, dict[str, list[Any]]]:
     Args:
         names: the run's scalars so far.
     """
-    # Every run ends with an export; its time is known only after the checkpoint before it.
+    # Every run ends with an export, but its time is not known when the layout is written.
     names = {*names, "time/checkpoint(s)"}
     names |= chart_scalars(dict.fromkeys(names, 0.0)).keys()
     groups = {
@@ -138,29 +138,29 @@ def as_code(text: str, limit: int) -> str:
     """Return the text as a Markdown code block, so that nothing in it is markup.
 
     Args:
-        limit: in characters; a longer text loses its middle and says so.
+        limit: in characters; the middle of a longer text is replaced by a note.
     """
     if len(text) > limit:
         head = limit * 2 // 3
         cut = len(text) - limit
         text = f"{text[:head]} [... {cut:,} characters ...] {text[head - limit :]}"
-    # A control character could end the line for one reader and not for another.
+    # Programs differ in which control characters end a line.
     plain = "".join(c if c.isprintable() or c in "\n " else ascii(c)[1:-1] for c in text)
     return "\n".join("    " + line for line in plain.split("\n"))
 
 
 def samples_text(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Return the Markdown of (prompt, response, its grade)."""
+    """Return rows of (prompt, response, grade) as Markdown."""
     parts = []
     for prompt, response, grade in rows:
         prompt, response = as_code(prompt, MAX_CHARACTERS), as_code(response, MAX_CHARACTERS)
-        # Markdown would merge code blocks without a line between them.
+        # Without a line between them Markdown would merge the code blocks.
         parts += ["**Prompt**", prompt, "**Response**", response, "**Grade**", as_code(grade, 200)]
     return "\n\n".join(parts)
 
 
 def hyperparameters(job: ResolvedJob) -> dict[str, bool | int | float | str]:
-    """Return what people compare runs by: models, data, and the options of training."""
+    """Return the hyper-parameters of a run: models, data, and the options of training."""
     values = {
         f"{table}.{key}": value
         for table in _TABLES
@@ -181,7 +181,7 @@ class Dashboard:
         """
         Args:
             folder: `<dump_folder>/tb`.
-            start_step: the last step that was done, 0 for a new run.
+            start_step: the last completed step, 0 for a new run.
         """
         self._new = start_step == 0 or not any(folder.glob("events.out.tfevents.*"))
         self._layout: dict[str, dict[str, list[Any]]] = {}  # the newest that was written
@@ -204,9 +204,10 @@ class Dashboard:
         self._file.add_summary(Summary(value=points), step)
 
     def layout(self, step: int, names: Collection[str]) -> None:
-        """Write the layout of these scalars if it is a new one; TensorBoard shows the newest.
+        """Write the layout of these scalars if it has changed; TensorBoard shows the newest.
 
-        It grows: a step may have no samples of the student, or a resumed run its first validation.
+        A layout may grow: some scalars appear only with the first samples of the student, or with
+        the first validation.
         """
         found = layout_of(names)
         if found != self._layout:
@@ -214,18 +215,18 @@ class Dashboard:
             self._file.add_summary(summary.custom_scalars(found), step)
 
     def assume_layout(self, names: Collection[str]) -> None:
-        """Take the layout of these scalars as written by the start before this one."""
+        """Assume that an earlier start of the run has written the layout of these scalars."""
         if not self._new:
             self._layout = layout_of(names)
 
     def histogram(self, step: int, name: str, values_N: Tensor) -> None:
-        """Write `BINS` bins of one width over the finite values; nothing if there are none."""
+        """Write a histogram of the finite values with `BINS` equal bins; nothing without values."""
         finite = values_N[values_N.isfinite()].double().cpu().numpy()
         if finite.size:
             self._file.add_summary(summary.histogram(name, finite, BINS), step)
 
     def samples(self, step: int, rows: Sequence[tuple[str, str, str]]) -> None:
-        """Write (prompt, response, its grade) as text."""
+        """Write rows of (prompt, response, grade) as text."""
         self._file.add_summary(summary.text("rollouts", samples_text(rows)), step)
 
     def close(self) -> None:

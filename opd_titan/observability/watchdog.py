@@ -1,8 +1,8 @@
-"""Detect a run that goes wrong while there is time to react.
+"""Detect that a run is collapsing, early enough to react.
 
-On-policy distillation collapses in a few known ways, within some thirty steps (StableOPD, arXiv
-2604.08527; Rethinking OPD, arXiv 2604.13016). Each row of `SIGNS` is one of them: it compares the
-scalars of the last steps with the same scalars at the start.
+On-policy distillation collapses in a few known ways, within about thirty steps (StableOPD, arXiv
+2604.08527; Rethinking OPD, arXiv 2604.13016). Each row of `SIGNS` describes one of them: it
+compares the scalars of the last steps with the same scalars at the start.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from opd_titan.errors import Fault
 
 logger = logging.getLogger("opd_titan")
 
-# Steps in the mean that is compared with step 1. Step 1 has the responses of the initial student; a
-# longer start would include the damage, since a run may collapse by step 5.
+# The mean of this many steps is compared with step 1, which has the responses of the initial
+# student. A longer start would include the damage, because a run may collapse by step 5.
 WINDOW = 5
-MAX_ROLLBACKS = 3  # then a smaller learning rate does not help
-SLOWDOWN = 0.5  # of the learning rate, at each rollback
-# Nats between the log-probs of rollout and update. With the same weights and code these differ only
-# by the order of additions and by rounding, in half precision up to this for one of a million.
+MAX_ROLLBACKS = 3  # after this many, a smaller learning rate does not help
+SLOWDOWN = 0.5  # factor of the learning rate at each rollback
+# Largest difference, in nats, between a token's log-probs in rollout and update. With the same
+# weights and code they differ only by rounding: in half precision, the difference is as large as
+# this for about one token in a million.
 MAX_GAP = {"float32": 4e-3, "bfloat16": 1.0}
 
 Figures = Mapping[str, float]
@@ -33,11 +34,11 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run allows.
+    """Limits that depend on the run.
 
     Attributes:
         gap: in nats, see `MAX_GAP`.
-        ends: responses can end by themselves.
+        ends: responses can end before they are cut.
     """
 
     gap: float
@@ -46,12 +47,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sign:
-    """One way in which a run goes wrong.
+    """A sign of one way in which a run collapses.
 
     Attributes:
-        shows: (figures now, figures at the start, limits) to whether the run shows it.
+        shows: (figures now, figures at the start, limits) to whether the run has the sign.
         figures: the scalars that `shows` reads and the message quotes.
-        cause: the most likely one.
+        cause: the most likely cause.
         remedy: the options to change.
     """
 
@@ -69,12 +70,12 @@ SIGNS = (
             now["rollout/repetition"] > max(0.5, start["rollout/repetition"] + 0.2)
         ),
         ("rollout/repetition",),
-        "the student has found loops, and the teacher finds loops likely too",
+        "the student writes loops, and inside a loop the teacher expects it to continue",
         "lower optimizer.lr, set reference.coef to about 0.1, or mix in the data set's responses "
         "(rollout.on_policy_fraction)",
     ),
     Sign(
-        "ever more responses are cut off",
+        "more and more responses are cut off",
         lambda now, start, limits: (
             limits.ends
             and now["rollout/truncated_fraction"]
@@ -85,15 +86,15 @@ SIGNS = (
         "lower optimizer.lr; if the teacher's answers are that long, raise rollout.max_new_tokens",
     ),
     Sign(
-        "responses run away in length",
+        "responses become much longer",
         lambda now, start, limits: (
             limits.ends
             and now["rollout/response_tokens_mean"] > 2.0 * start["rollout/response_tokens_mean"]
-            # A student that follows a longer teacher comes nearer to it.
+            # If the student only learns the teacher's longer answers, the KL falls.
             and now["kl/student_teacher"] > 0.9 * start["kl/student_teacher"]
         ),
         ("rollout/response_tokens_mean", "kl/student_teacher"),
-        "the student learns to go on where it should end",
+        "the student learns to continue where it should end",
         "check that teacher and student end with the same token; lower optimizer.lr, or limit "
         "rollout.max_new_tokens to where the teacher's answers end",
     ),
@@ -104,7 +105,7 @@ SIGNS = (
             and now["kl/student_teacher"] > max(0.05, 0.5 * start["kl/student_teacher"])
         ),
         ("policy/entropy", "kl/student_teacher"),
-        "the student is certain of what the teacher would not say",
+        "the student is certain of tokens that are unlikely under the teacher",
         "lower optimizer.lr, set distill.log_ratio_clamp to about 10, or choose "
         'distill.objective = "forward_kl" or "jsd"',
     ),
@@ -117,17 +118,18 @@ SIGNS = (
         '(distill.objective = "sft"), or raise rollout.max_new_tokens',
     ),
     Sign(
-        "the student leaves what the teacher could say",
+        "the student samples tokens that the teacher almost excludes",
         lambda now, start, limits: now["kl/p99"] > max(8.0, 2.0 * start["kl/p99"]),
         ("kl/p99", "kl/student_teacher"),
-        "the teacher all but excludes one token in a hundred, and its scores teach little there",
+        "one token in a hundred is almost impossible under the teacher, where its scores do not "
+        "help",
         "lower optimizer.lr, set reference.coef to about 0.1, or start from a student that was "
         'fine-tuned on the teacher\'s answers (distill.objective = "sft")',
     ),
     Sign(
         "the student moves away from the teacher",
         lambda now, start, limits: (
-            # The estimate of one step may be negative, which is noise and not a distance.
+            # The estimate of one step may be negative because of noise.
             now["kl/student_teacher"] > 2.0 * max(0.0, start["kl/student_teacher"]) + 0.1
         ),
         ("kl/student_teacher",),
@@ -139,9 +141,9 @@ SIGNS = (
         "log-probs of rollout and update drift apart",
         lambda now, start, limits: now["policy/logprob_gap_max"] > limits.gap,
         ("policy/logprob_gap_max",),
-        "the two compute different things: the weights are too large for the precision, or a "
-        "kernel is wrong",
-        'find out which with training.dtype = "float32"; then lower optimizer.lr or report it',
+        "rollout and update compute different log-probs: the weights are too large for the "
+        "precision, or a kernel is wrong",
+        'if it disappears with training.dtype = "float32", lower optimizer.lr; otherwise report it',
     ),
 )
 
@@ -149,7 +151,7 @@ _READ = {name for sign in SIGNS for name in sign.figures}
 
 
 class Watchdog:
-    """Read each step's scalars, report a sign when it appears, and do what `action` says.
+    """Read each step's scalars, report a sign when it appears, and perform watchdog.action.
 
     Attributes:
         slowdown: factor of the learning rate.
@@ -162,13 +164,13 @@ class Watchdog:
         self.slowdown, self.sent_back = 1.0, 0
         self._start: Figures = {}
         self._last: deque[Figures] = deque(maxlen=WINDOW)
-        self._showing: list[str] = []  # names of signs that were reported and have not gone
+        self._showing: list[str] = []  # names of signs that were reported and are still there
 
     def look_at(self, step: int, scalars: Figures) -> int | None:
-        """Take in a step. All ranks call with the same scalars.
+        """Check the scalars of a step. All ranks call with the same scalars.
 
         Returns:
-            The newest step that the run may go back to, or None to continue.
+            The newest step that the run may return to, or None to continue.
 
         Raises:
             Fault: the run must stop.
@@ -176,7 +178,7 @@ class Watchdog:
         if self.action == "off":
             return None
         figures = {n: v for n, v in scalars.items() if n in _READ and math.isfinite(v)}
-        # The start of a figure is the first step that has it: with rollout.on_policy_fraction below
+        # Compare each figure with the first step that has it: with rollout.on_policy_fraction below
         # 1, step 1 may have no samples of the student.
         self._start = {**figures, **self._start}
         self._last.append(figures)
@@ -213,7 +215,7 @@ class Watchdog:
 
     def send_back(self, state: dict[str, Any]) -> None:
         """Restore the `state_dict` of a checkpoint, with a smaller learning rate than now."""
-        # A checkpoint from before an earlier rollback does not know of it.
+        # A checkpoint from before an earlier rollback does not include that rollback.
         slowdown, sent_back = self.slowdown * SLOWDOWN, self.sent_back + 1
         self.load_state_dict({**state, "slowdown": slowdown, "sent_back": sent_back})
         logger.warning(

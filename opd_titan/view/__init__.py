@@ -1,4 +1,4 @@
-"""Rollout files as one HTML page that needs no network: `python -m opd_titan.view <dump_folder>`.
+"""The rollout viewer, one self-contained HTML page: `python -m opd_titan.view <dump_folder>`.
 
-It reads what a run wrote and does not import torch, so it starts quickly anywhere.
+It reads the files of a run and does not import torch, so that it starts quickly.
 """

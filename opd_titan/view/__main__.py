@@ -11,8 +11,9 @@ from opd_titan.errors import ConfigError, UserError, tell
 from opd_titan.view.page import write_page
 
 DESCRIPTION = """\
-Write one self-contained HTML page with a run's rollouts: each token shaded by how much the teacher
-disagrees, with log-probs, ranks and the teacher's alternatives, and the run's curves beside it."""
+Write one self-contained HTML page with a run's rollouts. Each token is shaded by how much the
+teacher disagrees, with log-probs, ranks and the teacher's alternatives. The page also shows the
+run's curves."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m opd_titan.view", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("dump_folder", type=Path, help="of the run; its rollouts/ is read")
+    parser.add_argument("dump_folder", type=Path, help="job.dump_folder of the run")
     parser.add_argument(
         "--out", type=Path, help="the page to write (default: <dump_folder>/rollouts.html)"
     )

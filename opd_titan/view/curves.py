@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-# TensorBoard's name of each curve, and the page's.
+# The name of each curve in TensorBoard, and on the page.
 CURVES = {
     "kl/student_teacher": "kl",
     "validation/gap_recovered": "gap",
@@ -18,12 +18,12 @@ _MAX_POINTS = 2000  # more than a screen can show
 
 
 def read_curves(dump_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return (step, value) by the page's name; of a run without events, nothing."""
+    """Return the (step, value) points of each curve; empty for a run without events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not (dump_folder / "tb").is_dir():
         return {}
-    # It purges the steps that a resumed run repeated, and stops where a file breaks off.
+    # It drops steps that a resumed run repeated, and stops at the end of a truncated file.
     sizes = {"scalars": _MAX_POINTS}
     events = EventAccumulator(str(dump_folder / "tb"), size_guidance=sizes).Reload()
     curves = {}

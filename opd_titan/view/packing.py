@@ -1,6 +1,6 @@
 """Pack rollouts into blocks of base64, which the page decodes one at a time.
 
-A block is compressed JSON. Base64 has no character with a meaning in HTML.
+A block is compressed JSON. Base64 has no character that is special in HTML.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 from opd_titan.view.rollouts import read_lines
 
-# Tokens of a chunk. A click decodes one: a larger chunk would be slow, a smaller one compresses
-# worse.
+# Tokens per chunk. A click decodes one chunk. A larger chunk would be slow, and a smaller one would
+# compress worse.
 _CHUNK_TOKENS = 8_000
 _PREVIEW = 110
 # Log-probs and advantages are stored as integers in this unit, the precision that the page shows.
 _UNITS_PER_NAT = 1000
 ROLES = ("student", "teacher", "reference")
-_MAX_NUMBER = 1e12  # no log-prob, advantage or rank is as large
+_MAX_NUMBER = 1e12  # larger than every log-prob, advantage and rank
 
 
 def block(value: Any) -> str:
@@ -91,7 +91,7 @@ class _Packer:
         if not isinstance(row, dict):
             raise TypeError("no JSON object")
         packed, kl = _packed(row, self.words)
-        # The index may mean another prompt if the data changed between two starts of the run.
+        # If the data changed between two starts of the run, an index may have several prompts.
         key = (row["prompt_index"], row["prompt"])
         question = self.questions.setdefault(key, len(self.questions))
         if question == len(self.sets):
@@ -178,7 +178,7 @@ def _numbers(row: dict[str, Any], key: str, count: int) -> np.ndarray | None:
 
 
 def _array(values: list[float | None]) -> np.ndarray:
-    """Return fp64, with NaN for null and for what no rollout has."""
+    """Return fp64, with NaN for null and for impossible values."""
     array = np.array(values, dtype=np.float64)
     return np.where(np.abs(array) < _MAX_NUMBER, array, np.nan)
 
@@ -199,7 +199,7 @@ def _preview(text: str) -> str:
 
 
 def _common_start(prompts: list[str]) -> int:
-    """Return the length of the whole words that all prompts start with; the list omits them."""
+    """Return the length of the whole words that begin all prompts; the list omits them."""
     start = os.path.commonprefix(prompts) if len(prompts) > 1 else ""
     while start and not start[-1].isspace():
         start = start[:-1]

@@ -1,4 +1,4 @@
-"""Make one HTML page from the sources in `static/`, a run's rollouts and its curves."""
+"""Write one HTML page from the sources in `static/`, a run's rollouts and its curves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SCRIPTS = ("data.js", "list.js", "answer.js", "token.js", "curves.js", "main.js
 
 
 def write_page(dump_folder: Path, out: Path) -> Packed:
-    """Read a run's rollouts and curves and write the page; it appears whole or not at all.
+    """Read a run's rollouts and curves, and write the page atomically.
 
     Returns:
         The rollouts on the page.
@@ -38,7 +38,7 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
     """
     packed = pack(rollout_files(dump_folder))
     if not packed.count:
-        raise DataError(f"{dump_folder / 'rollouts'}: the files are empty; wanted rollouts in them")
+        raise DataError(f"{dump_folder / 'rollouts'}: all files are empty; wanted rollouts in them")
     curves = read_curves(dump_folder)
     if out.is_dir():  # checked here because "." has no name
         raise ConfigError(f"--out: {out} cannot be written (Is a directory); choose a file")
@@ -51,7 +51,7 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
         with suppress(OSError):
             part.unlink()
         raise ConfigError(
-            f"--out: {out} cannot be written ({error.strerror}); choose a file that can"
+            f"--out: {out} cannot be written ({error.strerror}); choose another file"
         ) from error
     return packed
 
@@ -74,14 +74,14 @@ def _run(dump_folder: Path) -> dict[str, str]:
 
 
 def _model_name(path: str) -> str:
-    """Return the last two parts of a path: a reader needs no more of this machine's folders."""
+    """Return the last two parts of a path, because the page may leave this machine."""
     return "/".join(Path(path).parts[-2:])
 
 
 def _parts(packed: Packed, curves: dict[str, Any], run: dict[str, str]) -> Iterator[str]:
-    """Yield the page in order: first what it shows first, last what few readers open."""
+    """Yield the page in the order in which it is needed: the index first, rare data last."""
     style = _source("style.css")
-    # In a function, so that it defines nothing on `window`.
+    # In a function, so that the script defines nothing on `window`.
     script = '(() => {\n"use strict";\n' + "".join(map(_source, _SCRIPTS)) + "})();\n"
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -101,7 +101,7 @@ def _parts(packed: Packed, curves: dict[str, Any], run: dict[str, str]) -> Itera
 
 
 def _data(name: str, content: str) -> str:
-    """Return a block of data. No browser runs it, and base64 text cannot end it."""
+    """Return a data element. Browsers do not run it, and base64 text cannot close it."""
     return f'<script type="application/octet-stream" id="{name}">{content}</script>\n'
 
 

@@ -23,7 +23,7 @@ def rollout_files(dump_folder: Path) -> list[Path]:
     except OSError as error:
         raise DataError(
             f"{dump_folder}: has no folder rollouts that can be read ({error.strerror}); wanted "
-            "the job.dump_folder of a run with metrics.sample_rollouts above 0, or -1"
+            "the job.dump_folder of a run with metrics.sample_rollouts not 0"
         ) from error
     files = sorted((int(match[1]), path) for match, path in found if match)
     if not files:
@@ -49,7 +49,7 @@ def read_lines(path: Path, use: Callable[[bytes], None]) -> None:
                     what = f"no key {e}" if isinstance(e, KeyError) else first_line(e)
                     raise DataError(
                         f"{path}: line {number} is not a rollout ({what}); the file is damaged, "
-                        "cut off, or not from a run"
+                        "truncated, or was not written by a run"
                     ) from e
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,9 +1,9 @@
-// The student's answer, token by token.
+// The student's response, token by token.
 
-// A gap of so many nats or more has the next shade and the next thickness.
+// The gaps, in nats, at which the shade and the thickness change.
 const LEVELS = [0.1, 0.5, 1, 2, 4];
 
-// "p3": the student likes the token more, third shade; "n": the teacher does; "z": about equal.
+// "p3": more likely under the student, third shade; "n3": under the teacher; "z": about equal.
 function shade(gap) {
   if (gap === null || gap === undefined) return "none";
   const level = LEVELS.filter((limit) => Math.abs(gap) >= limit).length;
@@ -13,18 +13,18 @@ function shade(gap) {
 function drawLegend(box) {
   box.setAttribute(
     "aria-label",
-    "Shades: blue with a dotted line, likelier to the teacher; orange with a solid line, likelier " +
-      "to the student; stronger and thicker with a wider gap, from 0.1 to 4 nats",
+    "Shades: blue with a dotted line, more likely under the teacher; orange with a solid line, more " +
+      "likely under the student; stronger and thicker with a larger gap, from 0.1 to 4 nats",
   );
   const swatch = (level, sign) =>
     element("span", { class: `swatch ${sign}${level}` }, `${LEVELS[level - 1]}`);
   const levels = [1, 2, 3, 4, 5];
   box.append(
-    element("span", { class: "side" }, "teacher likelier"),
+    element("span", { class: "side" }, "teacher higher"),
     ...levels.toReversed().map((level) => swatch(level, "n")),
     element("span", { class: "swatch z" }, "0"),
     ...levels.map((level) => swatch(level, "p")),
-    element("span", { class: "side" }, "student likelier"),
+    element("span", { class: "side" }, "student higher"),
     element("span", { class: "unit" }, "nats"),
   );
 }
@@ -49,7 +49,7 @@ function drawPiece(data, t) {
 }
 
 class Answer {
-  // `look(t)` is called with the token under the pointer, else the chosen one; null: none.
+  // Calls `look(t)` with the token under the pointer, else with the selected one; null for none.
   constructor(box, strip, look) {
     this.box = box;
     this.strip = strip;
@@ -89,7 +89,7 @@ class Answer {
     this.box.replaceChildren(...whole, ...pieces);
     this.pieces = pieces;
     this.box.scrollTop = 0;
-    // What stands out most is what a reader would look for first.
+    // Start at the token with the largest gap, because readers look for it first.
     const widest = data.gaps.reduce((best, gap, t) => {
       return Math.abs(gap ?? 0) > Math.abs(data.gaps[best] ?? 0) ? t : best;
     }, 0);
@@ -116,7 +116,7 @@ class Answer {
     if (t >= 0 && t < this.pieces.length) this.choose(t);
   }
 
-  // To the next token, or the one before, with a gap that leaps to the eye.
+  // Move to the next or the previous token with a large gap.
   leap(by) {
     const count = this.pieces?.length ?? 0;
     let t = this.chosen === null ? (by > 0 ? -1 : count) : this.chosen;
@@ -125,7 +125,7 @@ class Answer {
     }
   }
 
-  // The whole response at a glance: a bar a token, up where the student likes it more.
+  // Draw one bar per token of the whole response; it goes up if the student's log-prob is higher.
   drawStrip() {
     const { strip, data } = this;
     const scale = window.devicePixelRatio || 1;

@@ -1,4 +1,4 @@
-// The run's curves: small charts in plain SVG, with the chosen step marked.
+// The run's curves: small charts in plain SVG, with the selected step marked.
 
 const WIDTH = 300;
 const HEIGHT = 46;
@@ -14,7 +14,7 @@ const CHARTS = [
 ];
 
 class Curves {
-  // `pick(step)` is called with the step of a place that was clicked.
+  // Calls `pick(step)` with the step at the position of a click.
   constructor(box, curves, pick) {
     const steps = Object.values(curves).flatMap((points) => points.map(([step]) => step));
     const last = steps.reduce((a, b) => Math.max(a, b), 1);
@@ -81,7 +81,7 @@ class Curves {
     return { figure, svg, mark, dot, value, points, text, y };
   }
 
-  // The value at the step, or at the last one before it that has one.
+  // Return the value at the step, or at the last earlier step that has one.
   mark(step) {
     for (const { mark, dot, value, points, text, y } of this.charts) {
       const before = points.filter(([s]) => s <= step).at(-1);

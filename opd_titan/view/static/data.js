@@ -1,4 +1,4 @@
-// The blocks of data in the page: compressed JSON in base64, decoded when they are asked for.
+// The blocks of data in the page: compressed JSON in base64, decoded when they are needed.
 
 const parsed = new Promise((resolve) => {
   if (document.readyState !== "loading") resolve();
@@ -14,7 +14,7 @@ function bytesOf(base64) {
 }
 
 async function unpack(id) {
-  // The page may still be on its way from the disk.
+  // The browser may not have loaded the whole page yet.
   if (!document.getElementById(id)?.nextSibling) await parsed;
   const bytes = bytesOf(document.getElementById(id).textContent);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -22,7 +22,7 @@ async function unpack(id) {
 }
 
 const MOST_CHUNKS = 12;
-const chunks = new Map(); // the last ones used, as promises
+const chunks = new Map(); // the most recently used chunks, as promises
 
 function chunk(number) {
   const found = chunks.get(number) ?? unpack(`chunk-${number}`);
@@ -34,7 +34,7 @@ function chunk(number) {
 
 const fromUnits = (values) => values && values.map((v) => (v === null ? null : v / 1000));
 
-// The teacher's likeliest tokens at each place, as [text, log-prob].
+// The teacher's most likely tokens at each position, as [text, log-prob].
 function alternativesOf(row, words) {
   if (!row.top) return null;
   const logprobs = fromUnits(row.top_logprobs);
@@ -46,7 +46,7 @@ function alternativesOf(row, words) {
   });
 }
 
-// One rollout, all values by token. What a file lacks is null.
+// One rollout with its values per token. Values that the file does not have are null.
 async function rollout(index, i) {
   const { words, rows } = await chunk(index.chunk[i]);
   const row = rows[index.place[i]];
@@ -75,7 +75,7 @@ async function rollout(index, i) {
   };
 }
 
-// Elements are only ever made here, and text only ever goes in as text.
+// All elements are created here, so that text is always inserted as text.
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -107,7 +107,7 @@ function percent(logprob) {
   return p < 0.01 ? "<0.01%" : `${p.toFixed(p < 10 ? 2 : 1)}%`;
 }
 
-// Characters that cannot be seen, or that turn others around: by their pictures, or their numbers.
+// Show invisible characters and direction marks as symbols, or by their numbers.
 const UNSEEN =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\u{e0000}-\u{e007f}]/gu;
 const visible = (text) =>
@@ -117,6 +117,6 @@ const visible = (text) =>
     if (code === 0x7f) return "\u2421";
     return `\u27e8U+${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
   });
-// The same on one line, spaces too.
+// The same on one line, with visible spaces.
 const inOneLine = (text) =>
   visible(text).replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u2423");

@@ -1,10 +1,10 @@
-// A list of any length: only the rows in sight exist.
+// A list of any length. Only the visible rows exist as elements.
 
 const ROW = 66;
 const MARGIN = 6;
 
 class List {
-  // `draw(i)` makes the content of item i, `pick(place)` is called with a place in the list.
+  // `draw(i)` creates the content of item i. Calls `pick(place)` with the position of a selection.
   constructor(box, draw, pick) {
     this.box = box;
     this.draw = draw;
@@ -78,7 +78,7 @@ const GRADES = [
   ["right", "\u2713", "right"],
 ];
 
-// Kind, sign and name; a grader may also give a score between wrong and right.
+// Kind, sign and name of a grade; a grader may also return a score between wrong and right.
 function gradeOf(correct) {
   const score = correct.toFixed(2);
   return GRADES[correct] ?? ["partial", score, `score ${score}`];
@@ -90,7 +90,7 @@ function badge(correct) {
   return element("span", { class: `grade ${kind}`, title: name, "aria-label": name }, sign);
 }
 
-// A bar that grows with the rollout's KL (its root, or one outlier would flatten all others).
+// A bar with the rollout's KL, as its square root, so that an outlier does not hide all others.
 function meter(index, i) {
   const kl = index.kl[i] ?? 0;
   meter.full ??= index.kl.reduce((most, value) => Math.max(most, Math.abs(value ?? 0)), 0) || 1;
@@ -117,7 +117,7 @@ function drawRow(index, i) {
   ];
 }
 
-// Places of `ids` in the order that is asked for; equal ones stay as they were sampled.
+// Return `ids` in the requested order; equal ones keep the order of sampling.
 function sorted(index, ids, how) {
   const last = (value, sign) => (value === null ? Infinity : sign * value);
   const keys = {
@@ -132,7 +132,7 @@ function sorted(index, ids, how) {
   const key = keys[how];
   if (!key) return ids;
   const values = new Map(ids.map((i) => [i, key(i)]));
-  // Infinity - Infinity is no number.
+  // Infinity - Infinity is NaN.
   return ids.sort((a, b) => {
     const [x, y] = [values.get(a), values.get(b)];
     return x === y ? a - b : x < y ? -1 : 1;

@@ -1,10 +1,10 @@
-// What is chosen, and who hears of it.
+// The state of the page, and the updates when it changes.
 
 async function start() {
   const { run, steps, curves, rollouts: index } = await unpack("index");
   const count = index.step.length;
   const state = { step: steps.at(-1) ?? null, sort: "kl", query: "", at: null };
-  let searched = null; // lower-case texts, once somebody has filtered
+  let searched = null; // lower-case texts, after the first use of the filter
 
   document.title = `${run.name}: rollouts`;
   byId("run-name").textContent = run.name;
@@ -33,7 +33,7 @@ async function start() {
       const own = responses.map((text) => text.toLowerCase());
       searched = (i, words) =>
         words.every((word) => lower[index.question[i]].includes(word) || own[i].includes(word));
-      if (query !== state.query) return; // somebody typed on
+      if (query !== state.query) return; // the filter has changed meanwhile
     }
     const words = query.toLowerCase().split(/\s+/).filter(Boolean);
     let ids = [];
@@ -57,7 +57,7 @@ async function start() {
     if (i === null) return answer.show({ pieces: [], gaps: [], response: null });
     byId("rollout").setAttribute("aria-busy", "true");
     const data = await rollout(index, i);
-    if (state.at !== i) return; // somebody went on
+    if (state.at !== i) return; // the selection has changed meanwhile
     drawFacts(data, i);
     byId("prompt").textContent = visible(data.prompt);
     answer.show(data);
@@ -67,7 +67,7 @@ async function start() {
     try {
       history.replaceState(null, "", `#${index.step[i]}-${index.prompt[i]}-${index.sample[i]}`);
     } catch {
-      // Some browsers allow it no page from disk; nothing but a bookmark is lost.
+      // Some browsers do not allow this for pages from disk. Then there are only no bookmarks.
     }
   }
 
@@ -122,7 +122,7 @@ async function start() {
     byId("same-list").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
   }
 
-  // A rollout that the list may not hold: then the list becomes that of its step.
+  // Select a rollout. If the list does not contain it, show the list of its step.
   function goTo(i) {
     const place = list.items.indexOf(i);
     if (place >= 0) return choose(place);

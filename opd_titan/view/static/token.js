@@ -1,4 +1,4 @@
-// What is known of one token.
+// The details of one token.
 
 const ROLES = [
   ["student", "Student"],
@@ -36,21 +36,21 @@ function alternatives(data, t) {
       element("span", {}, nats(logprob, 2)),
     );
   });
-  return [element("h3", {}, "The teacher would write"), element("ol", {}, ...items)];
+  return [element("h3", {}, "The teacher's most likely tokens"), element("ol", {}, ...items)];
 }
 
 function gapText(gap) {
   if (gap === null) return "No gap: a log-prob is missing";
-  const who = gap > 0 ? "likelier to the student" : "likelier to the teacher";
+  const who = gap > 0 ? "more likely under the student" : "more likely under the teacher";
   const times = Math.exp(Math.abs(gap));
   const factor = times < 10 ? times.toFixed(1) : Math.round(times).toLocaleString("en");
   const often = times < 1e6 ? `${factor}\u00d7` : "over a million times";
-  return Math.abs(gap) < LEVELS[0] ? "about as likely to both" : `${often} ${who}`;
+  return Math.abs(gap) < LEVELS[0] ? "about as likely under both" : `${often} ${who}`;
 }
 
 function drawToken(box, data, t) {
   if (t === null || !data) {
-    const hint = "Point at a token, or walk with \u2190 and \u2192, to see what each model thought of it.";
+    const hint = "Point at a token, or use \u2190 and \u2192, to see its log-prob and rank under each model.";
     box.replaceChildren(element("p", { class: "hint" }, hint));
     return;
   }

@@ -47,8 +47,9 @@ from opd_titan.distill import head as head_module
 from opd_titan.distill.head import (
     PROBE_EVERY,
     FrozenHeads,
+    LossHead,
+    LossRule,
     hidden_head,
-    loss_head,
     probed,
     score_head,
 )
@@ -273,18 +274,9 @@ def test_the_loss_head_holds_three_chunks_at_a_time(
         frozen = FrozenHeads(other, other if case.has_reference else None)
 
     def step() -> None:
-        loss, _ = loss_head(
-            hidden_RD,
-            weight_VD,
-            predict_R=torch.arange(tokens),
-            targets_R=torch.arange(tokens),
-            scores=scores,
-            scale=1.0,
-            objective=case.objective,
-            settings=case.how,
-            dist=WHOLE,
-            frozen=frozen,
-        )
+        rule, index_R = LossRule(case.objective, case.how, WHOLE), torch.arange(tokens)
+        head = LossHead(rule, index_R, index_R, scores, 1.0, frozen)
+        loss, _ = head(hidden_RD, weight_VD)
         loss.backward()
 
     peak = peak_bytes(step) - weight_VD.nbytes
@@ -301,12 +293,11 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(
     hidden_TD = torch.randn(tokens, width, requires_grad=True)
     weight_VD = torch.randn(vocab, width, requires_grad=True)
     predict_R, targets_R = torch.arange(90, tokens), torch.randint(vocab, (110,))
-    chosen = dict(predict_R=predict_R, targets_R=targets_R, dist=dist)
-    rest = dict(scores=TokenScores(), scale=1.0, objective=sft, settings=ObjectiveSettings())
+    rule = LossRule(sft, ObjectiveSettings(), dist)
     with LargestTensor() as largest:
-        loss, _ = loss_head(hidden_TD, weight_VD, **chosen, **rest)
+        loss, _ = LossHead(rule, predict_R, targets_R, TokenScores(), 1.0)(hidden_TD, weight_VD)
         loss.backward()
-        score_head(hidden_TD, weight_VD, **chosen)
+        score_head(hidden_TD, weight_VD, predict_R, targets_R, dist)
     assert largest.numel == max(rows * vocab, vocab * width)
     # The detector finds full log-probs.
     with LargestTensor() as naive:
@@ -387,11 +378,12 @@ def test_rollout_log_probs_are_those_of_the_update(dist: Distribution) -> None:
     samples = Generator(model, {0}).generate(requests, params)
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     batch = pack(samples, lone_world())
-    chosen = dict(predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
+    where = batch.predict_R, batch.targets_R
     with torch.no_grad():
-        scored_R = model(batch.tokens_T, batch.attend, partial(score_head, **chosen))
-    rest = dict(scores=TokenScores(), scale=1.0, objective=sft, settings=ObjectiveSettings())
-    _, stats = model(batch.tokens_T, batch.attend, partial(loss_head, **chosen, **rest))
+        head = partial(score_head, predict_R=where[0], targets_R=where[1], dist=dist)
+        scored_R = model(batch.tokens_T, batch.attend, head)
+    head = LossHead(LossRule(sft, ObjectiveSettings(), dist), *where, TokenScores(), 1.0)
+    _, stats = model(batch.tokens_T, batch.attend, head)
     rollout_R = torch.cat([s.student_logprobs for s in samples])
     torch.testing.assert_close(scored_R, rollout_R, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.logprob_R, rollout_R, rtol=1e-5, atol=1e-5)
@@ -409,6 +401,7 @@ def test_expected_gradient_is_that_of_the_kl_to_the_sampled_distribution(dist) -
     """
     vocab, prompt = 5, (3, 1)
     model, teacher = tiny_qwen3(vocab, seed=1), tiny_qwen3(vocab, seed=2)
+    rule = LossRule(policy_gradient, ObjectiveSettings(), dist)
     loss, truth, mass = torch.zeros(()), torch.zeros(()), 0.0
     seen: set[tuple[int, ...]] = set()
     for ids in all_responses(vocab, stop=0, max_new_tokens=2):
@@ -428,17 +421,9 @@ def test_expected_gradient_is_that_of_the_kl_to_the_sampled_distribution(dist) -
             continue  # never sampled
         mass += reach[-1].item()
         batch = pack([s], lone_world())
-        objective_head = partial(
-            loss_head,
-            predict_R=batch.predict_R,
-            targets_R=batch.targets_R,
-            scores=TokenScores(None, t_RV[range(len(ids)), ids], None),
-            scale=reach[-1].item(),
-            objective=policy_gradient,
-            settings=ObjectiveSettings(),
-            dist=dist,
-        )
-        loss = loss + model(batch.tokens_T, batch.attend, objective_head)[0]
+        scores = TokenScores(teacher=t_RV[range(len(ids)), ids])
+        head = LossHead(rule, batch.predict_R, batch.targets_R, scores, scale=reach[-1].item())
+        loss = loss + model(batch.tokens_T, batch.attend, head)[0]
     assert mass == pytest.approx(1.0, abs=1e-5)
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
     names, parameters = zip(*model.named_parameters(), strict=True)

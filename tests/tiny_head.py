@@ -19,7 +19,7 @@ from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from opd_titan.distill import head as head_module
-from opd_titan.distill.head import FrozenHeads, HeadStats, loss_head, score_head
+from opd_titan.distill.head import FrozenHeads, HeadStats, LossHead, LossRule, score_head
 from opd_titan.distill.inspection import Inspector
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.distill.vocabulary import TokenScores
@@ -127,7 +127,7 @@ class Problem:
         self.rollout_R = randn(R) - 3.0
 
     def where(self) -> dict[str, Any]:
-        """Return the arguments that the head has for scoring and for the loss."""
+        """Return the arguments of `score_head` beside hidden states and weight."""
         return dict(predict_R=self.predict_R, targets_R=self.targets_R, dist=self.dist)
 
     def loss(
@@ -148,17 +148,16 @@ class Problem:
                 setattr(scores, f"{role}_hidden", hidden)
                 part = head if tp is None else head.chunk(tp.size)[tp.rank]
                 heads[role] = VocabHead(part) if tp is None else VocabHead(part, tp)
-        return loss_head(
-            self.hidden_TD,
-            self.weight_VD if weight is None else weight,
-            **self.where(),
-            scores=scores,
-            scale=SCALE,
-            objective=case.objective,
-            settings=case.how,
-            frozen=FrozenHeads(**heads),
+        head = LossHead(
+            LossRule(case.objective, case.how, self.dist),
+            self.predict_R,
+            self.targets_R,
+            scores,
+            SCALE,
+            FrozenHeads(**heads),
             **more,
         )
+        return head(self.hidden_TD, self.weight_VD if weight is None else weight)
 
     def pick(self, logprobs_RV: Tensor) -> Tensor:
         """Return the log-probs [R] of the targets."""

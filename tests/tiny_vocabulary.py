@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
+from opd_titan.models.logits import VocabHead
 
 
 def rows_of(
@@ -50,7 +51,7 @@ def rows_of(
         if logprobs_CV is None:
             return None
         zero_C = torch.zeros_like(logprobs_CV[:, 0])
-        return ModelLogits(logprobs_CV.clone(), zero_C, kl(student_CV, logprobs_CV))
+        return ModelLogits(logprobs_CV.clone(), zero_C, zero_C, kl(student_CV, logprobs_CV))
 
     return Rows(
         logprob_C=logprob_C,
@@ -58,6 +59,7 @@ def rows_of(
         student=model(student_CV),
         teacher=model(teacher_CV),
         reference=model(reference_CV),
+        head=VocabHead(student_CV.new_empty(student_CV.shape[1], 0)),
         dtype=student_CV.dtype,
     )
 

@@ -202,7 +202,7 @@ def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """KL(T||S) + c KL(S||R). Sum q (log q - log p), and by a logit p - q."""
     teacher_probs_Cv = rows.teacher_Cv.exp()
-    loss_C = rows.expect(teacher_probs_Cv, rows.teacher_Cv.sub_(rows.student_Cv))
+    loss_C = rows.expect(teacher_probs_Cv, rows.teacher.take_logprobs().sub_(rows.student_Cv))
     dlogits_Cv = torch.sub(rows.probs_Cv, teacher_probs_Cv, out=teacher_probs_Cv)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
 
@@ -223,7 +223,7 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     weighted_Cv = rows.student_Cv + (math.log1p(-beta) - math.log(beta))
     mixture_Cv = torch.logaddexp(rows.teacher_Cv, weighted_Cv, out=weighted_Cv).add_(math.log(beta))
     teacher_probs_Cv = rows.teacher_Cv.exp()
-    teacher_x_Cv = rows.teacher_Cv.sub_(mixture_Cv)
+    teacher_x_Cv = rows.teacher.take_logprobs().sub_(mixture_Cv)
     student_x_Cv = torch.sub(rows.student_Cv, mixture_Cv, out=mixture_Cv)
     from_teacher_C, from_student_C = rows.expect_each(
         (teacher_probs_Cv, teacher_x_Cv), (rows.probs_Cv, student_x_Cv)
@@ -271,7 +271,7 @@ def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     probs_CB = student_CB.exp()
     loss_C = (probs_CB * x_CB).sum(dim=1)
     dlogits_CB = probs_CB * (x_CB - loss_C[:, None])
-    dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
+    dlogits_Cv = rows.spread(dlogits_CB, student_CB[:, -1], ids_CK)
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
@@ -290,7 +290,7 @@ def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         kl_C = (probs_CB * ratio_CB).sum(dim=1)
         loss_C = loss_C + c * kl_C
         dlogits_CB += c * probs_CB * (ratio_CB - kl_C[:, None])
-    dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
+    dlogits_Cv = rows.spread(dlogits_CB, student_CB[:, -1], ids_CK)
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 

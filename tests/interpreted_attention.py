@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd_titan.models.kernels import plain
 from opd_titan.models.kernels.attention import paged_decode, paged_prefill
+from opd_titan.models.kernels.plain import PageTable
 
 TYPES = [torch.float16, torch.float32]
 # A step of fp16 at 1 is 1e-3; probabilities are rounded to the values' type before their product.
@@ -49,16 +50,14 @@ class Cache:
         return paged_decode(q_NHK, self.keys, self.values, self.table, self.used)
 
     def prefill(self, q_THK: Tensor, counts: list[int]) -> Tensor:
-        args = (self.keys, self.values, self.table, self.used)
-        return paged_prefill(q_THK, *args, starts(counts), max(counts))
+        return paged_prefill(q_THK, self.keys, self.values, *self.pages(counts))
 
     def plain(self, q_THK: Tensor, counts: list[int]) -> Tensor:
-        args = (self.keys, self.values, self.table, self.used)
-        return plain.paged_attention(q_THK, *args, starts(counts))
+        return plain.paged_attention(q_THK, self.keys, self.values, self.pages(counts))
 
-
-def starts(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).int()
+    def pages(self, counts: list[int]) -> PageTable:
+        starts_N1 = torch.tensor([0, *counts]).cumsum(0).int()
+        return PageTable(self.table, self.used, starts_N1, max(counts))
 
 
 def queries(n: int, H: int, K: int, dtype: torch.dtype) -> Tensor:

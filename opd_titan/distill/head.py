@@ -226,8 +226,9 @@ class LossHead:
         head = VocabHead.of(weight).first(dist.vocab_size)
         hidden_RD = hidden_TD.index_select(0, self.predict_R)
         stats, *gradients = self._forward_backward(hidden_RD, head)
-        loss, factor = stats.loss_R.sum() * self.scale, self.scale / dist.temperature
-        return _WithGradients.apply(hidden_RD, head.weight_vD, loss, *gradients, factor), stats
+        factors = self.scale, self.scale / dist.temperature
+        loss = _Sum.apply(hidden_RD, head.weight_vD, stats.loss_R, *gradients, *factors)
+        return loss, stats
 
     @torch.no_grad()
     def _forward_backward(
@@ -331,29 +332,30 @@ class LossHead:
         return {role: watch.columns for role, watch in self.watches.items()}
 
 
-class _WithGradients(torch.autograd.Function):
-    """Return a loss with gradients that are known already, up to a factor."""
+class _Sum(torch.autograd.Function):
+    """Sum the loss of each token. The gradients are known already, up to a factor."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_RD: Tensor,
         weight_vD: Tensor,
-        loss: Tensor,
+        loss_R: Tensor,
         grad_hidden_RD: Tensor,
         grad_weight_vD: Tensor,
-        factor: float,
+        scale: float,
+        grad_factor: float,
     ) -> Tensor:
-        ctx.factor = factor
+        ctx.grad_factor = grad_factor
         ctx.save_for_backward(grad_hidden_RD, grad_weight_vD)
-        return loss
+        return loss_R.sum() * scale
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because the weight's gradient is large. There is one backward.
         grad_hidden_RD, grad_weight_vD = ctx.saved_tensors
-        factor = grad_loss * ctx.factor
-        return grad_hidden_RD.mul_(factor), grad_weight_vD.mul_(factor), *[None] * 4
+        factor = grad_loss * ctx.grad_factor
+        return grad_hidden_RD.mul_(factor), grad_weight_vD.mul_(factor), *[None] * 5
 
 
 def _statistics(

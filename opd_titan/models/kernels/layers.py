@@ -1,9 +1,10 @@
 """Triton kernels for a layer's norms, rotary embedding and activation, and their gradients.
 
-A forward rounds wherever its plain twin does. A backward rounds only its results. Shapes: T
-tokens, F MLP width, D model width, H query heads, G key/value heads, R query heads of one of them,
-K head size, P pages of a KV cache, S tokens of a page. In kernels, B elements of a program, h half
-a head.
+A forward rounds at the same places as its plain twin. A backward rounds only its results.
+
+Shapes: T tokens, F MLP width, D model width, H query heads, G key/value heads, R query heads of one
+of them, K head size, P pages of a KV cache, S tokens of a page. In kernels, B elements of a
+program, h half a head.
 """
 
 import torch
@@ -103,27 +104,33 @@ def _warps(block: int) -> int:
 @implement("norm")
 def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return the RMSNorm of x. Rows may be strided."""
-    T, D = x_TD.shape
-    assert x_TD.stride(1) == weight_D.stride(0) == 1
-    normed_TD, B = empty(x_TD), triton.next_power_of_2(D)
-    strides = x_TD.stride(0), 0
-    _add_norm[(T,)](
-        x_TD, None, weight_D, None, normed_TD, eps, *strides, D=D, B=B, num_warps=_warps(B)
-    )
+    normed_TD = empty(x_TD)
+    _launch_add_norm(x_TD, None, weight_D, None, normed_TD, eps)
     return normed_TD
 
 
 @implement("add_norm")
 def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + y and its RMSNorm. Rows may be strided."""
-    T, D = x_TD.shape
-    assert x_TD.stride(1) == y_TD.stride(1) == weight_D.stride(0) == 1
+    assert y_TD.stride(1) == 1
     total_TD, normed_TD = two_empty(x_TD, y_TD)
-    B, strides = triton.next_power_of_2(D), (x_TD.stride(0), y_TD.stride(0))
-    _add_norm[(T,)](
-        x_TD, y_TD, weight_D, total_TD, normed_TD, eps, *strides, D=D, B=B, num_warps=_warps(B)
-    )
+    _launch_add_norm(x_TD, y_TD, weight_D, total_TD, normed_TD, eps)
     return total_TD, normed_TD
+
+
+def _launch_add_norm(
+    x_TD: Tensor,
+    y_TD: Tensor | None,
+    weight_D: Tensor,
+    total_TD: Tensor | None,
+    normed_TD: Tensor,
+    eps: float,
+) -> None:
+    (T, D), y_stride = x_TD.shape, 0 if y_TD is None else y_TD.stride(0)
+    assert x_TD.stride(1) == weight_D.stride(0) == 1
+    operands, strides = (x_TD, y_TD, weight_D, total_TD, normed_TD), (x_TD.stride(0), y_stride)
+    B = triton.next_power_of_2(D)
+    _add_norm[(T,)](*operands, eps, *strides, D=D, B=B, num_warps=_warps(B))
 
 
 @triton.jit
@@ -237,7 +244,7 @@ def _norm_rope(
     K: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """One key/value head of one token, and its query heads."""
+    """Process one key/value head of one token, and its query heads."""
     t, g, G = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = tl.arange(0, K // 2)
     cos_h, sin_h = tl.load(cos + t * K + h), tl.load(sin + t * K + h)
@@ -286,7 +293,7 @@ def norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Return queries and keys after the RMSNorm of each head and the rotary embedding.
 
-    Keys and values are written into a layer's cache as well, if it is given. Tokens may be strided,
+    Keys and values are also written into a layer's cache, if it is given. Tokens may be strided,
     heads may not.
     """
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]

@@ -104,33 +104,27 @@ def _warps(block: int) -> int:
 @implement("norm")
 def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return the RMSNorm of x. Rows may be strided."""
-    normed_TD = empty(x_TD)
-    _launch_add_norm(x_TD, None, weight_D, None, normed_TD, eps)
+    T, D = x_TD.shape
+    assert x_TD.stride(1) == weight_D.stride(0) == 1
+    normed_TD, B = empty(x_TD), triton.next_power_of_2(D)
+    strides = x_TD.stride(0), 0
+    _add_norm[(T,)](
+        x_TD, None, weight_D, None, normed_TD, eps, *strides, D=D, B=B, num_warps=_warps(B)
+    )
     return normed_TD
 
 
 @implement("add_norm")
 def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + y and its RMSNorm. Rows may be strided."""
-    assert y_TD.stride(1) == 1
+    T, D = x_TD.shape
+    assert x_TD.stride(1) == y_TD.stride(1) == weight_D.stride(0) == 1
     total_TD, normed_TD = two_empty(x_TD, y_TD)
-    _launch_add_norm(x_TD, y_TD, weight_D, total_TD, normed_TD, eps)
+    B, strides = triton.next_power_of_2(D), (x_TD.stride(0), y_TD.stride(0))
+    _add_norm[(T,)](
+        x_TD, y_TD, weight_D, total_TD, normed_TD, eps, *strides, D=D, B=B, num_warps=_warps(B)
+    )
     return total_TD, normed_TD
-
-
-def _launch_add_norm(
-    x_TD: Tensor,
-    y_TD: Tensor | None,
-    weight_D: Tensor,
-    total_TD: Tensor | None,
-    normed_TD: Tensor,
-    eps: float,
-) -> None:
-    (T, D), y_stride = x_TD.shape, 0 if y_TD is None else y_TD.stride(0)
-    assert x_TD.stride(1) == weight_D.stride(0) == 1
-    operands, strides = (x_TD, y_TD, weight_D, total_TD, normed_TD), (x_TD.stride(0), y_stride)
-    B = triton.next_power_of_2(D)
-    _add_norm[(T,)](*operands, eps, *strides, D=D, B=B, num_warps=_warps(B))
 
 
 @triton.jit

@@ -144,7 +144,7 @@ class Qwen3Model(nn.Module):
             self.lm_head.weight = self.tok_embeddings.weight
 
     def assert_tied(self) -> None:
-        """Check that tied weights are one parameter; some transforms replace parameters silently."""
+        """Check that tied weights are one parameter. Some transforms replace parameters."""
         if self.args.tied:
             same = self.lm_head.weight is self.tok_embeddings.weight
             assert same, "a transform has untied head and embedding"

@@ -257,8 +257,11 @@ class LossHead:
             kernels.add_product_(grad_weight_vD, dlogits_Cv.t(), hidden_RD[chunk])
             columns.append(_token_stats(rows, result))
             del rows, result, dlogits_Cv  # before the next chunk's tensors are made
-        stats = HeadStats(**_concat(columns), probe=_concat(probes))
-        stats.seen = self._seen(stats)
+        found = _concat(columns)
+        for role, watch in self.watches.items():
+            watch.finish(found["logprob_R" if role == "student" else f"{role}_R"])
+        seen = {role: watch.columns for role, watch in self.watches.items()}
+        stats = HeadStats(**found, probe=_concat(probes), seen=seen)
         return stats, grad_hidden_RD, grad_weight_vD.to(head.weight_vD.dtype)
 
     def _projections(self, head: VocabHead, chunks: Sequence[slice]) -> dict[str, _Projection]:
@@ -319,17 +322,6 @@ class LossHead:
                 return result, result.dlogits_Cv.to(rows.dtype)
             (g_C,) = torch.autograd.grad(result.loss_C.sum(), rows.logprob_C)
         return result, rows.logprob_gradient(g_C)
-
-    def _seen(self, stats: HeadStats) -> dict[str, Columns]:
-        """Return by role what the watches recorded."""
-        logprobs = {
-            "student": stats.logprob_R,
-            "teacher": stats.teacher_R,
-            "reference": stats.reference_R,
-        }
-        for role, watch in self.watches.items():
-            watch.finish(logprobs[role])
-        return {role: watch.columns for role, watch in self.watches.items()}
 
 
 class _Sum(torch.autograd.Function):

@@ -114,8 +114,13 @@ class ModelLogits:
 
     def copy_rows(self, some: Tensor) -> ModelLogits:
         """Return a copy of some rows."""
-        columns = {"lse_C": self.lse_C[some], "logprob_C": self.logprob_C[some], "kl_C": None}
-        return replace(self, logits_Cv=self.logits_Cv[some], **columns)
+        return replace(
+            self,
+            logits_Cv=self.logits_Cv[some],
+            lse_C=self.lse_C[some],
+            logprob_C=self.logprob_C[some],
+            kl_C=None,
+        )
 
 
 @dataclass

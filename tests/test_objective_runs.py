@@ -19,13 +19,11 @@ from tiny_world import (
     load_hf,
     make_model,
     make_world,
-    own_output,
     read_log,
     read_rollouts,
     read_scalars,
     train,
     train_on,
-    write_rows,
 )
 
 from opd_titan.config import load_config
@@ -372,20 +370,3 @@ def test_a_divergence_can_do_without_samples(world: World) -> None:
     assert not [name for name in scalars if name.startswith(("rollout/", "kl/student"))]
     losses = list(scalars["loss/policy"].values())
     assert losses[-1] < losses[0]
-
-
-def test_a_row_without_a_response_is_refused(
-    world: World, capfd: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"prompt": f"What is {i}?", "response": str(i)} for i in range(8)]
-    del rows[5]["response"]
-    write_rows(world.folder / "holes" / "train.jsonl", rows)
-    options = ["--data.dataset", "prompts", "--data.path", world.folder / "holes"]
-    assert train(argv(world, "mixed", "refused", *options)) == 2
-    captured = capfd.readouterr()
-    (line,) = own_output(captured.err).splitlines()
-    assert "data.path" in line and "line 6: no response" in line
-    assert "rollout.on_policy_fraction < 1" in line
-    assert not (world.folder / "refused").exists()
-    options += ["--rollout.on_policy_fraction", 1.0, "--training.steps", 1]
-    assert train(argv(world, "mixed", "accepted", *options)) == 0

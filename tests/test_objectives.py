@@ -34,7 +34,6 @@ from opd_titan.distill.objectives import (
     penalty,
     policy_gradient,
     reverse_kl,
-    sft,
 )
 from opd_titan.distill.vocabulary import Rows, TokenScores
 
@@ -278,14 +277,6 @@ def test_only_the_loss_carries_a_gradient(baseline: str, true_ratio: bool) -> No
     rest = (result.advantage_C, result.ratio_C, result.clipped_C)
     assert result.loss_C.requires_grad and not any(x.requires_grad for x in rest)
     assert not advantages(rows.logprob_C, rows, how).requires_grad
-
-
-def test_sft_is_cross_entropy() -> None:
-    student = torch.tensor([-0.1, -3.0], requires_grad=True)
-    result = sft(Rows(student, TokenScores()), ObjectiveSettings())
-    (grad,) = torch.autograd.grad(result.loss_C.sum(), student)
-    assert result.loss_C.tolist() == pytest.approx([0.1, 3.0])
-    assert grad.tolist() == [-1.0, -1.0]
 
 
 # ---------------------------------------------------------------- divergences

@@ -67,7 +67,7 @@ class Inspector:
             logits_Wv, target_W = logits_Cv[place], target_C[place]
             ahead_W = _count_above(logits_Wv, target_W)
             values_WK, ids_WK = _likeliest(logits_Wv, min(self.k, head.rows))
-            ids_WK = ids_WK + head.tp.rank * head.rows
+            ids_WK = ids_WK + head.start
             self._pieces.append((ahead_W, target_W, values_WK, ids_WK))
 
     def finish(self, logprob_R: Tensor) -> None:

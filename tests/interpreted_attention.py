@@ -1,4 +1,4 @@
-"""The paged attention kernels in Triton's interpreter, beside plain attention.
+"""The paged attention kernels in Triton's interpreter against plain attention.
 
 `test_kernels.py` runs this file in a process of its own: the interpreter is chosen before Triton is
 imported. Shapes: see `opd_titan.models.kernels`.
@@ -22,11 +22,11 @@ TOLERANCE = {torch.float16: 3e-3, torch.float32: 3e-6}
 
 
 class Cache:
-    """Sequences in random pages of a cache with random contents, and NaN where nobody is.
+    """Sequences in random pages of a cache with random contents, and NaN in unused places.
 
     Args:
         lengths: tokens of each sequence.
-        heads_first: a head's tokens lie side by side in memory.
+        heads_first: whether a head's tokens are adjacent in memory.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Cache:
 
 
 def queries(n: int, H: int, K: int, dtype: torch.dtype) -> Tensor:
-    """Queries that are a view of a product with something behind each row."""
+    """Return queries that are a view of a wider product."""
     return torch.randn(n, H * K + 16).to(dtype)[:, : H * K].unflatten(1, (H, K))
 
 

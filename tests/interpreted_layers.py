@@ -22,7 +22,7 @@ from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels import CacheSlots, attention, head_logits, layers, logits, plain
 
 TYPES = [torch.float16, torch.float32]
-# Two steps of the type at 1: an exponential that is rounded otherwise may cross a rounding's edge.
+# Two steps of the type at 1, because a different rounding of exp may change the next rounding.
 TOLERANCE = {torch.float16: 2e-3, torch.float32: 1e-6}
 EPS = 1e-6
 
@@ -62,7 +62,7 @@ def test_add_norm(T: int, D: int, dtype: torch.dtype) -> None:
 
 
 class Heads:
-    """The heads of T tokens, as views of one product, and what turns them."""
+    """The heads of T tokens, as views of one product, with weights and tables of angles."""
 
     def __init__(self, T: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
         heads = torch.randn(T, (H + 2 * G) * K).to(dtype).unflatten(1, (-1, K))
@@ -268,7 +268,7 @@ def test_uniforms_equal_the_twin_bit_for_bit() -> None:
 
 
 def kept(row: list[float], top_k: int, top_p: float) -> set[int]:
-    """Tokens that are kept: most likely first, ties by lower id, until the mass is reached."""
+    """Return the kept tokens: likeliest first, ties by lower id, until the mass is reached."""
     order = sorted(range(len(row)), key=lambda i: (-row[i], i))[: top_k or None]
     weights = [math.exp(row[i] - row[order[0]]) for i in order]
     before = [0.0, *accumulate(weights)]
@@ -303,7 +303,7 @@ def test_truncation_threshold(vocab: int, top_k: int, top_p: float) -> None:
             kept_V &= row_V > -torch.inf
             expected = {i for i in kept(row_V.tolist(), top_k, top_p) if row_V[i] > -torch.inf}
             wrong = expected ^ set(kept_V.nonzero()[:, 0].tolist())
-            # Of thousands that are alike, fp32 does not tell which is the last.
+            # Among thousands of equal logits, fp32 rounding may change which is the last.
             assert len(wrong) <= len(expected) // 1000, module
 
 

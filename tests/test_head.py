@@ -1,7 +1,7 @@
 """The chunked head against plain autograd over full logits, and against what was sampled.
 
-Defects of the prototype that belong here (design.md, section 3): scoring the full distribution
-where a truncated one was sampled from, and tensors of log-probs [batch, time, vocabulary].
+Two defects of the prototype (design.md, section 3) would fail here: scoring the full distribution
+of samples from a truncated one, and tensors of log-probs [batch, time, vocabulary].
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from opd_titan.rollout.scheduler import Request
 
 # ---------------------------------------------------------------- loss and gradients
 
-# Rows per chunk: one, some with a last chunk of fewer, all.
+# Rows per chunk: one, some (with a shorter last chunk), all.
 DISTS = [(WHOLE, 1), (WHOLE, 1000), (Distribution(0.5), 4), (Distribution(1.7), 5)]
 SAMPLED_FROM = [*SAMPLED, *BASELINES]
 LOSSES = [
@@ -107,7 +107,7 @@ def test_loss_and_gradients(
 
 
 def check_frozen(m: Problem, case: Case, stats: Any) -> None:
-    """Check that the log-probs of frozen models come along, and only where they are needed."""
+    """Check that the log-probs of frozen models are returned, and only if they are needed."""
     for role, needed in (("teacher", case.exact), ("reference", case.exact and case.has_reference)):
         found_R = getattr(stats, f"{role}_R")
         assert (found_R is not None) is needed
@@ -132,7 +132,7 @@ def test_score_head_is_log_softmax_gathered(
 
 @each_case
 def test_bf16_is_within_its_rounding(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    """As near to fp64 on the same rounded numbers as bf16 logits and autograd are."""
+    """The error relative to fp64 is not larger than that of bf16 logits and autograd."""
     set_chunk_rows(monkeypatch, case, 8)
     m = Problem(dtype=torch.bfloat16)
     loss, stats = m.loss(case)
@@ -187,7 +187,7 @@ def test_only_token_ids_of_all_models_take_part(case: Case, sizes: tuple[int, in
 
 @pytest.mark.parametrize(("length", "start"), [(1, 0), (8, 5), (64, 0), (100, 123_456), (512, 5)])
 def test_the_probe_sees_every_position_of_equal_responses_alike(length: int, start: int) -> None:
-    """A stride of 8 would see the first token of all responses, or of none."""
+    """A stride of 8 would probe the first token of all responses, or of none."""
     count = 3_000
     place = probed(start, start + count * length)
     assert len(place) == pytest.approx(count * length / PROBE_EVERY, rel=1e-3, abs=2)
@@ -252,7 +252,7 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
     return peak
 
 
-# Those that keep the most tensors of each kind.
+# The cases of each kind with the most tensors.
 LARGEST = [SAMPLED[0], BASELINES[0], BASELINES[3]] + [c for c in DIVERGENCES if c.has_reference]
 
 
@@ -260,7 +260,7 @@ LARGEST = [SAMPLED[0], BASELINES[0], BASELINES[3]] + [c for c in DIVERGENCES if 
 def test_the_loss_head_holds_three_chunks_at_a_time(
     monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    """Besides the gradient of the head's weight."""
+    """The gradient of the head's weight is not counted."""
     vocab, rows, width, tokens = 2000, 30, 4, 130
     budget = rows * vocab * 4
     monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": budget})
@@ -280,7 +280,7 @@ def test_the_loss_head_holds_three_chunks_at_a_time(
         loss.backward()
 
     peak = peak_bytes(step) - weight_VD.nbytes
-    # The probe's copies of an eighth of the rows come on top of the three.
+    # The probe also copies an eighth of the rows.
     assert budget < peak < 3.75 * budget, peak / budget
 
 
@@ -316,7 +316,7 @@ def test_only_positions_that_predict_a_response_token_are_projected() -> None:
 
 
 def test_a_chunk_that_truncates_has_room_for_the_whole_sorted_vocabulary() -> None:
-    """Truncation gathers and sorts all columns, not only those of this rank."""
+    """Truncation gathers and sorts all columns, including those of other ranks."""
     weight = torch.zeros(64, 2)
     whole, half = VocabHead(weight), VocabHead(weight[:32], Axis(0, 2))
     plain, cut = Distribution(), Distribution(top_p=0.9)
@@ -370,7 +370,7 @@ def test_sampled_log_probs_are_the_scored_ones(dist: Distribution) -> None:
 
 @by_distribution
 def test_rollout_log_probs_are_those_of_the_update(dist: Distribution) -> None:
-    """Prefill, KV cache and sampler on one side; packing and the training head on the other."""
+    """Compare prefill, KV cache and sampler with packing and the training head."""
     model = tiny_qwen3()
     prompts = [Prompt(i, "", tuple(range(1, 2 + i))) for i in range(5)]
     requests = [Request(p, i, 100 * p.index + i) for p in prompts for i in range(4)]

@@ -68,7 +68,7 @@ def check(kernels, chunk: Chunk, dtype: torch.dtype = torch.float32) -> None:
     close(kernels.logit_stats(chunk.student_Cv, chunk.row_C, False), truth_6C[:2])
     close(kernels.logit_stats(chunk.student_Cv, chunk.row_C, True), truth_6C[:3])
     close(kernels.kl_stats(*chunk.copies(), chunk.row_C), truth_6C)
-    # This rank has a part of the vocabulary: the logsumexp is over more.
+    # This rank has a part of the vocabulary, and the logsumexp is over all of it.
     lse_C = truth_6C[1].logaddexp(torch.tensor(9.0))
     share_C1 = (truth_6C[1] - lse_C).exp()[:, None]
     onehot_Cv = torch.nn.functional.one_hot(chunk.row_C.clamp(min=0), v)

@@ -163,7 +163,7 @@ def support(logprobs_CV: Tensor, k: int) -> Tensor:
 
 
 def plain_penalty(s: Tensor, t: Tensor, r: Tensor | None, how: ObjectiveSettings) -> Tensor:
-    """Return (log S - log T) + c (log S - log R), or what a clamp or a power makes of it."""
+    """Return (log S - log T) + c (log S - log R), with the clamp or the power of the settings."""
 
     def difference(other: Tensor) -> Tensor:
         if how.reward_power:

@@ -9,7 +9,7 @@ few numbers per token, never logits, unless top-k or top-p have to see all of th
 
 Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D the student's width, E a
 frozen model's width, v the part of the vocabulary that this rank holds (all of it without tensor
-parallelism), M models, P tensor-parallel ranks.
+parallelism), M models, N probed tokens of a chunk, K likeliest tokens, P tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -248,10 +248,10 @@ class LossHead:
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(head.weight_vD, dtype=torch.float32)
         columns, probes = [], []
-        for chunk, some in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
+        for chunk, some_N in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
             rows = self._rows(chunk, hidden_RD, projections, buffer)
-            if some.numel():
-                probes.append(_compare(rows.copy_rows(some)))
+            if some_N.numel():
+                probes.append(_compare(rows, some_N))
             result, dlogits_Cv = self._differentiate(rows)
             torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
             kernels.add_product_(grad_weight_vD, dlogits_Cv.t(), hidden_RD[chunk])
@@ -423,22 +423,22 @@ def probed(start: int, stop: int) -> Tensor:
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-def _compare(rows: Rows) -> dict[str, Tensor]:
-    """Compare the whole distributions of student and teacher; by name, a value for each row."""
-    student_Cv, teacher_Cv, probs_Cv = rows.student_Cv, rows.teacher_Cv, rows.probs_Cv
-    teacher_probs_Cv = teacher_Cv.exp()
-    log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(
-        (probs_Cv, student_Cv),
-        (probs_Cv, teacher_Cv),
-        (teacher_probs_Cv, teacher_Cv),
-        (teacher_probs_Cv, student_Cv),
+def _compare(rows: Rows, some_N: Tensor) -> dict[str, Tensor]:
+    """Compare student and teacher at some rows of a chunk; by name, a value [N] for each row."""
+    student_Nv, teacher_Nv = (m.copy_logprobs(some_N) for m in (rows.student, rows.teacher))
+    probs_Nv, teacher_probs_Nv = student_Nv.exp(), teacher_Nv.exp()
+    log_s_N, log_t_N, teacher_log_t_N, teacher_log_s_N = rows.expect_each(
+        (probs_Nv, student_Nv),
+        (probs_Nv, teacher_Nv),
+        (teacher_probs_Nv, teacher_Nv),
+        (teacher_probs_Nv, student_Nv),
     )
-    student_CK, teacher_CK = (rows.top_k(x, PROBE_TOP_K) for x in (student_Cv, teacher_Cv))
-    shared_CK = (student_CK[:, :, None] == teacher_CK[:, None, :]).any(dim=2)
+    student_NK, teacher_NK = (rows.top_k(x, PROBE_TOP_K) for x in (student_Nv, teacher_Nv))
+    shared_NK = (student_NK[:, :, None] == teacher_NK[:, None, :]).any(dim=2)
     return {
-        "kl/reverse": log_s_C - log_t_C,
-        "kl/forward": teacher_log_t_C - teacher_log_s_C,
-        "policy/teacher_entropy": -teacher_log_t_C,
-        "policy/top_k_overlap": shared_CK.float().mean(dim=1),
-        "policy/top_1_agreement": (student_CK[:, 0] == teacher_CK[:, 0]).float(),
+        "kl/reverse": log_s_N - log_t_N,
+        "kl/forward": teacher_log_t_N - teacher_log_s_N,
+        "policy/teacher_entropy": -teacher_log_t_N,
+        "policy/top_k_overlap": shared_NK.float().mean(dim=1),
+        "policy/top_1_agreement": (student_NK[:, 0] == teacher_NK[:, 0]).float(),
     }

@@ -10,7 +10,7 @@ All log-probs are natural, at the sampling temperature; fp32 in training.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,11 +94,18 @@ class ModelLogits:
         """Log-probs [C, v], finite, for reading. The first use computes them in place."""
         assert self.logits_Cv is not None, "the logits were taken"
         if not self.normalised:
-            self.logits_Cv.sub_(self.lse_C[:, None])
+            self._normalise(self.logits_Cv, self.lse_C)
             self.lse_C, self.normalised = torch.zeros_like(self.lse_C), True
-            if self.truncated:  # 0 * -inf is NaN, but a truncated token must add 0
-                self.logits_Cv.clamp_(min=-1e4)
         return self.logits_Cv
+
+    def copy_logprobs(self, some_N: Tensor) -> Tensor:
+        """Return a copy of some rows' log-probs, [N, v]."""
+        return self._normalise(self.logits_Cv[some_N], self.lse_C[some_N])
+
+    def _normalise(self, logits_Cv: Tensor, lse_C: Tensor) -> Tensor:
+        logits_Cv.sub_(lse_C[:, None])
+        # 0 * -inf is NaN, but a truncated token must add 0.
+        return logits_Cv.clamp_(min=-1e4) if self.truncated else logits_Cv
 
     def take_logits(self) -> Tensor:
         """Return the logits [C, v] for the caller to overwrite."""
@@ -111,16 +118,6 @@ class ModelLogits:
         logprobs_Cv = self.logprobs_Cv
         self.logits_Cv = None
         return logprobs_Cv
-
-    def copy_rows(self, some: Tensor) -> ModelLogits:
-        """Return a copy of some rows."""
-        return replace(
-            self,
-            logits_Cv=self.logits_Cv[some],
-            lse_C=self.lse_C[some],
-            logprob_C=self.logprob_C[some],
-            kl_C=None,
-        )
 
 
 @dataclass
@@ -176,11 +173,6 @@ class Rows:
         """Return the buffer's tensor [C, v], or None if there is no buffer or it is in use."""
         buffer, self.buffer = self.buffer, None
         return None if buffer is None else buffer.rows(self.logprob_C.numel())
-
-    def copy_rows(self, some: Tensor) -> Rows:
-        """Return a copy of some rows' distributions of student and teacher."""
-        student, teacher = (model.copy_rows(some) for model in (self.student, self.teacher))
-        return Rows(student.logprob_C, TokenScores(), student, teacher, head=self.head)
 
     # ------------------------------------------------ gradients with respect to the logits [C, v]
 

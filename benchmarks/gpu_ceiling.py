@@ -14,7 +14,7 @@ from torch import Tensor
 
 import opd_titan.distill.head as head_module
 from opd_titan.config import JobConfig
-from opd_titan.distill.head import loss_head
+from opd_titan.distill.head import LossHead
 from opd_titan.distill.update import UpdateRule
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.models.attention import PackedAttention
@@ -128,16 +128,8 @@ def measure_head(s: Setting, size: str) -> None:
 
     def both() -> Tensor:
         leaves = hidden_RD.detach().requires_grad_(), weight_VD.detach().requires_grad_()
-        loss, _ = loss_head(
-            *leaves,
-            predict_R=torch.arange(rows, device=s.device),
-            targets_R=targets_R,
-            scores=TokenScores(teacher=teacher_R),
-            scale=1.0 / rows,
-            objective=rule.objective,
-            settings=rule.settings,
-            dist=rule.dist,
-        )
+        predict_R, scores = torch.arange(rows, device=s.device), TokenScores(teacher=teacher_R)
+        loss, _ = LossHead(rule, predict_R, targets_R, scores, scale=1.0 / rows)(*leaves)
         return torch.autograd.grad(loss, leaves)[0]
 
     kind, flops = s.device.type, 6.0 * args.dim * args.vocab_size * rows

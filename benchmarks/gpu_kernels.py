@@ -12,7 +12,7 @@ sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -261,9 +261,10 @@ def _decoding(s: Setting, dtype: torch.dtype) -> dict[str, Pages]:
 
 
 def _twin(pages: Pages, starts: Sequence[int]) -> Callable[..., Tensor]:
-    rest = pages.table_NM, pages.used_N
     starts_N1 = torch.tensor(starts, dtype=torch.int32, device=pages.q_THK.device)
-    return lambda q, keys, values: plain.paged_attention(q, keys, values, *rest, starts_N1)
+    longest = max(b - a for a, b in pairwise(starts))
+    table = plain.PageTable(pages.table_NM, pages.used_N, starts_N1, longest)
+    return lambda q, keys, values: plain.paged_attention(q, keys, values, table)
 
 
 def _attention_cases(s: Setting, dtype: torch.dtype) -> Iterator[Case]:

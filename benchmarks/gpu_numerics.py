@@ -14,7 +14,7 @@ from gpu_update import recipe
 from harness import Record
 from torch import Tensor
 
-from opd_titan.distill.head import loss_head
+from opd_titan.distill.head import LossHead, LossRule
 from opd_titan.distill.objectives import ObjectiveSettings, sft
 from opd_titan.distill.packing import plan_minibatches
 from opd_titan.distill.scoring import score
@@ -115,16 +115,14 @@ def head_gradients(s: Setting) -> tuple[Record, bool]:
     operands = hidden_ND, weight_VD.to(HALF)
     targets_N = torch.randint(args.vocab_size, (n,), device=s.device)
     leaves = [x.detach().requires_grad_() for x in operands]
-    loss, stats = loss_head(
-        *leaves,
-        predict_R=torch.arange(n, device=s.device),
-        targets_R=targets_N,
-        scores=TokenScores(),
+    head = LossHead(
+        LossRule(sft, ObjectiveSettings(), Distribution()),
+        torch.arange(n, device=s.device),
+        targets_N,
+        TokenScores(),
         scale=1.0 / n,
-        objective=sft,
-        settings=ObjectiveSettings(),
-        dist=Distribution(),
     )
+    loss, stats = head(*leaves)
     found = torch.autograd.grad(loss, leaves)
     exact = [x.detach().float().requires_grad_() for x in operands]
     logprobs_NV = (exact[0] @ exact[1].t()).log_softmax(dim=1)

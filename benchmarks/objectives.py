@@ -122,7 +122,7 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     """Print the GiB that the forward and backward of the head add to this process."""
     import torch
 
-    from opd_titan.distill.head import FrozenHeads, loss_head
+    from opd_titan.distill.head import FrozenHeads, LossHead, LossRule
     from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
     from opd_titan.distill.vocabulary import TokenScores
     from opd_titan.models.logits import Distribution, VocabHead
@@ -135,18 +135,15 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     settings = ObjectiveSettings()
     whole = OBJECTIVES[objective].needs_vocabulary(settings)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loss, _ = loss_head(
-        hidden,
-        weight,
-        predict_R=torch.arange(tokens),
-        targets_R=targets,
-        scores=TokenScores(zeros, zeros, None, teacher_hidden if whole else None),
+    head = LossHead(
+        LossRule(OBJECTIVES[objective], settings, Distribution()),
+        torch.arange(tokens),
+        targets,
+        TokenScores(zeros, zeros, None, teacher_hidden if whole else None),
         scale=1.0 / tokens,
-        objective=OBJECTIVES[objective],
-        settings=settings,
-        dist=Distribution(),
         frozen=FrozenHeads(VocabHead(teacher_weight) if whole else None),
     )
+    loss, _ = head(hidden, weight)
     loss.backward()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 

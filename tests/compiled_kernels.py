@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not there: spills, registers, shared memory.
+"""The Triton kernels compiled for GPUs that are not present: spills, registers, shared memory.
 
 `test_kernels.py` runs this file in a process of its own, in which Triton believes in a GPU. Kernels
 are launched as on one, and compiled for it, up to the launch itself.
@@ -58,7 +58,7 @@ class Compiled:
 
     @property
     def resident(self) -> int:
-        """How many programs a multiprocessor holds at once."""
+        """How many programs run at once on a multiprocessor."""
         per_warp = -(-self.registers * 32 // 256) * 256
         return min(
             self.gpu.programs,
@@ -97,7 +97,7 @@ def read(gpu: GPU, name: str, kernel: Any, folder: Path) -> Compiled:
 def compile_launches(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., list[Compiled]]]:
-    """Call a launcher and return what it would have launched."""
+    """Call a launcher and return the kernels that it would have launched."""
     run, kernels = JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -116,7 +116,7 @@ def compile_launches(
 
 
 def assert_fits(kernel: Compiled, programs: dict[int, int] | None = None, warps: int = 1) -> None:
-    """Nothing is spilled, and a multiprocessor holds at least so many programs and warps."""
+    """Check that nothing is spilled, and the least programs and warps of a multiprocessor."""
     assert kernel.spilled == 0, kernel
     assert kernel.shared <= kernel.gpu.program_shared, kernel
     least = 1 if programs is None else programs[kernel.gpu.capability]
@@ -139,7 +139,7 @@ MODELS = [(16, 8, 128), (32, 8, 128), (40, 8, 128), (64, 8, 128), (14, 2, 64)]
 
 @pytest.mark.parametrize(("H", "G", "K"), MODELS)
 def test_decode(compile_launches: Callable, H: int, G: int, K: int) -> None:
-    """Two stages of keys and values in flight, of as many programs as hide the memory's latency."""
+    """Two stages of keys and values are loaded ahead, by enough programs to hide the latency."""
     decode, combine = compile_launches(attention.paged_decode, *paged(H, G, K, 64))
     assert_fits(decode, programs={80: 2, 90: 3})
     assert decode.shared >= 2 * 2 * 64 * K * 2, "the pipeline is gone: blocks are not buffered"

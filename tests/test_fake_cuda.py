@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd_titan.data.types import Sample
-from opd_titan.distill.head import FrozenHeads, loss_head
+from opd_titan.distill.head import FrozenHeads, LossHead, LossRule
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.update import pack_scored
 from opd_titan.distill.vocabulary import TokenScores
@@ -170,6 +170,7 @@ def test_the_loss_head_stays_on_its_device(gpu, name: str) -> None:
     targets_R = torch.empty(R, dtype=torch.int64, device=CUDA)
     settings = ObjectiveSettings()
     objective = OBJECTIVES[name]
+    rule = LossRule(objective, settings, Distribution())
     scores = TokenScores(teacher=torch.empty(R, device=CUDA))
     frozen = FrozenHeads()
     if objective.needs_vocabulary(settings):
@@ -177,18 +178,8 @@ def test_the_loss_head_stays_on_its_device(gpu, name: str) -> None:
     # Autograd's engine wants a device: this is the gradient of a loss by the sampled log-probs.
     engine = patch("torch.autograd.grad", lambda loss, logprob_C: (torch.empty_like(logprob_C),))
     with engine, torch.enable_grad(), Launches() as launches:
-        loss, stats = loss_head(
-            hidden_TD,
-            weight_VD,
-            predict_R=targets_R,
-            targets_R=targets_R,
-            scores=scores,
-            scale=1.0,
-            objective=objective,
-            settings=settings,
-            dist=Distribution(),
-            frozen=frozen,
-        )
+        head = LossHead(rule, targets_R, targets_R, scores, scale=1.0, frozen=frozen)
+        loss, stats = head(hidden_TD, weight_VD)
     assert loss.device == stats.loss_R.device == stats.entropy_R.device == CUDA
     assert len(launches.waits) <= 1, launches.waits
     if name in ("policy_gradient", "sft"):

@@ -37,14 +37,13 @@ class Recorded:
 def through_table(*_: Any) -> TableAttention:
     """Return attention by a kernel that reads pages through a table, as a GPU has."""
 
-    def kernel(q_THK: Tensor, *args: Any) -> Tensor:
-        keys, values, table_NM, used_N, starts_N1, max_queries = args
-        if max_queries > 1:
-            assert max_queries == int(starts_N1.diff().max())
-            return plain.paged_attention(q_THK, keys, values, table_NM, used_N, starts_N1)
-        assert starts_N1.shape == (q_THK.shape[0] + 1,)
-        k, v = (x[table_NM.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))
-        seen_N11L = (torch.arange(k.shape[2]) < used_N[:, None])[:, None, None]
+    def kernel(q_THK: Tensor, keys: Tensor, values: Tensor, pages: plain.PageTable) -> Tensor:
+        if pages.max_queries > 1:
+            assert pages.max_queries == int(pages.starts_N1.diff().max())
+            return plain.paged_attention(q_THK, keys, values, pages)
+        assert pages.starts_N1.shape == (q_THK.shape[0] + 1,)
+        k, v = (x[pages.table_NM.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        seen_N11L = (torch.arange(k.shape[2]) < pages.used_N[:, None])[:, None, None]
         q = q_THK[:, :, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_N11L, enable_gqa=True)[
             :, :, 0

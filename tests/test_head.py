@@ -1,7 +1,7 @@
 """The chunked head against plain autograd over full logits, and against what was sampled.
 
-Defects of the prototype that belong here (design.md, section 3): scoring the full distribution
-where a truncated one was sampled from, and tensors of log-probs [batch, time, vocabulary].
+Two defects of the prototype (design.md, section 3) would fail here: scoring the full distribution
+of samples from a truncated one, and tensors of log-probs [batch, time, vocabulary].
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ from opd_titan.distill import head as head_module
 from opd_titan.distill.head import (
     PROBE_EVERY,
     FrozenHeads,
+    LossHead,
+    LossRule,
     hidden_head,
-    loss_head,
     probed,
     score_head,
 )
@@ -64,7 +65,7 @@ from opd_titan.rollout.scheduler import Request
 
 # ---------------------------------------------------------------- loss and gradients
 
-# Rows per chunk: one, some with a last chunk of fewer, all.
+# Rows per chunk: one, some (with a shorter last chunk), all.
 DISTS = [(WHOLE, 1), (WHOLE, 1000), (Distribution(0.5), 4), (Distribution(1.7), 5)]
 SAMPLED_FROM = [*SAMPLED, *BASELINES]
 LOSSES = [
@@ -106,7 +107,7 @@ def test_loss_and_gradients(
 
 
 def check_frozen(m: Problem, case: Case, stats: Any) -> None:
-    """Check that the log-probs of frozen models come along, and only where they are needed."""
+    """Check that the log-probs of frozen models are returned, and only if they are needed."""
     for role, needed in (("teacher", case.exact), ("reference", case.exact and case.has_reference)):
         found_R = getattr(stats, f"{role}_R")
         assert (found_R is not None) is needed
@@ -131,7 +132,7 @@ def test_score_head_is_log_softmax_gathered(
 
 @each_case
 def test_bf16_is_within_its_rounding(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    """As near to fp64 on the same rounded numbers as bf16 logits and autograd are."""
+    """The error relative to fp64 is not larger than that of bf16 logits and autograd."""
     set_chunk_rows(monkeypatch, case, 8)
     m = Problem(dtype=torch.bfloat16)
     loss, stats = m.loss(case)
@@ -186,7 +187,7 @@ def test_only_token_ids_of_all_models_take_part(case: Case, sizes: tuple[int, in
 
 @pytest.mark.parametrize(("length", "start"), [(1, 0), (8, 5), (64, 0), (100, 123_456), (512, 5)])
 def test_the_probe_sees_every_position_of_equal_responses_alike(length: int, start: int) -> None:
-    """A stride of 8 would see the first token of all responses, or of none."""
+    """A stride of 8 would probe the first token of all responses, or of none."""
     count = 3_000
     place = probed(start, start + count * length)
     assert len(place) == pytest.approx(count * length / PROBE_EVERY, rel=1e-3, abs=2)
@@ -251,7 +252,7 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
     return peak
 
 
-# Those that keep the most tensors of each kind.
+# The cases of each kind with the most tensors.
 LARGEST = [SAMPLED[0], BASELINES[0], BASELINES[3]] + [c for c in DIVERGENCES if c.has_reference]
 
 
@@ -259,7 +260,7 @@ LARGEST = [SAMPLED[0], BASELINES[0], BASELINES[3]] + [c for c in DIVERGENCES if 
 def test_the_loss_head_holds_three_chunks_at_a_time(
     monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    """Besides the gradient of the head's weight."""
+    """The gradient of the head's weight is not counted."""
     vocab, rows, width, tokens = 2000, 30, 4, 130
     budget = rows * vocab * 4
     monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": budget})
@@ -273,22 +274,13 @@ def test_the_loss_head_holds_three_chunks_at_a_time(
         frozen = FrozenHeads(other, other if case.has_reference else None)
 
     def step() -> None:
-        loss, _ = loss_head(
-            hidden_RD,
-            weight_VD,
-            predict_R=torch.arange(tokens),
-            targets_R=torch.arange(tokens),
-            scores=scores,
-            scale=1.0,
-            objective=case.objective,
-            settings=case.how,
-            dist=WHOLE,
-            frozen=frozen,
-        )
+        rule, index_R = LossRule(case.objective, case.how, WHOLE), torch.arange(tokens)
+        head = LossHead(rule, index_R, index_R, scores, 1.0, frozen)
+        loss, _ = head(hidden_RD, weight_VD)
         loss.backward()
 
     peak = peak_bytes(step) - weight_VD.nbytes
-    # The probe's copies of an eighth of the rows come on top of the three.
+    # The probe also copies an eighth of the rows.
     assert budget < peak < 3.75 * budget, peak / budget
 
 
@@ -301,12 +293,11 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(
     hidden_TD = torch.randn(tokens, width, requires_grad=True)
     weight_VD = torch.randn(vocab, width, requires_grad=True)
     predict_R, targets_R = torch.arange(90, tokens), torch.randint(vocab, (110,))
-    chosen = dict(predict_R=predict_R, targets_R=targets_R, dist=dist)
-    rest = dict(scores=TokenScores(), scale=1.0, objective=sft, settings=ObjectiveSettings())
+    rule = LossRule(sft, ObjectiveSettings(), dist)
     with LargestTensor() as largest:
-        loss, _ = loss_head(hidden_TD, weight_VD, **chosen, **rest)
+        loss, _ = LossHead(rule, predict_R, targets_R, TokenScores(), 1.0)(hidden_TD, weight_VD)
         loss.backward()
-        score_head(hidden_TD, weight_VD, **chosen)
+        score_head(hidden_TD, weight_VD, predict_R, targets_R, dist)
     assert largest.numel == max(rows * vocab, vocab * width)
     # The detector finds full log-probs.
     with LargestTensor() as naive:
@@ -325,7 +316,7 @@ def test_only_positions_that_predict_a_response_token_are_projected() -> None:
 
 
 def test_a_chunk_that_truncates_has_room_for_the_whole_sorted_vocabulary() -> None:
-    """Truncation gathers and sorts all columns, not only those of this rank."""
+    """Truncation gathers and sorts all columns, including those of other ranks."""
     weight = torch.zeros(64, 2)
     whole, half = VocabHead(weight), VocabHead(weight[:32], Axis(0, 2))
     plain, cut = Distribution(), Distribution(top_p=0.9)
@@ -379,7 +370,7 @@ def test_sampled_log_probs_are_the_scored_ones(dist: Distribution) -> None:
 
 @by_distribution
 def test_rollout_log_probs_are_those_of_the_update(dist: Distribution) -> None:
-    """Prefill, KV cache and sampler on one side; packing and the training head on the other."""
+    """Compare prefill, KV cache and sampler with packing and the training head."""
     model = tiny_qwen3()
     prompts = [Prompt(i, "", tuple(range(1, 2 + i))) for i in range(5)]
     requests = [Request(p, i, 100 * p.index + i) for p in prompts for i in range(4)]
@@ -387,11 +378,12 @@ def test_rollout_log_probs_are_those_of_the_update(dist: Distribution) -> None:
     samples = Generator(model, {0}).generate(requests, params)
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     batch = pack(samples, lone_world())
-    chosen = dict(predict_R=batch.predict_R, targets_R=batch.targets_R, dist=dist)
+    where = batch.predict_R, batch.targets_R
     with torch.no_grad():
-        scored_R = model(batch.tokens_T, batch.attend, partial(score_head, **chosen))
-    rest = dict(scores=TokenScores(), scale=1.0, objective=sft, settings=ObjectiveSettings())
-    _, stats = model(batch.tokens_T, batch.attend, partial(loss_head, **chosen, **rest))
+        head = partial(score_head, predict_R=where[0], targets_R=where[1], dist=dist)
+        scored_R = model(batch.tokens_T, batch.attend, head)
+    head = LossHead(LossRule(sft, ObjectiveSettings(), dist), *where, TokenScores(), 1.0)
+    _, stats = model(batch.tokens_T, batch.attend, head)
     rollout_R = torch.cat([s.student_logprobs for s in samples])
     torch.testing.assert_close(scored_R, rollout_R, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.logprob_R, rollout_R, rtol=1e-5, atol=1e-5)
@@ -409,6 +401,7 @@ def test_expected_gradient_is_that_of_the_kl_to_the_sampled_distribution(dist) -
     """
     vocab, prompt = 5, (3, 1)
     model, teacher = tiny_qwen3(vocab, seed=1), tiny_qwen3(vocab, seed=2)
+    rule = LossRule(policy_gradient, ObjectiveSettings(), dist)
     loss, truth, mass = torch.zeros(()), torch.zeros(()), 0.0
     seen: set[tuple[int, ...]] = set()
     for ids in all_responses(vocab, stop=0, max_new_tokens=2):
@@ -428,17 +421,9 @@ def test_expected_gradient_is_that_of_the_kl_to_the_sampled_distribution(dist) -
             continue  # never sampled
         mass += reach[-1].item()
         batch = pack([s], lone_world())
-        objective_head = partial(
-            loss_head,
-            predict_R=batch.predict_R,
-            targets_R=batch.targets_R,
-            scores=TokenScores(None, t_RV[range(len(ids)), ids], None),
-            scale=reach[-1].item(),
-            objective=policy_gradient,
-            settings=ObjectiveSettings(),
-            dist=dist,
-        )
-        loss = loss + model(batch.tokens_T, batch.attend, objective_head)[0]
+        scores = TokenScores(teacher=t_RV[range(len(ids)), ids])
+        head = LossHead(rule, batch.predict_R, batch.targets_R, scores, scale=reach[-1].item())
+        loss = loss + model(batch.tokens_T, batch.attend, head)[0]
     assert mass == pytest.approx(1.0, abs=1e-5)
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
     names, parameters = zip(*model.named_parameters(), strict=True)

@@ -1,6 +1,6 @@
-"""Whole runs by every objective, and by samples of the student mixed with the data set's responses.
+"""Whole runs with each objective, and with the student's samples and the data set's responses.
 
-With `rollout.on_policy_fraction` between 0 and 1 the data set answers some of the prompts.
+If `rollout.on_policy_fraction` is between 0 and 1, the data set answers some of the prompts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from tiny_world import (
     load_hf,
     make_model,
     make_world,
-    own_output,
     read_log,
     read_rollouts,
     read_scalars,
     train,
     train_on,
-    write_rows,
 )
 
 from opd_titan.config import load_config
@@ -96,9 +94,10 @@ def test_a_run_of_every_objective(world: World, name: str) -> None:
 
 
 def check_row(row: Row, has_reference: bool, plain: bool) -> None:
-    """
+    """Check a row of a rollout file.
+
     Args:
-        plain: advantages are those of the policy gradient without baseline or reference.
+        plain: whether advantages are those of the policy gradient without baseline or reference.
     """
     n = len(row["response_tokens"])
     assert max(row["response_tokens"]) < TOKENS
@@ -151,7 +150,7 @@ def test_each_prompt_is_drawn_with_this_probability(fraction: float) -> None:
     deviation = math.sqrt(fraction * (1 - fraction) * n)
     assert all(abs(c - fraction * n) < 4 * deviation for c in counts)
     assert abs(sum(counts) - fraction * n * 10) < 4 * deviation * math.sqrt(10)
-    # In every epoch the same prompts come back, and others must be drawn.
+    # Every epoch has the same prompts, but the draw must differ.
     steps = [chosen(n, fraction, SEED, step) for step in (1, 2)]
     both, share = len(steps[0] & steps[1]), fraction**2
     assert abs(both - share * n) < 4 * math.sqrt(share * (1 - share) * n) + 1
@@ -185,7 +184,7 @@ VARIANTS: dict[str, list[Any]] = {
     "mixed": [],
     "limited": ["--distill.minibatches", 4, "--rollout.max_tokens_per_step", 20]
     + ["--distill.objective", "jsd", "--rollout.max_new_tokens", 10],
-    # The student seldom has one of the 2 prompts of a step: most of its rollouts are empty.
+    # The student rarely answers one of the 2 prompts of a step, so most of its rollouts are empty.
     "rare": ["--rollout.on_policy_fraction", 0.1, "--rollout.prompts_per_step", 2]
     + ["--training.steps", 8, "--distill.objective", "forward_kl"],
 }
@@ -259,10 +258,10 @@ def test_the_students_samples_are_those_of_a_purely_on_policy_step(
     assert train(argv(world, "mixed", "pure", *options)) == 0
     (rows,) = read_rollouts(world.folder / "pure").values()
     assert "rollout/on_policy_fraction" not in read_scalars(world.folder / "pure")
-    # Log-probs round by the batch that a token is sampled in, so only tokens are compared.
+    # The rounding of log-probs depends on the batch of a token, so only tokens are compared.
     tokens = {(r["prompt_index"], r["sample_index"]): r["response_tokens"] for r in rows}
     all_rows = read_rollouts(one["mixed"])[1]
-    # Samples and responses keep the batch's order: minibatches are cut from it.
+    # Samples and responses are in the batch's order, in which mini-batches are formed.
     order, same = (list(dict.fromkeys(r["prompt_index"] for r in x)) for x in (all_rows, rows))
     assert order == same
     mixed = sampled(all_rows)
@@ -372,20 +371,3 @@ def test_a_divergence_can_do_without_samples(world: World) -> None:
     assert not [name for name in scalars if name.startswith(("rollout/", "kl/student"))]
     losses = list(scalars["loss/policy"].values())
     assert losses[-1] < losses[0]
-
-
-def test_a_row_without_a_response_is_refused(
-    world: World, capfd: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"prompt": f"What is {i}?", "response": str(i)} for i in range(8)]
-    del rows[5]["response"]
-    write_rows(world.folder / "holes" / "train.jsonl", rows)
-    options = ["--data.dataset", "prompts", "--data.path", world.folder / "holes"]
-    assert train(argv(world, "mixed", "refused", *options)) == 2
-    captured = capfd.readouterr()
-    (line,) = own_output(captured.err).splitlines()
-    assert "data.path" in line and "line 6: no response" in line
-    assert "rollout.on_policy_fraction < 1" in line
-    assert not (world.folder / "refused").exists()
-    options += ["--rollout.on_policy_fraction", 1.0, "--training.steps", 1]
-    assert train(argv(world, "mixed", "accepted", *options)) == 0

@@ -1,7 +1,7 @@
 """Objectives by enumeration: expected gradients over all responses, and derivatives by autograd.
 
-The defects of the prototype that belong here (design.md, section 3): advantages that a broadcast
-mixes between sequences would change every expected gradient below.
+One defect of the prototype (design.md, section 3) would change every expected gradient below: a
+broadcast mixed the advantages of different sequences.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from opd_titan.distill.objectives import (
     penalty,
     policy_gradient,
     reverse_kl,
-    sft,
 )
 from opd_titan.distill.vocabulary import Rows, TokenScores
 
@@ -78,9 +77,9 @@ def test_expected_gradient_of_the_policy_gradient(
 ) -> None:
     """It is the gradient of the expected penalty of the next token, summed over prefixes.
 
-    The probability of a prefix and the penalty x itself are constants. Without bounds x is the log
-    ratio, and the sum is KL(S||T) + c KL(S||R). A baseline changes nothing. Responses of an older
-    student are weighted by the ratio, and x has its log-probs.
+    The probability of a prefix and the penalty x are constants. Without bounds x is the log ratio,
+    and the sum is KL(S||T) + c KL(S||R). A baseline does not change it. Responses of an older
+    student are weighted by the ratio, and x is computed from that student's log-probs.
     """
     student_PV = table.random_logits(0).requires_grad_()
     others = [table.random_logits(1), table.random_logits(2)]
@@ -132,8 +131,8 @@ def test_the_sampled_and_the_exact_objective_have_one_gradient_and_one_optimum(
     student_PV = student_PV.detach()
     for _ in range(150):
         _, _, grad_PV = TABLE.evaluate(objective, how, student_PV, *others)
-        # Dividing by the probability of prefix and token moves no optimum, but rare ones have small
-        # gradients and would take thousands of steps.
+        # Division by the probability of prefix and token does not change the optimum. Without it,
+        # rare tokens have small gradients and would need thousands of steps.
         reach_P = TABLE.prefix_probs(student_PV)
         student_PV = student_PV - 0.3 * grad_PV / (reach_P[:, None] * student_PV.softmax(1))
     t, r = (x.log_softmax(1) for x in others)
@@ -170,7 +169,7 @@ def gradient_moments(
     return mean_NV, square_N - mean_NV.square().sum(1)
 
 
-# Scale of the student's logits, of the teacher's, and the largest share of variance that is left.
+# Scale of the student's and of the teacher's logits, and the largest remaining share of variance.
 PAIRS = {
     "nothing in common": (1.0, 1.0, 0.85),
     "both sure, of different tokens": (3.0, 3.0, 0.6),
@@ -204,7 +203,7 @@ def test_the_baseline_is_the_expected_penalty(bound: str, c: float) -> None:
     # The advantage is 0 on average.
     advantage_NV = policy_gradient(every_token(*logits), how).advantage_C.view(20, 9)
     assert (s.exp() * advantage_NV).sum(1).abs().max() < 1e-12
-    # Top-k leaves out nothing if k is the vocabulary's size or more; else the rest is one bucket.
+    # Top-k is exact if k is at least the vocabulary's size; otherwise the rest is one bucket.
     for k in (2, 9, 50):
         top_k_N = expected_penalty(rows_of(*logits), replace(how, baseline="top_k", top_k=k))
         s_NB, t_NB, r_NB = (bucketed(x, support(s, k)) for x in (s, t, r))
@@ -268,6 +267,18 @@ def test_a_ratio_on_the_edge_of_the_clip_still_has_a_gradient(advantage: float) 
     assert torch.equal(grad, -advantage * ratio) and not result.clipped_C.any()
 
 
+def test_log_probs_that_were_taken_cannot_be_read_again() -> None:
+    student, teacher = (random_logits(4, 6, i) for i in range(2))
+    rows = rows_of(student, teacher)
+    torch.testing.assert_close(rows.teacher_Cv, teacher.log_softmax(1))
+    rows.teacher.take_logprobs().zero_()
+    with pytest.raises(AssertionError, match="taken"):
+        _ = rows.teacher_Cv
+    with pytest.raises(AssertionError, match="taken"):
+        rows.kl_gradient(rows.teacher)
+    torch.testing.assert_close(rows.student_Cv, student.log_softmax(1))
+
+
 @pytest.mark.parametrize("true_ratio", [False, True])
 @by_baseline
 def test_only_the_loss_carries_a_gradient(baseline: str, true_ratio: bool) -> None:
@@ -278,14 +289,6 @@ def test_only_the_loss_carries_a_gradient(baseline: str, true_ratio: bool) -> No
     rest = (result.advantage_C, result.ratio_C, result.clipped_C)
     assert result.loss_C.requires_grad and not any(x.requires_grad for x in rest)
     assert not advantages(rows.logprob_C, rows, how).requires_grad
-
-
-def test_sft_is_cross_entropy() -> None:
-    student = torch.tensor([-0.1, -3.0], requires_grad=True)
-    result = sft(Rows(student, TokenScores()), ObjectiveSettings())
-    (grad,) = torch.autograd.grad(result.loss_C.sum(), student)
-    assert result.loss_C.tolist() == pytest.approx([0.1, 3.0])
-    assert grad.tolist() == [-1.0, -1.0]
 
 
 # ---------------------------------------------------------------- divergences
@@ -316,8 +319,8 @@ def evaluate(name: str, how: ObjectiveSettings, *logits: Tensor) -> TokenLoss:
 def logits_of_all_scales() -> list[Tensor]:
     """Return student, teacher and reference [150, V]: each pair of scales four times.
 
-    Last come students that are far more certain than the teacher, which gives probability to tokens
-    that have next to none from the student, or none in fp32.
+    The last students are far more certain than the teacher: tokens that have probability under the
+    teacher have almost none under the student, or none in fp32.
     """
     scales = torch.tensor(SCALES, dtype=torch.float64)
     first, second = (x.flatten().repeat(4) for x in torch.meshgrid(scales, scales, indexing="ij"))
@@ -348,7 +351,7 @@ def test_loss_and_derivative_are_those_of_the_plain_formula(
         how = replace(how, reference_coef=c)
         logits = logits_of_all_scales()
         assert_is(evaluate(name, how, *logits), *gradient_of_divergence(name, *logits, how), 1e-11)
-        # Both start from the rounded logits.
+        # Both use the rounded logits.
         logits = [x.float() for x in logits]
         assert_is(evaluate(name, how, *logits), *gradient_of_divergence(name, *logits, how), 2e-5)
     s, t, r = (x.log_softmax(1)[:, 0] for x in logits)
@@ -386,8 +389,8 @@ def test_any_divergence_at_any_logits(logits: list[Tensor], how: ObjectiveSettin
         assert result.dlogits_Cv.sum(1).abs().max() < 1e-10 * max(1.0, truth[0].abs().max())
         loss[name] = evaluate(name, replace(how, reference_coef=0.0), *logits).loss_C
         assert (loss[name] >= -1e-12).all(), name
-    # Data processing inequality: buckets distinguish no more than tokens do. Pinsker's inequality:
-    # the loss is 0 only if the buckets are equal.
+    # Data processing inequality: the loss of buckets is at most that of tokens. Pinsker's
+    # inequality: the loss is 0 only if the buckets are equal.
     student, teacher = (x.log_softmax(1) for x in logits[:2])
     for (name, whole), chooser in zip(TOP_K.items(), (student, teacher), strict=True):
         assert (loss[name] <= loss[whole] + 1e-12 * (1.0 + loss[whole])).all(), name

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opd_titan.config import JobConfig
 from opd_titan.config.resolve import resolve
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.head import loss_head, score_head
+from opd_titan.distill.head import LossHead, LossRule, score_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import PackedBatch
 from opd_titan.distill.vocabulary import TokenScores
@@ -186,18 +186,8 @@ def test_an_update_costs_three_forwards(tied, lengths):
     batch = packed(samples)
     scores = (torch.cat([getattr(s, f"{m}_logprobs") for s in samples]) for m in MODELS)
 
-    def head(hidden_TD: Tensor, weight_VD: Tensor) -> Any:
-        return loss_head(
-            hidden_TD,
-            weight_VD,
-            predict_R=batch.predict_R,
-            targets_R=batch.targets_R,
-            scores=TokenScores(*scores),
-            scale=1.0,
-            objective=OBJECTIVES["policy_gradient"],
-            settings=SETTINGS,
-            dist=Distribution(),
-        )
+    rule = LossRule(OBJECTIVES["policy_gradient"], SETTINGS, Distribution())
+    head = LossHead(rule, batch.predict_R, batch.targets_R, TokenScores(*scores), scale=1.0)
 
     with counted() as counter:
         loss, _ = model(batch.tokens_T, batch.attend, head)

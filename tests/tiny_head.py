@@ -1,6 +1,6 @@
 """Random inputs for the chunked head, and the same losses by plain autograd over full logits.
 
-Teacher and reference are of other widths than the student, and come as hidden states.
+Teacher and reference have other widths than the student and are kept as hidden states.
 
 Shapes: T tokens, R response tokens, D, E, F widths of student, teacher and reference, V vocabulary.
 """
@@ -19,7 +19,7 @@ from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from opd_titan.distill import head as head_module
-from opd_titan.distill.head import FrozenHeads, HeadStats, loss_head, score_head
+from opd_titan.distill.head import FrozenHeads, HeadStats, LossHead, LossRule, score_head
 from opd_titan.distill.inspection import Inspector
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
 from opd_titan.distill.vocabulary import TokenScores
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        """Whether it needs the frozen models' distributions over the vocabulary."""
+        """Whether it needs the frozen models' whole distributions."""
         return self.objective.needs_vocabulary(self.how)
 
     @property
@@ -95,7 +95,7 @@ class Problem:
     """Hidden states and heads of three models, targets, and log-probs of the rollout.
 
     Args:
-        vocab, teacher_vocab: rows of the heads; only the ids that all models have take part.
+        vocab, teacher_vocab: rows of the heads; only the ids of both are used.
     """
 
     def __init__(
@@ -127,16 +127,16 @@ class Problem:
         self.rollout_R = randn(R) - 3.0
 
     def where(self) -> dict[str, Any]:
-        """Return the arguments that the head has for scoring and for the loss."""
+        """Return the arguments of `score_head` except hidden states and weight."""
         return dict(predict_R=self.predict_R, targets_R=self.targets_R, dist=self.dist)
 
     def loss(
         self, case: Case, weight: Tensor | None = None, tp: Any = None, **more: Any
     ) -> tuple[Tensor, HeadStats]:
-        """Return the loss and its diagnostics, by the head.
+        """Return the head's loss and diagnostics.
 
         Args:
-            weight: instead of `weight_VD`, a weight that is split over ranks.
+            weight: a weight that is split over ranks, to use instead of `weight_VD`.
             tp: the ranks over which the frozen heads are split.
         """
         roles = {"teacher"} | ({"reference"} if case.has_reference else set())
@@ -148,17 +148,16 @@ class Problem:
                 setattr(scores, f"{role}_hidden", hidden)
                 part = head if tp is None else head.chunk(tp.size)[tp.rank]
                 heads[role] = VocabHead(part) if tp is None else VocabHead(part, tp)
-        return loss_head(
-            self.hidden_TD,
-            self.weight_VD if weight is None else weight,
-            **self.where(),
-            scores=scores,
-            scale=SCALE,
-            objective=case.objective,
-            settings=case.how,
-            frozen=FrozenHeads(**heads),
+        head = LossHead(
+            LossRule(case.objective, case.how, self.dist),
+            self.predict_R,
+            self.targets_R,
+            scores,
+            SCALE,
+            FrozenHeads(**heads),
             **more,
         )
+        return head(self.hidden_TD, self.weight_VD if weight is None else weight)
 
     def pick(self, logprobs_RV: Tensor) -> Tensor:
         """Return the log-probs [R] of the targets."""
@@ -232,8 +231,8 @@ def split_problem(world: World, dist: Distribution) -> tuple[Problem, Tensor]:
 
 
 def split_results(world: World | None, case: Case, dist: Distribution) -> dict[str, Tensor]:
-    """Return everything that the head computes, gradients included, the same on every rank."""
-    # More of the likeliest tokens than one of two ranks holds.
+    """Return all results of the head, including gradients, the same on every rank."""
+    # More of the likeliest tokens than one of two ranks has.
     watch = Inspector([slice(0, 2), slice(3, R)], V // 2 + 2)
     m, rows, tp = Problem(dist), V, None
     weight: Tensor = m.weight_VD

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
+from opd_titan.models.logits import VocabHead
 
 
 def rows_of(
@@ -50,7 +51,7 @@ def rows_of(
         if logprobs_CV is None:
             return None
         zero_C = torch.zeros_like(logprobs_CV[:, 0])
-        return ModelLogits(logprobs_CV.clone(), zero_C, kl(student_CV, logprobs_CV))
+        return ModelLogits(logprobs_CV.clone(), zero_C, zero_C, kl(student_CV, logprobs_CV))
 
     return Rows(
         logprob_C=logprob_C,
@@ -58,6 +59,7 @@ def rows_of(
         student=model(student_CV),
         teacher=model(teacher_CV),
         reference=model(reference_CV),
+        head=VocabHead(student_CV.new_empty(student_CV.shape[1], 0)),
         dtype=student_CV.dtype,
     )
 
@@ -161,7 +163,7 @@ def support(logprobs_CV: Tensor, k: int) -> Tensor:
 
 
 def plain_penalty(s: Tensor, t: Tensor, r: Tensor | None, how: ObjectiveSettings) -> Tensor:
-    """Return (log S - log T) + c (log S - log R), or what a clamp or a power makes of it."""
+    """Return (log S - log T) + c (log S - log R), with the clamp or the power of the settings."""
 
     def difference(other: Tensor) -> Tensor:
         if how.reward_power:

@@ -1,23 +1,22 @@
-"""The vocabulary head in chunks: log-probs and the loss, forward and backward in one pass.
+"""The vocabulary head in chunks: log-probs, and a loss with its gradients in one pass.
 
-No tensor of [tokens, vocabulary] ever exists beyond one chunk, and only positions that predict a
-response token are projected. Whole distributions of frozen models are kept as hidden states and
-projected next to the student's.
+No tensor [tokens, vocabulary] exists beyond one chunk, and only positions that predict a response
+token are projected. The whole distributions of frozen models are kept as hidden states and
+projected together with the student's.
 
-Under tensor parallelism each rank projects onto its part of the vocabulary; the ranks exchange a
-few numbers per token, never logits (except where top-k or top-p have to see them all).
+Under tensor parallelism each rank projects onto its part of the vocabulary. The ranks exchange a
+few numbers per token, never logits, unless top-k or top-p have to see all of them.
 
-Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D model width, E a frozen
-model's, v the part of the vocabulary that this rank holds (all of it without tensor parallelism),
-P tensor-parallel ranks.
+Shapes: T packed tokens, R response tokens, C response tokens of a chunk, D the student's width, E a
+frozen model's width, v the part of the vocabulary that this rank holds (all of it without tensor
+parallelism), M models, N probed tokens of a chunk, K likeliest tokens, P tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-import functools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from opd_titan.distill.inspection import Columns, Inspector
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
-from opd_titan.distill.vocabulary import ModelLogits, Rows, TokenScores
+from opd_titan.distill.vocabulary import Buffer, ModelLogits, Rows, TokenScores
 from opd_titan.models import kernels
 from opd_titan.models.logits import (
     Distribution,
@@ -35,9 +34,9 @@ from opd_titan.models.logits import (
     truncated_logits,
 )
 
-# fp32 logits of one chunk. On a CPU larger chunks reach the same matmul speed and only cost memory.
-# A GPU rereads the head's fp32 gradient for each chunk, so it wants many rows (by arithmetic: at
-# 64 MiB that traffic would be three times the products' own time).
+# Bytes of the fp32 logits of one chunk. A CPU gains no speed from larger chunks. A GPU rereads the
+# head's fp32 gradient for each chunk, so it needs many rows (by arithmetic, at 64 MiB that traffic
+# would take three times as long as the products).
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
 # Diagnostics that need extra passes over the vocabulary use one in PROBE_EVERY tokens.
 PROBE_EVERY = 8
@@ -46,17 +45,25 @@ PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
-    """Return slices such that one tensor [C, v] takes at most CHUNK_BYTES, and `tensors` of them
-    at most three times that (the probe's copies of some rows not included)."""
-    # Truncation sees the whole vocabulary, sorted: seven such tensors at its peak.
+    """Return slices of `n` tokens, of which the first is the longest.
+
+    One tensor [C, v] takes at most CHUNK_BYTES, and `tensors` of them at most three times that
+    (without the probe's copies of some rows).
+    """
+    # Truncation sorts the whole vocabulary, with seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
     chunk_bytes = CHUNK_BYTES[head.weight_vD.device.type] * 3 // max(3, tensors)
     rows = max(1, chunk_bytes // (4 * width))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
+def _buffer(head: VocabHead, chunks: Sequence[slice]) -> Buffer:
+    """Return memory for a tensor [C, v] of any of the chunks."""
+    return Buffer(chunks[0].stop, head.rows, head.weight_vD.device)
+
+
 class _Projection:
-    """Project one model's hidden states in chunks, into one buffer for all chunks.
+    """Project one model's hidden states, chunk by chunk.
 
     Args:
         watch: looks at the logits of some rows before they are truncated.
@@ -69,30 +76,19 @@ class _Projection:
         chunks: Sequence[slice],
         watch: Inspector | None = None,
     ) -> None:
-        self.head, self.dist, self.monitor = head, dist, watch
-        self.buffer = _Buffer(head, chunks) if projects_in_place(head.weight_vD) else None
+        self.head, self.dist, self.watch = head, dist, watch
+        self.buffer = _buffer(head, chunks) if projects_in_place(head.weight_vD) else None
 
-    def __call__(self, h_CD: Tensor, targets_C: Tensor, chunk: slice) -> Tensor:
-        out_Cv = None if self.buffer is None else self.buffer.first(h_CD.shape[0])
-        logits_Cv = scaled_logits(h_CD, self.head, self.dist, out_Cv)
-        if self.monitor is not None:
-            self.monitor.look(chunk, logits_Cv, targets_C, self.head)
+    def __call__(self, hidden_CE: Tensor, targets_C: Tensor, chunk: slice) -> Tensor:
+        """Return a chunk's logits [C, v], which the next call may overwrite."""
+        out_Cv = None if self.buffer is None else self.buffer.rows(hidden_CE.shape[0])
+        logits_Cv = scaled_logits(hidden_CE, self.head, self.dist, out_Cv)
+        if self.watch is not None:
+            self.watch.look(chunk, logits_Cv, targets_C, self.head)
         return truncated_logits(logits_Cv, self.head, self.dist, targets_C)
 
 
-class _Buffer:
-    """fp32 [C, v] that holds any of the chunks; made when it is used for the first time."""
-
-    def __init__(self, head: VocabHead, chunks: Sequence[slice]) -> None:
-        self.head, self.chunks = head, chunks
-
-    @functools.cached_property
-    def _whole(self) -> Tensor:
-        rows = max(c.stop - c.start for c in self.chunks)
-        return torch.empty(rows, self.head.rows, device=self.head.weight_vD.device)
-
-    def first(self, rows: int) -> Tensor:
-        return self._whole[:rows]
+# ------------------------------------------------------------------------------ scoring
 
 
 @torch.no_grad()
@@ -104,13 +100,13 @@ def score_head(
     dist: Distribution,
     watch: Inspector | None = None,
 ) -> Tensor:
-    """Log-probs [R] fp32 of the targets, without gradients. Give it to the model's forward.
+    """Return log-probs [R] fp32 of the targets, without gradients. Pass it to the model's forward.
 
     Args:
-        weight: of the head [V, D], as the model's forward has it.
-        predict_R: for each target, the packed position whose hidden state predicts it.
+        weight: the head's weight [V, D], as the model's forward passes it.
+        predict_R: for each target, the packed position of the hidden state that predicts it.
         targets_R: token ids.
-        watch: notes where some of the targets stand.
+        watch: records the ranks of some of the targets.
     """
     head = VocabHead.of(weight).first(dist.vocab_size)
     out_R = torch.empty(targets_R.numel(), device=hidden_TD.device)
@@ -119,7 +115,7 @@ def score_head(
     for chunk in chunks:
         targets_C = targets_R[chunk]
         logits_Cv = project(hidden_TD[predict_R[chunk]], targets_C, chunk)
-        own_2C = kernels.logit_stats(logits_Cv, _row(targets_C, head), mean=False)
+        own_2C = kernels.logit_stats(logits_Cv, _columns(targets_C, head), mean=False)
         target_PC, lse_PC = head.stack(own_2C).unbind(dim=1)
         out_R[chunk] = target_PC.amax(dim=0) - lse_PC.logsumexp(dim=0)
     if watch is not None:
@@ -128,47 +124,43 @@ def score_head(
 
 
 def hidden_head(hidden_TD: Tensor, weight: Tensor, predict_R: Tensor) -> Tensor:
-    """The hidden states [R, D] that predict the targets, for a later pass over the vocabulary."""
+    """Return the hidden states [R, D] that predict the targets, for the update to project."""
     return hidden_TD.index_select(0, predict_R)
 
 
-def _row(targets_C: Tensor, head: VocabHead) -> Tensor:
-    """Return the row of each target among this rank's, -1 where it has none."""
+def _columns(targets_C: Tensor, head: VocabHead) -> Tensor:
+    """Return each target's column of this rank's logits, -1 if another rank holds it."""
     row_C, held_C = head.locate(targets_C)
     return row_C.masked_fill(~held_C, -1)
 
 
-def _distributions(
-    logits: Mapping[str, Tensor], targets_C: Tensor, head: VocabHead
-) -> tuple[dict[str, Tensor], dict[str, ModelLogits], Tensor]:
-    """Return by role the targets' log-probs [C] and distributions, and the student's entropy [C].
+# ------------------------------------------------------------------------------ the loss
 
-    One pass over the logits, and one exchange between the ranks, whatever the number of models.
 
-    Args:
-        logits: the student's comes first.
-    """
-    row_C = _row(targets_C, head)
-    student_Cv, *others = logits.values()
-    if others:
-        pairs = [kernels.kl_stats(student_Cv, other_Cv, row_C) for other_Cv in others]
-        own = torch.cat((pairs[0][:3], *(pair[3:] for pair in pairs)))
-    else:
-        own = kernels.logit_stats(student_Cv, row_C, mean=True)
-    target_PMC, lse_PMC, mean_PMC = head.stack(own).unflatten(1, (-1, 3)).unbind(dim=2)
-    lse_MC = lse_PMC.logsumexp(dim=0)
-    # A rank's means are under its own part of the student's distribution.
-    share_P1C = (lse_PMC[:, :1] - lse_MC[:1]).exp()
-    mean_MC = (share_P1C * mean_PMC).sum(dim=0)
-    logprob_MC = target_PMC.amax(dim=0) - lse_MC
-    models = {
-        role: ModelLogits(values_Cv, lse_C)
-        for (role, values_Cv), lse_C in zip(logits.items(), lse_MC, strict=True)
-    }
-    for other, mean_C in zip(list(models.values())[1:], mean_MC[1:], strict=True):
-        # Of differences of logits; those of log-probs differ by a constant.
-        other.kl_C = mean_C - lse_MC[0] + other.lse_C
-    return dict(zip(logits, logprob_MC, strict=True)), models, lse_MC[0] - mean_MC[0]
+@dataclass(frozen=True)
+class LossRule:
+    """Which loss is computed, with which settings, of which distribution of the student."""
+
+    objective: Objective
+    settings: ObjectiveSettings
+    dist: Distribution
+
+
+@dataclass(frozen=True)
+class FrozenHeads:
+    """The heads of frozen models that are kept as hidden states; None: not kept so."""
+
+    teacher: VocabHead | None = None
+    reference: VocabHead | None = None
+
+    @property
+    def by_role(self) -> dict[str, VocabHead]:
+        """The heads that are not None."""
+        heads = {"teacher": self.teacher, "reference": self.reference}
+        return {role: head for role, head in heads.items() if head is not None}
+
+
+NONE_FROZEN = FrozenHeads()
 
 
 @dataclass
@@ -176,12 +168,12 @@ class HeadStats:
     """Diagnostics of an update, detached.
 
     Attributes:
-        logprob_R, entropy_R, loss_R, advantage_R: of every token.
-        ratio_R, clipped_R: where the objective has them.
-        teacher_R, reference_R: log-probs, where they were found only here.
-        probe: by name, values of the tokens that `probed` chooses; where the teacher's whole
-            distribution is there.
-        seen: by role, what watches found.
+        logprob_R, entropy_R, loss_R, advantage_R: values of every response token.
+        ratio_R, clipped_R: None if the objective has none.
+        teacher_R, reference_R: log-probs, if they were computed here.
+        probe: by name, values of the tokens that `probed` chooses; empty without the teacher's
+            whole distribution.
+        seen: by role, what the watches recorded.
     """
 
     logprob_R: Tensor
@@ -197,223 +189,256 @@ class HeadStats:
 
 
 @dataclass(frozen=True)
-class FrozenHeads:
-    """Heads of the models that are kept as hidden states, gathered while updates last."""
+class LossHead:
+    """Compute the objective's sum over response tokens, times `scale`. Pass it to the forward.
 
-    teacher: VocabHead | None = None
-    reference: VocabHead | None = None
+    The forward computes the gradients too, chunk by chunk, while a chunk's logits exist.
 
-    @property
-    def by_role(self) -> dict[str, VocabHead]:
-        """Those that are there."""
-        heads = {"teacher": self.teacher, "reference": self.reference}
-        return {role: head for role, head in heads.items() if head is not None}
+    Attributes:
+        rule: the loss and the student's distribution.
+        predict_R: for each target, the packed position of the hidden state that predicts it.
+        targets_R: token ids.
+        scores: what is known of the targets.
+        scale: one over the *global* number of response tokens of the update, so that micro-batches
+            and ranks add up to the mean over tokens, never to a mean of means.
+        frozen: the heads that project the hidden states in `scores`.
+        probe_from: differs between micro-batches, so that different positions of responses are
+            probed.
+        watches: by role, what records the ranks of some of the targets.
+    """
+
+    rule: LossRule
+    predict_R: Tensor
+    targets_R: Tensor
+    scores: TokenScores
+    scale: float
+    frozen: FrozenHeads = NONE_FROZEN
+    probe_from: int = 0
+    watches: Mapping[str, Inspector] = field(default_factory=dict)
+
+    def __call__(self, hidden_TD: Tensor, weight: Tensor) -> tuple[Tensor, HeadStats]:
+        """Return the loss, which has gradients, and diagnostics.
+
+        Args:
+            weight: the head's weight [V, D], as the model's forward passes it.
+        """
+        dist = self.rule.dist
+        head = VocabHead.of(weight).first(dist.vocab_size)
+        hidden_RD = hidden_TD.index_select(0, self.predict_R)
+        stats, *gradients = self._forward_backward(hidden_RD, head)
+        factors = self.scale, self.scale / dist.temperature
+        loss = _Sum.apply(hidden_RD, head.weight_vD, stats.loss_R, *gradients, *factors)
+        return loss, stats
+
+    @torch.no_grad()
+    def _forward_backward(
+        self, hidden_RD: Tensor, head: VocabHead
+    ) -> tuple[HeadStats, Tensor, Tensor]:
+        """Return diagnostics and the gradients of both arguments.
+
+        The gradients are those of the objective's sum by the logits divided by the temperature:
+        they lack the factors of scale and temperature. Under tensor parallelism each rank has one
+        summand of the hidden states' gradient, and the backward of `gather_tokens` sums them.
+        """
+        rule = self.rule
+        # All models' logits, and the objective's own tensors.
+        tensors = 1 + len(self.frozen.by_role) + rule.objective.temporaries(rule.settings)
+        chunks = _chunks(self.targets_R.numel(), head, rule.dist, tensors)
+        projections, buffer = self._projections(head, chunks), _buffer(head, chunks)
+        grad_hidden_RD = torch.empty_like(hidden_RD)
+        grad_weight_vD = torch.zeros_like(head.weight_vD, dtype=torch.float32)
+        columns, probes = [], []
+        for chunk, some_N in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
+            rows = self._rows(chunk, hidden_RD, projections, buffer)
+            if some_N.numel():
+                probes.append(_compare(rows, some_N))
+            result, dlogits_Cv = self._differentiate(rows)
+            torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
+            kernels.add_product_(grad_weight_vD, dlogits_Cv.t(), hidden_RD[chunk])
+            columns.append(_token_stats(rows, result))
+            del rows, result, dlogits_Cv  # before the next chunk's tensors are made
+        found = _concat(columns)
+        for role, watch in self.watches.items():
+            watch.finish(found["logprob_R" if role == "student" else f"{role}_R"])
+        seen = {role: watch.columns for role, watch in self.watches.items()}
+        stats = HeadStats(**found, probe=_concat(probes), seen=seen)
+        return stats, grad_hidden_RD, grad_weight_vD.to(head.weight_vD.dtype)
+
+    def _projections(self, head: VocabHead, chunks: Sequence[slice]) -> dict[str, _Projection]:
+        """Return the projection of each model, the student's first."""
+        dist, watch = self.rule.dist, self.watches.get
+        found = {"student": _Projection(head, dist, chunks, watch("student"))}
+        for role, frozen in self.frozen.by_role.items():
+            frozen = frozen.first(dist.vocab_size)
+            found[role] = _Projection(frozen, dist.untruncated, chunks, watch(role))
+        return found
+
+    def _probed(self, chunks: Sequence[slice], device: torch.device) -> Sequence[Tensor]:
+        """Return the rows of each chunk that are probed, sent to the device in one copy."""
+        first, has_teacher = self.probe_from, self.frozen.teacher is not None
+        some = [probed(first + c.start, first + c.stop if has_teacher else 0) for c in chunks]
+        return torch.cat(some).to(device).split([len(part) for part in some])
+
+    def _rows(
+        self,
+        chunk: slice,
+        hidden_RD: Tensor,
+        projections: Mapping[str, _Projection],
+        buffer: Buffer,
+    ) -> Rows:
+        """Project all models' hidden states of a chunk, and compute the statistics."""
+        head = projections["student"].head
+        targets_C, scores = self.targets_R[chunk], self.scores[chunk]
+        hidden = {
+            "student": hidden_RD[chunk],
+            "teacher": scores.teacher_hidden,
+            "reference": scores.reference_hidden,
+        }
+        logits = {
+            role: project(hidden[role], targets_C, chunk) for role, project in projections.items()
+        }
+        column_C = _columns(targets_C, head)
+        models, entropy_C = _statistics(logits, column_C, head)
+        student = models.pop("student")
+        student.truncated = self.rule.dist.truncates
+        return Rows(
+            logprob_C=student.logprob_C,
+            scores=replace(scores, **{role: model.logprob_C for role, model in models.items()}),
+            student=student,
+            **models,
+            entropy_C=entropy_C,
+            head=head,
+            column_C=column_C,
+            dtype=hidden_RD.dtype,
+            buffer=buffer,
+        )
+
+    def _differentiate(self, rows: Rows) -> tuple[TokenLoss, Tensor]:
+        """Return the objective's results, and its gradient by the logits [C, v]."""
+        with torch.enable_grad():
+            rows.logprob_C.requires_grad_()
+            result = self.rule.objective(rows, self.rule.settings)
+            if result.dlogits_Cv is not None:
+                return result, result.dlogits_Cv.to(rows.dtype)
+            (g_C,) = torch.autograd.grad(result.loss_C.sum(), rows.logprob_C)
+        return result, rows.logprob_gradient(g_C)
 
 
-NONE_FROZEN = FrozenHeads()
+class _Sum(torch.autograd.Function):
+    """Sum the loss of each token. The gradients are known already, up to a factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_vD: Tensor,
+        loss_R: Tensor,
+        grad_hidden_RD: Tensor,
+        grad_weight_vD: Tensor,
+        scale: float,
+        grad_factor: float,
+    ) -> Tensor:
+        ctx.grad_factor = grad_factor
+        ctx.save_for_backward(grad_hidden_RD, grad_weight_vD)
+        return loss_R.sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, because the weight's gradient is large. There is one backward.
+        grad_hidden_RD, grad_weight_vD = ctx.saved_tensors
+        factor = grad_loss * ctx.grad_factor
+        return grad_hidden_RD.mul_(factor), grad_weight_vD.mul_(factor), *[None] * 5
+
+
+def _statistics(
+    logits: Mapping[str, Tensor], column_C: Tensor, head: VocabHead
+) -> tuple[dict[str, ModelLogits], Tensor]:
+    """Return by role each model's logits with statistics, and the student's entropy [C].
+
+    It takes one pass over the logits, and one exchange between the ranks for all models together.
+
+    Args:
+        logits: by role; the student's come first.
+    """
+    student_Cv, *others = logits.values()
+    if others:
+        pairs = [kernels.kl_stats(student_Cv, other_Cv, column_C) for other_Cv in others]
+        own = torch.cat((pairs[0][:3], *(pair[3:] for pair in pairs)))
+    else:
+        own = kernels.logit_stats(student_Cv, column_C, mean=True)
+    target_PMC, lse_PMC, mean_PMC = head.stack(own).unflatten(1, (-1, 3)).unbind(dim=2)
+    lse_MC = lse_PMC.logsumexp(dim=0)
+    logprob_MC = target_PMC.amax(dim=0) - lse_MC
+    # A rank's means are taken under its own part of the student's distribution.
+    share_P1C = (lse_PMC[:, :1] - lse_MC[:1]).exp()
+    mean_MC = (share_P1C * mean_PMC).sum(dim=0)
+    models = {
+        role: ModelLogits(logits_Cv, lse_C, logprob_C)
+        for (role, logits_Cv), lse_C, logprob_C in zip(
+            logits.items(), lse_MC, logprob_MC, strict=True
+        )
+    }
+    # The means are of differences of logits; those of log-probs differ by a constant.
+    for other, mean_C in zip(list(models.values())[1:], mean_MC[1:], strict=True):
+        other.kl_C = mean_C - lse_MC[0] + other.lse_C
+    return models, lse_MC[0] - mean_MC[0]
+
+
+def _token_stats(rows: Rows, result: TokenLoss) -> dict[str, Tensor | None]:
+    """Return the columns of `HeadStats` for a chunk."""
+    return {
+        "logprob_R": rows.logprob_C.detach(),
+        "entropy_R": rows.entropy_C,
+        "loss_R": result.loss_C.detach(),
+        "advantage_R": result.advantage_C,
+        "ratio_R": result.ratio_C,
+        "clipped_R": result.clipped_C,
+        "teacher_R": None if rows.teacher is None else rows.teacher.logprob_C,
+        "reference_R": None if rows.reference is None else rows.reference.logprob_C,
+    }
+
+
+def _concat(chunks: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
+    """Concatenate the chunks' tensors by name, without those that are None."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for chunk in chunks:
+        for name, value_C in chunk.items():
+            if value_C is not None:
+                parts[name].append(value_C)
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+# ------------------------------------------------------------------------------ the probe
 
 
 def probed(start: int, stop: int) -> Tensor:
-    """Return the places from `start` to `stop` that are probed, counted from `start`.
+    """Return which places from `start` to `stop` are probed, counted from `start`.
 
-    One in `PROBE_EVERY` is chosen by Fibonacci hashing. A plain stride would always choose the same
-    positions of responses that all have the same length.
+    One in `PROBE_EVERY` is chosen by Fibonacci hashing. A fixed stride would always choose the same
+    positions of responses that have the same length.
     """
     places = range(start, stop)
-    # Not by `nonzero`: the planner's tensors have shapes and no data.
+    # Not with `nonzero`, because the planner's tensors have no data.
     chosen = [n - start for n in places if n * _GOLDEN % 2**32 < 2**32 // PROBE_EVERY]
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-def loss_head(
-    hidden_TD: Tensor,
-    weight: Tensor,
-    *,
-    predict_R: Tensor,
-    targets_R: Tensor,
-    scores: TokenScores,
-    scale: float,
-    objective: Objective,
-    settings: ObjectiveSettings,
-    dist: Distribution,
-    frozen: FrozenHeads = NONE_FROZEN,
-    probe_from: int = 0,
-    watches: Mapping[str, Inspector] = MappingProxyType({}),
-) -> tuple[Tensor, HeadStats]:
-    """The objective summed over response tokens, times `scale`, with its diagnostics.
-
-    `scale` is one over the *global* number of response tokens of the update, so that adding up
-    micro-batches and ranks gives the mean over tokens and never a mean of means.
-
-    `probe_from` differs between micro-batches, so that different positions of the responses are
-    probed.
-
-    `watches` record the ranks of some of the targets under the "student" and the frozen models.
-    """
-    head = VocabHead.of(weight).first(dist.vocab_size)
-    chunked = _ChunkedLoss(
-        head.tp, targets_R, scores, scale, objective, settings, dist, frozen, probe_from, watches
+def _compare(rows: Rows, some_N: Tensor) -> dict[str, Tensor]:
+    """Compare student and teacher at some rows of a chunk; by name, a value [N] for each row."""
+    student_Nv, teacher_Nv = (m.copy_logprobs(some_N) for m in (rows.student, rows.teacher))
+    probs_Nv, teacher_probs_Nv = student_Nv.exp(), teacher_Nv.exp()
+    log_s_N, log_t_N, teacher_log_t_N, teacher_log_s_N = rows.expect_each(
+        (probs_Nv, student_Nv),
+        (probs_Nv, teacher_Nv),
+        (teacher_probs_Nv, teacher_Nv),
+        (teacher_probs_Nv, student_Nv),
     )
-    loss = _FusedLoss.apply(hidden_TD.index_select(0, predict_R), head.weight_vD, chunked)
-    return loss, chunked.stats()
-
-
-class _FusedLoss(torch.autograd.Function):
-    """A loss that computes the gradients of both arguments in its forward.
-
-    Under tensor parallelism each rank has one summand of the hidden states' gradient; the backward
-    of `gather_tokens` adds them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_vD: Tensor, chunked: _ChunkedLoss) -> Tensor:
-        loss, ctx.factor, grad_hidden_RD, grad_weight_vD = chunked(hidden_RD, weight_vD.detach())
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_vD.to(weight_vD.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
-        # In place: these are as large as the head, and serve one backward.
-        grad_hidden_RD, grad_weight_vD = ctx.saved_tensors
-        factor = grad_loss * ctx.factor
-        return grad_hidden_RD.mul_(factor), grad_weight_vD.mul_(factor), None
-
-
-class _ChunkedLoss:
-    """Loss and gradients of each chunk while its logits are there."""
-
-    def __init__(
-        self,
-        tp: Any,
-        targets_R: Tensor,
-        scores: TokenScores,
-        scale: float,
-        objective: Objective,
-        settings: ObjectiveSettings,
-        dist: Distribution,
-        frozen: FrozenHeads,
-        probe_from: int,
-        watches: Mapping[str, Inspector],
-    ) -> None:
-        self.probe_from, self.watches = probe_from, watches
-        self.tp, self.targets_R, self.scores, self.scale = tp, targets_R, scores, scale
-        self.objective, self.settings, self.dist = objective, settings, dist
-        self.frozen = {role: head.first(dist.vocab_size) for role, head in frozen.by_role.items()}
-        self.columns: dict[str, list[Tensor]] = {}
-        self.probe: dict[str, list[Tensor]] = {}
-
-    def __call__(
-        self, hidden_RD: Tensor, weight_vD: Tensor
-    ) -> tuple[Tensor, float, Tensor, Tensor]:
-        """The loss, the factor that both gradients still need, and the gradients."""
-        head = VocabHead(weight_vD, self.tp)
-        grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
-        # Everybody's logits, and the objective's own.
-        tensors = 1 + len(self.frozen) + self.objective.temporaries(self.settings)
-        chunks = _chunks(self.targets_R.numel(), head, self.dist, tensors)
-        project = {"student": _Projection(head, self.dist, chunks, self.watches.get("student"))}
-        for role, frozen in self.frozen.items():
-            watch = self.watches.get(role)
-            project[role] = _Projection(frozen, self.dist.untruncated, chunks, watch)
-        probs = _Buffer(head, chunks)
-        for chunk, some in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
-            rows = self._rows(hidden_RD, chunk, project, head, probs)
-            if some.numel():
-                self._examine(rows[some])
-            result, dlogits_Cv = self._differentiate(rows, chunk, head)
-            torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])
-            kernels.add_product_(grad_weight_vD, dlogits_Cv.t(), hidden_RD[chunk])
-            self._keep(
-                logprob_R=rows.logprob_C,
-                entropy_R=rows.entropy_C,
-                loss_R=result.loss_C,
-                advantage_R=result.advantage_C,
-                ratio_R=result.ratio_C,
-                clipped_R=result.clipped_C,
-                teacher_R=rows.scores.teacher if "teacher" in self.frozen else None,
-                reference_R=rows.scores.reference if "reference" in self.frozen else None,
-            )
-            del rows, result, dlogits_Cv  # or they would live on beside the next chunk's
-        loss = torch.cat(self.columns["loss_R"]).sum() * self.scale
-        return loss, self.scale / self.dist.temperature, grad_hidden_RD, grad_weight_vD
-
-    def _rows(
-        self,
-        hidden_RD: Tensor,
-        chunk: slice,
-        project: Mapping[str, _Projection],
-        head: VocabHead,
-        probs: _Buffer,
-    ) -> Rows:
-        targets_C, scores = self.targets_R[chunk], self.scores[chunk]
-        logits = {"student": project["student"](hidden_RD[chunk], targets_C, chunk)}
-        for role in self.frozen:
-            hidden_CE = getattr(scores, f"{role}_hidden")
-            logits[role] = project[role](hidden_CE, targets_C, chunk)
-        logprobs, models, entropy_C = _distributions(logits, targets_C, head)
-        models["student"].truncated = self.dist.truncates
-        return Rows(
-            logprob_C=logprobs.pop("student"),
-            scores=replace(scores, **logprobs),
-            **models,
-            entropy_C=entropy_C,
-            tp=self.tp,
-            dtype=hidden_RD.dtype,
-            probs_out=lambda: probs.first(targets_C.numel()),
-        )
-
-    def _differentiate(self, rows: Rows, chunk: slice, head: VocabHead) -> tuple[TokenLoss, Tensor]:
-        """The objective's results, and its derivative by the logits [C, v] at temperature 1."""
-        with torch.enable_grad():
-            rows.logprob_C.requires_grad_()
-            result = self.objective(rows, self.settings)
-            if result.dlogits_Cv is not None:
-                return result, result.dlogits_Cv.to(rows.dtype)
-            (g_C,) = torch.autograd.grad(result.loss_C.sum(), rows.logprob_C)
-        row_C = _row(self.targets_R[chunk], head)
-        student = rows.student
-        return result, kernels.softmax_grad(
-            student.values_Cv, student.lse_C, g_C, row_C, rows.dtype
-        )
-
-    def _probed(self, chunks: Sequence[slice], device: torch.device) -> Sequence[Tensor]:
-        """Return the rows of each chunk to examine, brought to the device in one copy."""
-        first, there = self.probe_from, "teacher" in self.frozen
-        some = [probed(first + c.start, first + c.stop if there else 0) for c in chunks]
-        return torch.cat(some).to(device).split([len(part) for part in some])
-
-    def _examine(self, rows: Rows) -> None:
-        """Compare the distributions of student and teacher at some tokens."""
-        student_Cv, teacher_Cv, probs_Cv = rows.student_Cv, rows.teacher_Cv, rows.probs_Cv
-        teacher_probs_Cv = teacher_Cv.exp()
-        log_s_C, log_t_C, teacher_log_t_C, teacher_log_s_C = rows.expect_each(
-            (probs_Cv, student_Cv),
-            (probs_Cv, teacher_Cv),
-            (teacher_probs_Cv, teacher_Cv),
-            (teacher_probs_Cv, student_Cv),
-        )
-        student_CK, teacher_CK = (rows.top_k(x, PROBE_TOP_K) for x in (student_Cv, teacher_Cv))
-        shared_CK = (student_CK[:, :, None] == teacher_CK[:, None, :]).any(dim=2)
-        values = {
-            "kl/reverse": log_s_C - log_t_C,
-            "kl/forward": teacher_log_t_C - teacher_log_s_C,
-            "policy/teacher_entropy": -teacher_log_t_C,
-            "policy/top_k_overlap": shared_CK.float().mean(dim=1),
-            "policy/top_1_agreement": (student_CK[:, 0] == teacher_CK[:, 0]).float(),
-        }
-        for name, value_C in values.items():
-            self.probe.setdefault(name, []).append(value_C)
-
-    def _keep(self, **columns: Tensor | None) -> None:
-        for name, value_C in columns.items():
-            if value_C is not None:
-                self.columns.setdefault(name, []).append(value_C.detach())
-
-    def stats(self) -> HeadStats:
-        columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
-        probe = {name: torch.cat(parts) for name, parts in self.probe.items()}
-        for role, watch in self.watches.items():
-            watch.finish(columns["logprob_R" if role == "student" else f"{role}_R"])
-        seen = {role: watch.columns for role, watch in self.watches.items()}
-        return HeadStats(**columns, probe=probe, seen=seen)
+    student_NK, teacher_NK = (rows.top_k(x, PROBE_TOP_K) for x in (student_Nv, teacher_Nv))
+    shared_NK = (student_NK[:, :, None] == teacher_NK[:, None, :]).any(dim=2)
+    return {
+        "kl/reverse": log_s_N - log_t_N,
+        "kl/forward": teacher_log_t_N - teacher_log_s_N,
+        "policy/teacher_entropy": -teacher_log_t_N,
+        "policy/top_k_overlap": shared_NK.float().mean(dim=1),
+        "policy/top_1_agreement": (student_NK[:, 0] == teacher_NK[:, 0]).float(),
+    }

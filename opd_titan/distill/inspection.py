@@ -1,12 +1,12 @@
 """Record the ranks of response tokens, and the likeliest other tokens, for written rollouts.
 
-Samples with an `inspection`, a dict that is empty at first, are watched where a model's logits are
-computed anyway: those of frozen models in scoring, or in the update if it compares whole
-distributions; those of the student in the update.
+Samples with an `inspection`, a dict that is empty at first, are watched when a model's logits are
+computed: the student's in the update, a frozen model's in scoring, or in the update if that
+compares whole distributions.
 
-Shapes: R response tokens that a head sees, W watched ones among them, C of a chunk, v the part of
+Shapes: R response tokens of a head, W watched tokens among them, C tokens of a chunk, v the part of
 the vocabulary that this rank holds, B blocks of b columns of it, P tensor-parallel ranks, K
-likeliest tokens, I tokens among which they are.
+likeliest tokens, I candidates for them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.kernels.head_plain import row_blocks
 from opd_titan.models.logits import VocabHead
 
-# By role, the likeliest tokens that are kept of each place.
+# By role, how many of the likeliest tokens are recorded at each position.
 ALTERNATIVES = {"teacher": 5}
 
-# Columns of a block, see `_likeliest`.
+# Columns of a block; see `_likeliest`.
 _BLOCK = 128
 
 # Ranks [W] of the watched tokens, and ids [W, K] and log-probs [W, K] of the likeliest ones.
@@ -35,14 +35,12 @@ Columns = tuple[Tensor, Tensor, Tensor]
 class Inspector:
     """Record the ranks of the tokens at some rows in one model's distribution, chunk by chunk.
 
-    Rows are spans, so that a chunk's watched logits are views of it.
-
     Args:
-        spans: of the rows that a head sees, in order.
-        k: likeliest tokens to note, 0 for none; as many as there are, if fewer.
+        spans: the watched rows, in order. Spans make a chunk's watched logits views of it.
+        k: how many of the likeliest tokens to record; at most the whole vocabulary.
 
     Attributes:
-        columns: what was seen, once the head has finished.
+        columns: the result; set by `finish`.
     """
 
     columns: Columns
@@ -50,12 +48,13 @@ class Inspector:
     def __init__(self, spans: Sequence[slice], k: int) -> None:
         self.spans, self.k = spans, k
         self.tp: Axis = ALONE
-        # Of each piece of a span: how many tokens lie ahead [W], and the target's and the likeliest
-        # tokens' logits and ids [W, K]; of this rank's part of the vocabulary, but for the target.
+        # For each piece of a span: the number of likelier tokens [W], the target's logit [W], and
+        # the likeliest tokens' logits and ids [W, K]. All but the target's logit are of this rank's
+        # part of the vocabulary.
         self._pieces: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def look(self, chunk: slice, logits_Cv: Tensor, targets_C: Tensor, head: VocabHead) -> None:
-        """Look at a chunk's logits, before truncation; one exchange between the ranks."""
+        """Record a chunk's logits before truncation, with one exchange between the ranks."""
         places = [_inside(span, chunk) for span in self.spans]
         places = [place for place in places if place.start < place.stop]
         if not places:
@@ -68,21 +67,21 @@ class Inspector:
             logits_Wv, target_W = logits_Cv[place], target_C[place]
             ahead_W = _count_above(logits_Wv, target_W)
             values_WK, ids_WK = _likeliest(logits_Wv, min(self.k, head.rows))
-            ids_WK = ids_WK + head.tp.rank * head.rows
+            ids_WK = ids_WK + head.start
             self._pieces.append((ahead_W, target_W, values_WK, ids_WK))
 
     def finish(self, logprob_R: Tensor) -> None:
-        """Put the chunks together into `columns`; one exchange between the ranks.
+        """Set `columns` from all chunks, with one exchange between the ranks.
 
-        Ranks count from 1, and equally likely tokens share the best of theirs; a rank is 0 where
-        the log-prob is not finite. The likeliest tokens come likeliest first.
+        Ranks count from 1, and equally likely tokens have the best of their ranks. The rank is 0 if
+        the log-prob is not finite. The likeliest tokens are in descending order.
 
         Args:
-            logprob_R: of all targets that the head saw.
+            logprob_R: the log-probs of all targets of the head.
         """
         logprob_W = torch.cat([logprob_R[span] for span in self.spans])
         ahead_W, target_W, values_WK, ids_WK = map(torch.cat, zip(*self._pieces, strict=True))
-        # fp64 holds all of them exactly.
+        # fp64 holds all of these values exactly.
         own = torch.cat((ahead_W[:, None].double(), values_WK.double(), ids_WK.double()), dim=1)
         parts = concat_ranks(own[None], self.tp)
         ahead_PW1, values_PWK, ids_PWK = parts.split([1, *[values_WK.shape[1]] * 2], dim=2)
@@ -98,7 +97,7 @@ class Inspector:
 
 
 def _inside(span: slice, chunk: slice) -> slice:
-    """Return the part of a span that lies in a chunk, counted from the chunk's start."""
+    """Return the part of a span that is in a chunk, relative to the chunk's start."""
     return slice(
         max(span.start, chunk.start) - chunk.start, min(span.stop, chunk.stop) - chunk.start
     )
@@ -108,7 +107,7 @@ def _count_above(logits_Wv: Tensor, target_W: Tensor) -> Tensor:
     """Return how many logits of each row are larger than its target's."""
     counts = []
     for block in row_blocks(logits_Wv):
-        # As floats, because a CPU sums booleans three times slower. Exact up to 2**24.
+        # As floats, because a CPU sums booleans three times slower. They are exact up to 2**24.
         above_Wv = torch.empty_like(logits_Wv[block])
         torch.gt(logits_Wv[block], target_W[block, None], out=above_Wv)
         counts.append(above_Wv.sum(dim=1))
@@ -116,10 +115,10 @@ def _count_above(logits_Wv: Tensor, target_W: Tensor) -> Tensor:
 
 
 def _likeliest(logits_Wv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest logits of each row and their columns, likeliest first.
+    """Return the k largest logits of each row and their columns, in descending order.
 
-    As `topk` does, which is slow on long rows: they are among the columns of the k blocks with the
-    largest maxima, and those of no block.
+    `topk` is slow on long rows. The result is among the columns of the k blocks with the largest
+    maxima and the columns after the last whole block.
     """
     blocks = logits_Wv.shape[1] // _BLOCK
     if k >= blocks or k == 0:
@@ -134,7 +133,7 @@ def _likeliest(logits_Wv: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def watch_samples(samples: Sequence[Sample], role: str) -> Inspector | None:
-    """Return an inspector of the watched samples among those of a head; None if there are none."""
+    """Return an inspector of the watched samples of a head, or None if no sample is watched."""
     spans: list[slice] = []
     start = 0
     for sample in samples:
@@ -149,7 +148,7 @@ def watch_samples(samples: Sequence[Sample], role: str) -> Inspector | None:
 
 
 def note_standings(samples: Sequence[Sample], role: str, columns: Columns) -> None:
-    """Give the watched ones among the samples what was seen of them."""
+    """Write the columns of an inspector into the watched samples."""
     watched = [s for s in samples if s.inspection is not None]
     lengths = [len(s.response_ids) for s in watched]
     parts = zip(*(values.cpu().split(lengths) for values in columns), strict=True)

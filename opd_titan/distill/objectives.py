@@ -1,14 +1,14 @@
-"""The loss of each response token: functions of tensors that the head calls for each chunk.
+"""The losses of response tokens, as functions that the head calls for each chunk.
 
 An objective is a function of `Rows` and settings with the decorator `objective`, and a row of the
-table at the end. Objectives of the sampled token return a loss with a gradient with respect to
-`rows.logprob_C`; objectives over the vocabulary return the gradient with respect to the logits.
-`docs/objectives.md` derives each.
+table at the end. An objective of the sampled token returns a loss that has a gradient with respect
+to `rows.logprob_C`. An objective over the vocabulary returns the gradient with respect to the
+logits. `docs/objectives.md` derives each of them.
 
 Shapes: C response tokens of a chunk, v a rank's part of the vocabulary, K tokens of a support, B =
 K + 1 buckets. Log-probs are fp32, natural, at the sampling temperature.
 
-S (p) is the student, T (q) the teacher, R the reference, c its coefficient.
+S (p) is the student, T (q) the teacher, R the reference, c the reference's coefficient.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ObjectiveSettings:
     """The numbers of `[distill]` and `[reference]` that the objectives use.
 
     Attributes:
-        true_ratio: the student has moved since the rollout (several updates per rollout), so that
-            ratios are taken against the rollout's log-probs. Otherwise the old value *is* the
-            current one, detached, and every ratio is 1.
+        true_ratio: whether a rollout is used for several updates. Then ratios are relative to the
+            rollout's log-probs. Otherwise the old log-probs are the current ones, detached, and
+            every ratio is 1.
     """
 
     clip_low: float = 0.2
@@ -48,6 +48,7 @@ class ObjectiveSettings:
 
     @classmethod
     def of(cls, d: Distill, reference: Reference) -> ObjectiveSettings:
+        """Return the settings of a configuration."""
         return cls(
             clip_low=d.clip_low,
             clip_high=d.clip_high,
@@ -63,11 +64,12 @@ class ObjectiveSettings:
 
 @dataclass
 class TokenLoss:
-    """Per-token results. All but `loss_C` are detached; None where the objective has no such thing.
+    """Results of each token. All but `loss_C` are detached. None: the objective has no such result.
 
     Attributes:
-        dlogits_Cv: derivative of the loss by this rank's logits, at temperature 1. None: the loss
-            depends on them through `rows.logprob_C` alone, and carries that gradient.
+        dlogits_Cv: gradient of the loss with respect to this rank's logits after division by the
+            temperature. None if the loss depends on them only through `rows.logprob_C`; then
+            `loss_C` has a gradient with respect to that.
     """
 
     loss_C: Tensor
@@ -81,8 +83,8 @@ class Objective:
     """A function of `Rows` and settings, and the tensors that it needs.
 
     Args:
-        whole: it compares whole distributions, not only log-probs of the sampled token.
-        temporaries: tensors as large as the logits that it makes, `rows.probs_Cv` among them.
+        whole: whether it compares whole distributions, not only log-probs of the sampled token.
+        temporaries: how many tensors as large as the logits it makes, including `rows.probs_Cv`.
     """
 
     def __init__(
@@ -102,11 +104,12 @@ class Objective:
         return self.whole or settings.baseline != "none"
 
     def temporaries(self, settings: ObjectiveSettings) -> int:
+        """Return how many tensors as large as the logits it makes."""
         return self._temporaries if settings.baseline == "none" else 3
 
 
 def objective(**needs: Any) -> Callable[[Callable[..., TokenLoss]], Objective]:
-    """Mark a function as an `Objective`; see there."""
+    """Return a decorator that makes a function an `Objective` with these arguments."""
     return functools.partial(Objective, **needs)
 
 
@@ -116,16 +119,17 @@ def objective(**needs: Any) -> Callable[[Callable[..., TokenLoss]], Objective]:
 def penalty(
     student: Tensor, teacher: Tensor, reference: MaybeTensor, settings: ObjectiveSettings
 ) -> Tensor:
-    """(log S - log T) + c (log S - log R), elementwise; its mean under S is KL(S||T) + c KL(S||R).
+    """Return (log S - log T) + c (log S - log R), elementwise.
 
-    `log_ratio_clamp` bounds each difference; `reward_power` a > 0 puts S^a - T^a in [-1, 1] in
-    their place (PowerOPD, arXiv 2606.17199).
+    Its mean under S is KL(S||T) + c KL(S||R). `log_ratio_clamp` bounds each difference.
+    `reward_power` a > 0 replaces log S - log T by S^a - T^a, which is in [-1, 1] (PowerOPD, arXiv
+    2606.17199).
     """
     power, limit = settings.reward_power, settings.log_ratio_clamp or math.inf
     others = [(1.0, teacher)]
     if settings.reference_coef != 0.0:
         others.append((settings.reference_coef, reference))
-    # One tensor of this size at a time beside the sum: it may be over the vocabulary.
+    # One tensor at a time in addition to the sum, because they may be over the vocabulary.
     total = torch.zeros_like(student)
     for weight, other in others:
         if power > 0.0:
@@ -137,7 +141,7 @@ def penalty(
 
 
 def advantages(student_C: Tensor, rows: Rows, settings: ObjectiveSettings) -> Tensor:
-    """A = -penalty of the sampled token + baseline [C], detached.
+    """Return A = -penalty of the sampled token + baseline, [C], detached.
 
     Args:
         student_C: log S at the time of sampling.
@@ -150,11 +154,11 @@ def advantages(student_C: Tensor, rows: Rows, settings: ObjectiveSettings) -> Te
 
 
 def expected_penalty(rows: Rows, settings: ObjectiveSettings) -> Tensor:
-    """The penalty's mean [C] over the student's next token: what `baseline` adds to A.
+    """Return the penalty's mean [C] over the student's next token, which `baseline` adds to A.
 
-    It does not depend on which token was sampled, so it leaves the mean of the gradient alone; it
-    takes away the part of the variance that the distance as such makes (vOPD, arXiv 2605.07865).
-    "top_k" sums over the student's k likeliest tokens and one bucket for the rest.
+    It does not depend on the sampled token, so it does not change the mean of the gradient. It
+    removes the part of the variance that comes from the size of the distance (vOPD, arXiv
+    2605.07865). "top_k" sums over the student's k likeliest tokens and one bucket for the rest.
     """
     if settings.baseline == "kl":
         values_Cv = penalty(rows.student_Cv, rows.teacher_Cv, rows.reference_Cv, settings)
@@ -162,7 +166,7 @@ def expected_penalty(rows: Rows, settings: ObjectiveSettings) -> Tensor:
     ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
     student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
     values_CB = penalty(student_CB, teacher_CB, reference_CB, settings)
-    values_CB = values_CB.masked_fill(student_CB == -torch.inf, 0.0)  # no tokens in it
+    values_CB = values_CB.masked_fill(student_CB == -torch.inf, 0.0)  # empty buckets
     return (student_CB.exp() * values_CB).sum(dim=1)
 
 
@@ -194,15 +198,15 @@ def sft(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 
 @objective()
 def reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """KL(S||T) + c KL(S||R). The head finds a KL together with the log-probs."""
+    """KL(S||T) + c KL(S||R). The head computes the KL together with the log-probs."""
     return _with_reference(rows, settings, rows.teacher.kl_C, rows.kl_gradient(rows.teacher))
 
 
 @objective(temporaries=2)
 def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """KL(T||S) + c KL(S||R). Sum q (log q - log p), and by a logit p - q."""
+    """KL(T||S) + c KL(S||R): sum q (log q - log p), with the gradient p - q."""
     teacher_probs_Cv = rows.teacher_Cv.exp()
-    loss_C = rows.expect(teacher_probs_Cv, rows.teacher_Cv.sub_(rows.student_Cv))
+    loss_C = rows.expect(teacher_probs_Cv, rows.teacher.take_logprobs().sub_(rows.student_Cv))
     dlogits_Cv = torch.sub(rows.probs_Cv, teacher_probs_Cv, out=teacher_probs_Cv)
     return _with_reference(rows, settings, loss_C, dlogits_Cv)
 
@@ -211,9 +215,9 @@ def forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S, plus c KL(S||R).
 
-    By a logit: (1 - beta) p (x - sum p x), x = log p - log m. beta 0 and 1, where this is 0, stand
-    for its limits after division by beta and by 1 - beta: the forward and the reverse KL
-    (generalised JSD, arXiv 2306.13649).
+    The gradient is (1 - beta) p (x - sum p x), x = log p - log m. At beta 0 and 1 this is 0. These
+    values therefore select the limits of the loss divided by beta and by 1 - beta, which are the
+    forward and the reverse KL (generalised JSD, arXiv 2306.13649).
     """
     beta = settings.beta
     if beta == 0.0:
@@ -223,7 +227,7 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     weighted_Cv = rows.student_Cv + (math.log1p(-beta) - math.log(beta))
     mixture_Cv = torch.logaddexp(rows.teacher_Cv, weighted_Cv, out=weighted_Cv).add_(math.log(beta))
     teacher_probs_Cv = rows.teacher_Cv.exp()
-    teacher_x_Cv = rows.teacher_Cv.sub_(mixture_Cv)
+    teacher_x_Cv = rows.teacher.take_logprobs().sub_(mixture_Cv)
     student_x_Cv = torch.sub(rows.student_Cv, mixture_Cv, out=mixture_Cv)
     from_teacher_C, from_student_C = rows.expect_each(
         (teacher_probs_Cv, teacher_x_Cv), (rows.probs_Cv, student_x_Cv)
@@ -234,13 +238,14 @@ def jsd(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
 
 
 def _gradient_of_mean_(rows: Rows, x_Cv: Tensor, mean_C: Tensor) -> Tensor:
-    """p (x - mean), in place of x: what the logits get of a mean of x under the student."""
+    """Return p (x - mean), the gradient of the mean of x under the student, in place of x."""
     return x_Cv.sub_(mean_C[:, None]).mul_(rows.probs_Cv)
 
 
 def _with_reference(
     rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
 ) -> TokenLoss:
+    """Add c KL(S||R) and its gradient, and the advantage."""
     c = settings.reference_coef
     if c != 0.0:
         loss_C = loss_C + c * rows.reference.kl_C
@@ -251,7 +256,7 @@ def _with_reference(
 def _with_advantage(
     rows: Rows, settings: ObjectiveSettings, loss_C: Tensor, dlogits_Cv: Tensor
 ) -> TokenLoss:
-    """Add the advantage of a policy gradient at the current weights, for written rollouts."""
+    """Add the advantage that a policy gradient would have, for written rollouts."""
     scores = rows.scores
     penalty_C = penalty(rows.logprob_C.detach(), scores.teacher, scores.reference, settings)
     return TokenLoss(loss_C, -penalty_C, dlogits_Cv=dlogits_Cv)
@@ -262,7 +267,7 @@ def _with_advantage(
 
 @objective(temporaries=3)
 def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """`reverse_kl` between the student's k likeliest tokens, with all others as one bucket."""
+    """`reverse_kl` over the student's k likeliest tokens and one bucket for all others."""
     ids_CK = rows.top_k(rows.student_Cv, settings.top_k)
     student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
     x_CB = _log_ratio(student_CB, teacher_CB)
@@ -271,13 +276,13 @@ def top_k_reverse_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     probs_CB = student_CB.exp()
     loss_C = (probs_CB * x_CB).sum(dim=1)
     dlogits_CB = probs_CB * (x_CB - loss_C[:, None])
-    dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
+    dlogits_Cv = rows.spread(dlogits_CB, student_CB[:, -1], ids_CK)
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
 @objective(temporaries=3)
 def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
-    """`forward_kl` between the teacher's k likeliest tokens, with all others as one bucket."""
+    """`forward_kl` over the teacher's k likeliest tokens and one bucket for all others."""
     ids_CK = rows.top_k(rows.teacher_Cv, settings.top_k)
     student_CB, teacher_CB, reference_CB = _bucketed(rows, ids_CK, settings)
     x_CB = _log_ratio(teacher_CB, student_CB)
@@ -290,14 +295,14 @@ def top_k_forward_kl(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
         kl_C = (probs_CB * ratio_CB).sum(dim=1)
         loss_C = loss_C + c * kl_C
         dlogits_CB += c * probs_CB * (ratio_CB - kl_C[:, None])
-    dlogits_Cv = rows.spread_(dlogits_CB, student_CB[:, -1], ids_CK)
+    dlogits_Cv = rows.spread(dlogits_CB, student_CB[:, -1], ids_CK)
     return _with_advantage(rows, settings, loss_C, dlogits_Cv)
 
 
 def _bucketed(
     rows: Rows, ids_CK: Tensor, settings: ObjectiveSettings
 ) -> tuple[Tensor, Tensor, MaybeTensor]:
-    """Log-probs [C, B] of student, teacher and, where it counts, reference."""
+    """Return log-probs [C, B] of student, teacher and reference (None if its coefficient is 0)."""
     others = [] if settings.reference_coef == 0.0 else [rows.reference_Cv]
     found = rows.buckets(ids_CK, rows.student_Cv, rows.teacher_Cv, *others)
     student_CB, teacher_CB, *reference_CB = found
@@ -305,7 +310,7 @@ def _bucketed(
 
 
 def _log_ratio(a_CB: Tensor, b_CB: Tensor) -> Tensor:
-    """log a - log b, 0 for a bucket that has no tokens."""
+    """Return log a - log b, and 0 for a bucket without tokens."""
     return (a_CB - b_CB).masked_fill_(a_CB == -torch.inf, 0.0)
 
 

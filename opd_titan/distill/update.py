@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from opd_titan.config.job_config import Distill, Reference, Training
 from opd_titan.data.types import Sample
-from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
+from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, LossHead, LossRule
 from opd_titan.distill.inspection import note_standings, watch_samples
-from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
+from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import (
     STAND_IN,
     Minibatch,
@@ -42,12 +42,9 @@ UNKNOWN = math.inf
 
 
 @dataclass(frozen=True)
-class UpdateRule:
-    """Which loss, under which distribution, clipped at which norm (0: not clipped)."""
+class UpdateRule(LossRule):
+    """The loss, and the norm at which gradients are clipped (0 disables clipping)."""
 
-    objective: Objective
-    settings: ObjectiveSettings
-    dist: Distribution
     max_grad_norm: float
 
     @classmethod
@@ -266,15 +263,12 @@ def forward_backward(
     """
     batch, scores = packed or pack_scored(samples, world, heads)
     watches = {role: watch_samples(samples, role) for role in ("student", *heads.by_role)}
-    head = partial(
-        loss_head,
-        predict_R=batch.predict_R,
-        targets_R=batch.targets_R,
-        scores=scores,
+    head = LossHead(
+        rule,
+        batch.predict_R,
+        batch.targets_R,
+        scores,
         scale=1.0 / update_tokens if samples else 0.0,
-        objective=rule.objective,
-        settings=rule.settings,
-        dist=rule.dist,
         frozen=heads,
         probe_from=samples[0].prompt.index + samples[0].sample_index if samples else 0,
         watches={role: watch for role, watch in watches.items() if watch is not None},

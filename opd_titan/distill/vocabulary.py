@@ -1,7 +1,8 @@
-"""The arguments of objectives: sampled tokens of a chunk, and whole distributions on demand.
+"""The arguments of objectives: a chunk of response tokens and the models' distributions.
 
 Shapes: C response tokens of a chunk, v the part of the vocabulary that this rank holds (all of it
-without tensor parallelism), K tokens of a support, B = K + 1 buckets: those and one for the rest.
+without tensor parallelism), K tokens of a support, B = K + 1 buckets: those tokens, and one bucket
+for all others.
 
 All log-probs are natural, at the sampling temperature; fp32 in training.
 """
@@ -9,32 +10,30 @@ All log-probs are natural, at the sampling temperature; fp32 in training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_titan.distributed.tensor_parallel import concat_ranks, locate_rows, sum_ranks
-from opd_titan.distributed.world import ALONE, Axis
-from opd_titan.models.kernels import kl_grad
+from opd_titan.distributed.tensor_parallel import sum_ranks
+from opd_titan.models import kernels
 
-# A tensor wherever the objective needs it, else None: which, is known only when it runs.
+# A tensor if the objective needs it, else None. Which one is known only at run time.
 MaybeTensor = Any
 
 
 @dataclass
 class TokenScores:
-    """What is known of each response token before the update. None: not needed or not there.
+    """What is known of each response token before the update. None: not needed or not known.
 
     Attributes:
         rollout: log S at the time of sampling [R].
         teacher: log T [R].
         reference: log R [R].
-        teacher_hidden: what the teacher's head projects [R, E], where its whole distribution is
-            needed; `teacher` then follows from it.
-        reference_hidden: the same of the reference.
+        teacher_hidden: the teacher's hidden states [R, E], if its whole distribution is needed;
+            `teacher` is then computed from them.
+        reference_hidden: the same for the reference.
     """
 
     rollout: MaybeTensor = None
@@ -44,52 +43,99 @@ class TokenScores:
     reference_hidden: MaybeTensor = None
 
     def __getitem__(self, chunk: slice) -> TokenScores:
-        values = (getattr(self, f.name) for f in fields(self))
-        return TokenScores(*(None if v is None else v[chunk] for v in values))
+        return TokenScores(*(None if x is None else x[chunk] for x in vars(self).values()))
+
+
+class Buffer:
+    """Memory for one fp32 tensor [C, v] of each chunk in turn, allocated at its first use.
+
+    A large tensor that is allocated for each chunk pays for fresh memory pages each time, which on
+    a CPU costs as much as the product that fills it.
+    """
+
+    def __init__(self, max_rows: int, width: int, device: torch.device) -> None:
+        self.shape, self.device = (max_rows, width), device
+
+    @functools.cached_property
+    def _memory(self) -> Tensor:
+        return torch.empty(self.shape, device=self.device)
+
+    def rows(self, count: int) -> Tensor:
+        """Return a tensor [count, v]. It is valid until the next call."""
+        return self._memory[:count]
 
 
 @dataclass
 class ModelLogits:
-    """One model's logits of a chunk, and what a pass over them found.
+    """One model's logits of a chunk, which this object owns, and statistics of them.
+
+    `logprobs_Cv` is for reading. A caller that wants to overwrite the tensor takes it with
+    `take_logprobs` or `take_logits`; reading it here is an error after that.
 
     Attributes:
-        values_Cv: this rank's part, up to a constant of each row; -inf for tokens that were cut.
-        lse_C: the logsumexp of whole rows: values_Cv - lse_C are log-probs.
+        logits_Cv: this rank's part of each row, up to a constant of the row; -inf for truncated
+            tokens. None after it was taken.
+        lse_C: logsumexp of the whole rows; logits_Cv - lse_C are log-probs.
+        logprob_C: log-probs of the response tokens.
         kl_C: KL(S||this model); None for the student.
-        truncated: some tokens may have been cut.
+        truncated: whether tokens may have been truncated.
+        normalised: whether `logits_Cv` are log-probs already.
     """
 
-    values_Cv: Tensor
+    logits_Cv: MaybeTensor
     lse_C: Tensor
+    logprob_C: Tensor
     kl_C: MaybeTensor = None
     truncated: bool = False
+    normalised: bool = False
 
-    def normalise(self) -> Tensor:
-        """Make the values finite log-probs, in place, and return them."""
-        self.values_Cv.sub_(self.lse_C[:, None])
-        self.lse_C = torch.zeros_like(self.lse_C)
-        if self.truncated:  # 0 x -inf is NaN, and a token that was cut adds nothing
-            self.values_Cv.clamp_(min=-1e4)
-        return self.values_Cv
+    @property
+    def logprobs_Cv(self) -> Tensor:
+        """Log-probs [C, v], finite, for reading. The first use computes them in place."""
+        assert self.logits_Cv is not None, "the logits were taken"
+        if not self.normalised:
+            self._normalise(self.logits_Cv, self.lse_C)
+            self.lse_C, self.normalised = torch.zeros_like(self.lse_C), True
+        return self.logits_Cv
 
-    def __getitem__(self, some: Tensor) -> ModelLogits:
-        """Return a copy of some rows."""
-        return ModelLogits(self.values_Cv[some], self.lse_C[some], truncated=self.truncated)
+    def copy_logprobs(self, some_N: Tensor) -> Tensor:
+        """Return a copy of some rows' log-probs, [N, v]."""
+        return self._normalise(self.logits_Cv[some_N], self.lse_C[some_N])
+
+    def _normalise(self, logits_Cv: Tensor, lse_C: Tensor) -> Tensor:
+        logits_Cv.sub_(lse_C[:, None])
+        # 0 * -inf is NaN, but a truncated token must add 0.
+        return logits_Cv.clamp_(min=-1e4) if self.truncated else logits_Cv
+
+    def take_logits(self) -> Tensor:
+        """Return the logits [C, v] for the caller to overwrite."""
+        logits_Cv, self.logits_Cv = self.logits_Cv, None
+        assert logits_Cv is not None, "the logits were taken before"
+        return logits_Cv
+
+    def take_logprobs(self) -> Tensor:
+        """Return the log-probs [C, v] for the caller to overwrite."""
+        logprobs_Cv = self.logprobs_Cv
+        self.logits_Cv = None
+        return logprobs_Cv
 
 
 @dataclass
 class Rows:
-    """One chunk. Tensors over the vocabulary are computed when they are first used.
+    """One chunk of response tokens. Tensors over the vocabulary are computed at their first use.
+
+    The tensors are for reading, except those that `ModelLogits` lets a caller take.
 
     Attributes:
-        logprob_C: log S of the sampled tokens.
-        scores: of the sampled tokens.
-        student, teacher, reference: logits over this rank's part of the vocabulary, of those that
-            are there.
+        logprob_C: log S of the response tokens.
+        scores: what is known of the response tokens.
+        student, teacher, reference: the `ModelLogits` of the models whose whole distributions are
+            available, else None.
         entropy_C: of S.
-        tp: the ranks that hold the other parts.
-        dtype: what derivatives by the logits are multiplied in.
-        probs_out: returns where `probs_Cv` is to be put.
+        head: the student's head, which knows the part of the vocabulary that this rank holds.
+        column_C: the column of each response token in that part, -1 if another rank holds it.
+        dtype: the type of gradients with respect to the logits, which are operands of products.
+        buffer: memory for one more tensor [C, v].
     """
 
     logprob_C: Tensor
@@ -98,106 +144,112 @@ class Rows:
     teacher: Any = None
     reference: Any = None
     entropy_C: MaybeTensor = None
-    tp: Axis = ALONE
+    head: Any = None
+    column_C: MaybeTensor = None
     dtype: torch.dtype = torch.float32
-    probs_out: Callable[[], MaybeTensor] = lambda: None
+    buffer: Buffer | None = None
 
-    @functools.cached_property
+    @property
     def student_Cv(self) -> Tensor:
         """log S."""
-        return self.student.normalise()
+        return self.student.logprobs_Cv
+
+    @property
+    def teacher_Cv(self) -> MaybeTensor:
+        """log T; None without the teacher's distribution."""
+        return None if self.teacher is None else self.teacher.logprobs_Cv
+
+    @property
+    def reference_Cv(self) -> MaybeTensor:
+        """log R; None without the reference's distribution."""
+        return None if self.reference is None else self.reference.logprobs_Cv
 
     @functools.cached_property
     def probs_Cv(self) -> Tensor:
         """S."""
-        return torch.exp(self.student_Cv, out=self.probs_out())
+        return torch.exp(self.student_Cv, out=self._use_buffer())
 
-    @functools.cached_property
-    def teacher_Cv(self) -> MaybeTensor:
-        """log T, which objectives may overwrite, where they are done with `teacher`."""
-        return None if self.teacher is None else self.teacher.normalise()
+    def _use_buffer(self) -> Tensor | None:
+        """Return the buffer's tensor [C, v], or None if there is no buffer or it is in use."""
+        buffer, self.buffer = self.buffer, None
+        return None if buffer is None else buffer.rows(self.logprob_C.numel())
 
-    @functools.cached_property
-    def reference_Cv(self) -> MaybeTensor:
-        """log R, as `teacher_Cv`."""
-        return None if self.reference is None else self.reference.normalise()
+    # ------------------------------------------------ gradients with respect to the logits [C, v]
+
+    @torch.no_grad()
+    def logprob_gradient(self, g_C: Tensor) -> Tensor:
+        """Return the gradient of sum g log S of the response tokens. Takes the student's logits."""
+        lse_C = self.student.lse_C
+        return kernels.softmax_grad(
+            self.student.take_logits(), lse_C, g_C, self.column_C, self.dtype
+        )
 
     @torch.no_grad()
     def kl_gradient(self, other: ModelLogits) -> Tensor:
-        """Return the derivative of KL(S||other) by the student's logits [C, v].
+        """Return the gradient of KL(S||other). Takes the other model's logits.
 
-        With x = log p - log q: p (x - sum p x). The other's logits are used up.
+        With x = log p - log q it is p (x - sum p x).
         """
-        mean_C = other.kl_C + self.student.lse_C - other.lse_C
-        # Of two such derivatives, only the sum is rounded.
-        dtype = self.dtype if self.reference is None else self.student.values_Cv.dtype
-        return kl_grad(self.student.values_Cv, other.values_Cv, self.student.lse_C, mean_C, dtype)
+        student = self.student
+        mean_C = other.kl_C + student.lse_C - other.lse_C
+        # The sum of two such gradients is rounded once, after it is computed.
+        dtype = self.dtype if self.reference is None else student.logits_Cv.dtype
+        return kernels.kl_grad(student.logits_Cv, other.take_logits(), student.lse_C, mean_C, dtype)
 
-    def __getitem__(self, some: Tensor) -> Rows:
-        """Return a copy of some rows' distributions, of student and teacher."""
-        student, teacher = self.student[some], self.teacher[some]
-        return Rows(self.logprob_C[some], self.scores, student, teacher, tp=self.tp)
-
-    def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:
-        """The mean [C] of the values under `probs_Cv`, over the whole vocabulary."""
-        return self.expect_each((probs_Cv, values_Cv))[0]
-
-    def expect_each(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """`expect` for pairs of probabilities and values, in one exchange between the ranks."""
-        # A product of matrices adds up without another tensor of this size.
-        means = [torch.bmm(p_Cv[:, None], v_Cv[:, :, None]).view(-1) for p_Cv, v_Cv in pairs]
-        return sum_ranks(torch.stack(means), self.tp).unbind()
-
-    def top_k(self, values_Cv: Tensor, k: int) -> Tensor:
-        """Token ids [C, K] of the k largest values of each row, over the whole vocabulary."""
-        width = values_Cv.shape[1]
-        values_CK, ids_CK = values_Cv.topk(min(k, width), dim=1)
-        if self.tp.size == 1:
-            return ids_CK
-        ids_CK = ids_CK + self.tp.rank * width
-        # fp64 holds both exactly: one exchange.
-        pairs_P2CK = self._stack(torch.stack((values_CK.double(), ids_CK.double())))
-        values, ids = pairs_P2CK.permute(1, 2, 0, 3).flatten(2)
-        return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices).long()
-
-    def buckets(self, ids_CK: Tensor, *logprobs_Cv: Tensor) -> tuple[Tensor, ...]:
-        """Each model's log-probs [C, B] of these tokens and, last, of all others together.
-
-        The others' is summed, not taken as one minus the rest, which rounding would make negative.
-        It is -inf where there are no others.
-        """
-        row_CK, held_CK = self._locate(ids_CK)
-        parts = [self._local_buckets(values_Cv, row_CK, held_CK) for values_Cv in logprobs_Cv]
-        return self._stack(torch.stack(parts)).logsumexp(dim=0).unbind()
-
-    @staticmethod
-    def _local_buckets(values_Cv: Tensor, row_CK: Tensor, held_CK: Tensor) -> Tensor:
-        inside_CK = values_Cv.gather(1, row_CK).masked_fill(~held_CK, -torch.inf)
-        cut_CK = torch.zeros_like(inside_CK).masked_fill_(held_CK, -torch.inf)
-        rest_C = values_Cv.scatter_add(1, row_CK, cut_CK).logsumexp(dim=1)
-        return torch.cat((inside_CK, rest_C[:, None]), dim=1)
-
-    def spread_(self, dlogits_CB: Tensor, rest_C: Tensor, ids_CK: Tensor) -> Tensor:
-        """A derivative by the logits [C, v], in the place of `probs_Cv`.
+    def spread(self, dlogits_CB: Tensor, rest_C: Tensor, ids_CK: Tensor) -> Tensor:
+        """Return the gradient [C, v] that follows from one with respect to buckets.
 
         Args:
-            dlogits_CB: its values at these tokens and, last, its sum over all others, which falls
-                on them as the student's probabilities do.
-            rest_C: log S of all others together.
+            dlogits_CB: the gradient of these tokens and, last, its sum over all other tokens, which
+                have shares of it in proportion to the student's probabilities.
+            rest_C: log S of all other tokens together.
         """
-        row_CK, held_CK = self._locate(ids_CK)
+        row_CK, held_CK = self.head.locate(ids_CK)
         dlogits_CK, dlogits_rest_C1 = dlogits_CB[:, :-1], dlogits_CB[:, -1:]
-        # In logs: where the rest is next to nothing, a token's share of it is still a number.
-        rest_C1 = rest_C.clamp(min=torch.finfo(rest_C.dtype).min)[:, None]  # not inf - inf
-        dlogits_Cv = torch.sub(self.student_Cv, rest_C1, out=self.probs_Cv)
+        # In logs, so that a token's share of a tiny rest is still a number. Not inf - inf.
+        rest_C1 = rest_C.clamp(min=torch.finfo(rest_C.dtype).min)[:, None]
+        dlogits_Cv = torch.sub(self.student_Cv, rest_C1, out=self._use_buffer())
         cut_CK = torch.zeros_like(dlogits_CK).masked_fill_(held_CK, -torch.inf)
         dlogits_Cv.scatter_add_(1, row_CK, cut_CK).exp_().mul_(dlogits_rest_C1)
         return dlogits_Cv.scatter_add_(1, row_CK, dlogits_CK * held_CK)
 
-    def _locate(self, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.student.values_Cv.shape[1]
-        return locate_rows(ids_CK, self.tp.rank * rows, rows)
+    # ------------------------------------------------ reductions over the whole vocabulary
 
-    def _stack(self, values: Tensor) -> Tensor:
-        """Every rank's tensor of this shape: [ranks, *shape]."""
-        return concat_ranks(values[None], self.tp)
+    def expect(self, probs_Cv: Tensor, values_Cv: Tensor) -> Tensor:
+        """Return the mean [C] of the values under `probs_Cv`."""
+        return self.expect_each((probs_Cv, values_Cv))[0]
+
+    def expect_each(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Return `expect` of each (probabilities, values), in one exchange between the ranks."""
+        # A product of matrices sums without another tensor of this size.
+        means = [torch.bmm(p_Cv[:, None], v_Cv[:, :, None]).view(-1) for p_Cv, v_Cv in pairs]
+        return sum_ranks(torch.stack(means), self.head.tp).unbind()
+
+    def top_k(self, values_Cv: Tensor, k: int) -> Tensor:
+        """Return the token ids [C, K] of the k largest values of each row."""
+        values_CK, ids_CK = values_Cv.topk(min(k, self.head.rows), dim=1)
+        if self.head.tp.size == 1:
+            return ids_CK
+        ids_CK = ids_CK + self.head.start
+        # fp64 holds values and ids exactly, so one exchange is enough.
+        pairs_P2CK = self.head.stack(torch.stack((values_CK.double(), ids_CK.double())))
+        values, ids = pairs_P2CK.permute(1, 2, 0, 3).flatten(2)
+        return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices).long()
+
+    def buckets(self, ids_CK: Tensor, *logprobs_Cv: Tensor) -> tuple[Tensor, ...]:
+        """Return each model's log-probs [C, B] of these tokens and, last, of all other tokens.
+
+        The last one is summed. One minus the others could be negative after rounding. It is -inf if
+        there are no other tokens.
+        """
+        row_CK, held_CK = self.head.locate(ids_CK)
+        parts = [_local_buckets(values_Cv, row_CK, held_CK) for values_Cv in logprobs_Cv]
+        return self.head.stack(torch.stack(parts)).logsumexp(dim=0).unbind()
+
+
+def _local_buckets(values_Cv: Tensor, row_CK: Tensor, held_CK: Tensor) -> Tensor:
+    """Return the log-probs [C, B] of the tokens in this rank's part of the vocabulary."""
+    inside_CK = values_Cv.gather(1, row_CK).masked_fill(~held_CK, -torch.inf)
+    cut_CK = torch.zeros_like(inside_CK).masked_fill_(held_CK, -torch.inf)
+    rest_C = values_Cv.scatter_add(1, row_CK, cut_CK).logsumexp(dim=1)
+    return torch.cat((inside_CK, rest_C[:, None]), dim=1)

@@ -1,4 +1,4 @@
-"""Model families. A new one is a folder like `qwen3/` and a row in `FAMILIES`."""
+"""Model families. A new family is a folder like `qwen3/` and a row in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from opd_titan.models.qwen3.state_dict import TIED_HF_KEYS, hf_to_native
 class ModelFamily:
     """The interface of a model architecture.
 
-    The program also uses these attributes of the model: `args`, `layers` (of blocks with the two
+    The program also uses these attributes of the model: `args`, `layers` (blocks with the two
     halves that `transforms` names), `lm_head`, `forward(tokens_T, attend, head)`, `tie_weights` and
-    `assert_tied`; of the sizes `n_layers`, `n_kv_heads`, `head_dim`, `vocab_size`, `tied`,
-    `max_seq_len`, `init_std`, `forward_flops`, `decode_bytes` and `activation_bytes`.
+    `assert_tied`; and these attributes of `args`: `n_layers`, `n_kv_heads`, `head_dim`,
+    `vocab_size`, `tied`, `max_seq_len`, `init_std`, `forward_flops`, `decode_bytes` and
+    `activation_bytes`.
 
     Attributes:
-        args_from_hf_config: the sizes, from a parsed config.json and its name for errors.
-        build: the model of these sizes.
-        parallelize: spread a model over a world, in place.
-        rank_args: the sizes of one tensor-parallel rank's part; refuses what cannot be split.
+        args_from_hf_config: returns `args` for a parsed config.json and its name in errors.
+        build: returns a model of these sizes.
+        parallelize: distributes a model over a world, in place.
+        rank_args: returns the sizes of one tensor-parallel rank's part; raises if a size cannot be
+            split.
         join_ranks: registers the collectives between the parts.
-        hf_to_native: Hugging Face's names of the parameters and ours.
-        tied_hf_keys: with tied weights, names that a file may hold twice.
+        hf_to_native: returns our parameter names by Hugging Face's names.
+        tied_hf_keys: names that a file with tied weights may hold in addition.
     """
 
     args_from_hf_config: Callable[[dict[str, Any], str], Any]
@@ -58,7 +60,7 @@ FAMILIES = {
 
 
 def get_family(config: dict[str, Any], where: str) -> ModelFamily:
-    """The family of a parsed `config.json`.
+    """Return the family of a parsed `config.json`.
 
     Raises:
         ModelError: the model type has no native implementation.

@@ -1,10 +1,10 @@
-"""Causal attention over a packed batch: sequences laid end to end, no padding between them.
+"""Causal attention over a packed batch: sequences one after another, without padding.
 
 Shapes: T packed tokens, B sequences, S longest sequence of a group, H query heads, G key/value
 heads, K head size.
 
-The model only calls `attend(q_THK, k_TGK, v_TGK, layer)`. Training, scoring, prefill
-(`PackedAttention`) and decoding (`rollout.kv_cache`) differ only in the object `attend`.
+The model only calls `attend(q_THK, k_TGK, v_TGK, layer)`. Training, scoring and prefill
+(`PackedAttention`) and decoding (`rollout.kv_cache`) pass different `attend` objects.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from torch import Tensor
 from opd_titan.distributed.transfer import send_numbers
 from opd_titan.models.kernels import CacheSlots, why_wrong_device, why_wrong_type
 
-# Padding that a group of sequences may hold: about what starting another group costs (in tokens),
-# and a share of its tokens.
+# A group of sequences has at most this number of padding tokens (about the cost of another group)
+# plus this share of its tokens.
 _PADDED_TOKENS, _PADDED_SHARE = 32, 1 / 32
 
 
 @functools.cache
 def varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
-    """torch's packed attention and the names of its options, which differ between versions.
+    """Return torch's packed attention and the names of its options, which depend on the version.
 
-    Imported at first use: it is for CUDA only (from Ampere on) and pulls in the compiler.
+    It is imported at its first use, because it needs CUDA (Ampere or later) and imports the
+    compiler.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -48,31 +49,31 @@ def why_padded(dtype: torch.dtype, device: torch.device) -> str:
 
 
 class Attend(Protocol):
-    """The interface of attention: the position of each token, and the mixing of values."""
+    """The interface of attention: the position of each token, and the attention of a layer."""
 
     positions_T: Tensor
 
     def slots(self, layer: int) -> CacheSlots | None:
-        """Return where keys and values are to be written before the call, if anywhere."""
+        """Return where the model writes keys and values before the call, or None."""
 
     def __call__(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, layer: int) -> Tensor: ...
 
 
 class PackedAttention:
-    """Each token attends to the earlier tokens of its own sequence, and to itself.
+    """Each token attends to itself and to the earlier tokens of its own sequence.
 
-    Sequences may begin with the same tokens (the prompt of a group), which are packed once: then a
-    sequence is two pieces, one of them shared.
+    Tokens that several sequences begin with (the prompt of a group) are packed once. Such a
+    sequence consists of two pieces, of which the first is shared.
 
     Args:
-        seq_lens: length of each packed piece, in order; their sum is T.
-        device: where the index tensors live.
-        continues: for each piece the number of the one that it goes on with, which goes on with
-            none itself, or None where a sequence begins; left out, every piece is a sequence.
-        beside: other numbers that are wanted on the device, and travel in the same copy.
+        seq_lens: the length of each packed piece, in order; their sum is T.
+        device: the device of the index tensors.
+        continues: for each piece the index of the piece that it continues, or None if it begins a
+            sequence. A piece that is continued begins a sequence. By default all pieces do.
+        beside: further lists of integers to send to the device in the same copy.
 
     Attributes:
-        beside: these, as int64 tensors.
+        beside: these lists as int64 tensors.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PackedAttention:
     ) -> None:
         self.seq_lens, self.device = list(seq_lens), device
         self.continues = list(continues) if continues else [None] * len(self.seq_lens)
-        # Where each piece begins in its sequence.
+        # The position of each piece's first token in its sequence.
         self.offsets = [0 if c is None else self.seq_lens[c] for c in self.continues]
         spans = zip(self.offsets, self.seq_lens, strict=True)
         positions = [p for a, n in spans for p in range(a, a + n)]
@@ -104,7 +105,7 @@ class PackedAttention:
 
     @functools.cached_property
     def _rows(self) -> list[list[int]]:
-        """For each piece, the packed rows of its sequence up to its own end."""
+        """For each piece, the packed rows of its sequence up to the piece's end."""
         ends = [*accumulate(self.seq_lens)]
         own = [list(range(end - n, end)) for n, end in zip(self.seq_lens, ends, strict=True)]
         return [r if c is None else own[c] + r for c, r in zip(self.continues, own, strict=True)]
@@ -113,13 +114,14 @@ class PackedAttention:
     def _starts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Where the queries and the keys of each piece begin, in the order of the packed kernel.
 
-        And the packed row of each key, where some are seen from several sequences.
+        The third is the packed row of each key, or None if no piece is shared.
         """
         queries = [0, *accumulate(self.seq_lens)]
         if not any(self.offsets):
             (starts,) = send_numbers([queries], self.device)
-            # Two tensors: of one, torch 2.15 would take cuDNN's kernel on Hopper, which wants
-            # values without gaps between tokens, as products of joined weights do not give them.
+            # Two tensors. If both arguments were one tensor, torch 2.15 would use cuDNN's kernel on
+            # Hopper. It needs values without gaps between tokens, but products of joined weights
+            # have gaps.
             return starts.int(), starts.int(), None
         keys = [0, *accumulate(len(rows) for rows in self._rows)]
         parts = [queries, keys, list(chain.from_iterable(self._rows))]
@@ -128,7 +130,7 @@ class PackedAttention:
 
     @functools.cached_property
     def _padding(self) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
-        # A piece that others go on with is computed as part of one of them.
+        # A piece that others continue is computed as a part of one of them.
         begun = {c for c in self.continues if c is not None}
         whole = [rows for i, rows in enumerate(self._rows) if i not in begun]
         shapes, *rows = _pad_plan(whole, sum(self.seq_lens))
@@ -136,25 +138,26 @@ class PackedAttention:
         return shapes, pad_N, unpad_T
 
     def _varlen(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        """A shared prompt's queries are computed once; its keys are repeated for each sequence."""
+        """Compute a shared prompt's queries once. Its keys are repeated for each sequence."""
         attend, options = varlen_attn()
         assert attend is not None
         cu_q, cu_k, key_rows = self._starts
         if key_rows is not None:
             k_TGK, v_TGK = (x.index_select(0, key_rows) for x in (k_TGK, v_TGK))
-        # torch 2.10 says is_causal, later ones say it with a window. Either lets the last query see
-        # the last key where there are fewer queries than keys.
+        # torch 2.10 has is_causal, later versions have a window. With both, the last query sees the
+        # last key if there are fewer queries than keys.
         causal = {"is_causal": True} if "is_causal" in options else {"window_size": (-1, 0)}
-        # The kernel takes grouped heads as they are; from 2.12 on its wrapper wants to be asked.
+        # The kernel supports grouped heads; from 2.12 on its wrapper needs an option for it.
         grouped = {"enable_gqa": True} if "enable_gqa" in options else {}
         longest = max(self.seq_lens)
         longest_keys = max(a + n for a, n in zip(self.offsets, self.seq_lens, strict=True))
         return attend(q_THK, k_TGK, v_TGK, cu_q, cu_k, longest, longest_keys, **causal, **grouped)
 
     def _padded(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        """Padding on the right needs no mask: causal attention never looks there."""
+        """Pad on the right, which needs no mask because causal attention does not see it."""
         shapes, pad_N, unpad_T = self._padding
-        # Gathered and split for all groups at once: a backward per group would each take a whole T.
+        # Gather and split all groups at once. The backward of a gather per group would allocate T
+        # tokens for each group.
         sizes = [b * s for b, s in shapes]
         padded = [x.index_select(0, pad_N).split(sizes) for x in (q_THK, k_TGK, v_TGK)]
         outs = []
@@ -173,12 +176,12 @@ def _pad_plan(
     """Group sequences of similar lengths, so that there is little padding and few groups.
 
     Args:
-        sequences: packed rows of each; all of them together hold every row, some several times.
+        sequences: the packed rows of each sequence. Every row is in at least one of them.
 
     Returns:
-        The shape (B, S) of each group; for each token of the groups' flattened, concatenated
-        inputs its packed row (padding repeats the sequence's first, which causality keeps unseen);
-        and for each packed row where it stands there, or one such place.
+        The shape (B, S) of each group; for each token of the flattened and concatenated groups its
+        packed row (padding repeats the sequence's first row, which causal attention does not see);
+        and for each packed row one of its places among these tokens.
     """
     ordered = sorted(sequences, key=len, reverse=True)
     shapes: list[tuple[int, int]] = []
@@ -195,7 +198,7 @@ def _pad_plan(
 
 
 def _group(lengths: list[int]) -> list[range]:
-    """Cut descending lengths so that padding costs no more than one group more would."""
+    """Cut descending lengths into groups with padding that costs less than another group."""
     groups, start, padding, tokens = [], 0, 0, 0
     for i, n in enumerate(lengths):
         missing = lengths[start] - n

@@ -1,6 +1,6 @@
 """Layers that can hold a tensor-parallel rank's part of the weights.
 
-They compute with plain tensors. FSDP2 and tensor parallelism store weights as DTensors, and the
+They compute with plain tensors. FSDP2 and tensor parallelism store weights as DTensors; the
 family's `parallelize` adds the communication between ranks.
 
 Shapes: T packed tokens, D model width.
@@ -20,11 +20,11 @@ from opd_titan.models import kernels
 
 
 class Linear(nn.Linear):
-    """A product with a weight, which may be laid out for products without gradients.
+    """A linear layer that can have a copy of its weight in a faster layout, without gradients.
 
     Attributes:
-        packed: the weight in the layout of `kernels.pack_weight`, see `pack`.
-        joined: this weight and those of the layers after it, see `join`.
+        packed: the weight in the layout of `kernels.pack_weight`; see `pack`.
+        joined: this layer's weight followed by those of other layers; see `join`.
     """
 
     packed: Tensor | None = None
@@ -36,14 +36,14 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
     def pack(self, weight: Tensor) -> None:
-        """Compute with this weight from now on, without gradients. `self.weight` is not read."""
+        """Use a packed copy of this weight from now on, without gradients, not `self.weight`."""
         self.packed = kernels.pack_weight(weight.detach())
 
 
 def join(layers: Sequence[Linear]) -> Tensor:
-    """Lay the weights of layers with one input one after another, so that `products` makes one.
+    """Store the weights of layers with the same input in one tensor, and return it.
 
-    Each layer's weight becomes a view of its rows. Returns the tensor of all rows.
+    Each layer's weight becomes a view of its rows. `products` then computes a single product.
     """
     first = layers[0]
     rows = [layer.weight.shape[0] for layer in layers]
@@ -55,7 +55,7 @@ def join(layers: Sequence[Linear]) -> Tensor:
 
 
 def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Return each layer's product with `x`, from one product where their weights are joined."""
+    """Return each layer's product with `x`; a single product if their weights are joined."""
     joined = layers[0].joined
     if joined is not None:
         return F.linear(x, joined).split([layer.weight.shape[0] for layer in layers], dim=-1)
@@ -65,9 +65,9 @@ def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
 
 
 class _Products(torch.autograd.Function):
-    """Compute several products of one input, and accumulate the input's gradient in `addmm_`.
+    """Compute several products of one input, and sum the input's gradient with `addmm_`.
 
-    Autograd would write a separate gradient for each weight and add them in extra passes.
+    Autograd would store a gradient for each product and add them in extra passes.
     """
 
     @staticmethod
@@ -91,7 +91,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Embedding(nn.Embedding):
-    """`first_row`: of the rows that this rank holds; None where it holds all of them."""
+    """An embedding of which this rank may hold a part.
+
+    Attributes:
+        first_row: the token id of this rank's first row; None if it holds all rows.
+    """
 
     first_row: int | None = None
 
@@ -99,6 +103,6 @@ class Embedding(nn.Embedding):
         weight_VD = local(self.weight)
         if self.first_row is None:
             return F.embedding(tokens_T, weight_VD)
-        # Zero where another rank has the row: the sum over ranks is the embedding.
+        # Zero if another rank has the row, so that the sum over ranks is the embedding.
         row_T, held_T = locate_rows(tokens_T, self.first_row, weight_VD.shape[0])
         return F.embedding(row_T, weight_VD) * held_T[:, None]

@@ -1,7 +1,7 @@
-"""From hidden states to the distribution that is sampled from and scored, in one place.
+"""From hidden states to the logits of the distribution that is sampled from and scored.
 
-The sampler and the training head both go through here, so that a log-probability means the same
-thing wherever it is computed: at the sampling temperature, over the same kept tokens, in fp32.
+The sampler and the training head use the same functions, so that a log-probability means the same
+thing everywhere: at the sampling temperature, over the same kept tokens, in fp32.
 
 Shapes: N rows, D model width, V vocabulary, v the part of it that this rank projects onto (all of
 it without tensor parallelism).
@@ -22,13 +22,13 @@ from opd_titan.models.kernels import truncation_threshold
 
 @dataclass(frozen=True)
 class Distribution:
-    """The distribution of log-probs. Sampling and scoring must use the same one.
+    """The distribution that log-probs refer to. Sampling and scoring must use the same one.
 
     top_k 0 and top_p 1.0 keep every token.
 
     Attributes:
-        vocab_size: only token ids below this are included; 0 for all. For models with vocabularies
-            that are padded to different sizes.
+        vocab_size: only token ids below this are included; 0 includes all. It is needed for models
+            with vocabularies that are padded to different sizes.
     """
 
     temperature: float = 1.0
@@ -48,10 +48,10 @@ class Distribution:
 
 @dataclass(frozen=True)
 class VocabHead:
-    """The rows of the head's weight that this rank holds; all ranks hold equally many.
+    """The rows of the head's weight that this rank holds. All ranks hold the same number of rows.
 
     Attributes:
-        weight_vD: plain tensor; its gradient reaches the parameter.
+        weight_vD: a plain tensor; its gradient reaches the parameter.
         tp: the ranks that hold the other rows, in the order of token ids.
     """
 
@@ -60,14 +60,14 @@ class VocabHead:
 
     @classmethod
     def of(cls, weight: Tensor) -> VocabHead:
-        """Of a head's parameter as the model's forward has it."""
+        """Return the head of a parameter, as the model's forward passes it."""
         if not isinstance(weight, DTensor):
             return cls(weight)
         mesh = weight.device_mesh
         return cls(local(weight), Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group()))
 
     def first(self, vocab_size: int) -> VocabHead:
-        """Without the rows of the token ids from `vocab_size` on; 0 keeps all."""
+        """Return the head of the token ids below `vocab_size`; 0 means all."""
         if vocab_size in (0, self.vocab_size):
             return self
         assert self.tp.size == 1, "ranks would hold unequal parts"
@@ -81,27 +81,35 @@ class VocabHead:
     def vocab_size(self) -> int:
         return self.rows * self.tp.size
 
+    @property
+    def start(self) -> int:
+        """The token id of this rank's first row."""
+        return self.tp.rank * self.rows
+
     def locate(self, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Row of each token among this rank's, 0 where it has none, and whether it has one."""
-        return locate_rows(tokens_N, self.tp.rank * self.rows, self.rows)
+        """Return each token's row on this rank (0 if it is on another), and if it is on this one.
+
+        The result has the shape of the tokens.
+        """
+        return locate_rows(tokens_N, self.start, self.rows)
 
     def stack(self, local_values: Tensor) -> Tensor:
-        """Every rank's tensor of this shape: [size, *shape]."""
+        """Return every rank's tensor of this shape, [ranks, *shape]."""
         return concat_ranks(local_values[None], self.tp)
 
 
 def projects_in_place(weight_vD: Tensor) -> bool:
-    """Return whether `project` can write its fp32 product into a tensor that is there."""
+    """Return whether `project` can write its fp32 product into an existing tensor."""
     if weight_vD.dtype == torch.float32:
         return True
     return weight_vD.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) -> Tensor:
-    """fp32 logits [N, v], into `out_Nv` if given; see `projects_in_place`.
+    """Return fp32 logits [N, v], written into `out_Nv` if given; see `projects_in_place`.
 
-    Half-precision operands are accumulated and kept in fp32 on CUDA; a CPU has no such product and
-    rounds its bf16 logits once.
+    On CUDA, products of half-precision operands are accumulated and stored in fp32. A CPU has no
+    such product and rounds bf16 logits once.
     """
     if hidden_ND.dtype == torch.float32:
         return torch.mm(hidden_ND, weight_vD.t(), out=out_Nv)
@@ -112,14 +120,15 @@ def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) 
 
 
 def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None = None) -> Tensor:
-    """Set to -inf, in place, every logit outside the top k and outside the nucleus of mass top_p.
+    """Set every logit outside the top k or outside the nucleus of mass top_p to -inf, in place.
 
-    The nucleus is the smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et
-    al. 2020, arXiv 1904.09751), taken after the top-k cut. `top_k` 0 and `top_p` 1.0 cut nothing.
+    The nucleus is the smallest set of most likely tokens with a total probability of at least
+    `top_p` (Holtzman et al. 2020, arXiv 1904.09751), chosen after the top-k cut. `top_k` 0 and
+    `top_p` 1.0 cut nothing. Of equal logits, those of lower token ids are kept.
 
     Args:
-        keep_N: tokens that are kept wherever they rank. A sampled token at the edge of the
-            nucleus must not fall out of it when rounding differs between sampling and scoring.
+        keep_N: one token of each row that is always kept. A sampled token at the edge of the
+            nucleus must not be cut because rounding differs between sampling and scoring.
     """
     if top_k <= 0 and top_p >= 1.0:
         return logits_NV
@@ -127,7 +136,6 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
     kept = None if keep_N1 is None else logits_NV.gather(1, keep_N1)
     threshold_N, ties_N = truncation_threshold(logits_NV, top_k, top_p)
     threshold_N1, ties_N1 = threshold_N[:, None], ties_N[:, None]
-    # Ties fall to the lower token id everywhere.
     tied_NV = logits_NV == threshold_N1
     surplus_NV = tied_NV & (tied_NV.cumsum(dim=1, dtype=torch.int32) > ties_N1)
     logits_NV.masked_fill_((logits_NV < threshold_N1) | surplus_NV, -torch.inf)
@@ -142,8 +150,7 @@ def scaled_logits(
     """Return this rank's fp32 logits [N, v], divided by the temperature, before truncation.
 
     Args:
-        out_Nv: a buffer for the product. Without one, a large vocabulary pays for fresh pages at
-            every call, which on a CPU costs as much as the product itself.
+        out_Nv: a buffer for the product; see `projects_in_place`.
     """
     logits_Nv = project(hidden_ND, head.weight_vD, out_Nv)
     if distribution.temperature != 1.0:
@@ -154,7 +161,7 @@ def scaled_logits(
 def _whole(
     logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None
 ) -> Tensor:
-    """Return every rank's logits side by side [N, V], truncated; in place where there is one."""
+    """Return the truncated logits of all ranks [N, V]; in place if there is one rank."""
     if head.tp.size > 1:
         logits_Nv = head.stack(logits_Nv).transpose(0, 1).flatten(1)
     return truncate_(logits_Nv, distribution.top_k, distribution.top_p, keep_N)
@@ -171,10 +178,10 @@ def truncated_logits(
     """Return this rank's columns [N, v] of `whole_logits` from its own scaled ones.
 
     Args:
-        logits_Nv: of `scaled_logits`; overwritten on a single rank.
+        logits_Nv: the result of `scaled_logits`; overwritten if there is one rank.
         keep_N: see `truncate_`.
     """
     if not distribution.truncates:
         return logits_Nv
-    first = head.tp.rank * head.rows
-    return _whole(logits_Nv, head, distribution, keep_N)[:, first : first + head.rows]
+    whole_NV = _whole(logits_Nv, head, distribution, keep_N)
+    return whole_NV[:, head.start : head.start + head.rows]

@@ -1,8 +1,8 @@
 """Activation checkpointing and torch.compile of a decoder's blocks, in place and without renaming.
 
-A block is two functions of tensors around the mixing of tokens: `before_mixing(x, added, rope)` and
-`after_mixing(x, mixed)`. The mixing itself (packed attention, or the KV cache's) is never compiled:
-its index tensors change shape with every batch.
+A block consists of two functions of tensors, `before_mixing(x, added, rope)` and
+`after_mixing(x, mixed)`, and the attention between them. The attention is never compiled, because
+its index tensors have other shapes in every batch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 HALVES = ("before_mixing", "after_mixing")
-# Graphs per half: roles and their sizes, with and without gradients, one token and many; on a CPU
-# the compiler sums weight gradients over more than 1024, 2048 and 4096 tokens by other code.
+# Graphs of a half: for each role and its sizes, with and without gradients, one token and many. For
+# a CPU, the compiler sums weight gradients over more than 1024, 2048 and 4096 tokens by other code.
 RECOMPILE_LIMIT = 32
-# What selective checkpointing keeps: products, which are expensive to recompute. Norms, rotations
-# and activations are recomputed. Compiled halves need it too: by itself the
-# compiler keeps a quarter more (benchmarks/README.md).
+# Selective checkpointing keeps products, which are expensive to recompute. Norms, rotations and
+# activations are recomputed. Compiled halves use it too, because the compiler alone keeps a quarter
+# more (benchmarks/README.md).
 _KEPT = [torch.ops.aten.mm.default]
 
 
@@ -31,8 +31,8 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> No
     """Save memory by recomputing activations in the backward.
 
     Args:
-        mode: "none"; "selective": keep products and attention's results; "full": keep only what
-            enters a block.
+        mode: "none"; "selective" keeps products and the results of attention; "full" keeps only
+            the inputs of blocks.
     """
     for block in blocks:
         if mode == "full":
@@ -66,7 +66,7 @@ def apply_compile(blocks: Iterable[nn.Module]) -> None:
     """Compile both halves of every block, once for all lengths of a batch.
 
     Raises (when a block runs):
-        RuntimeError: more than RECOMPILE_LIMIT graphs were wanted of one half.
+        RuntimeError: one half would need more than RECOMPILE_LIMIT graphs.
     """
     # Recompiling for every batch would be slower than not compiling, so raise an error instead.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT

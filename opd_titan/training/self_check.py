@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
 
 from opd_titan.data.types import Prompt
-from opd_titan.distill.head import loss_head
+from opd_titan.distill.head import LossHead, LossRule
 from opd_titan.distill.objectives import ObjectiveSettings, sft
 from opd_titan.distill.packing import STAND_IN, pack, plan_minibatches
 from opd_titan.distill.scoring import score
@@ -50,20 +49,12 @@ def probe(
     as_teacher = {
         s.prompt.index: values for s, values in score(student, plan, params.distribution, world)
     }
+    rule = LossRule(sft, ObjectiveSettings(), params.distribution)
     tokens, difference, gaps = 0, 0.0, [0.0]
     with resharding(student):
         for microbatch in plan[0].microbatches:
             batch = pack(microbatch or STAND_IN, world)
-            head = partial(
-                loss_head,
-                predict_R=batch.predict_R,
-                targets_R=batch.targets_R,
-                scores=TokenScores(),
-                scale=1.0,
-                objective=sft,
-                settings=ObjectiveSettings(),
-                dist=params.distribution,
-            )
+            head = LossHead(rule, batch.predict_R, batch.targets_R, TokenScores(), scale=1.0)
             _, stats = student(batch.tokens_T, batch.attend, head)
             if microbatch:
                 update_R = stats.logprob_R.cpu()

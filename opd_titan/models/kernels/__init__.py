@@ -241,8 +241,8 @@ def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Return the lowest logit that top-k followed by top-p keeps, and how many of that value.
 
-    Every logit above the threshold is kept. Of the logits equal to it, those with the lowest token
-    ids are kept, as many as the second result says.
+    Every logit above the threshold is kept. The second result says how many of the logits equal to
+    it are kept: those with the lowest token ids.
 
     Args:
         logits_NV: fp32. Rows may be strided.
@@ -311,7 +311,7 @@ def kl_grad(
 
 
 def add_product_(total_MN: Tensor, left_MC: Tensor, right_CN: Tensor) -> None:
-    """Add a product to an fp32 matrix, accumulated in fp32 whatever the operands are."""
+    """Add a product to an fp32 matrix. It is accumulated in fp32 for all types of operands."""
     if left_MC.dtype == torch.float32:
         total_MN.addmm_(left_MC, right_CN)
     elif left_MC.is_cuda:

@@ -4,8 +4,8 @@ Shapes: N sequences, T queries of all sequences, H query heads, G key/value head
 one of them, K head size, P pages of a KV cache, S tokens of a page, M pages of the longest
 sequence. In kernels, Q rows of a tile and B tokens of a block.
 
-A program takes one key/value head of one sequence and goes over tokens in blocks, with a running
-softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) in powers of 2.
+A program computes one key/value head of one sequence, over blocks of tokens, with a running softmax
+(Milakov and Gimelshein 2018, arXiv 1805.02867) in powers of 2.
 """
 
 import math
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.ops import implement
+from opd_titan.models.kernels.ops import empty, implement
 
 _DECODE_BLOCK = 64
 # 128 rows read keys and values half as often as 64 do; blocks of 64 would spill on Ampere.
@@ -148,7 +148,7 @@ def _combine(
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """Average the parts of a sequence, by weights that are powers of 2 of their normalisers."""
+    """Average the parts of a sequence, weighted by powers of 2 of their normalisers."""
     h, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(used + n)
     count = tl.cdiv(length, tl.cdiv(length, SPLIT * MAX_SPLITS) * SPLIT)
@@ -228,22 +228,19 @@ def paged_decode(
 ) -> Tensor:
     """Return the attention of one query of each sequence to the first tokens of its pages.
 
-    A sequence's result depends on nothing but its own query, keys, values and length: neither the
-    other rows nor the width of the table change a bit of it. Nothing is read on the host.
+    The result of a sequence depends only on its own query, keys, values and length, bit for bit:
+    not on other rows, and not on the width of the table. Nothing is read on the host.
 
     Args:
-        table_NM: int32, pages of each sequence, in order.
-        used_N: int32, tokens of each sequence, at least 1.
+        table_NM, used_N: see `PageTable`; each sequence has at least one token.
     """
     N, H, K = q_NHK.shape
-    S, G = keys_PSGK.shape[1:3]
-    R = H // G
-    _check(q_NHK, keys_PSGK, values_PSGK)
-    splits = min(triton.cdiv(table_NM.shape[1] * S, _SPLIT), _MAX_SPLITS)
-    out_NHK = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
+    strides, sizes = _layout(q_NHK, keys_PSGK, values_PSGK, table_NM)
+    splits = min(triton.cdiv(table_NM.shape[1] * sizes["S"], _SPLIT), _MAX_SPLITS)
+    out_NHK = empty(q_NHK)
     partial = q_NHK.new_empty((N, H, splits, K), dtype=torch.float32)
     normalisers = q_NHK.new_empty((N, H, splits), dtype=torch.float32)
-    _decode[(splits, G, N)](
+    _decode[(splits, keys_PSGK.shape[2], N)](
         q_NHK,
         keys_PSGK,
         values_PSGK,
@@ -254,14 +251,9 @@ def paged_decode(
         normalisers,
         _scale(K),
         splits,
-        q_NHK.stride(0),
-        q_NHK.stride(1),
-        *keys_PSGK.stride()[:3],
-        table_NM.stride(0),
-        R=R,
-        K=K,
-        S=S,
-        Q=max(16, triton.next_power_of_2(R)),
+        *strides,
+        **sizes,
+        Q=max(16, triton.next_power_of_2(sizes["R"])),
         B=_DECODE_BLOCK,
         SPLIT=_SPLIT,
         MAX_SPLITS=_MAX_SPLITS,
@@ -296,17 +288,12 @@ def paged_prefill(
     """Return the causal attention of each sequence's last queries to the tokens of its pages.
 
     Args:
-        table_NM: int32, pages of each sequence, in order.
-        used_N: int32, tokens of each sequence, those of its queries included.
-        starts_N1: int32 [N + 1], where each sequence's queries begin in T.
-        max_queries: of one sequence; at least as many as any has.
+        table_NM, used_N, starts_N1, max_queries: see `PageTable`.
     """
-    T, H, K = q_THK.shape
-    S, G = keys_PSGK.shape[1:3]
-    R = H // G
-    _check(q_THK, keys_PSGK, values_PSGK)
-    out_THK = torch.empty((T, H, K), dtype=q_THK.dtype, device=q_THK.device)
-    _prefill[(triton.cdiv(max_queries * R, _PREFILL_ROWS), G, used_N.numel())](
+    strides, sizes = _layout(q_THK, keys_PSGK, values_PSGK, table_NM)
+    out_THK = empty(q_THK)
+    tiles = triton.cdiv(max_queries * sizes["R"], _PREFILL_ROWS)
+    _prefill[(tiles, keys_PSGK.shape[2], used_N.numel())](
         q_THK,
         keys_PSGK,
         values_PSGK,
@@ -314,14 +301,9 @@ def paged_prefill(
         used_N,
         starts_N1,
         out_THK,
-        _scale(K),
-        q_THK.stride(0),
-        q_THK.stride(1),
-        *keys_PSGK.stride()[:3],
-        table_NM.stride(0),
-        R=R,
-        K=K,
-        S=S,
+        _scale(q_THK.shape[2]),
+        *strides,
+        **sizes,
         Q=_PREFILL_ROWS,
         B=_PREFILL_BLOCK,
         num_warps=8,
@@ -335,7 +317,13 @@ def _scale(head_size: int) -> float:
     return head_size**-0.5 * math.log2(math.e)
 
 
-def _check(q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor) -> None:
+def _layout(
+    q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, table_NM: Tensor
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Check the layout of the operands; return the strides and the sizes that kernels take."""
+    (H, K), (S, G) = q_THK.shape[1:], keys_PSGK.shape[1:3]
     assert q_THK.stride(2) == keys_PSGK.stride(3) == 1
     assert keys_PSGK.stride() == values_PSGK.stride()
-    assert keys_PSGK.shape[1] % _DECODE_BLOCK == 0, "a block of tokens must lie in one page"
+    assert S % _DECODE_BLOCK == 0, "a page must consist of whole blocks"
+    strides = *q_THK.stride()[:2], *keys_PSGK.stride()[:3], table_NM.stride(0)
+    return strides, {"R": H // G, "K": K, "S": S}

@@ -1,7 +1,7 @@
-"""The training head's passes over logits, in Triton: each reads them once.
+"""The training head's passes over logits, in Triton. Each pass reads the logits once.
 
 Shapes: C rows, V columns of this rank. In kernels, v the columns of a block. Each lane of a block
-keeps its own maximum and sums, so that a row's loop needs no exchange between threads.
+has its own maximum and sums, so that threads exchange nothing in the loop over a row.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_titan.models.kernels.ops import implement
+from opd_titan.models.kernels.ops import check_logits, implement
 
 _STATS = {"BLOCK": 2048, "num_warps": 8}
 _GRAD = {"BLOCK": 4096, "num_warps": 8}
@@ -120,7 +120,7 @@ def _kl_grad(
 
 @implement("logit_stats")
 def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
-    C, V = _shape(logits_Cv)
+    C, V = check_logits(logits_Cv)
     out = logits_Cv.new_empty(2 + mean, C)
     _logit_stats[(C,)](logits_Cv, row_C, out, logits_Cv.stride(0), C, V, MEAN=mean, **_STATS)
     return out
@@ -128,7 +128,7 @@ def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
 
 @implement("kl_stats")
 def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
-    C, V = _shape(student_Cv, other_Cv)
+    C, V = check_logits(student_Cv, other_Cv)
     out_6C = student_Cv.new_empty(6, C)
     strides = student_Cv.stride(0), other_Cv.stride(0)
     _kl_stats[(C,)](student_Cv, other_Cv, row_C, out_6C, *strides, C, V, **_STATS)
@@ -139,7 +139,7 @@ def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
 def softmax_grad(
     logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    C, V = _shape(logits_Cv)
+    C, V = check_logits(logits_Cv)
     out_Cv = torch.empty(C, V, dtype=dtype, device=logits_Cv.device)
     grid = (C, triton.cdiv(V, _GRAD["BLOCK"]))
     _softmax_grad[grid](
@@ -152,17 +152,9 @@ def softmax_grad(
 def kl_grad(
     student_Cv: Tensor, other_Cv: Tensor, lse_C: Tensor, mean_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    C, V = _shape(student_Cv, other_Cv)
+    C, V = check_logits(student_Cv, other_Cv)
     out_Cv = torch.empty(C, V, dtype=dtype, device=student_Cv.device)
     grid = (C, triton.cdiv(V, _GRAD["BLOCK"]))
     strides = student_Cv.stride(0), other_Cv.stride(0)
     _kl_grad[grid](student_Cv, other_Cv, lse_C, mean_C, out_Cv, *strides, V, **_GRAD)
     return out_Cv
-
-
-def _shape(*logits: Tensor) -> torch.Size:
-    """The shape that all have."""
-    for logits_Cv in logits:
-        assert logits_Cv.dtype == torch.float32 and logits_Cv.stride(1) == 1
-        assert logits_Cv.shape == logits[0].shape
-    return logits[0].shape

@@ -1,6 +1,6 @@
 """The plain PyTorch twins of the training head's kernels; see the package for what they return.
 
-Each goes through a few rows at a time, all of its passes while they are in a CPU's cache.
+Each function processes a few rows at a time, which stay in a CPU's cache during its passes.
 
 Shapes: C rows, v columns, B rows of a block.
 """
@@ -17,7 +17,7 @@ _BLOCK_BYTES = {"cpu": 1024**2, "cuda": 64 * 1024**2}
 
 
 def row_blocks(logits_Cv: Tensor) -> Iterator[slice]:
-    """Return slices of rows, so few that several tensors of them fit into a CPU's cache."""
+    """Return slices of rows. Several tensors of one slice fit into a CPU's cache."""
     C, v = logits_Cv.shape
     rows = max(1, _BLOCK_BYTES[logits_Cv.device.type] // (4 * v))
     return (slice(i, i + rows) for i in range(0, C, rows))
@@ -52,7 +52,7 @@ def _softmax_stats(x_Bv: Tensor, other_Bv: Tensor | None = None) -> Tensor:
     """Return [2 or 3, B]: logsumexp, mean of x under its softmax, and mean of x - other."""
     top_B1 = x_Bv.amax(dim=1, keepdim=True)
     top_B1.masked_fill_(top_B1 == -torch.inf, 0.0)
-    # 0 * -inf is NaN below, so -inf is replaced by -1e4, of which exp is 0 in fp32 as well.
+    # 0 * -inf would be NaN below. The exp of -1e4 is 0 in fp32, too.
     x_Bv = (x_Bv - top_B1).clamp_(min=-1e4)
     weight_Bv = x_Bv.exp()
     total_B1 = weight_Bv.sum(dim=1, keepdim=True)

@@ -1,9 +1,10 @@
 """Triton kernels for a layer's norms, rotary embedding and activation, and their gradients.
 
-A forward rounds wherever its plain twin does. A backward rounds only its results. Shapes: T
-tokens, F MLP width, D model width, H query heads, G key/value heads, R query heads of one of them,
-K head size, P pages of a KV cache, S tokens of a page. In kernels, B elements of a program, h half
-a head.
+A forward rounds at the same places as its plain twin. A backward rounds only its results.
+
+Shapes: T tokens, F MLP width, D model width, H query heads, G key/value heads, R query heads of one
+of them, K head size, P pages of a KV cache, S tokens of a page. In kernels, B elements of a
+program, h half a head.
 """
 
 import torch
@@ -237,7 +238,7 @@ def _norm_rope(
     K: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """One key/value head of one token, and its query heads."""
+    """Process one key/value head of one token, and its query heads."""
     t, g, G = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = tl.arange(0, K // 2)
     cos_h, sin_h = tl.load(cos + t * K + h), tl.load(sin + t * K + h)
@@ -286,7 +287,7 @@ def norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Return queries and keys after the RMSNorm of each head and the rotary embedding.
 
-    Keys and values are written into a layer's cache as well, if it is given. Tokens may be strided,
+    Keys and values are also written into a layer's cache, if it is given. Tokens may be strided,
     heads may not.
     """
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]

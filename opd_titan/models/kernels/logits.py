@@ -10,11 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from opd_titan.models.kernels import plain
-from opd_titan.models.kernels.ops import empty_block_stats, implement, two_of_rows
+from opd_titan.models.kernels.ops import (
+    check_logits,
+    empty_block_stats,
+    implement,
+    two_of_rows,
+)
 from opd_titan.models.kernels.plain import LOGITS_BLOCK
 
 _BLOCKS = 32
-# Columns that a search looks at in one step, and values of a digit: 8 passes over the row.
+# Columns that a search reads in one step, and values of a digit, which make 8 passes over the row.
 _STEP, _DIGITS = 2048, 16
 
 
@@ -42,8 +47,7 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
     Rows may be strided.
     """
-    N, V = logits_NV.shape
-    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
+    N, V = check_logits(logits_NV)
     sums_NB, maxima_NB = empty_block_stats(logits_NV, temperature)
     B = sums_NB.shape[1]
     _block_stats[(N, triton.cdiv(B, _BLOCKS))](
@@ -101,12 +105,12 @@ def _below(x):
 
 @triton.jit
 def _invert(weight_b, target, last, B: tl.constexpr):
-    """Return the first index whose running sum exceeds the target, and the rest of the target."""
+    """Return the first index at which the running sum exceeds the target, and the remainder."""
     b = tl.arange(0, B)
     sum_b = tl.cumsum(weight_b, 0)
     total = tl.sum(tl.where(b == B - 1, sum_b, 0.0), 0)
     target = tl.minimum(target, _below(total))
-    # A parallel scan need not be monotone: an index without weight is never chosen.
+    # A parallel scan may be not monotone, so indices without weight are excluded.
     first = tl.min(tl.where((sum_b > target) & (weight_b > 0.0), b, B), 0)
     final = tl.max(tl.where(weight_b > 0.0, b, 0), 0)
     index = tl.minimum(tl.minimum(first, final), last)
@@ -159,8 +163,7 @@ def invert_blocks(
 
     Rows of logits may be strided.
     """
-    (N, V), B = logits_NV.shape, sums_NB.shape[1]
-    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
+    (N, V), B = check_logits(logits_NV), sums_NB.shape[1]
     assert sums_NB.is_contiguous() and maxima_NB.is_contiguous()
     tokens_N, logs_N = two_of_rows(logits_NV, torch.int64, torch.float64)
     _invert_blocks[(N,)](
@@ -234,9 +237,10 @@ def _value(key):
 
 @triton.jit
 def _load_weighted(row, first, V, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr):
-    """Return keys and weights of columns: 1, or exp(x - highest) cut at a key.
+    """Return the keys and the weights of columns.
 
-    Of those below `edge` it is 0; those at it share what is left of them.
+    Without MASS every weight is 1. With MASS it is exp(x - highest) above the key `edge`, `share`
+    times that at it, and 0 below it.
     """
     column_c = first + tl.arange(0, c)
     x_c = tl.load(row + column_c, mask=column_c < V, other=float("-inf"))
@@ -252,9 +256,9 @@ def _load_weighted(row, first, V, highest, edge, share, MASS: tl.constexpr, c: t
 def _search(
     row, V, target, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr, d: tl.constexpr
 ):
-    """Return the largest key such that what is at or above it weighs at least `target`.
+    """Return the largest key such that the columns at or above it weigh at least `target`.
 
-    Found digit by digit from the highest one, a pass over the row for each.
+    It is found digit by digit from the highest digit, with one pass over the row for each.
     """
     low = tl.full([], -0x80000000, tl.int32)
     digit_d = tl.arange(0, d)
@@ -266,14 +270,14 @@ def _search(
             key_c, weight_c = _load_weighted(row, first, V, highest, edge, share, MASS, c)
             sums_dc += tl.where(key_c[None, :] >= candidate_d1, weight_c[None, :], 0.0)
         reached = tl.sum((tl.sum(sums_dc, 1) >= target).to(tl.int32), 0)
-        # The lowest candidate reaches the target but for rounding.
+        # The lowest candidate reaches the target, except for rounding.
         low += (tl.maximum(reached, 1) - 1) << shift
     return low
 
 
 @triton.jit
 def _split_at(row, V, key, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr):
-    """Return the weight above a key, and how many columns are at it."""
+    """Return the weight of the columns above a key, and the number of columns at it."""
     above_c, at_c = tl.zeros([c], tl.float32), tl.zeros([c], tl.float32)
     for first in tl.range(0, V, c, num_stages=4):
         key_c, weight_c = _load_weighted(row, first, V, highest, edge, share, MASS, c)
@@ -329,11 +333,10 @@ def _truncation_threshold(
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Return the lowest logit that truncation keeps, and how many of that value it keeps.
 
-    Rows may be strided. One program searches one row. It reads the row several times from the L2
-    cache; a sort would move the row through memory instead.
+    Rows may be strided. One program searches one row, which it reads several times from the L2
+    cache. A sort would write the row to memory and read it again.
     """
-    N, V = logits_NV.shape
-    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
+    N, V = check_logits(logits_NV)
     threshold_N, ties_N = two_of_rows(logits_NV, torch.float32, torch.int64)
     _truncation_threshold[(N,)](
         logits_NV,

@@ -1,7 +1,7 @@
 """The fused kernels as PyTorch operators: schemas, and shapes for tensors without data.
 
-Nothing here needs Triton, so that the planner can use the operators where Triton is not installed.
-The modules with the kernels register the CUDA implementations.
+This module does not need Triton, so that the planner can use the operators without it. The modules
+with the kernels register the CUDA implementations.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ def empty(x: Tensor, *_: Any) -> Tensor:
 
 def two_empty(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty(x), empty(y)
+
+
+def check_logits(*logits: Tensor) -> torch.Size:
+    """Check that logits are fp32, with contiguous columns and one shape; return the shape."""
+    for x in logits:
+        assert x.dtype == torch.float32 and x.stride(1) == 1 and x.shape == logits[0].shape
+    return logits[0].shape
 
 
 def empty_block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

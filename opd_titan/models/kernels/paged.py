@@ -1,4 +1,4 @@
-"""Attention to keys and values in the pages of a cache, by what the device and the type allow.
+"""Attention to keys and values in the pages of a cache, with the implementations for each device.
 
 Shapes: T query tokens of N sequences, H query heads, G key/value heads, R query heads of one of
 them, K head size, P pages of a layer's cache, S tokens of a page, M pages of the longest sequence,
@@ -17,23 +17,23 @@ from torch import Tensor
 from opd_titan.distributed.transfer import send_numbers
 from opd_titan.models import kernels
 from opd_titan.models.attention import varlen_attn, why_padded
+from opd_titan.models.kernels.plain import PageTable
 
 # (q_THK, keys_PSGK, values_PSGK) of a layer -> [T, H, K]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (q_THK, keys_PSGK, values_PSGK, table_NM, used_N, starts_N1, max_queries) -> [T, H, K]; see
-# `kernels.plain.paged_attention`.
-PagedKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+# (q_THK, keys_PSGK, values_PSGK, pages) -> [T, H, K]; see `kernels.plain.paged_attention`.
+PagedKernel = Callable[[Tensor, Tensor, Tensor, PageTable], Tensor]
 
 
 class PagedAttention:
-    """A way to attend to the pages of a cache.
+    """An implementation of attention to the pages of a cache.
 
     Attributes:
         name: "triton" (our kernels), "varlen" (torch's flash kernel) or "pages" (plain PyTorch).
-        page_size: tokens of a page that suit it.
-        why: why a faster way is not available; empty for the fastest one, and on a CPU.
-        static: whether decoding runs the same operations whatever the pages are. Then a step can be
-            captured as a CUDA graph.
+        page_size: the number of tokens of a page that it works best with.
+        why: why a faster implementation is not available; empty for the fastest one, and on a CPU.
+        static: whether decoding runs the same operations for all pages. Then a step can be captured
+            as a CUDA graph.
         writes_early: whether the kernel of the rotary embedding also writes keys and values.
     """
 
@@ -54,14 +54,14 @@ class PagedAttention:
     def allocate(self, *shape_PSGK: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the pages of a layer's keys or values, set to zero.
 
-        They are not left empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
+        Uninitialised memory may hold NaN. Masked positions are multiplied by 0, and 0 * NaN is NaN.
         """
         return torch.zeros(shape_PSGK, dtype=dtype, device=device)
 
     def plan(
         self, table_NM: Tensor, counts_N: Tensor, page_size: int, device: torch.device
     ) -> PageParts | None:
-        """Return what decoding has to know on the host, if anything, until the pages change.
+        """Return data on the host that decoding uses until the pages change, or None.
 
         Args:
             table_NM: the pages of each sequence, on the host.
@@ -122,29 +122,21 @@ class TableAttention(PagedAttention):
     def decode(self, positions_N: Tensor, table_NM: Tensor, plan: PageParts | None) -> Attention:
         n, device = positions_N.numel(), positions_N.device
         starts_N1 = torch.arange(n + 1, dtype=torch.int32, device=device)
-        used_N = (positions_N + 1).to(torch.int32)
-        return lambda q, k, v: self.kernel(q, k, v, table_NM, used_N, starts_N1, 1)
+        pages = PageTable(table_NM, (positions_N + 1).to(torch.int32), starts_N1, 1)
+        return lambda q, k, v: self.kernel(q, k, v, pages)
 
     def resume(self, pages: Sequence[int], start: int, end: int, device: torch.device) -> Attention:
-        n = end - start
-        numbers = send_numbers([pages, [end], [0, n]], device)
-        pages_M, used, starts = (x.int() for x in numbers)
-        return lambda q, k, v: self.kernel(q, k, v, pages_M[None], used, starts, n)
+        numbers = send_numbers([pages, [end], [0, end - start]], device)
+        pages_M, used_1, starts_2 = (x.int() for x in numbers)
+        table = PageTable(pages_M[None], used_1, starts_2, end - start)
+        return lambda q, k, v: self.kernel(q, k, v, table)
 
 
-def _triton(
-    q_THK: Tensor,
-    keys_PSGK: Tensor,
-    values_PSGK: Tensor,
-    table_NM: Tensor,
-    used_N: Tensor,
-    starts_N1: Tensor,
-    max_queries: int,
-) -> Tensor:
-    cache = keys_PSGK, values_PSGK, table_NM, used_N
-    if max_queries == 1:
-        return torch.ops.opd_titan.paged_decode(q_THK, *cache)
-    return torch.ops.opd_titan.paged_prefill(q_THK, *cache, starts_N1, max_queries)
+def _triton(q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, pages: PageTable) -> Tensor:
+    operands = q_THK, keys_PSGK, values_PSGK
+    if pages.max_queries == 1:
+        return torch.ops.opd_titan.paged_decode(*operands, pages.table_NM, pages.used_N)
+    return torch.ops.opd_titan.paged_prefill(*operands, *pages)
 
 
 def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | None, str]:
@@ -160,26 +152,18 @@ def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | Non
     # One split, so that a sequence's result does not depend on the number of sequences.
     one_split: dict[str, Any] = {"num_splits": 1} if "num_splits" in known else {}
 
-    def kernel(
-        q_THK: Tensor,
-        keys_PSGK: Tensor,
-        values_PSGK: Tensor,
-        table_NM: Tensor,
-        used_N: Tensor,
-        starts_N1: Tensor,
-        max_queries: int,
-    ) -> Tensor:
+    def kernel(q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, pages: PageTable) -> Tensor:
         return attend(
             q_THK,
             keys_PSGK,
             values_PSGK,
-            starts_N1,
-            F.pad(used_N.cumsum(0, dtype=torch.int32), (1, 0)),
-            max_queries,
-            table_NM.shape[1] * keys_PSGK.shape[1],
+            pages.starts_N1,
+            F.pad(pages.used_N.cumsum(0, dtype=torch.int32), (1, 0)),
+            pages.max_queries,
+            pages.table_NM.shape[1] * keys_PSGK.shape[1],
             window_size=(-1, 0),  # causal: the last query sees the last key
-            seqused_k=used_N,
-            block_table=table_NM,
+            seqused_k=pages.used_N,
+            block_table=pages.table_NM,
             enable_gqa=True,
             **one_split,
         )
@@ -235,8 +219,8 @@ class PageParts:
     """Decoding attention that combines the results of single pages.
 
     The softmax over a sequence is computed from the softmaxes over its pages and their normalisers
-    (Milakov and Gimelshein 2018, arXiv 1805.02867). Pages in use are read in place, each with the
-    query of one sequence. If several sequences share a page, the others read a copy of it.
+    (Milakov and Gimelshein 2018, arXiv 1805.02867). A page in use is read in place with the query
+    of one sequence. If several sequences share a page, the others read copies of it.
 
     Args:
         table_NM: the pages of each sequence, on the host.
@@ -293,7 +277,7 @@ class PageParts:
         lse_NMGR.masked_fill_(self.unused_NM[:, :, None, None], -torch.inf)
         out_NMGRK = out_EGRK.index_select(0, self.result_NM.flatten()).unflatten(0, shape)
         share_NMGR1 = lse_NMGR.softmax(dim=1)[..., None]
-        # A page that no sequence reads may hold NaN, and 0 x NaN is NaN.
+        # A page that no sequence reads may hold NaN, and 0 * NaN is NaN.
         out_NMGRK = out_NMGRK.masked_fill(self.unused_NM[:, :, None, None, None], 0.0)
         return (out_NMGRK * share_NMGR1).sum(dim=1).to(q_NHK.dtype).flatten(1, 2)
 

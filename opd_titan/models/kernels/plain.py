@@ -1,4 +1,4 @@
-"""The plain PyTorch twins of the fused kernels: any device, with gradients.
+"""The plain PyTorch twins of the fused kernels, for all devices and with gradients.
 
 Shapes: see the package.
 """
@@ -19,17 +19,36 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111E
 
 
 class CacheSlots(NamedTuple):
-    """Where the keys and values of T tokens go in one layer's cache.
+    """Where the keys and values of T tokens are written in one layer's cache.
 
     Attributes:
         keys_PSGK, values_PSGK: the layer's cache; K is contiguous.
-        page_T, offset_T: int64, the page of each token and its place there.
+        page_T, offset_T: int64, the page of each token and its position in the page.
     """
 
     keys_PSGK: Tensor
     values_PSGK: Tensor
     page_T: Tensor
     offset_T: Tensor
+
+
+class PageTable(NamedTuple):
+    """The pages and the queries of N sequences in paged attention.
+
+    The last query of a sequence attends to all of its tokens; an earlier one does not attend to the
+    tokens of later queries.
+
+    Attributes:
+        table_NM: int32, the pages of each sequence, in order.
+        used_N: int32, the number of tokens of each sequence, including those of its queries.
+        starts_N1: int32 [N + 1], where each sequence's queries begin among all queries.
+        max_queries: the largest number of queries of a sequence, or more.
+    """
+
+    table_NM: Tensor
+    used_N: Tensor
+    starts_N1: Tensor
+    max_queries: int
 
 
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -46,7 +65,7 @@ def add_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[
 
 
 def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
-    """Rotate each (i, i + K/2) pair by its position's angle; fp32 inside, x's dtype outside."""
+    """Rotate each pair (i, i + K/2) by its position's angle, in fp32; return x's dtype."""
     x = x_THK.float()
     first, second = x.chunk(2, dim=-1)
     return (x * cos_T1K + torch.cat((-second, first), dim=-1) * sin_T1K).to(x_THK.dtype)
@@ -66,31 +85,19 @@ def norm_rope(
 
 
 def write(slots: CacheSlots, k_TGK: Tensor, v_TGK: Tensor) -> None:
-    """Write tokens' keys and values into a layer's cache."""
+    """Write the keys and values of tokens into a layer's cache."""
     slots.keys_PSGK[slots.page_T, slots.offset_T] = k_TGK
     slots.values_PSGK[slots.page_T, slots.offset_T] = v_TGK
 
 
 def paged_attention(
-    q_THK: Tensor,
-    keys_PSGK: Tensor,
-    values_PSGK: Tensor,
-    table_NM: Tensor,
-    used_N: Tensor,
-    starts_N1: Tensor,
+    q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, pages: PageTable
 ) -> Tensor:
-    """Attention of each sequence's last queries over all of its keys; for tests, not for speed.
-
-    Args:
-        table_NM: int32, pages of each sequence, in order.
-        used_N: int32, keys of each sequence, those of its own queries included.
-        starts_N1: int32 [N + 1], where each sequence's queries begin in T; the last of them sees
-            the last key.
-    """
+    """Return causal attention over pages, [T, H, K]. It is slow, for tests only."""
     repeats = q_THK.shape[1] // keys_PSGK.shape[2]
     outs = []
-    bounds = starts_N1.tolist()
-    for row_M, used, start, end in zip(table_NM, used_N.tolist(), bounds, bounds[1:], strict=False):
+    lengths, bounds = pages.used_N.tolist(), pages.starts_N1.tolist()
+    for row_M, used, start, end in zip(pages.table_NM, lengths, bounds, bounds[1:], strict=False):
         k, v = (
             x[row_M.long()].flatten(0, 1)[:used].float().repeat_interleave(repeats, dim=1)
             for x in (keys_PSGK, values_PSGK)
@@ -116,9 +123,10 @@ def block_stats(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first index whose running sum exceeds the target, and what is left of the target.
+    """Return the first index at which the running sum exceeds the target, and the remainder.
 
-    The target is clamped below the total, so that the weight at the index is above 0.
+    The remainder is the target less the sum before the index. The target is clamped below the
+    total, so that the weight at the index is above 0.
     """
     cumulative = weights.cumsum(dim=1)
     total = cumulative[:, -1]
@@ -131,13 +139,13 @@ def invert(weights: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Weights of tokens, exp(logit), by blocks of 128 tokens.
+    """Weights of tokens, exp(logit), in blocks of 128 tokens.
 
     Attributes:
-        sums_NB: fp32 sums of each block's weights, in units of exp(`units_NB`).
+        sums_NB: fp32, the sum of each block's weights in units of exp(`units_NB`).
         units_NB: fp32.
-        weigh: called with a block of each row and its unit; returns the block's weights [N, 128].
-        num_tokens: of the vocabulary.
+        weigh: called with one block of each row and its unit; returns the weights [N, 128].
+        num_tokens: the size of the vocabulary.
     """
 
     sums_NB: Tensor
@@ -164,7 +172,7 @@ class Blocks:
 
 def _block_weights(sums_NB: Tensor, maxima_NB: Tensor, unit_N: Tensor) -> Tensor:
     """Return the sums of blocks in units of exp(`unit_N`), fp64 [N, B]."""
-    # A block without any token that can be drawn has the unit exp(-inf).
+    # The unit of a block without tokens that can be drawn is exp(-inf).
     return sums_NB.double() * (maxima_NB - unit_N[:, None]).double().exp()
 
 

@@ -1,4 +1,4 @@
-"""Sizes of a dense Qwen3, read from the checkpoint's own `config.json` and from nowhere else."""
+"""Sizes of a dense Qwen3, read from the checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd_titan.errors import ModelError
 
 @dataclass(frozen=True)
 class Qwen3Args:
-    """One field per size; names follow the paper, `config.json` names are in `_HF_KEYS`."""
+    """The sizes of a model. The names in `config.json` are in `_HF_KEYS`."""
 
     vocab_size: int
     dim: int
@@ -36,8 +36,8 @@ class Qwen3Args:
             where: the file's name, for error messages.
 
         Raises:
-            ModelError: a size is missing or impossible, or the config asks for something that
-                this implementation does not have.
+            ModelError: a size is missing or impossible, or the config has a setting that this
+                implementation does not support.
         """
         _refuse_unsupported(config, where)
         values = {"rope_theta": _rope_theta(config, where)}
@@ -61,17 +61,18 @@ class Qwen3Args:
         return args
 
     def forward_flops(self, seq_lens: Iterable[int], projected_tokens: int) -> float:
-        """FLOPs of one forward over causal sequences; an update is three times as much.
+        """Return the FLOPs of one forward over causal sequences. An update takes three times that.
 
-        Per token 2 for every parameter of Q, K, V, O and the three MLP matrices; per causal
-        (query, key) pair 4 * head_dim per head and layer (Q.K and P.V), a sequence of s tokens
-        having s (s + 1) / 2 pairs; per projected token 2 * dim * vocab_size for the head, tied or
-        not. As PaLM counts (arXiv 2204.02311, appendix B), but with true lengths and the causal
-        half.
+        A token takes 2 for every parameter of Q, K, V, O and the three MLP matrices. A causal
+        (query, key) pair takes 4 * head_dim for each head and layer (Q.K and P.V); a sequence of s
+        tokens has s (s + 1) / 2 pairs. A projected token takes 2 * dim * vocab_size for the head,
+        tied or not. This is the count of PaLM (arXiv 2204.02311, appendix B), but with true lengths
+        and causal pairs only.
 
         Args:
-            seq_lens: tokens of each sequence that go through the model.
-            projected_tokens: positions that go through the head; prompts do not.
+            seq_lens: the number of tokens of each sequence that the model processes.
+            projected_tokens: the number of positions that the head projects; it does not project
+                prompts.
         """
         tokens = pairs = 0
         for length in seq_lens:
@@ -82,36 +83,37 @@ class Qwen3Args:
         return float(2 * self._layer_weights * tokens + mixing + head)
 
     def decode_bytes(self, forwards: int, cached_tokens: int, dtype_bytes: int) -> float:
-        """Bytes that decoding with a KV cache has to read from memory: what bounds its speed.
+        """Return the bytes that decoding with a KV cache reads from memory, which limit its speed.
 
-        A forward reads every matrix of the layers and the head once, tied or not, however many
-        sequences it moves on by a token; norms (1e-4 of a 0.6B's bytes) and the embedding's rows
-        are left out. Each of those tokens reads one key and one value per layer of
-        every token that it attends to, its own included. As in arXiv 2211.05102, section 2, and in
-        the model-bandwidth utilisation of gpt-fast, with true lengths.
+        A forward reads every matrix of the layers and the head once, tied or not, for any number of
+        sequences; norms (1e-4 of a 0.6B's bytes) and the embedding's rows are left out. A token
+        reads, in each layer, the key and the value of every token that it attends to, including
+        itself. This is the count of arXiv 2211.05102, section 2, and of gpt-fast's model-bandwidth
+        utilisation, but with true lengths.
 
         Args:
-            forwards: that take one token of each running sequence.
-            cached_tokens: attended to, summed over forwards and sequences.
-            dtype_bytes: of a weight, key or value.
+            forwards: the number of forwards of one token of each running sequence.
+            cached_tokens: the number of tokens attended to, summed over forwards and sequences.
+            dtype_bytes: the size of a weight, key or value.
         """
         weights = self._layer_weights + self.dim * self.vocab_size
         kv = 2 * self.n_layers * self.n_kv_heads * self.head_dim
         return float(dtype_bytes * (weights * forwards + kv * cached_tokens))
 
     def activation_bytes(self, tokens: int, mode: str, dtype_bytes: int, ranks: int) -> float:
-        """Return at least what a forward of so many tokens keeps for its backward, on one rank.
+        """Return an upper bound of the bytes that a forward keeps for its backward on one rank.
 
-        From the sizes alone, for decisions that all ranks must make alike: up to a quarter more
-        than the planner finds by running the layers on tensors without data, which leaves room
-        for keys and values that are repeated for each head (before torch 2.12). One layer more
-        stands for what is made again, or lives only for a moment.
+        It depends only on the sizes, so that all ranks make the same decisions from it. It is up to
+        a quarter more than the planner finds by running the layers on tensors without data, which
+        leaves room for keys and values that are repeated for each head (before torch 2.12). One
+        additional layer covers recomputed and short-lived tensors.
 
         Args:
-            tokens: in the packed batch.
-            mode: of activation checkpointing.
-            dtype_bytes: of a hidden state's element.
-            ranks: that each layer is split over. Of a layer's inputs two are whole on every rank.
+            tokens: the number of tokens of the packed batch.
+            mode: the mode of activation checkpointing.
+            dtype_bytes: the size of an element of a hidden state.
+            ranks: the number of ranks that each layer is split over. Two of a layer's inputs are
+                whole on every rank.
         """
         sizes = (
             self.dim,
@@ -129,22 +131,22 @@ class Qwen3Args:
 
     @property
     def _layer_weights(self) -> int:
-        """Parameters of Q, K, V, O and the three MLP matrices of all layers."""
+        """The number of parameters of Q, K, V, O and the three MLP matrices of all layers."""
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         return self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
 
 
-# By mode of activation checkpointing, how many tensors a layer keeps that are as wide as the model,
-# the MLP, all queries, all keys.
+# By mode of activation checkpointing, how many tensors with the width of the model, the MLP, all
+# queries, and all keys a layer keeps.
 _KEPT = {"none": (5, 4, 5, 4), "selective": (4, 2, 4, 5), "full": (1, 0, 0, 0)}
 
-# What a field's value may be in config.json, where 1 may stand for 1.0.
+# The types that a field's value may have in config.json (1 is accepted for 1.0), and their names.
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "a positive int"),
     "float": ((int, float), "a positive, finite float"),
     "bool": (bool, "true or false"),
 }
-# field: (config.json key, default where Hugging Face's Qwen3Config has one and files leave it out)
+# field: (config.json key, default of Hugging Face's Qwen3Config for files without the key)
 _HF_KEYS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", None),
     "dim": ("hidden_size", None),
@@ -160,12 +162,12 @@ _HF_KEYS: dict[str, tuple[str, Any]] = {
 }
 
 
-# transformers 4 writes the first (null for plain RoPE), transformers 5 the second.
+# transformers 4 writes the first key (null for plain RoPE), transformers 5 the second.
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
 def _rope_theta(config: dict[str, Any], where: str) -> Any:
-    """From wherever it stands; versions of transformers rank the places differently."""
+    """Return rope_theta from any of its places, which depend on the version of transformers."""
     tables = [config, *(config.get(key) or {} for key in _ROPE_KEYS)]
     found = [table["rope_theta"] for table in tables if table.get("rope_theta") is not None]
     if not found:
@@ -178,7 +180,7 @@ def _rope_theta(config: dict[str, Any], where: str) -> Any:
 
 
 def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    """Whatever would change the numbers and is not implemented is named, never ignored."""
+    """Raise if the config has a setting that changes results and is not implemented."""
     layer_types = config.get("layer_types") or ["full_attention"]
     checks = {
         "model_type": (config.get("model_type") == "qwen3", "'qwen3'"),

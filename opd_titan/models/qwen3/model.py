@@ -3,7 +3,7 @@
 Shapes: T packed tokens, D model width, H query heads, G key/value heads, K head size, V vocabulary.
 
 Reference: Qwen3 Technical Report, arXiv 2505.09388. Pre-norm blocks, grouped-query attention with
-RMSNorm on each query and key head *before* rotate-half RoPE, SwiGLU.
+RMSNorm of each query and key head *before* rotate-half RoPE, SwiGLU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> Rope:
-    """Cosine and sine of each position's angles, fp32 [T, 1, K] each (1 spans the heads)."""
+    """Return cosine and sine of each position's angles, fp32 [T, 1, K] each (1 for the heads)."""
     exponent = torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim
     angles = positions_T.float()[:, None] / theta**exponent
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
@@ -46,12 +46,12 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, rope: Rope, slots: CacheSlots | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be mixed: queries [T, H, K], keys and values [T, G, K].
+        """Return queries [T, H, K], keys and values [T, G, K].
 
         Args:
-            slots: where the keys and values are written as well.
+            slots: where the keys and values are also written.
         """
-        # -1 heads: under tensor parallelism a rank holds only its share of them.
+        # -1, because under tensor parallelism a rank has only some of the heads.
         q_THK, k_TGK, v_TGK = (
             x.unflatten(-1, (-1, self.head_dim)) for x in products(x_TD, self.wq, self.wk, self.wv)
         )
@@ -75,11 +75,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in two halves around the mixing of tokens.
+    """One layer: two halves, and the attention between them.
 
-    The halves are functions of tensors alone: they can be compiled, and recomputed in the backward,
-    whatever stands behind `attend`. A block takes and returns two tensors instead of their sum, so
-    that one kernel can compute the sum and the norm that follows it.
+    The halves are functions of tensors only, so that they can be compiled, and recomputed in the
+    backward, for any `attend`. A block takes and returns two tensors instead of their sum, so that
+    one kernel can compute the sum and the norm that follows it.
     """
 
     def __init__(self, args: Qwen3Args, layer: int) -> None:
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 class Qwen3Model(nn.Module):
-    """The decoder. One forward serves training, scoring, prefill and decoding."""
+    """The decoder. Training, scoring, prefill and decoding use the same forward."""
 
     def __init__(self, args: Qwen3Args) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Qwen3Model(nn.Module):
         self.tie_weights()
 
     def layers_with_one_input(self) -> list[list[Linear]]:
-        """Layers that multiply the same input, which one product can serve, see `layers.join`."""
+        """Return groups of layers with the same input; see `layers.join`."""
         block: Any
         found: list[list[Linear]] = []
         for block in self.layers:
@@ -139,12 +139,12 @@ class Qwen3Model(nn.Module):
         return found
 
     def tie_weights(self) -> None:
-        """Make head and embedding one parameter, where the config says so."""
+        """Make head and embedding one parameter, if the config says so."""
         if self.args.tied:
             self.lm_head.weight = self.tok_embeddings.weight
 
     def assert_tied(self) -> None:
-        """Several transforms silently replace parameters; a tie that breaks trains two heads."""
+        """Check that tied weights are one parameter. Some transforms replace parameters."""
         if self.args.tied:
             same = self.lm_head.weight is self.tok_embeddings.weight
             assert same, "a transform has untied head and embedding"
@@ -159,14 +159,14 @@ class Qwen3Model(nn.Module):
 
         Args:
             tokens_T: packed token ids.
-            attend: positions of the tokens and the attention between them.
+            attend: the positions of the tokens, and the attention between them.
             head: called with the final hidden states [T, D] and the head's weight [V, D], or a
-                rank's rows of it. It runs *inside* this forward because only here FSDP holds the
-                weight gathered; it projects the hidden states it needs, in chunks, so that no
-                [T, V] tensor has to exist.
+                rank's rows of it. It runs *inside* this forward, because FSDP has the weight
+                gathered only here. It projects the hidden states that it needs in chunks, so that
+                no tensor [T, V] is needed.
 
         Returns:
-            What `head` returns, or the hidden states [T, D] without one.
+            The result of `head`, or the hidden states [T, D] without a head.
         """
         rope = rope_tables(attend.positions_T, self.args.head_dim, self.args.rope_theta)
         h_TD, added_TD = self.tok_embeddings(tokens_T), None

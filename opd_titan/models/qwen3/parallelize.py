@@ -1,4 +1,4 @@
-"""How a Qwen3 is spread over the mesh. The model itself knows nothing of this."""
+"""Distribute a Qwen3 over the device mesh. The model's own code does not depend on this."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.models.transforms import apply_activation_checkpointing, apply_compile
 
-# The dimension of each weight that tensor parallelism splits; the norms' are whole on every rank.
+# The dimension of each weight that tensor parallelism splits. Norms are whole on every rank.
 _TP_DIM = {
     "tok_embeddings": 0,
     "lm_head": 0,
@@ -51,11 +51,11 @@ def parallelize_qwen3(
     compile: bool = False,
     cpu_offload: bool = False,
 ) -> None:
-    """Split every layer over `tp`, recompute, compile, shard over the other axes; in place.
+    """Apply tensor parallelism, activation checkpointing, torch.compile and FSDP2, in place.
 
     Args:
         activation_checkpoint: see `transforms.apply_activation_checkpointing`.
-        cpu_offload: the sharded parameters live on the host; FSDP brings each layer to the GPU,
+        cpu_offload: store the sharded parameters on the host. FSDP copies each layer to the GPU,
             and its gradients back.
     """
     if world.tp.size > 1:
@@ -70,10 +70,10 @@ def parallelize_qwen3(
 
 
 def rank_args(args: Qwen3Args, ranks: int, where: str) -> Qwen3Args:
-    """Sizes of one rank's share under tensor parallelism: a narrower model of the same depth.
+    """Return the sizes of one rank's part under tensor parallelism.
 
     Raises:
-        ModelError: something cannot be split evenly over so many ranks.
+        ModelError: a size is not divisible by the number of ranks.
     """
     split = {
         "num_key_value_heads": args.n_kv_heads,
@@ -109,14 +109,14 @@ def _split_weights(model: Qwen3Model, world: World) -> None:
 
 
 def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
-    """Register what the ranks of a split model send each other.
+    """Register the collectives between the ranks of a split model.
 
-    Column-parallel products (Q, K, V, the MLP's inner two, the head) need all tokens; row-parallel
-    ones (the embedding, O, the MLP's last) leave a sum over ranks to be made.
+    Column-parallel products (Q, K, V, the MLP's first two, the head) need all tokens. The results
+    of row-parallel products (the embedding, O, the MLP's last) are summed over the ranks.
 
     Args:
-        sequence_parallel: between layers each rank holds its share of the tokens, and the sum is
-            made and scattered in one collective. Otherwise every rank holds all of them.
+        sequence_parallel: whether each rank holds only its share of the tokens between layers. Then
+            one collective computes and scatters the sum.
     """
 
     def gather(out_TD: torch.Tensor) -> torch.Tensor:
@@ -144,16 +144,15 @@ def join_ranks(model: Qwen3Model, tp: Axis, *, sequence_parallel: bool) -> None:
 def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offload: bool) -> None:
     """Shard every parameter over the data-parallel axes with FSDP2.
 
-    A trained model also at world size 1: FSDP is then just the mixed-precision boundary (sharded
-    parameters in their own dtype, compute in `compute_dtype`, gradients reduced in fp32). A frozen
-    one that every rank stores whole and as it computes needs none, and FSDP would copy each layer
-    in every forward.
+    A trained model uses FSDP at world size 1, too, for mixed precision: parameters in their own
+    dtype, compute in `compute_dtype`, gradients reduced in fp32. A frozen model that every rank
+    stores whole in its compute dtype does not, because FSDP would copy each layer in every forward.
 
-    The embedding, the final norm and the head stay in the root's group. Tied weights must share a
-    group, and the root's stay gathered from the embedding's look-up to the end of the chunked
-    head's backward, so that the head is gathered once however many chunks there are.
+    The embedding, the final norm and the head are in the root's group. Tied weights must be in one
+    group, and the root's group stays gathered from the embedding to the end of the chunked head's
+    backward, so that the head is gathered once for all chunks.
     """
-    # RoPE tables are inputs of every block and must stay fp32, hence cast_forward_inputs=False.
+    # cast_forward_inputs=False, because blocks have RoPE tables as inputs, which must stay fp32.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -168,9 +167,9 @@ def _shard(model: Qwen3Model, world: World, compute_dtype: torch.dtype, cpu_offl
     model.assert_tied()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Losses are already divided by the global number of tokens: gradients are summed.
-            if mesh.size() > 1:  # alone, a factor would only cost a pass over the gradients
+            # Losses are already divided by the global number of tokens, so gradients are summed.
+            if mesh.size() > 1:  # on one rank, a factor would cost a pass over the gradients
                 module.set_gradient_divide_factor(1.0)
             if mesh.device_type == "cpu":
-                # gloo has no pre-multiplied sum, which is what a factor of 1.0 would use.
+                # gloo has no pre-multiplied sum, which a factor of 1.0 would use.
                 module.set_force_sum_reduction_for_comms(True)

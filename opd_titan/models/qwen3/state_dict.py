@@ -1,4 +1,4 @@
-"""Names of Qwen3's parameters: Hugging Face on the left, ours on the right."""
+"""Names of Qwen3's parameters: Hugging Face's on the left, ours on the right."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LAYER_KEYS = {
     "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
-# With tied weights: the name that a file may or may not hold too, and the tensor behind it.
+# With tied weights: a name that a file may hold in addition, and the name of the same tensor.
 TIED_HF_KEYS = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def hf_to_native(n_layers: int, tied: bool) -> dict[str, str]:
-    """Every Hugging Face key of a checkpoint and the native parameter it belongs to.
+    """Return our parameter names by the Hugging Face keys of a checkpoint.
 
-    A tied head is left out: the embedding is the one parameter behind both.
+    A tied head is left out, because it is the same parameter as the embedding.
     """
     table = dict(_GLOBAL_KEYS)
     if tied:

@@ -15,7 +15,7 @@ from torch.distributed import all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 
 from opd_titan.config.job_config import Distill, Reference, Training
-from opd_titan.data.types import Sample
+from opd_titan.data.types import Sample, ScoredBy
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, loss_head
 from opd_titan.distill.inspection import note_standings, watch_samples
 from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
@@ -230,17 +230,16 @@ def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]], world: World) 
 
 
 def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
-    columns = {
-        "advantages": stats.advantage_R,
-        "teacher_logprobs": stats.teacher_R,
-        "reference_logprobs": stats.reference_R,
-    }
-    for field, value_R in columns.items():
-        if value_R is not None:
-            for sample, values in zip(samples, unpack_values(value_R, samples), strict=True):
-                setattr(sample, field, values)
-    for role, seen in stats.seen.items():
-        note_standings(samples, role, seen)
+    found: dict[ScoredBy, Tensor | None]
+    found = {"teacher": stats.teacher_R, "reference": stats.reference_R}
+    for role, logprob_R in found.items():
+        if logprob_R is not None:
+            for sample, values in zip(samples, unpack_values(logprob_R, samples), strict=True):
+                sample.set_logprobs(role, values)
+    for sample, values in zip(samples, unpack_values(stats.advantage_R, samples), strict=True):
+        sample.advantages = values
+    for inspected, seen in stats.seen.items():
+        note_standings(samples, inspected, seen)
     for sample in samples:
         sample.teacher_hidden = sample.reference_hidden = None
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from opd_titan.models.kernels.device import Device, device_of
 
 GiB = 2**30
 
@@ -66,6 +70,16 @@ class Cluster:
     network_bandwidth: float
     on_cuda: bool = True
     assumed: Assumed = field(default_factory=Assumed)
+
+    @property
+    def device(self) -> Device:
+        """The device that tensors without data stand for: a recent GPU with all kernels, or a CPU.
+
+        A CPU's packed weights take as many bytes as plain ones, but need data.
+        """
+        if self.on_cuda:
+            return Device("cuda")
+        return replace(device_of(torch.device("cpu")), packs=False)
 
     def link(self, stride: int, ranks: int) -> float:
         """Return the bytes/s per rank of a collective over `ranks` ranks, `stride` apart.

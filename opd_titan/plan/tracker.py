@@ -1,7 +1,7 @@
 """Memory and traffic of code that runs on tensors without data.
 
-Under `FakeTensorMode` every operation knows the shapes of its results and computes nothing. This
-mode sees each operation, adds up the storages that are alive, and notes what the collectives move.
+Under `TensorsWithoutData` every operation knows the shapes of its results and computes nothing. The
+`Tracker` sees each operation, adds up the storages that are alive, and notes what collectives move.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Collectives that move data, and how often their larger buffer crosses a ring of n ranks,
-# (n - 1) / n of it each time.
+from opd_titan.models.kernels.device import Device
+
+# Collectives that move data, and how often (n - 1) / n of their larger buffer passes each link of a
+# ring of n ranks.
 _PASSES = {
     "allgather": 1,
     "_allgather_base": 1,
@@ -38,14 +40,27 @@ _PASSES = {
 }
 
 
+class TensorsWithoutData(FakeTensorMode):
+    """Make tensors without data, which are stored as a CPU's.
+
+    Args:
+        stands_for: the device whose implementations run, see `device_of`.
+    """
+
+    def __init__(self, stands_for: Device) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.stands_for = stands_for
+
+
 class Tracker(TorchDispatchMode):
-    """Counts bytes of live tensors, their peak, operations, and bytes that collectives move.
+    """Count bytes of live tensors, their peak, operations, and bytes that collectives move.
 
     Attributes:
-        live: bytes. `reset` starts the others anew:
-        peak: the most that was alive.
-        sent, collectives: bytes that this rank sends, and in how many, by the name of the group.
-        operations: how many that compute something.
+        live: bytes that are alive. `reset` sets the others back.
+        peak: the most bytes that were alive.
+        sent: bytes that this rank sends, by the name of the group.
+        collectives: their number, by the name of the group.
+        operations: the number of operations, without views.
     """
 
     @classmethod
@@ -55,7 +70,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, gloo: bool) -> None:
         """
         Args:
-            gloo: collectives are gloo's, which copies the larger of their buffers meanwhile.
+            gloo: the backend is gloo, which copies the larger buffer of a collective.
         """
         super().__init__()
         self.live, self.gloo = 0, gloo
@@ -63,6 +78,7 @@ class Tracker(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
+        """Start counting anew; the peak starts from what is alive."""
         self.peak, self.operations = self.live, 0
         self.sent: dict[str, float] = defaultdict(float)
         self.collectives: dict[str, int] = defaultdict(int)
@@ -73,12 +89,16 @@ class Tracker(TorchDispatchMode):
         # Half of all calls only ask where a tensor is.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
+        # A number that is not known is 0, for example the norm of the gradients.
+        if func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
+            return 0.0 if args[0].is_floating_point() else 0
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._note_traffic(func, args, out)
+            out = self._communicate(func, args, kwargs or {})
+        else:
+            out = func(*args, **(kwargs or {}))
+        self.operations += not func.is_view
         for leaf in tree_leaves(out):
-            if isinstance(leaf, DTensor):  # what it did inside is out of this mode's sight
+            if isinstance(leaf, DTensor):  # this mode does not see the operations inside
                 leaf = leaf._local_tensor
             if isinstance(leaf, FakeTensor) and not leaf.is_meta:
                 self.add(leaf)
@@ -101,6 +121,16 @@ class Tracker(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 
+    def _communicate(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Call a collective, which leaves the numbers that this rank knows as they are."""
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)]
+        known = [tensor.constant for tensor in tensors]
+        out = func(*args, **kwargs)
+        for tensor, number in zip(tensors, known, strict=True):
+            tensor.constant = number
+        self._note_traffic(func, args, out)
+        return out
+
     def _note_traffic(self, func: Any, args: tuple, out: Any) -> None:
         name = func._schema.name.partition("::")[2].rstrip("_")
         if name not in _PASSES:
@@ -116,7 +146,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def watch(self) -> Iterator[Tracker]:
-        """See the storages that FSDP frees, and fills again, by resizing them."""
+        """Notice when FSDP frees storages and fills them again, by resizing them."""
         resize = torch.UntypedStorage.resize_
         kind: Any = torch.UntypedStorage  # mypy: a class's methods are not to be replaced
 
@@ -131,6 +161,18 @@ class Tracker(TorchDispatchMode):
             yield self
         finally:
             kind.resize_ = resize
+
+
+def _is_unknown(tensor: Tensor) -> bool:
+    """Return whether a tensor has no data and was not made from one known number."""
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+def define_collectives() -> None:
+    """Register collectives for tensors without data, which older versions of torch lack."""
+    known = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not known("c10d::_allgather_base_", "Meta"):
+        from torch.distributed._tools import fake_collectives  # noqa: F401 - registers them
 
 
 def _process_group(argument: Any) -> dist.ProcessGroup | None:

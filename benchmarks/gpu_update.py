@@ -60,7 +60,9 @@ def measure_update(s: Setting, size: str, compile: bool) -> None:
     optimizer = build_optimizer(model, config.optimizer)
     for budget in s.budgets:
         config.training.max_tokens_per_microbatch = budget
-        kept = keep_what_fits(s.job(config), {"student": model}, {"student": shape}, s.world, total_bytes(s.device))
+        kept = keep_what_fits(
+            s.job(config), {"student": model}, {"student": shape}, s.world, total_bytes(s.device)
+        )
         for count in s.microbatches:
             samples = s.samples(budget, count, shape.args.vocab_size)
             plan = plan_minibatches(samples, 1, budget, s.world.dp)

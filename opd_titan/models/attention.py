@@ -42,7 +42,7 @@ def varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
 
 
 def why_padded(dtype: torch.dtype, x: Tensor | torch.device) -> str:
-    """Return why packed sequences are padded for attention on the device of `x`; or an empty text."""
+    """Return why attention on the device of `x` pads packed sequences; empty if it does not."""
     if why := device_of(x).why_padded or why_wrong_type(dtype):
         return why
     return "" if varlen_attn()[0] else f"torch {torch.__version__} has no varlen_attn"

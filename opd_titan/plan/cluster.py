@@ -81,6 +81,10 @@ class Cluster:
             return Device("cuda")
         return replace(device_of(torch.device("cpu")), packs=False)
 
+    def held(self, alive: float) -> float:
+        """Return the bytes of a device that are in use while tensors of `alive` bytes are alive."""
+        return alive * (1 + self.assumed.slack * self.on_cuda) + self.reserve
+
     def link(self, stride: int, ranks: int) -> float:
         """Return the bytes/s per rank of a collective over `ranks` ranks, `stride` apart.
 

@@ -10,16 +10,19 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opd_titan.distributed.world import axes
 from opd_titan.models.kernels.device import Device
 
 # Collectives that move data, and how often (n - 1) / n of their larger buffer passes each link of a
@@ -52,36 +55,71 @@ class TensorsWithoutData(FakeTensorMode):
         self.stands_for = stands_for
 
 
-class Tracker(TorchDispatchMode):
-    """Count bytes of live tensors, their peak, operations, and bytes that collectives move.
+@dataclass
+class Phase:
+    """What one phase of a step costs one rank.
 
     Attributes:
-        live: bytes that are alive. `reset` sets the others back.
-        peak: the most bytes that were alive.
-        sent: bytes that this rank sends, by the name of the group.
-        collectives: their number, by the name of the group.
-        operations: the number of operations, without views.
+        peak: the most bytes alive on the device, everything resident included.
+        sent: bytes that the rank sends in the whole step, by axis of the mesh.
+        collectives: their number in the whole step, by axis.
+        operations: of one decoding forward (rollout only).
+    """
+
+    peak: int = 0
+    sent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    operations: int = 0
+
+
+class Tracker(TorchDispatchMode):
+    """Count bytes of live tensors, operations, and bytes that collectives move, by phase.
+
+    Args:
+        mesh: the phases' traffic is counted along its axes.
+        gloo: the backend is gloo, which copies the larger buffer of a collective.
+
+    Attributes:
+        live: bytes that are alive.
+        peak: the most bytes that were alive since the last `reset`.
+        operations: their number since then, without views.
+        on_host: the bytes among `live` that the planned rank stores on its host.
+        phases: by name.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # guarding each operation against the compiler costs a tenth of the plan
 
-    def __init__(self, gloo: bool) -> None:
-        """
-        Args:
-            gloo: the backend is gloo, which copies the larger buffer of a collective.
-        """
+    def __init__(self, mesh: DeviceMesh, gloo: bool) -> None:
         super().__init__()
-        self.live, self.gloo = 0, gloo
+        self.gloo = gloo
+        self.live = self.on_host = 0
+        self.phases: dict[str, Phase] = {}
+        self._groups = {axis: mesh.get_group(axis).group_name for axis in axes(mesh)}
         self._sizes: dict[int, int] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Start counting anew; the peak starts from what is alive."""
+        """Count operations and traffic anew, and the peak from what is alive."""
         self.peak, self.operations = self.live, 0
-        self.sent: dict[str, float] = defaultdict(float)
-        self.collectives: dict[str, int] = defaultdict(int)
+        self._sent: dict[str, float] = defaultdict(float)
+        self._collectives: dict[str, int] = defaultdict(int)
+
+    def note(self, name: str, times: float = 1.0, calls: float | None = None) -> None:
+        """Add to a phase what was done since the last reset, and reset.
+
+        Args:
+            times: how often a step does it.
+            calls: how often a step calls its collectives, if not `times`.
+        """
+        phase = self.phases.setdefault(name, Phase())
+        phase.peak = max(phase.peak, self.peak - self.on_host)
+        for axis, group in self._groups.items():
+            phase.sent[axis] += self._sent[group] * times
+            calls_here = times if calls is None else calls
+            phase.collectives[axis] += self._collectives[group] * calls_here
+        self.reset()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -141,8 +179,8 @@ class Tracker(TorchDispatchMode):
         ranks = group.size()
         if self.gloo and _PASSES[name] == 1:
             self.peak = max(self.peak, self.live + max(sizes))
-        self.sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
-        self.collectives[group.group_name] += ranks > 1
+        self._sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
+        self._collectives[group.group_name] += ranks > 1
 
     @contextmanager
     def watch(self) -> Iterator[Tracker]:

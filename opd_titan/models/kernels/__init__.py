@@ -31,11 +31,7 @@ def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     Args:
         dtypes: the dtypes that the kernel supports.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and x.dtype in dtypes
-        and not device_of(x).why_plain
-    )
+    return not torch.compiler.is_compiling() and x.dtype in dtypes and not device_of(x).why_plain
 
 
 def can_pack(dtype: torch.dtype, x: Tensor | torch.device) -> bool:

@@ -89,9 +89,7 @@ class PagedAttention:
         raise NotImplementedError
 
 
-def choose_path(
-    head_dim: int, dtype: torch.dtype, x: Tensor | torch.device
-) -> PagedAttention:
+def choose_path(head_dim: int, dtype: torch.dtype, x: Tensor | torch.device) -> PagedAttention:
     """Return the fastest way that the device of `x`, the type and the version of torch have.
 
     Our kernels come before torch's, which takes only pages of a multiple of 256 tokens.
@@ -151,9 +149,7 @@ def _triton(
     return torch.ops.opd_titan.paged_prefill(q_THK, *cache, starts_N1, max_queries)
 
 
-def _varlen(
-    dtype: torch.dtype, x: Tensor | torch.device
-) -> tuple[PagedKernel | None, str]:
+def _varlen(dtype: torch.dtype, x: Tensor | torch.device) -> tuple[PagedKernel | None, str]:
     """Return torch's kernel, which came with torch 2.12, or None and the reason."""
     if why_wrong_type(dtype) or device_of(x).why_padded:
         return None, "torch's paged kernel does not take it either"

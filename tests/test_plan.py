@@ -260,7 +260,7 @@ def test_tensors_without_data_take_the_implementations_of_the_planned_device() -
     """Those with data, and those of another mode, do not."""
     real = torch.empty(1, 1, 64, dtype=torch.bfloat16)
     with FakeTensorMode():
-        other = torch.empty_like(real)
+        other = torch.empty(1, 1, 64, dtype=torch.bfloat16)
     with TensorsWithoutData(Device("cuda")):
         planned = torch.empty(1, 1, 64, dtype=torch.bfloat16)
         half, both = planned + planned, planned.float()

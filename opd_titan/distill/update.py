@@ -37,13 +37,13 @@ from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
-# Stands for a log-prob at rollout time where the student did not write the response.
+# The log-prob at rollout time of a token that the student did not write.
 UNKNOWN = math.inf
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """Which loss, under which distribution, clipped at which norm (0: not clipped)."""
+    """The loss of an update, its distribution, and the norm to clip gradients at (0 for none)."""
 
     objective: Objective
     settings: ObjectiveSettings
@@ -65,13 +65,13 @@ class UpdateRule:
 
 @dataclass
 class UpdateResult:
-    """What a step's updates did.
+    """The outcome of a step's updates.
 
     Attributes:
         scalars: by their TensorBoard names, the same on every rank.
-        made: of each update in turn, whether it was made; not where its loss or gradient was not
-            finite on some rank. The same on every rank.
-        suspects: this rank's samples with a token of non-finite loss, in updates that were skipped;
+        made: for each update, whether it was made; False if its loss or gradient was not finite on
+            some rank. The same on every rank.
+        suspects: of updates that were skipped, this rank's samples with a token of non-finite loss;
             if no rank has such a token, all samples of the update.
     """
 
@@ -103,10 +103,10 @@ class _Totals:
     def add(self, stats: HeadStats, rollout_R: Tensor | None, weight: int) -> None:
         """Add a micro-batch's diagnostics.
 
-        A stand-in has weight 0, but all names: ranks must sum the same ones.
+        An empty micro-batch has weight 0, but all names, because ranks must sum the same ones.
 
         Args:
-            rollout_R: log-probs at rollout time, where the weights have not moved since.
+            rollout_R: log-probs at rollout time; None if the weights have changed since.
         """
         self.loss += stats.loss_R.sum() * weight
         values = {name: getattr(stats, column) for column, name in self.NAMES.items()}
@@ -153,8 +153,8 @@ def update(
     Args:
         on_sequences: called by all ranks with the number of sequences just done. Until the first
             optimizer step it may raise, and nothing has changed.
-        frozen: by name, the teachers and the "reference" that the samples hold hidden states of;
-            these are used up, and their log-probs filled in.
+        frozen: by role, the models that made the hidden states of the samples. The log-probs are
+            set in place of the hidden states.
         exchange_once: see `exchange_gradients`.
     """
     totals, made = _Totals(world), []
@@ -211,7 +211,7 @@ def _accumulating(model: nn.Module) -> Iterator[None]:
 
 
 def models_of(teacher: str, frozen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """By role, what one teacher's micro-batches are compared with."""
+    """Return the "teacher" and the "reference" of one teacher's micro-batches."""
     names = {"teacher": teacher, "reference": "reference"}
     return {role: frozen[name] for role, name in names.items() if name in frozen}
 
@@ -253,12 +253,12 @@ def forward_backward(
     heads: FrozenHeads = NONE_FROZEN,
     packed: tuple[PackedBatch, TokenScores] | None = None,
 ) -> tuple[HeadStats, Tensor | None]:
-    """Forward and backward of one micro-batch, which may be empty: both are collective.
+    """Run forward and backward of one micro-batch. It may be empty, because both are collective.
 
     Args:
         update_tokens: response tokens of the whole update, over micro-batches and ranks.
-        heads: of the models that the samples hold hidden states of.
-        packed: the samples, where `pack_scored` was called ahead.
+        heads: of the models that made the samples' hidden states.
+        packed: the result of `pack_scored`, if it was called ahead.
 
     Returns:
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
@@ -286,7 +286,7 @@ def forward_backward(
 def pack_scored(
     samples: Sequence[Sample], world: World, heads: FrozenHeads
 ) -> tuple[PackedBatch, TokenScores]:
-    """Pack a micro-batch, which may be empty, with what is known of its tokens."""
+    """Pack a micro-batch, which may be empty, and the scores of its tokens."""
     device = world.device
     if not samples:
         zero_R = torch.zeros(1, device=device)

@@ -95,7 +95,7 @@ class PlannedRunner(Runner):
         return rows
 
     def _plan_pages(self, n: int) -> PageParts | None:
-        """Plan with real tensors, because the pages to read are data, and drop the data."""
+        """Plan with real tensors, because the pages to read are data."""
         if self.static:
             return None
         with unset_fake_temporarily():
@@ -103,11 +103,7 @@ class PlannedRunner(Runner):
             for row_M, pages in zip(table_NM, self._pages, strict=True):
                 row_M[: len(pages)] = torch.tensor(pages)
             counts_N = torch.tensor([len(pages) for pages in self._pages])
-            parts = PageParts(table_NM, counts_N, self.cache.page_size, self.cache.device)
-        for name, value in vars(parts).items():
-            if isinstance(value, Tensor):
-                setattr(parts, name, torch.empty_like(value))
-        return parts
+            return PageParts(table_NM, counts_N, self.cache.page_size, self.cache.device)
 
     def _weight_addresses(self) -> list[int]:
         return []

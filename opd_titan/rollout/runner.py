@@ -305,7 +305,7 @@ class Runner:
 
 
 class Responses:
-    """Tokens and log-probs of several sequences, on their way to the host."""
+    """Tokens and log-probs of several sequences, which are being copied to the host."""
 
     def __init__(self, fetched: Fetched, counts: Sequence[int]) -> None:
         self._fetched, self._counts = fetched, counts

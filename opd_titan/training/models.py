@@ -162,7 +162,7 @@ def parallel_model(
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give the parameters storage without values, and tie them again: `to_empty` unties them."""
+    """Give the parameters storage without values, and tie those again that `to_empty` unties."""
     model.to_empty(device=device)
     model.tie_weights()  # type: ignore[operator]  # of our own models
 

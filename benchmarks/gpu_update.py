@@ -26,7 +26,7 @@ from opd_titan.distill.update import UpdateRule, forward_backward, update
 from opd_titan.models.logits import Distribution
 from opd_titan.models.transforms import num_compiled_graphs
 from opd_titan.rollout.generator import Generator
-from opd_titan.rollout.memory import StepMemory
+from opd_titan.rollout.memory import StepMemory, total_bytes
 from opd_titan.rollout.rollout import sample_responses
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.weights import GeneratorWeights
@@ -60,7 +60,9 @@ def measure_update(s: Setting, size: str, compile: bool) -> None:
     optimizer = build_optimizer(model, config.optimizer)
     for budget in s.budgets:
         config.training.max_tokens_per_microbatch = budget
-        kept = keep_what_fits(s.job(config), {"student": model}, {"student": shape}, s.world)
+        kept = keep_what_fits(
+            s.job(config), {"student": model}, {"student": shape}, s.world, total_bytes(s.device)
+        )
         for count in s.microbatches:
             samples = s.samples(budget, count, shape.args.vocab_size)
             plan = plan_minibatches(samples, 1, budget, s.world.dp)
@@ -115,12 +117,14 @@ class _Step:
         shapes = {"student": s.shape("student", "0.6B"), "teacher": s.shape("teacher", "4B")}
         models = {role: s.model(shape, self.config, i) for i, (role, shape) in
                   enumerate(shapes.items())}  # fmt: skip
-        self.kept = keep_what_fits(s.job(self.config), models, shapes, s.world)
+        self.memory = StepMemory(s.device)
+        self.kept = keep_what_fits(
+            s.job(self.config), models, shapes, s.world, self.memory.total_bytes()
+        )
         self.student, self.teacher = models.values()
         self.optimizer = build_optimizer(self.student, self.config.optimizer)
         build = partial(shapes["student"].build_share, s.world.tp, False)
         self.weights = GeneratorWeights(self.student, build, s.dtype, s.device)
-        self.memory = StepMemory(s.device)
         self.generator = Generator(
             self.weights.model,
             {0},
@@ -152,7 +156,8 @@ class _Step:
         whole = update_rule.needs_vocabulary
         scoring = (self.teacher, plan, Distribution(), s.world)
         for sample, values in phase("teacher", score, *scoring, keep_hidden=whole):
-            setattr(sample, "teacher_hidden" if whole else "teacher_logprobs", values)
+            assign = sample.set_hidden if whole else sample.set_logprobs
+            assign("teacher", values)
         result = phase(
             "update",
             update,

@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tiny_plan import H200, SIZES, TIGHT, rank_share, resolved, tp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd_titan.config import JobConfig, load_config
-from opd_titan.distill.head import CHUNK_BYTES
 from opd_titan.errors import UserError
+from opd_titan.models.kernels import fused
+from opd_titan.models.kernels.device import Device
+from opd_titan.models.kernels.paged import choose_path
 from opd_titan.plan.__main__ import main
 from opd_titan.plan.estimate import Estimate, estimate
-from opd_titan.plan.kernels import like_cuda
 from opd_titan.plan.remedies import remedies
 from opd_titan.plan.simulate import simulate
+from opd_titan.plan.tracker import TensorsWithoutData
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -66,34 +67,33 @@ def test_kv_cache(planned: Any, degree: int) -> None:
     _, simulation, _ = planned("wide", "tiny", *tp(degree))
     _, layers, _, heads, k, *_ = SIZES["wide"]
     sequences = 16 * 2 // (8 // degree)
-    assert simulation.slots == simulation.pages == sequences and simulation.page_size == 64
+    rollout = simulation.rollout
+    assert rollout.slots == rollout.pages == sequences and rollout.page_size == 64
     assert simulation.resident["generator weights"] == 2 * rank_share("wide", degree, degree)
     # One page more, for rows without a sequence; keys and values of two bytes.
     tokens = 64 * (sequences + 1)
-    assert simulation.kv_cache == 2 * layers * tokens * (heads // degree) * k * 2
+    assert rollout.kv_cache == 2 * layers * tokens * (heads // degree) * k * 2
     logits = 4 * sequences * SIZES["wide"][-2] // degree
-    assert simulation.phases["rollout"].peak > simulation.kv_cache + logits
+    assert simulation.phases["rollout"].peak > rollout.kv_cache + logits
     # What is kept beside it: tokens and log-probs, and the logits.
-    kept = simulation.runner - simulation.kv_cache
+    kept = rollout.kept - rollout.kv_cache
     assert sequences * (4 + 4) * 32 + logits < kept < 2**20
 
 
 def test_more_sequences_than_fit_take_turns(planned: Any) -> None:
     options = ("--rollout.max_concurrent", 3)
     _, simulation, _ = planned("tiny", "tiny", *options)
-    assert simulation.slots == 3 and simulation.preempted == 0
-    assert simulation.decode_forwards == 2 * 32  # three, then one
+    assert simulation.rollout.slots == 3 and simulation.rollout.preempted == 0
+    assert simulation.rollout.decode_forwards == 2 * 32  # three, then one
 
 
 def test_shorter_responses_take_fewer_steps_and_the_same_cache(arguments: Any) -> None:
     options = arguments("tiny", "tiny", "--rollout.max_concurrent", 3)
     job = resolved(load_config(options), H200)
-    full, half = (simulate(job, H200, 32, tokens) for tokens in (32, 16))
+    full, half = (simulate(job, H200, 32, tokens).rollout for tokens in (32, 16))
     options += ["--rollout.max_tokens_per_step", str(32 * 16)]
-    assert (
-        simulate(resolved(load_config(options), H200), H200, 32, 32).decode_forwards
-        == half.decode_forwards
-    )
+    limited = simulate(resolved(load_config(options), H200), H200, 32, 32).rollout
+    assert limited.decode_forwards == half.decode_forwards
     # Two rounds of responses. Those that end before the limit are seen to have a step late.
     assert half.decode_forwards == full.decode_forwards / 2 + 2
     assert half.kv_cache == full.kv_cache and half.slots == full.slots
@@ -106,16 +106,17 @@ def test_where_memory_is_short_some_are_preempted(arguments: Any, response: int)
     cluster = replace(H200, memory=5e7, reserve=0.0)
     job = resolved(load_config(arguments("tiny", "tiny", *options)), cluster)
     simulation = simulate(job, cluster, 24, response)
-    assert 1 < simulation.slots < 64 and simulation.pages // simulation.slots == 8
-    again = sum(end - start for start, end in simulation.prefilled) - 2 * 23
+    rollout = simulation.rollout
+    assert 1 < rollout.slots < 64 and rollout.pages // rollout.slots == 8
+    again = sum(end - start for start, end in rollout.prefilled) - 2 * 23
     if response == 480:
-        assert simulation.preempted == again == 0
+        assert rollout.preempted == again == 0
     else:
-        assert simulation.preempted > 0 and again > 100 * simulation.preempted
-    least = math.ceil(64 * response / simulation.slots)
-    assert least <= simulation.decode_forwards < 2 * least
+        assert rollout.preempted > 0 and again > 100 * rollout.preempted
+    least = math.ceil(64 * response / rollout.slots)
+    assert least <= rollout.decode_forwards < 2 * least
     found = estimate(job, cluster, simulation).seconds["rollout"].busy
-    simulation.prefilled = simulation.prefilled[:2]  # the prompts
+    simulation.rollout = replace(rollout, prefilled=rollout.prefilled[:2])  # the prompts
     assert (found > estimate(job, cluster, simulation).seconds["rollout"].busy) == (again > 0)
 
 
@@ -193,7 +194,7 @@ def test_the_busiest_rank_sets_the_pace(planned: Any) -> None:
     assert full[2].seconds["rollout"].busy == sparse[2].seconds["rollout"].busy
     assert full[2].flops == sparse[2].flops
     # Updates share by samples: 32 of them.
-    counts = [len(list(chain.from_iterable(p[1].update_share))) for p in (full, sparse)]
+    counts = [len(list(chain.from_iterable(p[1].microbatches()))) for p in (full, sparse)]
     assert counts == [2, 1]
 
 
@@ -210,7 +211,7 @@ def test_recomputing_takes_less_memory_and_more_time(planned: Any) -> None:
 
 def test_an_update_of_a_small_model_waits_for_the_host(planned: Any) -> None:
     _, simulation, found = planned("wide", "tiny")
-    launches = len(simulation.update_share) * simulation.shapes["student"].args.n_layers
+    launches = len(simulation.microbatches()) * simulation.shapes["student"].args.n_layers
     assert found.seconds["update"].busy == pytest.approx(launches * H200.assumed.layer)
 
 
@@ -255,20 +256,19 @@ def test_a_teacher_on_the_host_is_copied_to_be_validated(planned: Any) -> None:
     assert simulation.phases["validation"].peak > resident + 2 * rank_share("wide", 1)
 
 
-def test_planning_for_gpus_takes_their_branches_and_leaves_none_behind() -> None:
-    def seen() -> tuple[Any, ...]:
-        with FakeTensorMode():
-            half = torch.empty(1, 1, 64, dtype=torch.bfloat16)
-        # torch 2.15 asks the device whether cuDNN's attention would do: none is there.
-        without_cudnn = not torch.backends.cuda.cudnn_sdp_enabled()
-        chunks = CHUNK_BYTES["cpu"] == CHUNK_BYTES["cuda"]
-        return half.is_cuda, chunks, without_cudnn, F.rms_norm
-
-    before = seen()
-    with like_cuda():
-        inside = seen()
-    assert before == seen() == (False, False, False, before[3])
-    assert inside[:3] == (True, True, True) and inside[3] is not before[3]
+def test_tensors_without_data_take_the_implementations_of_the_planned_device() -> None:
+    """Those with data, and those of another mode, do not."""
+    real = torch.empty(1, 1, 64, dtype=torch.bfloat16)
+    with FakeTensorMode():
+        other = torch.empty(1, 1, 64, dtype=torch.bfloat16)
+    with TensorsWithoutData(Device("cuda")):
+        planned = torch.empty(1, 1, 64, dtype=torch.bfloat16)
+        half, both = planned + planned, planned.float()
+        assert half.dtype == torch.bfloat16 and fused(half) and fused(planned[0])
+        assert not fused(both) and fused(both, (torch.float32,))
+        assert choose_path(64, half.dtype, half).name == "triton"
+    assert fused(planned) and not fused(real) and not fused(other)
+    assert choose_path(64, real.dtype, real).name == "pages"
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_several_updates_do_not_pile_up_gradients(planned: Any) -> None:
     budget = "--training.max_tokens_per_microbatch", 128
     _, several, _ = planned("wide", "tiny", *budget)
     _, updates, _ = planned("wide", "tiny", *budget, "--distill.minibatches", 2)
-    assert several.scored["teacher"] == updates.scored["teacher"] == 2
+    assert len(several.microbatches("teacher")) == len(updates.microbatches("teacher")) == 2
     assert several.phases["update"].peak > updates.phases["update"].peak
 
 

@@ -65,6 +65,7 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     from opd_titan.distributed.world import set_timeout
     from opd_titan.evaluation.results import claim_folder, table, write_results
     from opd_titan.evaluation.validator import build_validator, prompt_options
+    from opd_titan.rollout.memory import StepMemory
     from opd_titan.training.models import build_generator
     from opd_titan.training.setup import join_world
     from opd_titan.training.sources import check_lengths
@@ -84,7 +85,8 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
     monitor.set_phase(f"the loading of {subject.name}")
     stop.check()
     model = _load(job, subject, world)
-    weights, generator = build_generator(job, subject.source, model, world)
+    source, memory = subject.source, StepMemory(world.device)
+    weights, generator = build_generator(job, source, model, source.eos_ids, world, memory)
     set_timeout(config.comm.train_timeout_seconds, world.device)
     heartbeat.limit = config.comm.train_timeout_seconds
     monitor.set_phase(f"the evaluation of {subject.name}")

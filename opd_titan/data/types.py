@@ -1,4 +1,4 @@
-"""The data of a step: a `Prompt`, and the `Sample`s of it, which collect scores."""
+"""The data of a step: prompts, and samples, which collect scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+# The roles of the models that score responses.
+ScoredBy = Literal["teacher", "reference"]
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,16 @@ class Standing:
 class Sample:
     """One response to one prompt.
 
-    `response_ids` includes the stop token if `finish_reason` is "stop". The log-probs (natural
-    logarithm) and advantages are fp32 [tokens], on the CPU; None if there is no such model.
-    `student_logprobs` are from the sampling itself.
-
-    `inspection` has the ranks by role, for samples that are written to disk. It is complete on the
-    rank that updates on the sample.
-
-    `teacher_hidden` and `reference_hidden` [tokens, width] are on the device, between scoring and
-    update, for objectives that need whole distributions.
+    Attributes:
+        response_ids: includes the stop token if `finish_reason` is "stop".
+        student_logprobs: natural logarithms, fp32 [tokens], on the CPU, from the sampling itself;
+            None if the student did not write the response.
+        teacher_logprobs, reference_logprobs: as above; None if there is no such model.
+        advantages: fp32 [tokens], on the CPU; None before the update.
+        teacher_hidden, reference_hidden: [tokens, width], on the device; set between scoring and
+            update if the objective needs whole distributions.
+        inspection: the ranks by role, for samples that are written to disk. It is complete on the
+            rank that updates on the sample.
     """
 
     prompt: Prompt
@@ -81,3 +84,18 @@ class Sample:
     def num_tokens(self) -> int:
         """Prompt and response tokens together."""
         return len(self.prompt.token_ids) + len(self.response_ids)
+
+    def logprobs_of(self, role: ScoredBy) -> Tensor | None:
+        return self.teacher_logprobs if role == "teacher" else self.reference_logprobs
+
+    def set_logprobs(self, role: ScoredBy, logprobs: Tensor) -> None:
+        if role == "teacher":
+            self.teacher_logprobs = logprobs
+        else:
+            self.reference_logprobs = logprobs
+
+    def set_hidden(self, role: ScoredBy, hidden: Tensor | None) -> None:
+        if role == "teacher":
+            self.teacher_hidden = hidden
+        else:
+            self.reference_hidden = hidden

@@ -26,6 +26,7 @@ from opd_titan.distill.inspection import Columns, Inspector
 from opd_titan.distill.objectives import Objective, ObjectiveSettings, TokenLoss
 from opd_titan.distill.vocabulary import Buffer, ModelLogits, Rows, TokenScores
 from opd_titan.models import kernels
+from opd_titan.models.kernels.device import device_of
 from opd_titan.models.logits import (
     Distribution,
     VocabHead,
@@ -52,7 +53,7 @@ def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> li
     """
     # Truncation sorts the whole vocabulary, with seven such tensors at its peak.
     width = 8 * head.vocab_size if dist.truncates else head.rows
-    chunk_bytes = CHUNK_BYTES[head.weight_vD.device.type] * 3 // max(3, tensors)
+    chunk_bytes = CHUNK_BYTES[device_of(head.weight_vD).type] * 3 // max(3, tensors)
     rows = max(1, chunk_bytes // (4 * width))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 

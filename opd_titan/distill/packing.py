@@ -21,11 +21,11 @@ from opd_titan.distributed.transfer import send
 from opd_titan.distributed.world import Axis, World
 from opd_titan.models.attention import PackedAttention
 
-# Stands in where a rank has no micro-batch left: forward and backward are collective.
+# Runs on a rank that has no micro-batch left, because forward and backward are collective.
 STAND_IN = (Sample(Prompt(-1, "", (0,)), 0, [0], "length"),)
 
 T = TypeVar("T")
-# What counts as the same prompt: its row in the source and its tokens.
+# Prompts are the same if their rows in the source and their tokens are.
 PromptKey = tuple[int, tuple[int, ...]]
 # See `cost`.
 REPEATED_PART = 8
@@ -33,12 +33,17 @@ REPEATED_PART = 8
 
 @dataclass
 class PackedBatch:
-    """Sequences laid end to end, and where their response tokens are predicted from.
+    """Packed sequences, and the positions that predict their response tokens.
 
-    A sequence's last token predicts nothing, so it is a target but never an input. The first
-    response token is predicted from the prompt's last position, which a group shares; the stop
-    token is a target like any other. All of this follows from lengths alone, whatever the pad id
-    is.
+    The last token of a sequence predicts nothing, so it is a target but not an input. The prompt's
+    last position, which a group shares, predicts the first response token. The stop token is a
+    target like any other. All of this follows from lengths alone, not from a pad id.
+
+    Attributes:
+        tokens_T: token ids.
+        attend: the attention between the tokens.
+        predict_R: the position that predicts each response token.
+        targets_R: the ids of the response tokens.
     """
 
     tokens_T: Tensor
@@ -48,10 +53,10 @@ class PackedBatch:
 
 
 def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
-    """Pack whole samples, in order; a prompt that several have is packed once, before the first.
+    """Pack whole samples in order. A shared prompt is packed once, before its first sample.
 
-    Tensor-parallel ranks take equal shares of the tokens: what is missing to a multiple of them is
-    added at the end, as a sequence that predicts nothing.
+    Tensor-parallel ranks take equal shares of the tokens. The tokens are padded to a multiple of
+    the number of ranks, by a sequence at the end that predicts nothing.
     """
     uses = Counter(_prompt_of(s) for s in samples)
     layout = _Layout()
@@ -86,9 +91,9 @@ def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
 def made_ahead(
     microbatches: Iterable[list[Sample]], make: Callable[[list[Sample]], T]
 ) -> Iterator[tuple[list[Sample], T]]:
-    """Yield each micro-batch with what is made of it, and make the next one's before that.
+    """Yield each micro-batch with the result of `make`, which is called one micro-batch ahead.
 
-    A GPU that waits for the host between two of them then finds the next one's indices there.
+    The tensors of the next micro-batch are then on the device when the present one is done.
     """
     ready: list[tuple[list[Sample], T]] = []
     for samples in microbatches:
@@ -108,7 +113,7 @@ class _Layout:
         self.continues: list[int | None] = []
 
     def add(self, tokens: Sequence[int], continues: int | None = None) -> int:
-        """Append a piece; returns its first row."""
+        """Append a piece and return its first row."""
         self.starts.append(len(self.tokens))
         self.lengths.append(len(tokens))
         self.continues.append(continues)
@@ -117,7 +122,7 @@ class _Layout:
 
 
 def pack_values(values: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
-    """Per-token values of each sample [its tokens] as one [R] tensor; None where there are none."""
+    """Return the values of each sample's tokens as one [R] tensor; None if there are none."""
     there = [value for value in values if value is not None]
     if not there:
         return None
@@ -127,21 +132,21 @@ def pack_values(values: Sequence[Tensor | None], device: torch.device) -> Tensor
 
 
 def unpack_values(values_R: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
-    """One [R] tensor as a CPU tensor per sample."""
+    """Split an [R] tensor into one CPU tensor for each sample."""
     return list(values_R.cpu().split([len(s.response_ids) for s in samples]))
 
 
 def split_minibatches(num_samples: int, minibatches: int) -> list[range]:
-    """Cut a step's samples into updates of nearly equal size, independently of the world size."""
+    """Divide a step's samples into updates of nearly equal size, for any world size alike."""
     ends = [num_samples * (i + 1) // minibatches for i in range(minibatches)]
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def cost(samples: Sequence[Sample]) -> int:
-    """Tokens that a micro-batch of these is counted as: of its responses, and of each prompt once.
+    """Return the cost of a micro-batch in tokens: its responses, and each prompt once.
 
-    A prompt counts again by a part for each further sample that has it: only attention repeats it,
-    by its keys and values (1/8 to 1/20 of what the layers of a Qwen3 keep of a token).
+    Each further sample of a prompt adds a part of the prompt, because attention repeats the
+    prompt's keys and values (1/8 to 1/20 of what the layers of a Qwen3 keep for a token).
     """
     total, seen = 0, set()
     for s in samples:
@@ -160,10 +165,10 @@ def _prompt_of(sample: Sample) -> PromptKey:
 
 
 def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give each rank items of about the same cost in all.
+    """Divide items among ranks with about equal total costs.
 
-    Longest first to the least loaded rank (Graham 1969: at most 4/3 of the best possible).
-    Returns indices per rank, ascending.
+    The most expensive item goes first to the rank with the lowest total (Graham 1969: at most 4/3
+    of the best possible). Return the indices of each rank, ascending.
     """
     parts: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0, 0, rank) for rank in range(ranks)]
@@ -175,10 +180,11 @@ def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def place(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
-    """Give each rank about the same work; samples of one prompt cost less on the same rank.
+    """Divide samples among ranks with about equal work.
 
-    Groups are placed whole, then cut in 2, 4, ... down to single samples; what counts is the way
-    that leaves the busiest rank the least. Returns indices per rank, ascending.
+    Samples of one prompt cost less on the same rank. So groups are placed whole, or cut in 2, 4,
+    ... down to single samples, whichever gives the busiest rank the least work. Return the indices
+    of each rank, ascending.
     """
     groups = _by_prompt(samples)
     largest = max(len(g) for g in groups)
@@ -196,11 +202,12 @@ def place(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
 
 
 def fill_microbatches(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
-    """Micro-batches of at most `max_tokens` by their `cost`, and few of them.
+    """Divide samples into few micro-batches with a `cost` of at most `max_tokens` each.
 
-    The costliest group comes first, in it the longest response. Each sample joins others of its
-    prompt where there is room, or else the first micro-batch that has room. One that is longer than
-    the budget gets its own. Returns indices per micro-batch, ascending.
+    The most expensive group comes first, and in a group the longest response. Each sample joins
+    others of its prompt if there is room, or else the first micro-batch with room. A sample that is
+    longer than `max_tokens` gets its own micro-batch. Return the indices of each micro-batch,
+    ascending.
     """
     groups = _by_prompt(samples)
     costs = [cost([samples[i] for i in g]) for g in groups]
@@ -224,7 +231,7 @@ def fill_microbatches(samples: Sequence[Sample], max_tokens: int) -> list[list[i
 
 
 def _by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of the samples of each prompt."""
+    """Return the indices of the samples of each prompt."""
     groups: dict[PromptKey, list[int]] = {}
     for i, s in enumerate(samples):
         groups.setdefault(_prompt_of(s), []).append(i)
@@ -248,7 +255,7 @@ class Minibatch:
     teachers: list[str]
 
     def by_teacher(self) -> Iterator[tuple[str, list[list[Sample]]]]:
-        """Each teacher's micro-batches."""
+        """Yield each teacher with its micro-batches."""
         pairs = zip(self.teachers, self.microbatches, strict=True)
         for teacher, part in groupby(pairs, key=itemgetter(0)):
             yield teacher, [microbatch for _, microbatch in part]
@@ -272,7 +279,7 @@ def plan_minibatches(
 
 
 def _microbatches(samples: Sequence[Sample], max_tokens: int, dp: Axis) -> list[list[Sample]]:
-    """This rank's share of the samples, as many micro-batches as every rank has."""
+    """Return this rank's share of the samples, in the same number of micro-batches on all ranks."""
     bins_by_rank = []
     for members in place(samples, dp.size):
         share = [samples[i] for i in members]
@@ -282,6 +289,6 @@ def _microbatches(samples: Sequence[Sample], max_tokens: int, dp: Axis) -> list[
 
 
 def taught_by(teacher: str, plan: Sequence[Minibatch]) -> list[Minibatch]:
-    """What one teacher has to score of a plan; for no update."""
+    """Return the part of a plan that one teacher scores. It does not fit an update."""
     parts = [part for minibatch in plan for part in minibatch.by_teacher()]
     return [Minibatch(own, 0, [name] * len(own)) for name, own in parts if name == teacher]

@@ -33,17 +33,17 @@ def score(
     """Return the log-probs, or the hidden states, of the response tokens of this rank's share.
 
     Args:
-        model: the decoder; left resharded.
-        dist: the distribution to score under; a teacher is scored whole, at the sampling
-            temperature, whatever top-k and top-p the student sampled with.
+        model: the decoder; it is resharded at the end.
+        dist: the distribution to score under. For a teacher it is the one that the student samples
+            from, without top-k and top-p.
         on_sequences: called with the number of sequences just done, for a progress bar.
-        keep_hidden: leave the vocabulary to the update, which needs all of it.
-        role: "teacher" or "reference", under which samples that are to be inspected note what is
-            seen; where hidden states are kept, the update sees it.
+        keep_hidden: return hidden states, for an update that needs whole distributions.
+        role: "teacher" or "reference". Samples to be inspected record ranks under this name, unless
+            hidden states are kept; then the update records them.
 
     Returns:
         Each of this rank's samples with its log-probs, fp32 on the CPU; or with the hidden states
-        [response tokens, E] that predict them, where they were made.
+        [response tokens, E] that predict its tokens, on the device.
     """
     scored: list[tuple[Sequence[Sample], Tensor]] = []
     seen: list[tuple[Sequence[Sample], Columns]] = []
@@ -73,9 +73,10 @@ def score(
 
 @contextmanager
 def gathered_heads(models: Mapping[str, nn.Module]) -> Iterator[FrozenHeads]:
-    """The heads of these frozen models ("teacher", "reference"), whole but for tensor parallelism.
+    """Gather the heads of frozen models, by role ("teacher", "reference"). All ranks must enter.
 
-    All ranks enter. FSDP gathers a head together with the embedding, which it may be tied to.
+    Under tensor parallelism a rank has its part of them. FSDP gathers a head together with the
+    embedding, which it may be tied to.
     """
     with ExitStack() as stack:
         for model in models.values():

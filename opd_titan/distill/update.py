@@ -15,7 +15,7 @@ from torch.distributed import all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 
 from opd_titan.config.job_config import Distill, Reference, Training
-from opd_titan.data.types import Sample
+from opd_titan.data.types import Sample, ScoredBy
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, LossHead, LossRule
 from opd_titan.distill.inspection import note_standings, watch_samples
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
@@ -37,7 +37,7 @@ from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution
 
-# Stands for a log-prob at rollout time where the student did not write the response.
+# The log-prob at rollout time of a token that the student did not write.
 UNKNOWN = math.inf
 
 
@@ -62,13 +62,13 @@ class UpdateRule(LossRule):
 
 @dataclass
 class UpdateResult:
-    """What a step's updates did.
+    """The outcome of a step's updates.
 
     Attributes:
         scalars: by their TensorBoard names, the same on every rank.
-        made: of each update in turn, whether it was made; not where its loss or gradient was not
-            finite on some rank. The same on every rank.
-        suspects: this rank's samples with a token of non-finite loss, in updates that were skipped;
+        made: for each update, whether it was made; False if its loss or gradient was not finite on
+            some rank. The same on every rank.
+        suspects: of updates that were skipped, this rank's samples with a token of non-finite loss;
             if no rank has such a token, all samples of the update.
     """
 
@@ -100,10 +100,10 @@ class _Totals:
     def add(self, stats: HeadStats, rollout_R: Tensor | None, weight: int) -> None:
         """Add a micro-batch's diagnostics.
 
-        A stand-in has weight 0, but all names: ranks must sum the same ones.
+        An empty micro-batch has weight 0, but all names, because ranks must sum the same ones.
 
         Args:
-            rollout_R: log-probs at rollout time, where the weights have not moved since.
+            rollout_R: log-probs at rollout time; None if the weights have changed since.
         """
         self.loss += stats.loss_R.sum() * weight
         values = {name: getattr(stats, column) for column, name in self.NAMES.items()}
@@ -150,8 +150,8 @@ def update(
     Args:
         on_sequences: called by all ranks with the number of sequences just done. Until the first
             optimizer step it may raise, and nothing has changed.
-        frozen: by name, the teachers and the "reference" that the samples hold hidden states of;
-            these are used up, and their log-probs filled in.
+        frozen: by role, the models that made the hidden states of the samples. The log-probs are
+            set in place of the hidden states.
         exchange_once: see `exchange_gradients`.
     """
     totals, made = _Totals(world), []
@@ -208,7 +208,7 @@ def _accumulating(model: nn.Module) -> Iterator[None]:
 
 
 def models_of(teacher: str, frozen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """By role, what one teacher's micro-batches are compared with."""
+    """Return the "teacher" and the "reference" of one teacher's micro-batches."""
     names = {"teacher": teacher, "reference": "reference"}
     return {role: frozen[name] for role, name in names.items() if name in frozen}
 
@@ -227,17 +227,16 @@ def _suspects(done: Sequence[tuple[Sequence[Sample], HeadStats]], world: World) 
 
 
 def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
-    columns = {
-        "advantages": stats.advantage_R,
-        "teacher_logprobs": stats.teacher_R,
-        "reference_logprobs": stats.reference_R,
-    }
-    for field, value_R in columns.items():
-        if value_R is not None:
-            for sample, values in zip(samples, unpack_values(value_R, samples), strict=True):
-                setattr(sample, field, values)
-    for role, seen in stats.seen.items():
-        note_standings(samples, role, seen)
+    found: dict[ScoredBy, Tensor | None]
+    found = {"teacher": stats.teacher_R, "reference": stats.reference_R}
+    for role, logprob_R in found.items():
+        if logprob_R is not None:
+            for sample, values in zip(samples, unpack_values(logprob_R, samples), strict=True):
+                sample.set_logprobs(role, values)
+    for sample, values in zip(samples, unpack_values(stats.advantage_R, samples), strict=True):
+        sample.advantages = values
+    for inspected, seen in stats.seen.items():
+        note_standings(samples, inspected, seen)
     for sample in samples:
         sample.teacher_hidden = sample.reference_hidden = None
 
@@ -251,12 +250,12 @@ def forward_backward(
     heads: FrozenHeads = NONE_FROZEN,
     packed: tuple[PackedBatch, TokenScores] | None = None,
 ) -> tuple[HeadStats, Tensor | None]:
-    """Forward and backward of one micro-batch, which may be empty: both are collective.
+    """Run forward and backward of one micro-batch. It may be empty, because both are collective.
 
     Args:
         update_tokens: response tokens of the whole update, over micro-batches and ranks.
-        heads: of the models that the samples hold hidden states of.
-        packed: the samples, where `pack_scored` was called ahead.
+        heads: of the models that made the samples' hidden states.
+        packed: the result of `pack_scored`, if it was called ahead.
 
     Returns:
         Diagnostics of its tokens, and their log-probs [R] at rollout time, if known.
@@ -281,7 +280,7 @@ def forward_backward(
 def pack_scored(
     samples: Sequence[Sample], world: World, heads: FrozenHeads
 ) -> tuple[PackedBatch, TokenScores]:
-    """Pack a micro-batch, which may be empty, with what is known of its tokens."""
+    """Pack a micro-batch, which may be empty, and the scores of its tokens."""
     device = world.device
     if not samples:
         zero_R = torch.zeros(1, device=device)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_titan.distributed.transfer import send_numbers
-from opd_titan.models.kernels import CacheSlots, why_wrong_device, why_wrong_type
+from opd_titan.models.kernels import CacheSlots
+from opd_titan.models.kernels.device import device_of, why_wrong_type
 
 # A group of sequences has at most this number of padding tokens (about the cost of another group)
 # plus this share of its tokens.
@@ -41,9 +42,9 @@ def varlen_attn() -> tuple[Callable[..., Any] | None, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def why_padded(dtype: torch.dtype, device: torch.device) -> str:
-    """Return why packed sequences have to be padded for attention; empty where they need not."""
-    if why := why_wrong_device(device) or why_wrong_type(dtype):
+def why_padded(dtype: torch.dtype, x: Tensor | torch.device) -> str:
+    """Return why attention on the device of `x` pads packed sequences; empty if it does not."""
+    if why := device_of(x).why_padded or why_wrong_type(dtype):
         return why
     return "" if varlen_attn()[0] else f"torch {torch.__version__} has no varlen_attn"
 
@@ -101,7 +102,7 @@ class PackedAttention:
 
     @staticmethod
     def _has_packed_kernel(q_THK: Tensor) -> bool:
-        return q_THK.is_cuda and not why_padded(q_THK.dtype, torch.device("cuda"))
+        return not why_padded(q_THK.dtype, q_THK)
 
     @functools.cached_property
     def _rows(self) -> list[list[int]]:

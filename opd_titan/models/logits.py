@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from opd_titan.distributed.tensor_parallel import concat_ranks, local, locate_rows
 from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.kernels import truncation_threshold
+from opd_titan.models.kernels.device import device_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def projects_in_place(weight_vD: Tensor) -> bool:
     """Return whether `project` can write its fp32 product into an existing tensor."""
     if weight_vD.dtype == torch.float32:
         return True
-    return weight_vD.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
+    return device_of(weight_vD).type == "cuda" and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) -> Tensor:
@@ -113,7 +114,7 @@ def project(hidden_ND: Tensor, weight_vD: Tensor, out_Nv: Tensor | None = None) 
     """
     if hidden_ND.dtype == torch.float32:
         return torch.mm(hidden_ND, weight_vD.t(), out=out_Nv)
-    if hidden_ND.is_cuda:
+    if device_of(hidden_ND).type == "cuda":
         into = {} if out_Nv is None else {"out": out_Nv}
         return torch.mm(hidden_ND, weight_vD.t(), out_dtype=torch.float32, **into)
     return torch.mm(hidden_ND, weight_vD.t()).float()

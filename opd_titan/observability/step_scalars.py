@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_titan.config.resolve import is_teacher
-from opd_titan.data.types import Sample
+from opd_titan.data.types import Sample, ScoredBy
 from opd_titan.distributed.collectives import gather_vector, max_scalar, sum_scalars
 from opd_titan.distributed.world import World
 from opd_titan.observability.metrics import POSITIONS, position_name
@@ -54,7 +54,7 @@ def data_set_scalars(
         scalars[f"data/{name}/share"] = len(own) / len(samples)
         scalars[f"data/{name}/response_tokens_mean"] = lengths / len(own)
         scalars[f"data/{name}/truncated_fraction"] = truncated / len(own)
-        ratios = _log_ratios([s for s in mine if s.prompt.data_set == name], "teacher_logprobs")
+        ratios = _log_ratios([s for s in mine if s.prompt.data_set == name], "teacher")
         scalars |= _means({f"data/{name}/kl_student_teacher": ratios}, world)
     return scalars
 
@@ -70,8 +70,9 @@ def balance_scalars(seconds: float, preempted: int, world: World) -> dict[str, f
 def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:
     """Return `kl/*`: sampled estimates per response token, at the weights that sampled."""
     scalars = {}
-    for other in ("teacher", "reference"):
-        ratios = _log_ratios(mine, f"{other}_logprobs")
+    others: tuple[ScoredBy, ScoredBy] = ("teacher", "reference")
+    for other in others:
+        ratios = _log_ratios(mine, other)
         difference_R = _of_all_ranks(ratios, world)
         if difference_R.numel() == 0:
             continue
@@ -88,20 +89,17 @@ def kl_scalars(mine: Sequence[Sample], world: World) -> dict[str, float]:
 
 def log_ratios(mine: Sequence[Sample], world: World) -> Tensor:
     """Return log S - log T of all ranks' response tokens, fp32 [tokens]. All ranks call."""
-    return _of_all_ranks(_log_ratios(mine, "teacher_logprobs"), world)
+    return _of_all_ranks(_log_ratios(mine, "teacher"), world)
 
 
 def _of_all_ranks(ratios: Sequence[Tensor], world: World) -> Tensor:
     return gather_vector(torch.cat([torch.empty(0), *ratios]).to(world.device), world.dp)
 
 
-def _log_ratios(samples: Sequence[Sample], other: str) -> list[Tensor]:
+def _log_ratios(samples: Sequence[Sample], other: ScoredBy) -> list[Tensor]:
     """Return log S - log other of each response that has both, a tensor per response."""
-    return [
-        s.student_logprobs - getattr(s, other)
-        for s in samples
-        if getattr(s, other) is not None and s.student_logprobs is not None
-    ]
+    pairs = [(s.student_logprobs, s.logprobs_of(other)) for s in samples]
+    return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 
 
 def _means(parts: Mapping[str, Sequence[Tensor]], world: World) -> dict[str, float]:

@@ -35,14 +35,14 @@ _MEMORY = {
     "GeForce RTX 4090": 23.6,
     "L4": 22.0,
 }
-# GiB that a run on a CPU holds before its first step beyond the libraries themselves: tokenizer,
-# rows, kernels made at run time. Debug recipe, torch 2.13: 0.45 in all, of them 0.38 libraries.
+# GiB that a run on a CPU uses before its first step, beyond the libraries: tokenizer, rows, kernels
+# made at run time. Debug recipe, torch 2.13: 0.45 in all, 0.38 of it for libraries.
 _CPU_RUN = 0.07
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse prints its usage too."""
+        """Raise instead of printing the usage."""
         raise ConfigError(message.removeprefix("argument "))
 
 

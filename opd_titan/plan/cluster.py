@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from opd_titan.models.kernels.device import Device, device_of
 
 GiB = 2**30
 
@@ -13,21 +17,22 @@ class Assumed:
 
     Attributes:
         scoring: share of peak FLOP/s that scoring and prefills reach. Measured: 0.55.
-        training: the same of the update. Measured: 0.45 with long micro-batches.
+        training: share of peak FLOP/s that the update reaches. Measured: 0.45 with long
+            micro-batches.
         layer: seconds that the host takes to launch a layer's forward and backward; the update of
             a small model waits for it. Measured: 0.004.
         memory: share of the memory bandwidth that decoding and the optimizer reach. With `kernel`
             it gives the measured steps of 0.6B to 8B, batch 1 to 256, within 11 %.
         links: share of a link's bandwidth that a collective reaches.
         launch: seconds of the host per kernel of an eager forward; decoding waits for it where
-            there are no graphs. Between a bare launch, 5e-6, and 30e-6 of the eager baseline in
-            PyTorch's "Accelerating Generative AI II" (40 ms a token of a 7B, of some 1,300
-            kernels).
-        kernel: seconds that each kernel of a CUDA graph adds to what it reads and computes:
-            starting, filling the device, ending.
+            there are no graphs. It is between that of a bare launch, 5e-6, and that of the eager
+            baseline in PyTorch's "Accelerating Generative AI II", 30e-6 (40 ms for a token of a 7B
+            model with about 1,300 kernels).
+        kernel: seconds that each kernel of a CUDA graph adds to reading and computing, because it
+            starts, fills the device and ends.
         latency: seconds per collective and rank of its ring, on top of its bytes.
-        host_link: bytes/s between a GPU and its host, for what is offloaded.
-        slack: share of what is alive that the caching allocator holds beyond it.
+        host_link: bytes/s between a GPU and its host, for offloaded weights.
+        slack: memory that the caching allocator holds beyond live tensors, as a share of them.
     """
 
     scoring: float = 0.55
@@ -44,16 +49,16 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the plan is for. Bandwidths are per device and direction, in bytes/s.
+    """The devices of a plan. Bandwidths are per device and direction, in bytes/s.
 
     Attributes:
         gpus_per_node: ranks that are joined by `node_bandwidth`; others by `network_bandwidth`.
         memory: bytes of one device.
-        reserve: bytes that no tensor sees: CUDA's context, NCCL's buffers, kernels' workspaces. On
+        reserve: bytes outside tensors: CUDA's context, NCCL's buffers, kernels' workspaces. On
             a CPU: Python and its libraries.
-        flops: dense bf16 FLOP/s; None: no times.
-        bandwidth: of the device's own memory; None: no times.
-        on_cuda: GPUs, or the processes of a host without any.
+        flops: dense bf16 FLOP/s; None if times are not estimated.
+        bandwidth: of the device's own memory; None if times are not estimated.
+        on_cuda: the devices are GPUs; otherwise the processes of a host.
     """
 
     world_size: int
@@ -66,6 +71,20 @@ class Cluster:
     network_bandwidth: float
     on_cuda: bool = True
     assumed: Assumed = field(default_factory=Assumed)
+
+    @property
+    def device(self) -> Device:
+        """The device that tensors without data stand for: a recent GPU with all kernels, or a CPU.
+
+        A CPU's packed weights take as many bytes as plain ones, but need data.
+        """
+        if self.on_cuda:
+            return Device("cuda")
+        return replace(device_of(torch.device("cpu")), packs=False)
+
+    def held(self, alive: float) -> float:
+        """Return the bytes of a device that are in use while tensors of `alive` bytes are alive."""
+        return alive * (1 + self.assumed.slack * self.on_cuda) + self.reserve
 
     def link(self, stride: int, ranks: int) -> float:
         """Return the bytes/s per rank of a collective over `ranks` ranks, `stride` apart.

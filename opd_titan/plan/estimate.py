@@ -8,21 +8,23 @@ from opd_titan.config.resolve import ResolvedJob, is_teacher
 from opd_titan.data.types import Sample
 from opd_titan.observability.step_scalars import cached_tokens_read, packed_flops, work
 from opd_titan.plan.cluster import Cluster
-from opd_titan.plan.simulate import Phase, Simulation
+from opd_titan.plan.simulate import Simulation
+from opd_titan.plan.tracker import Phase
+from opd_titan.training.models import compute_dtype
 
-# Reads parameter, gradient and two moments; writes all but the gradient.
-_OPTIMIZER_BYTES = 28
-# Phases whose peaks hold the generator's copy of the weights already, or its cache.
-_HAS_COPY = ("sync", "rollout", "validation")
-_HAS_CACHE = ("rollout", "validation")
+# For each byte of the fp32 weights: the optimizer reads parameter, gradient and two moments, and
+# writes all but the gradient.
+_OPTIMIZER_PASSES = 7
 
 
 @dataclass
 class Seconds:
-    """The time of one phase: computing (or reading, or waiting), and communication.
+    """The time of one phase.
 
-    Data-parallel traffic overlaps with computing, and costs time only if it takes longer;
-    tensor-parallel traffic does not overlap.
+    Attributes:
+        busy: computing, reading memory, or waiting for the host.
+        hidden: data-parallel traffic, which overlaps with computing.
+        exposed: tensor-parallel traffic, which does not overlap.
     """
 
     busy: float = 0.0
@@ -39,14 +41,12 @@ class Estimate:
     """Bytes and seconds of one device in one step.
 
     Attributes:
-        copy_stays: the generator's copy and its cache need not be freed for the update.
         flops: of all ranks, by phase.
-        seconds: by phase; empty where the device's speed is not known.
+        seconds: by phase; empty if the device's speed is not known.
     """
 
     peak: float
     peak_phase: str
-    copy_stays: bool
     fits: bool
     flops: dict[str, float]
     seconds: dict[str, Seconds]
@@ -57,18 +57,14 @@ class Estimate:
 
 
 def estimate(job: ResolvedJob, cluster: Cluster, simulation: Simulation) -> Estimate:
-    """Add up a simulation; see `cluster.Assumed` for what is assumed."""
-    copy = simulation.resident["generator weights"]
+    """Add up a simulation; see `cluster.Assumed` for the assumptions."""
     peaks = {name: phase.peak for name, phase in simulation.phases.items()}
-    # The same rule as in the run: it stays if it fits beside the highest peak of all phases.
-    kept = copy + (simulation.kv_cache if simulation.runner else 0)
-    copy_stays = kept > 0 and _total(cluster, max(peaks.values()) + kept) <= cluster.memory
-    if copy_stays:
-        for name in peaks:
-            peaks[name] += copy * (name not in _HAS_COPY)
-            peaks[name] += simulation.runner * (name not in _HAS_CACHE)
+    if simulation.stays:
+        copy, cache = simulation.resident["generator weights"], simulation.rollout.kept
+        for name in peaks.keys() - {"rollout", "validation"}:
+            peaks[name] += cache + copy * (name != "sync")  # in a sync the copy is counted
     worst = max(peaks, key=lambda name: peaks[name])
-    peak = _total(cluster, peaks[worst])
+    peak = cluster.held(peaks[worst])
     forward = {role: shape.args.forward_flops for role, shape in simulation.shapes.items()}
     _, flops = work(simulation.samples, forward)
     if "reference" in forward:
@@ -79,12 +75,7 @@ def estimate(job: ResolvedJob, cluster: Cluster, simulation: Simulation) -> Esti
     seconds: dict[str, Seconds] = {}
     if cluster.flops and cluster.bandwidth:
         seconds = _seconds(job, cluster, simulation, flops)
-    return Estimate(peak, worst, copy_stays, peak <= cluster.memory, flops, seconds)
-
-
-def _total(cluster: Cluster, alive: float) -> float:
-    slack = cluster.assumed.slack if cluster.on_cuda else 0.0
-    return alive * (1 + slack) + cluster.reserve
+    return Estimate(peak, worst, peak <= cluster.memory, flops, seconds)
 
 
 def _seconds(
@@ -95,48 +86,43 @@ def _seconds(
     assert cluster.flops and cluster.bandwidth
     peak = cluster.flops * simulation.world.tp.size
     seconds = {n: _traffic(cluster, simulation, p) for n, p in phases.items() if n != "validation"}
-    for name in ("teacher", "reference"):
-        if name in seconds:
-            seconds[name].busy = _packed_flops(simulation, name) / (peak * a.scoring)
-    again = config.activation_checkpoint.mode == "full"
-    passes = _packed_flops(simulation, "update") + again * _packed_flops(simulation, "again")
-    layers = simulation.shapes["student"].args.n_layers * len(simulation.update_share)
+    for role, spec in job.models.items():
+        if role == "student" or not simulation.microbatches(role):
+            continue
+        scoring = seconds["teacher" if is_teacher(role) else role]
+        scoring.busy += _packed_flops(simulation, role) / (peak * a.scoring)
+        if spec.cpu_offload:
+            moved = simulation.weights[role] * len(simulation.microbatches(role))
+            scoring.hidden += moved / a.host_link
+    recomputed = 0.0
+    if config.activation_checkpoint.mode == "full":
+        recomputed = _packed_flops(simulation, "student", with_head=False)
+    passes = 3.0 * _packed_flops(simulation, "student") + recomputed
+    layers = simulation.shapes["student"].args.n_layers * len(simulation.microbatches())
     launching = layers * a.layer if cluster.on_cuda else 0.0
     seconds["update"].busy = max(passes / (peak * a.training), launching)
     if "rollout" in seconds:
         share = len(simulation.rollout_share) / len(simulation.samples)
         seconds["rollout"].busy = _rollout_seconds(
-            cluster, simulation, flops["rollout"] * share, peak * a.scoring
+            job, cluster, simulation, flops["rollout"] * share, peak * a.scoring
         )
     reach = cluster.bandwidth * a.memory
     if config.optimizer.cpu_offload:
         reach = a.host_link
-    moved = config.distill.minibatches * _OPTIMIZER_BYTES * simulation.trained
+    moved = config.distill.minibatches * _OPTIMIZER_PASSES * simulation.weights["student"]
     seconds["optimizer"] = Seconds(busy=moved / reach)
-    for role, times in simulation.scored.items():
-        if job.models[role].cpu_offload:
-            phase = "teacher" if is_teacher(role) else role
-            seconds[phase].hidden += simulation.weights[role] * times / a.host_link
     return seconds
 
 
-def _packed_flops(simulation: Simulation, phase: str) -> float:
-    """What this rank computes; a prompt once for each micro-batch that it is in.
+def _packed_flops(simulation: Simulation, role: str, with_head: bool = True) -> float:
+    """Return the FLOPs of this rank's forwards; a prompt counts once for each micro-batch."""
+    forward = simulation.shapes[role].args.forward_flops
 
-    Args:
-        phase: or "again", for what full checkpointing makes again.
-    """
-    role = "student" if phase in ("update", "again") else phase
-
-    def of(samples: list[Sample]) -> float:
-        if not samples:
-            return 0.0
-        model = samples[0].prompt.teacher if role == "teacher" else role
+    def flops(samples: list[Sample]) -> float:
         responses = sum(len(s.response_ids) for s in samples)
-        forward = simulation.shapes[model].args.forward_flops
-        return packed_flops(samples, forward, 0 if phase == "again" else responses)
+        return packed_flops(samples, forward, responses if with_head else 0)
 
-    return sum(map(of, simulation.update_share)) * (3.0 if phase == "update" else 1.0)
+    return sum(map(flops, simulation.microbatches(role)))
 
 
 def _traffic(cluster: Cluster, simulation: Simulation, phase: Phase) -> Seconds:
@@ -155,24 +141,30 @@ def _traffic(cluster: Cluster, simulation: Simulation, phase: Phase) -> Seconds:
     return result
 
 
-def _rollout_seconds(cluster: Cluster, simulation: Simulation, flops: float, rate: float) -> float:
-    """Decoding waits for the slower of arithmetic and memory, and for kernels to start.
+def _rollout_seconds(
+    job: ResolvedJob, cluster: Cluster, simulation: Simulation, flops: float, rate: float
+) -> float:
+    """Return the seconds of prefills, and of decoding.
+
+    Decoding waits for the slower of arithmetic and memory, and for kernels to start.
 
     Args:
-        flops: of the rank's share, as they count: each prompt is computed once.
+        flops: of the rank's share; each prompt is computed once.
         rate: FLOP/s.
     """
     a, args = cluster.assumed, simulation.shapes["student"].args
     assert cluster.bandwidth
-    forwards, share = simulation.decode_forwards, simulation.rollout_share
+    rollout, share = simulation.rollout, simulation.rollout_share
+    forwards = rollout.decode_forwards
     prompts = {s.prompt.index: len(s.prompt.token_ids) - 1 for s in share}
-    starts, ends = ([chunk[i] for chunk in simulation.prefilled] for i in (0, 1))
-    # Those of preempted sequences again.
+    starts, ends = ([chunk[i] for chunk in rollout.prefilled] for i in (0, 1))
+    # Preempted sequences are computed again.
     prefilling = (args.forward_flops(ends, 0) - args.forward_flops(starts, 0)) / rate
     computing = (flops - args.forward_flops(prompts.values(), 0)) / rate
-    read = args.decode_bytes(forwards, cached_tokens_read(share), simulation.dtype.itemsize)
+    itemsize = compute_dtype(job).itemsize
+    read = args.decode_bytes(forwards, cached_tokens_read(share), itemsize)
     reading = read / simulation.world.tp.size / (cluster.bandwidth * a.memory)
     kernels = forwards * simulation.phases["rollout"].operations
-    if simulation.runner:  # graphs
+    if rollout.kept:  # graphs
         return prefilling + max(computing, reading) + kernels * a.kernel
     return prefilling + max(computing, reading, kernels * a.launch)

@@ -30,9 +30,9 @@ def remedies(
         setattr(getattr(changed, table), key, value)
         try:
             found = planned(changed)
-        except UserError:  # not every model can be split over so many ranks
+        except UserError:  # not every model can be split over that many ranks
             continue
-        if found.peak > 0.99 * before:  # not what the memory goes to
+        if found.peak > 0.99 * before:  # it hardly lowers the peak
             continue
         config, before = changed, found.peak
         options = [o for o in options if not o.startswith(f"--{table}.{key} ")]
@@ -43,8 +43,8 @@ def remedies(
 
 
 def _changes(config: JobConfig, cluster: Cluster) -> Iterator[tuple[str, str, object]]:
-    """From what costs the least speed to what costs the most."""
-    if config.validation.enable:  # for which the teacher is gathered
+    """Yield (table, key, value), first those that cost the least speed."""
+    if config.validation.enable:  # the teacher is gathered for it
         yield "validation", "enable", False
     if config.activation_checkpoint.mode == "none":
         yield "activation_checkpoint", "mode", "selective"

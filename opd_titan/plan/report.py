@@ -25,7 +25,7 @@ def table(columns: list[Column]) -> str:
         add(f"  {name}", [_gib(s.resident[name]) for _, s, _ in columns])
     add("  gradients", [_gib(s.gradients) for _, s, _ in columns])
     add("  kept gathered, update", [_gib(s.kept.extra) for _, s, _ in columns])
-    add("  KV cache", [_gib(s.kv_cache) for _, s, _ in columns])
+    add("  KV cache", [_gib(s.rollout.kv_cache) for _, s, _ in columns])
     add("  activations, update", [_gib(_activations(s)) for _, s, _ in columns])
     add("  reserved", [_gib(c.reserve) for c, _, _ in columns])
     for phase in columns[0][1].phases:
@@ -34,12 +34,13 @@ def table(columns: list[Column]) -> str:
     add("  of", [_gib(c.memory) for c, _, _ in columns])
     add("  fits", ["yes" if e.fits else "NO" for _, _, e in columns])
     stays = {True: "stays", False: "freed"}
-    add("  generator's copy, cache", [stays[e.copy_stays] for _, _, e in columns])
-    add("sequences decoded at once", [f"{s.slots}" for _, s, _ in columns])
+    add("  generator's copy, cache", [stays[s.stays] for _, s, _ in columns])
+    add("sequences decoded at once", [f"{s.rollout.slots}" for _, s, _ in columns])
     add("  mean", [_mean_rows(s) for _, s, _ in columns])
-    add("  pages x tokens", [f"{s.pages:,} x {s.page_size}" for _, s, _ in columns if s.pages])
-    add("  steps", [f"{s.decode_forwards:,}" for _, s, _ in columns])
-    add("  preempted", [f"{s.preempted:,}" for _, s, _ in columns])
+    rollouts = [s.rollout for _, s, _ in columns]
+    add("  pages x tokens", [f"{r.pages:,} x {r.page_size}" for r in rollouts if r.pages])
+    add("  steps", [f"{s.rollout.decode_forwards:,}" for _, s, _ in columns])
+    add("  preempted", [f"{s.rollout.preempted:,}" for _, s, _ in columns])
     rows.append(("sent by one device per step, GB", []))
     for phase in columns[0][1].phases:
         add(f"  {phase}", [_gb(sum(s.phases[phase].sent.values())) for _, s, _ in columns])
@@ -84,7 +85,8 @@ def assumptions(assumed: Assumed) -> str:
 
 def _mean_rows(simulation: Simulation) -> str:
     tokens = sum(len(s.response_ids) for s in simulation.rollout_share)
-    return f"{tokens / max(1, simulation.decode_forwards):.1f}" if simulation.slots else "-"
+    rollout = simulation.rollout
+    return f"{tokens / max(1, rollout.decode_forwards):.1f}" if rollout.slots else "-"
 
 
 def _mesh(simulation: Simulation) -> str:

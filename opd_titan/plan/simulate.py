@@ -1,69 +1,78 @@
 """Run one step of a job on tensors without data, as one rank of a fake process group.
 
-Nothing is computed and nothing is sent, so a laptop plans for 512 GPUs in seconds. The code of the
-model, its sharding, the head, the optimizer, the KV cache and the packing is that of the run.
+Nothing is computed and nothing is sent, so a laptop plans for 512 GPUs in seconds. The code is that
+of a run: `join_models`, `Phases`, the generator. Only a few micro-batches and the largest forwards
+of the rollout run; their traffic is multiplied by the number of those that they represent.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opd_titan.checkpoint.hf_folder import CONFIG
 from opd_titan.config.resolve import ResolvedJob, is_teacher
 from opd_titan.data.loader import share_out
-from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.optim import build_optimizer
-from opd_titan.distill.packing import Minibatch, cost, plan_minibatches, taught_by
-from opd_titan.distill.scoring import gathered_heads, score
-from opd_titan.distill.update import UpdateRule, forward_backward, models_of
-from opd_titan.distributed.sharding import exchange_gradients, resharding
+from opd_titan.data.types import Prompt, Sample, ScoredBy
+from opd_titan.distill.packing import Minibatch, cost, taught_by
+from opd_titan.distributed.monitor import Monitor, ProgressBar
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, axes, build_world
-from opd_titan.models.logits import Distribution
 from opd_titan.plan.cluster import Cluster
-from opd_titan.plan.kernels import know_collectives, like_cuda
-from opd_titan.plan.rollout import PlannedGenerator, PlannedRunner
-from opd_titan.plan.tracker import Tracker
+from opd_titan.plan.rollout import PlannedRunner
+from opd_titan.plan.tracker import Phase, TensorsWithoutData, Tracker, define_collectives
+from opd_titan.rollout.generator import Generator
+from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.sampler import SamplingParams
 from opd_titan.rollout.scheduler import Request
-from opd_titan.rollout.weights import GeneratorWeights
-from opd_titan.training.gathering import Gathering, choose
-from opd_titan.training.models import allocate, compute_dtype, parallel_model
-from opd_titan.training.sources import ModelShape, common_vocab_size, inspect_shape
+from opd_titan.training.gathering import Gathering
+from opd_titan.training.models import (
+    allocate,
+    build_generator,
+    compute_dtype,
+    join_models,
+    parallel_model,
+)
+from opd_titan.training.phases import Phases
+from opd_titan.training.sources import ModelShape, inspect_shape
 
-# Where the recipe does not limit the validation, its set is taken to be as large as GSM8K's.
+# The size of the validation set if the recipe does not limit it: that of GSM8K.
 _VALIDATION_PROMPTS = 1319
+_EOS_IDS = {0}
+# Phases in which a model samples.
+SAMPLING = ("sync", "rollout", "validation")
+# Without cuDNN: torch would ask the device, which does not exist, whether it supports cuDNN.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-@dataclass
-class Phase:
-    """What one phase of a step costs one rank.
+@dataclass(frozen=True)
+class RolloutFigures:
+    """What one rank's rollout takes.
 
     Attributes:
-        peak: bytes alive at the worst moment, everything resident included.
-        sent: bytes that the rank sends in the whole step, by axis of the mesh.
-        collectives: their number in the whole step, by axis.
-        operations: of one decoding forward (rollout only).
-        times, calls: how much of the phase the body now run stands for: what it sends, and how
-            often its collectives are called.
+        slots: the most sequences decoded at once.
+        kv_cache: bytes of the cache, with its `pages` of `page_size` tokens.
+        kept: bytes that can stay for the next rollout, including the cache; 0 without graphs.
+        decode_forwards, preempted: see `RolloutStats`.
+        prefilled: chunks of prefixes that went through prefills, as (start, end).
     """
 
-    peak: int = 0
-    sent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    operations: int = 0
-    times: float = 1.0
-    calls: float = 1.0
+    slots: int = 0
+    kv_cache: int = 0
+    pages: int = 0
+    page_size: int = 0
+    kept: int = 0
+    decode_forwards: int = 0
+    preempted: int = 0
+    prefilled: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -71,40 +80,35 @@ class Simulation:
     """One rank's memory in bytes, its phases, and the step's samples.
 
     Attributes:
-        resident: what is there between phases, by name.
-        weights: the frozen models' share of one rank, on its device or its host, by role.
-        gradients: on the device; `trained` parameters have one in fp32.
+        shapes: by role.
+        samples: of all ranks, with the planned lengths.
         kept: what stays gathered between micro-batches.
-        scored: micro-batches of one rank in the whole step, by frozen model.
-        kv_cache: with its `pages` of `page_size` tokens.
-        runner: all that the rollout keeps for the next one, the cache among it.
-        slots: sequences decoded at once, at most.
-        decode_forwards, preempted: see `RolloutStats`.
-        prefilled: chunks of prefixes that went through prefills, as (start, end).
-        samples: of all ranks, with the lengths that were planned for.
-        update_share: those that this rank scores and updates on, by micro-batch.
+        weights: bytes of one rank's share of each model, by role, on its device or its host.
+        resident: bytes on the device between phases, by name.
+        stays: the generator's copy and its cache stay in use during the update.
+        plan: this rank's share of the updates.
     """
 
     shapes: dict[str, ModelShape]
     world: World
-    dtype: torch.dtype
+    samples: list[Sample]
     kept: Gathering = Gathering()
-    resident: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
-    gradients: int = 0
-    trained: int = 0
-    scored: dict[str, int] = field(default_factory=dict)
-    kv_cache: int = 0
-    pages: int = 0
-    page_size: int = 0
-    runner: int = 0
+    resident: dict[str, int] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
-    slots: int = 0
-    decode_forwards: int = 0
-    preempted: int = 0
-    prefilled: list[tuple[int, int]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    update_share: list[list[Sample]] = field(default_factory=list)
+    rollout: RolloutFigures = RolloutFigures()
+    stays: bool = False
+    plan: list[Minibatch] = field(default_factory=list)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients on the device: fp32, as the student's weights."""
+        return self.resident["student weights"]
+
+    def microbatches(self, role: str = "student") -> list[list[Sample]]:
+        """Return the micro-batches of this rank that a model sees."""
+        plan = taught_by(role, self.plan) if is_teacher(role) else self.plan
+        return [samples for minibatch in plan for samples in minibatch.microbatches]
 
     @property
     def rollout_share(self) -> list[Sample]:
@@ -129,22 +133,30 @@ def simulate(
     Raises:
         UserError: the recipe cannot run on so many ranks.
     """
-    know_collectives()
+    with _fake_world(job, cluster) as world, ExitStack() as modes:
+        shapes = {
+            role: inspect_shape(spec, world.tp.size, [CONFIG]) for role, spec in job.models.items()
+        }
+        samples = _samples(job, prompt_tokens, response_tokens)
+        tracker = Tracker(world.mesh, gloo=not cluster.on_cuda)
+        result = Simulation(shapes, world, samples, phases=tracker.phases)
+        step = _Step(job, cluster, result, tracker)
+        if cluster.on_cuda:
+            modes.enter_context(sdpa_kernel(_ATTENTION))
+        modes.enter_context(TensorsWithoutData(cluster.device))
+        modes.enter_context(tracker)
+        modes.enter_context(tracker.watch())
+        step.run()
+        return result
+
+
+@contextmanager
+def _fake_world(job: ResolvedJob, cluster: Cluster) -> Iterator[World]:
+    define_collectives()
     dist.init_process_group("fake", rank=0, world_size=cluster.world_size, store=FakeStore())
     try:
         layout = job.layout
-        world = build_world(torch.device("cpu"), layout.replicate, layout.shard, layout.tensor)
-        shapes = {
-            role: inspect_shape(spec, layout.tensor, [CONFIG]) for role, spec in job.models.items()
-        }
-        result = Simulation(shapes, world, compute_dtype(job))
-        result.samples = _samples(job, prompt_tokens, response_tokens)
-        step = _Step(job, cluster, result)
-        kernels = like_cuda() if cluster.on_cuda else nullcontext()
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with kernels, fake, step.tracker, step.tracker.watch():
-            step.run()
-        return result
+        yield build_world(torch.device("cpu"), layout.replicate, layout.shard, layout.tensor)
     finally:
         dist.destroy_process_group()
 
@@ -168,260 +180,249 @@ def _samples(job: ResolvedJob, prompt_tokens: int, response_tokens: int) -> list
     ]
 
 
-class _CopiedWeights(GeneratorWeights):
-    """Of a model on the host, which shares no storage with a generator on the GPU."""
+class _PlannedMemory(StepMemory):
+    """The memory of the cluster's devices, not of the machine that runs the planner."""
 
-    def _own_storage(self, parameter: torch.Tensor) -> None:
-        return None
+    def __init__(self, cluster: Cluster, tracker: Tracker) -> None:
+        super().__init__(torch.device("cpu"))
+        self.cluster, self.tracker = cluster, tracker
+
+    def total_bytes(self) -> int:
+        return int(self.cluster.memory)
+
+    def free_bytes(self) -> int:
+        on_device = self.tracker.live - self.tracker.on_host
+        return max(0, int(self.cluster.memory - on_device - self.cluster.reserve))
+
+    def never_used_bytes(self) -> int:
+        peaks = [p.peak for name, p in self.tracker.phases.items() if name not in SAMPLING]
+        return int(self.cluster.memory - self.cluster.held(max(peaks)))
+
+
+class _PassMonitor(Monitor):
+    """Call a function after each micro-batch of a phase.
+
+    Attributes:
+        pass_done: the function.
+    """
+
+    def __init__(self) -> None:
+        self.pass_done: Callable[[], None] = lambda: None
+
+    def on_sequences(self, bar: ProgressBar, stops: int | None = None) -> Callable[[int], None]:
+        return lambda sequences: self.pass_done()
 
 
 class _Step:
-    """The phases in the order of the trainer's step."""
+    """The phases in the order of the trainer's step.
 
-    def __init__(self, job: ResolvedJob, cluster: Cluster, result: Simulation) -> None:
-        self.job, self.config, self.cluster, self.result = job, job.config, cluster, result
-        self.world, self.dtype = result.world, result.dtype
-        self.tracker = Tracker(gloo=not cluster.on_cuda)
-        self.on_host = 0  # bytes that the plan holds, but the cluster's devices would not
+    The constructor builds the models on the meta device. `run` needs `TensorsWithoutData`.
+    """
+
+    def __init__(
+        self, job: ResolvedJob, cluster: Cluster, result: Simulation, tracker: Tracker
+    ) -> None:
+        self.config, self.cluster, self.result = job.config, cluster, result
+        self.world, self.tracker = result.world, tracker
+        self.monitor = _PassMonitor()
+        self.response_tokens = len(result.samples[0].response_ids)
         mode = self.config.activation_checkpoint.mode
         # Compiled code is not traced here. It keeps about what selective checkpointing keeps.
         if job.compiled and mode == "none":
             mode = "selective"
-        self.models = {
-            role: parallel_model(shape, self.world, self.dtype, mode, False)
+        self.built = {
+            role: parallel_model(shape, self.world, compute_dtype(job), mode, False)
             for role, shape in result.shapes.items()
         }
+        not_compiled = replace(self.config, compile=replace(self.config.compile, enable="off"))
+        self.job = replace(job, config=not_compiled)
 
     def run(self) -> None:
         self._load()
-        if self.config.rollout.on_policy_fraction > 0.0:
-            with self._phase("sync"):
-                self.weights.sync()
+        models, result = self.models, self.result
+        memory, holders = models.memory, (models.weights, models.generator)
+        if self.job.on_policy:
+            models.weights.sync()
+            self.tracker.note("sync")
             self._rollout()
+            memory.make_room(*holders)
         if self.job.validation_sets:
             self._validate()
-        self.weights.release()
-        plan = self._plan()
-        for role in self.models:
-            if is_teacher(role):
-                self._score(role, "teacher", taught_by(role, plan))
-        if "reference" in self.models:
-            self._score("reference", "reference", plan)
-        self._update(plan)
+            memory.make_room(*holders)
+        if self.job.on_policy:
+            for sample in result.samples:
+                sample.student_logprobs = torch.zeros(len(sample.response_ids))
+        result.plan = self.phases.plan(result.samples)
+        for role in models.frozen:
+            self._score(role)
+        self._update()
+        memory.measure(most=models.kept.usable - models.kept.needed)
+        held = result.resident["generator weights"] + result.rollout.kept
+        result.stays = 0 < held <= (memory.room or 0)
+
+    # ----------------------------------------------------------------- loading
 
     def _load(self) -> None:
-        shapes, memory = self.result.shapes, self.cluster.memory
-        self.kept = choose(self.job, self.models, shapes, self.world, memory)
-        self.kept.apply(self.models)
-        self.result.kept = self.kept
-        for role, model in self.models.items():
-            before = self.tracker.live
+        result, tracker = self.result, self.tracker
+        for role, model in self.built.items():
+            before = tracker.live
             allocate(model, self.world.device)
             for parameter in model.parameters():
-                self.tracker.add(local(parameter))
-            self.result.weights[role] = self.tracker.live - before
-            self._hold(f"{role} weights", self.tracker.live - before, role)
-        self.student = self.models["student"]
-        self.optimizer = build_optimizer(self.student, self.config.optimizer)
-        before = self.tracker.live
+                tracker.add(local(parameter))
+            result.weights[role] = tracker.live - before
+            self._hold(f"{role} weights", tracker.live - before, role)
+        self.models = join_models(
+            self.job,
+            result.shapes,
+            self.built,
+            _EOS_IDS,
+            self.world,
+            _PlannedMemory(self.cluster, tracker),
+            self._make_runner,
+        )
+        self.phases = Phases(self.job, self.world, self.models, self.monitor, bars=False)
+        result.kept = self.models.kept
+        before = tracker.live
         self._make_gradients()
-        self.result.gradients = self.tracker.live - before
-        self.result.trained = self.result.gradients // 4
-        self.optimizer.step()  # makes its state
-        self.optimizer.zero_grad(set_to_none=True)
-        self._hold("optimizer state", self.tracker.live - before, "student")
-        before = self.tracker.live
-        self.weights = self._generator_weights("student")
-        sampled = self.config.rollout.on_policy_fraction > 0.0 or self.config.validation.enable
-        self._hold("generator weights", self.weights.num_bytes if sampled else 0)
+        self.models.optimizer.step()  # makes its state
+        self.models.optimizer.zero_grad(set_to_none=True)
+        self._hold("optimizer state", tracker.live - before, "student")
+        copied = self.job.on_policy or self.config.validation.enable
+        result.resident["generator weights"] = self.models.weights.num_bytes if copied else 0
+        tracker.reset()
 
     def _make_gradients(self) -> None:
-        for parameter in self.student.parameters():
+        for parameter in self.models.student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-
-    def _generator_weights(self, role: str) -> GeneratorWeights:
-        build = partial(self.result.shapes[role].build_share, self.world.tp, False)
-        kind = _CopiedWeights if self._is_on_host(role) else GeneratorWeights
-        # A CPU's own layout of weights takes as many bytes, but is not for tensors without data.
-        return kind(self.models[role], build, self.dtype, self.world.device, pack=False)
 
     def _is_on_host(self, role: str) -> bool:
         return self.cluster.on_cuda and self.job.models[role].cpu_offload
 
-    def _hold(self, name: str, size: int, role: str | None = None) -> None:
-        """Note what stays, unless the recipe keeps it on the host."""
-        if role is not None and self._is_on_host(role):
-            self.on_host += size
+    def _hold(self, name: str, size: int, role: str) -> None:
+        """Note what a model keeps, on the device or on the host."""
+        if self._is_on_host(role):
+            self.tracker.on_host += size
             size = 0
         self.result.resident[name] = size
 
-    @contextmanager
-    def _phase(
-        self, name: str, times: float = 1.0, gathers: float | None = None
-    ) -> Iterator[Phase]:
-        """Note a phase's peak and traffic. The body stands for a share of it, done `times`.
+    # ---------------------------------------------------------------- sampling
 
-        The body may change the share, by `phase.times` and `phase.calls`.
-
-        Args:
-            gathers: how often what is sent over the data-parallel axes is sent, if not as often.
-        """
-        tracker, phase = self.tracker, self.result.phases.setdefault(name, Phase())
-        phase.times = phase.calls = times
-        tracker.reset()
-        yield phase
-        phase.peak = max(phase.peak, tracker.peak - self.on_host)
-        mesh = self.world.mesh
-        for axis in axes(mesh):
-            group = mesh.get_group(axis).group_name
-            sent, calls = phase.times, phase.calls
-            if gathers is not None and axis != "tp":
-                sent = calls = gathers
-            phase.sent[axis] += tracker.sent[group] * sent
-            phase.collectives[axis] += tracker.collectives[group] * calls
-
-    def _generator(self, weights: GeneratorWeights) -> PlannedGenerator:
-        c = self.config
-        budget = c.training.max_tokens_per_microbatch
-        concurrent, tp = c.rollout.max_concurrent, self.world.tp
-        generator = PlannedGenerator(weights.model, {0}, concurrent, budget, tp)
-        spent = self.tracker.live - self.on_host + self.cluster.reserve
-        generator.budget = int(self.cluster.memory - spent)
-        return generator
+    def _make_runner(self, *args: Any) -> PlannedRunner:
+        self.runner = PlannedRunner(*args, response_tokens=self.response_tokens)
+        return self.runner
 
     @torch.no_grad()
     def _rollout(self) -> None:
-        r, result = self.config.rollout, self.result
+        result, generator = self.result, self.models.generator
         requests = [Request(s.prompt, s.sample_index, 0) for s in result.rollout_share]
-        generator = self._generator(self.weights)
-        generator.response_tokens = len(result.samples[0].response_ids)
-        params = SamplingParams(r.max_new_tokens, r.temperature, r.top_p, r.top_k)
         before = self.tracker.live
-        runner = self._sample("rollout", generator, requests, params)
-        result.runner = self.tracker.live - before if runner.static else 0
-        result.kv_cache, result.page_size = runner.cache.num_bytes, runner.cache.page_size
-        result.slots, result.pages = runner.slots, runner.cache.num_pages
-        result.decode_forwards = generator.stats.decode_forwards
-        result.preempted = generator.stats.preempted
-        result.prefilled = runner.chunks
+        self._sample("rollout", generator, requests, self.phases.sampling)
+        runner, stats = self.runner, generator.stats
+        result.rollout = RolloutFigures(
+            slots=runner.slots,
+            kv_cache=runner.cache.num_bytes,
+            pages=runner.cache.num_pages,
+            page_size=runner.cache.page_size,
+            kept=self.tracker.live - before if runner.static else 0,
+            decode_forwards=stats.decode_forwards,
+            preempted=stats.preempted,
+            prefilled=runner.chunks,
+        )
+        del self.runner
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Simulate the validation at step 0, with a copy of the largest teacher if there is one."""
-        v, r = self.config.validation, self.config.rollout
-        prompts = v.max_prompts or _VALIDATION_PROMPTS
-        mine = -(-prompts // self.world.dp.size)
+        """Simulate the validation at step 0, of the largest teacher if one is measured."""
+        v, r, models = self.config.validation, self.config.rollout, self.models
+        mine = -(-(v.max_prompts or _VALIDATION_PROMPTS) // self.world.dp.size)
         prompt = self.result.samples[0].prompt
         requests = [
             Request(replace(prompt, index=i), n, 0)
             for i in range(mine)
             for n in range(v.samples_per_prompt)
         ]
-        weights = self.weights
-        with self._phase("validation", 0):
-            asked = {s.teacher for s in self.job.validation_sets}
-            teachers = asked & self.models.keys()
-            if teachers:
-                self.weights.release()
-                largest = max(sorted(teachers), key=self.result.weights.__getitem__)
-                weights = self._generator_weights(largest)
-            weights.sync()
-        generator = self._generator(weights)
+        weights, generator = models.weights, models.generator
+        measured = {s.teacher for s in self.job.validation_sets} & models.frozen.keys()
+        if measured:
+            role = max(sorted(measured), key=self.result.weights.__getitem__)
+            weights, generator = build_generator(
+                self.job,
+                self.result.shapes[role],
+                models.frozen[role],
+                _EOS_IDS,
+                self.world,
+                models.memory,
+                self._make_runner,
+            )
+        self.tracker.reset()
+        weights.sync()
+        self.tracker.note("validation", times=0)
         params = SamplingParams(v.max_new_tokens or r.max_new_tokens, v.temperature)
-        generator.response_tokens = params.max_new_tokens
-        self._sample("validation", generator, requests, params, 0)
+        self.response_tokens = params.max_new_tokens
+        self._sample("validation", generator, requests, params, times=0)
+        del self.runner
 
     def _sample(
         self,
         name: str,
-        generator: PlannedGenerator,
+        generator: Generator,
         requests: list[Request],
         params: SamplingParams,
         times: int = 1,
-    ) -> PlannedRunner:
-        """The widest decoding step and the fullest prefill of a phase that does these `times`."""
-        runner, tracker = generator.plan(requests, params), self.tracker
-        with self._phase(name) as phase:
-            rows = runner.run_widest()
-            phase.times, phase.calls = times * runner.num_rows / rows, times * runner.num_decodes
-            phase.operations = tracker.operations
+    ) -> None:
+        """Note the largest decoding step and the largest prefill of a rollout, for all of them.
+
+        Args:
+            times: how often a step has such a rollout.
+        """
+        tracker = self.tracker
+        generator.generate(requests, params)
+        runner = self.runner
+        tracker.reset()
+        rows = runner.run_decode()
+        operations, needed = tracker.operations, tracker.peak - tracker.live
+        tracker.note(name, times * runner.num_rows / rows, times * runner.num_decodes)
+        tracker.phases[name].operations = operations
         if runner.static:
-            # What a step needs besides stays with its graphs.
-            runner.memory_of_graphs = torch.empty(tracker.peak - tracker.live, dtype=torch.uint8)
-        with self._phase(name) as phase:
-            tokens = max(1, runner.run_fullest())
-            phase.times = times * runner.num_prefilled / tokens
-            phase.calls = times * runner.num_prefills
-        return runner
+            # What a step needs in addition stays with its graphs.
+            runner.graph_memory = torch.empty(needed, dtype=torch.uint8)
+        tokens = max(1, runner.run_prefill())
+        tracker.note(name, times * runner.num_prefilled / tokens, times * runner.num_prefills)
 
-    def _plan(self) -> list[Minibatch]:
-        c, result = self.config, self.result
-        budget = c.training.max_tokens_per_microbatch
-        plan = plan_minibatches(result.samples, c.distill.minibatches, budget, self.world.dp)
-        result.update_share = [samples for m in plan for samples in m.microbatches]
-        if c.rollout.on_policy_fraction > 0.0:
-            for s in chain.from_iterable(result.update_share):
-                s.student_logprobs = torch.zeros(len(s.response_ids))
-        return plan
+    # ------------------------------------------------------- scores and update
 
-    def _score(self, role: str, name: str, plan: list[Minibatch]) -> None:
-        first, count = _first_microbatch(plan)
-        if not count:
+    def _begin(self, name: str, times: list[int]) -> None:
+        """Begin a phase, and say how often a step does each of the passes that will be run."""
+        left = iter(times)
+        self.monitor.pass_done = lambda: self.tracker.note(name, next(left))
+        self.tracker.reset()
+
+    def _score(self, role: str) -> None:
+        """Run two micro-batches: the first one gathers what stays gathered for the others."""
+        microbatches = self.result.microbatches(role)
+        if not microbatches:
             return
-        self.result.scored[role] = count
-        model, rule = self.models[role], self._rule()
-        whole, part = rule.needs_vocabulary, [Minibatch([first], 1, [role])]
-        with self._phase(name, count, gathers=1 if role in self.kept.frozen else None):
-            scored = score(model, part, rule.dist.untruncated, self.world, keep_hidden=whole)
-        for sample, values in scored:
-            setattr(sample, f"{name}_hidden" if whole else f"{name}_logprobs", values)
-        if whole:  # those of the other micro-batches wait for the update as well
-            like = scored[0][1]
-            for s in chain.from_iterable(m for part in plan for m in part.microbatches):
-                if getattr(s, f"{name}_hidden") is None:
-                    shape = (len(s.response_ids), like.shape[1])
-                    setattr(s, f"{name}_hidden", like.new_empty(shape))
+        name: ScoredBy = "teacher" if is_teacher(role) else "reference"
+        largest, passes = max(microbatches, key=cost), min(2, len(microbatches))
+        self._begin(name, [1, len(microbatches) - 1])
+        self.phases.score(role, [Minibatch([largest] * passes, 1, [role] * passes)])
+        self.tracker.note(name)
+        if self.phases.rule.needs_vocabulary:  # the others' hidden states wait for the update too
+            width, dtype = self.result.shapes[role].args.dim, compute_dtype(self.job)
+            for sample in chain.from_iterable(microbatches):
+                tokens = len(sample.response_ids)
+                sample.set_hidden(name, torch.empty(tokens, width, dtype=dtype))
 
-    def _rule(self) -> UpdateRule:
-        r = self.config.rollout
-        vocab_size = common_vocab_size(self.result.shapes)
-        dist_ = Distribution(r.temperature, r.top_k, r.top_p, vocab_size)
-        c = self.config
-        return UpdateRule.of(c.distill, c.reference, c.training, dist_)
-
-    def _update(self, plan: list[Minibatch]) -> None:
-        rule = self._rule()
-        frozen = {r: m for r, m in self.models.items() if r != "student"}
-        first, count = _first_microbatch(plan)
+    def _update(self) -> None:
+        """Run one update of up to three micro-batches: the first, one in the middle, the last."""
         if self._is_on_host("student"):
             self._make_gradients()
-            self.on_host += self.result.gradients
-            self.result.gradients = 0
-        teacher = first[0].prompt.teacher if first else ""
-        models = models_of(teacher, frozen if rule.needs_vocabulary else {})
-        once = self.kept.gradients
-        with resharding(self.student), gathered_heads(models) as heads:
-            for times, last in _passes(count, len(plan)):
-                exchange_gradients(self.student, last, once)
-                with self._phase("update", times):
-                    forward_backward(self.student, first, 1, rule, self.world, heads)
-        with self._phase("update", len(plan)):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-
-def _passes(microbatches: int, updates: int) -> list[tuple[float, bool]]:
-    """How often there is a first micro-batch of an update, one in between, and a last one.
-
-    Returns:
-        Those that there are, and whether each is the last: each finds what the one before it keeps.
-    """
-    firsts = min(updates, microbatches - updates)
-    passes = [(firsts, False), (microbatches - updates - firsts, False), (updates, True)]
-    return [(times, last) for times, last in passes if times]
-
-
-def _first_microbatch(plan: list[Minibatch]) -> tuple[list[Sample], int]:
-    """The fullest one stands for all of them, and how many there are."""
-    microbatches = [m for minibatch in plan for m in minibatch.microbatches]
-    return max(microbatches, key=cost, default=[]), len(microbatches)
+            self.tracker.on_host += self.result.weights["student"]
+        microbatches, updates = self.result.microbatches(), len(self.result.plan)
+        largest = max(microbatches, key=cost)
+        first = min(updates, len(microbatches) - updates)
+        times = [n for n in (first, len(microbatches) - updates - first, updates) if n]
+        teacher = largest[0].prompt.teacher if largest else ""
+        self._begin("update", times)
+        self.phases.update([Minibatch([largest] * len(times), 1, [teacher] * len(times))], rate=0.0)
+        self.tracker.note("update", updates)

@@ -1,7 +1,7 @@
 """Memory and traffic of code that runs on tensors without data.
 
-Under `FakeTensorMode` every operation knows the shapes of its results and computes nothing. This
-mode sees each operation, adds up the storages that are alive, and notes what the collectives move.
+Under `TensorsWithoutData` every operation knows the shapes of its results and computes nothing. The
+`Tracker` sees each operation, adds up the storages that are alive, and notes what collectives move.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Collectives that move data, and how often their larger buffer crosses a ring of n ranks,
-# (n - 1) / n of it each time.
+from opd_titan.distributed.world import axes
+from opd_titan.models.kernels.device import Device
+
+# Collectives that move data, and how often (n - 1) / n of their larger buffer passes each link of a
+# ring of n ranks.
 _PASSES = {
     "allgather": 1,
     "_allgather_base": 1,
@@ -38,34 +43,83 @@ _PASSES = {
 }
 
 
-class Tracker(TorchDispatchMode):
-    """Counts bytes of live tensors, their peak, operations, and bytes that collectives move.
+class TensorsWithoutData(FakeTensorMode):
+    """Make tensors without data, which are stored as a CPU's.
+
+    Args:
+        stands_for: the device whose implementations run, see `device_of`.
+    """
+
+    def __init__(self, stands_for: Device) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.stands_for = stands_for
+
+
+@dataclass
+class Phase:
+    """What one phase of a step costs one rank.
 
     Attributes:
-        live: bytes. `reset` starts the others anew:
-        peak: the most that was alive.
-        sent, collectives: bytes that this rank sends, and in how many, by the name of the group.
-        operations: how many that compute something.
+        peak: the most bytes alive on the device, everything resident included.
+        sent: bytes that the rank sends in the whole step, by axis of the mesh.
+        collectives: their number in the whole step, by axis.
+        operations: of one decoding forward (rollout only).
+    """
+
+    peak: int = 0
+    sent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    operations: int = 0
+
+
+class Tracker(TorchDispatchMode):
+    """Count bytes of live tensors, operations, and bytes that collectives move, by phase.
+
+    Args:
+        mesh: the phases' traffic is counted along its axes.
+        gloo: the backend is gloo, which copies the larger buffer of a collective.
+
+    Attributes:
+        live: bytes that are alive.
+        peak: the most bytes that were alive since the last `reset`.
+        operations: their number since then, without views.
+        on_host: the bytes among `live` that the planned rank stores on its host.
+        phases: by name.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # guarding each operation against the compiler costs a tenth of the plan
 
-    def __init__(self, gloo: bool) -> None:
-        """
-        Args:
-            gloo: collectives are gloo's, which copies the larger of their buffers meanwhile.
-        """
+    def __init__(self, mesh: DeviceMesh, gloo: bool) -> None:
         super().__init__()
-        self.live, self.gloo = 0, gloo
+        self.gloo = gloo
+        self.live = self.on_host = 0
+        self.phases: dict[str, Phase] = {}
+        self._groups = {axis: mesh.get_group(axis).group_name for axis in axes(mesh)}
         self._sizes: dict[int, int] = {}
         self.reset()
 
     def reset(self) -> None:
+        """Count operations and traffic anew, and the peak from what is alive."""
         self.peak, self.operations = self.live, 0
-        self.sent: dict[str, float] = defaultdict(float)
-        self.collectives: dict[str, int] = defaultdict(int)
+        self._sent: dict[str, float] = defaultdict(float)
+        self._collectives: dict[str, int] = defaultdict(int)
+
+    def note(self, name: str, times: float = 1.0, calls: float | None = None) -> None:
+        """Add to a phase what was done since the last reset, and reset.
+
+        Args:
+            times: how often a step does it.
+            calls: how often a step calls its collectives, if not `times`.
+        """
+        phase = self.phases.setdefault(name, Phase())
+        phase.peak = max(phase.peak, self.peak - self.on_host)
+        for axis, group in self._groups.items():
+            phase.sent[axis] += self._sent[group] * times
+            calls_here = times if calls is None else calls
+            phase.collectives[axis] += self._collectives[group] * calls_here
+        self.reset()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -73,12 +127,16 @@ class Tracker(TorchDispatchMode):
         # Half of all calls only ask where a tensor is.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
+        # A number that is not known is 0, for example the norm of the gradients.
+        if func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
+            return 0.0 if args[0].is_floating_point() else 0
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._note_traffic(func, args, out)
+            out = self._communicate(func, args, kwargs or {})
+        else:
+            out = func(*args, **(kwargs or {}))
+        self.operations += not func.is_view
         for leaf in tree_leaves(out):
-            if isinstance(leaf, DTensor):  # what it did inside is out of this mode's sight
+            if isinstance(leaf, DTensor):  # this mode does not see the operations inside
                 leaf = leaf._local_tensor
             if isinstance(leaf, FakeTensor) and not leaf.is_meta:
                 self.add(leaf)
@@ -101,6 +159,16 @@ class Tracker(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 
+    def _communicate(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Call a collective, which leaves the numbers that this rank knows as they are."""
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)]
+        known = [tensor.constant for tensor in tensors]
+        out = func(*args, **kwargs)
+        for tensor, number in zip(tensors, known, strict=True):
+            tensor.constant = number
+        self._note_traffic(func, args, out)
+        return out
+
     def _note_traffic(self, func: Any, args: tuple, out: Any) -> None:
         name = func._schema.name.partition("::")[2].rstrip("_")
         if name not in _PASSES:
@@ -111,12 +179,12 @@ class Tracker(TorchDispatchMode):
         ranks = group.size()
         if self.gloo and _PASSES[name] == 1:
             self.peak = max(self.peak, self.live + max(sizes))
-        self.sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
-        self.collectives[group.group_name] += ranks > 1
+        self._sent[group.group_name] += _PASSES[name] * max(sizes) * (ranks - 1) / ranks
+        self._collectives[group.group_name] += ranks > 1
 
     @contextmanager
     def watch(self) -> Iterator[Tracker]:
-        """See the storages that FSDP frees, and fills again, by resizing them."""
+        """Notice when FSDP frees storages and fills them again, by resizing them."""
         resize = torch.UntypedStorage.resize_
         kind: Any = torch.UntypedStorage  # mypy: a class's methods are not to be replaced
 
@@ -131,6 +199,18 @@ class Tracker(TorchDispatchMode):
             yield self
         finally:
             kind.resize_ = resize
+
+
+def _is_unknown(tensor: Tensor) -> bool:
+    """Return whether a tensor has no data and was not made from one known number."""
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+def define_collectives() -> None:
+    """Register collectives for tensors without data, which older versions of torch lack."""
+    known = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not known("c10d::_allgather_base_", "Meta"):
+        from torch.distributed._tools import fake_collectives  # noqa: F401 - registers them
 
 
 def _process_group(argument: Any) -> dist.ProcessGroup | None:

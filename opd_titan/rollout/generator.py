@@ -105,6 +105,8 @@ class Generator:
         page_size: tokens of a page of the cache; 0 for what suits the device.
         max_pages: pages of the cache; 0 for as many as fit into the free memory.
         room: returns the bytes that may stay in use during other phases, or None if unknown.
+        free: returns the free bytes of this rank's device; None to ask the device.
+        runner: makes the runner, from the arguments of `Runner`.
 
     Attributes:
         stats: of the last `generate`.
@@ -123,14 +125,16 @@ class Generator:
         page_size: int = 0,
         max_pages: int = 0,
         room: Callable[[], int | None] = lambda: None,
+        free: Callable[[], int] | None = None,
+        runner: Callable[..., Runner] = Runner,
     ) -> None:
-        self.room = room
+        self.room, self.free, self.runner = room, free, runner
         self.model, self.eos_ids = model, eos_ids
         self._sizes = cast(Any, model.args)
         self.head = VocabHead(model.get_parameter("lm_head.weight"), tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
-        self.path = choose_path(self._sizes.head_dim, self.dtype, self.device)
+        self.path = choose_path(self._sizes.head_dim, self.dtype, self.head.weight_vD)
         self.page_size = page_size or self.path.page_size
         self.max_pages = max_pages
         self.stats = RolloutStats()
@@ -239,7 +243,7 @@ class Generator:
         """Return a runner for `wanted` sequences of `width` pages, or as many as memory holds."""
         slots, pages = self.count_slots_and_pages(wanted, width, params)
         cache = KVCache(self._sizes, pages, self.page_size, self.path, self.dtype, self.device)
-        return Runner(
+        return self.runner(
             self.model,
             self.head,
             cache,
@@ -279,7 +283,8 @@ class Generator:
 
     def free_bytes(self) -> int:
         """Return the memory for a rollout, the same on all tensor-parallel ranks."""
-        return min_integer(free_bytes(self.device), self.device, self.head.tp)
+        free = free_bytes(self.device) if self.free is None else self.free()
+        return min_integer(free, self.device, self.head.tp)
 
 
 def _stopped(sequences: Sequence[SequenceState], flags: Fetched | None) -> list[SequenceState]:

@@ -44,6 +44,18 @@ class StepMemory:
         self.device = device
         self.room: int | None = None
 
+    def total_bytes(self) -> int:
+        """Return all memory of this rank's device, see `total_bytes`."""
+        return total_bytes(self.device)
+
+    def free_bytes(self) -> int:
+        """Return what this rank can still use of it, see `free_bytes`."""
+        return free_bytes(self.device)
+
+    def never_used_bytes(self) -> int:
+        """Return what no phase has used up to now, see `never_used_bytes`."""
+        return never_used_bytes(self.device)
+
     def measure(self, made: bool = True, most: float = math.inf) -> None:
         """Set the room after the first update that was made. All ranks must call.
 
@@ -52,8 +64,8 @@ class StepMemory:
             most: bytes that may be kept by what is known of later updates, which may be larger.
         """
         if made and self.room is None:
-            spare = _SPARE * total_bytes(self.device)
-            free = max(0.0, min(never_used_bytes(self.device) - spare, most))
+            spare = _SPARE * self.total_bytes()
+            free = max(0.0, min(self.never_used_bytes() - spare, most))
             self.room = -int(max_scalar(-free, self.device))
 
     def room_beside(self, holder: Holder) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.transfer import Fetched, send
 from opd_titan.models.kernels import uniforms
+from opd_titan.models.kernels.device import device_of
 from opd_titan.models.kernels.paged import PageParts
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, PrefillAttention
@@ -59,7 +60,7 @@ class Runner:
         captures: bool = True,
     ) -> None:
         self.model, self.cache, self.slots, self.params = model, cache, slots, params
-        self.device, self.lag = cache.device, LAG[cache.device.type]
+        self.device, self.lag = cache.device, LAG[device_of(head.weight_vD).type]
         self.sampler = Sampler(head, params, slots)
         eos = () if params.ignore_eos else sorted(eos_ids)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
@@ -304,7 +305,7 @@ class Runner:
 
 
 class Responses:
-    """Tokens and log-probs of several sequences, on their way to the host."""
+    """Tokens and log-probs of several sequences, which are being copied to the host."""
 
     def __init__(self, fetched: Fetched, counts: Sequence[int]) -> None:
         self._fetched, self._counts = fetched, counts

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd_titan.distributed.collectives import broadcast_tokens
 from opd_titan.models.kernels import block_stats, block_totals, fused, invert_blocks, plain
+from opd_titan.models.kernels.device import device_of
 from opd_titan.models.kernels.plain import LOGITS_BLOCK, Blocks, invert
 from opd_titan.models.logits import Distribution, VocabHead, project, whole_logits
 
@@ -138,7 +139,7 @@ class Sampler:
 
     def _chunks(self, n: int) -> tuple[int, int]:
         """Return the width of a chunk, a multiple of 128, and the number of chunks."""
-        rows, device = self.head.rows, self.head.weight_vD.device.type
+        rows, device = self.head.rows, device_of(self.head.weight_vD).type
         count = max(1, round(n * rows * 4 / CHUNK_BYTES[device]))
         width = -(-rows // count)
         width += -width % LOGITS_BLOCK

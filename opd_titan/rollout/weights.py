@@ -36,8 +36,9 @@ class GeneratorWeights:
         build: returns the architecture of one rank's share, with the collectives between shares.
         dtype: what the generator computes in; FSDP gathers in the same dtype.
         device: where the generator computes.
-        pack: store the layers' weights in a CPU's own layout where it has one for this dtype. Not
-            for compiled layers.
+        pack: store the layers' weights in a CPU's own layout, if it has one for this dtype.
+            Compiled layers do not support it.
+        share: read the storage of the training weights if possible; otherwise copy all of them.
 
     Attributes:
         model: the plain model.
@@ -51,6 +52,7 @@ class GeneratorWeights:
         dtype: torch.dtype,
         device: torch.device,
         pack: bool = True,
+        share: bool = True,
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         with torch.device("meta"):
@@ -59,7 +61,7 @@ class GeneratorWeights:
         copies: dict[str, Tensor] = {}
         tensors = {}
         for name, parameter in source.named_parameters():
-            tensor = self._own_storage(parameter)
+            tensor = self._own_storage(parameter) if share else None
             if tensor is None:
                 tensor = torch.empty(shapes[name], dtype=dtype, device=device)
                 tensor.untyped_storage().resize_(0)  # until `sync`
@@ -69,8 +71,9 @@ class GeneratorWeights:
         self.model.tie_weights()  # type: ignore[operator]  # of our own models
         assert not any(p.is_meta for p in self.model.parameters()), "a weight was left out"
         self.num_bytes = sum(t.numel() * t.element_size() for t in copies.values())
+        packs = pack and can_pack(dtype, next(self.model.parameters()))
         # The layers with a packed copy, and the other copies, by the weight's name.
-        self._packed = self._pop_packed(copies) if pack and can_pack(dtype, device) else {}
+        self._packed = self._pop_packed(copies) if packs else {}
         self._plain = copies
         self._storages = self._join_layers()
         self._state = _Copies.RELEASED

@@ -21,7 +21,6 @@ from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distributed.collectives import max_scalar
 from opd_titan.distributed.sharding import fsdp_groups, keep_gathered
 from opd_titan.distributed.world import World, axes
-from opd_titan.rollout.memory import total_bytes
 from opd_titan.training.sources import ModelShape
 
 logger = logging.getLogger("opd_titan")
@@ -72,9 +71,14 @@ def keep_what_fits(
     models: Mapping[str, nn.Module],
     shapes: Mapping[str, ModelShape],
     world: World,
+    memory: float,
 ) -> Gathering:
-    """Choose for the smallest device, configure the models and log the choice. All ranks call."""
-    memory = -max_scalar(-total_bytes(world.device), world.device)
+    """Choose for the smallest device, configure the models and log the choice. All ranks call.
+
+    Args:
+        memory: bytes of this rank's device.
+    """
+    memory = -max_scalar(-memory, world.device)
     found = choose(job, models, shapes, world, memory)
     found.apply(models)
     logger.info("Kept gathered: %s", found)
@@ -99,7 +103,7 @@ def choose(
     # The student in fp32, with its gradients and two moments; the others as they compute.
     stored = {role: 16 if role == "student" else dtype.itemsize for role in here}
     resident = sum(size * whole[role] / shards for role, size in stored.items())
-    resident += 4 * CHUNK_BYTES[world.device.type]  # logits, and what is made of them
+    resident += 4 * CHUNK_BYTES[job.device_type]  # logits, and what is made of them
     resident += _whole_distributions(job, shapes, world, dtype)
 
     tokens = max(config.training.max_tokens_per_microbatch, job.longest)

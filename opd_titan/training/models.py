@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +19,10 @@ from opd_titan.distributed.monitor import Monitor
 from opd_titan.distributed.sharding import device_bytes
 from opd_titan.distributed.world import World
 from opd_titan.models.attention import why_padded
-from opd_titan.models.kernels import why_unavailable
+from opd_titan.models.kernels.device import device_of
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.memory import StepMemory
+from opd_titan.rollout.runner import Runner
 from opd_titan.rollout.weights import GeneratorWeights
 from opd_titan.training.gathering import Gathering, keep_what_fits
 from opd_titan.training.sources import ModelShape, ModelSource
@@ -33,12 +35,14 @@ class JobModels:
     """The models, the optimizer and the generator of a job.
 
     Attributes:
+        shapes: the architectures by role.
         frozen: teachers and reference, by role.
         weights: the generator's copy of the student's weights.
         memory: decides whether that copy and the KV cache stay in use between rollouts.
         kept: what stays gathered between micro-batches.
     """
 
+    shapes: Mapping[str, ModelShape]
     student: nn.Module
     frozen: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
@@ -61,12 +65,34 @@ def load_models(
         monitor.set_phase(f"the loading of the {role}")
         monitor.stop.check()
         models[role] = load_model(job, source, world)
-    kept = keep_what_fits(job, models, sources, world)
-    student = models.pop("student")
+    return join_models(
+        job, sources, models, sources["student"].eos_ids, world, StepMemory(world.device)
+    )
+
+
+def join_models(
+    job: ResolvedJob,
+    shapes: Mapping[str, ModelShape],
+    models: Mapping[str, nn.Module],
+    eos_ids: set[int],
+    world: World,
+    memory: StepMemory,
+    runner: Callable[..., Runner] = Runner,
+) -> JobModels:
+    """Decide what stays gathered, and build the optimizer and the generator. All ranks call.
+
+    Args:
+        models: by role, with storage for their parameters.
+        runner: see `Generator`.
+    """
+    kept = keep_what_fits(job, models, shapes, world, memory.total_bytes())
+    frozen = dict(models)
+    student = frozen.pop("student")
     optimizer = build_optimizer(student, job.config.optimizer)
-    memory = StepMemory(world.device)
-    weights, generator = build_generator(job, sources["student"], student, world, memory)
-    return JobModels(student, models, optimizer, weights, generator, memory, kept)
+    weights, generator = build_generator(
+        job, shapes["student"], student, eos_ids, world, memory, runner
+    )
+    return JobModels(shapes, student, frozen, optimizer, weights, generator, memory, kept)
 
 
 def load_model(job: ResolvedJob, source: ModelSource, world: World) -> nn.Module:
@@ -136,35 +162,44 @@ def parallel_model(
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give the parameters storage without values, and tie them again: `to_empty` unties them."""
+    """Give the parameters storage without values, and tie those again that `to_empty` unties."""
     model.to_empty(device=device)
     model.tie_weights()  # type: ignore[operator]  # of our own models
 
 
 def build_generator(
     job: ResolvedJob,
-    source: ModelSource,
+    source: ModelShape,
     model: nn.Module,
+    eos_ids: set[int],
     world: World,
-    memory: StepMemory | None = None,
+    memory: StepMemory,
+    runner: Callable[..., Runner] = Runner,
 ) -> tuple[GeneratorWeights, Generator]:
     """Return the weights and the generator of a loaded model. Sync the weights before use.
 
     Args:
-        memory: says what may stay in use between rollouts; without it, all free memory is used.
+        eos_ids: each of these tokens ends a response.
+        memory: says what is free, and what may stay in use between rollouts.
+        runner: see `Generator`.
     """
-    # Where fused kernels run, they do what the compiler would do.
-    compiled = job.compiled and bool(why_unavailable(world.device))
+    # On a device with fused kernels, they do what the compiler would do.
+    compiled = job.compiled and bool(device_of(world.device).why_plain)
     build = partial(source.build_share, world.tp, compiled)
-    dtype = compute_dtype(job)
-    weights = GeneratorWeights(model, build, dtype, world.device, pack=not compiled)
+    # A model on the host has no storage that a GPU's generator can read.
+    share = job.device_type == "cpu" or not source.spec.cpu_offload
+    weights = GeneratorWeights(
+        model, build, compute_dtype(job), world.device, pack=not compiled, share=share
+    )
     generator = Generator(
         weights.model,
-        source.eos_ids,
+        eos_ids,
         job.config.rollout.max_concurrent,
         job.config.training.max_tokens_per_microbatch,
         world.tp,
-        room=lambda: None if memory is None else memory.room_beside(weights),
+        room=lambda: memory.room_beside(weights),
+        free=memory.free_bytes,
+        runner=runner,
     )
     track_memory(f"rollout's copy of the {source.role}", weights, lambda w: w.bytes_now)
     track_memory(f"KV cache of the {source.role}", generator, lambda g: g.num_bytes)

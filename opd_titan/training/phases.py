@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 
-from opd_titan.config.resolve import is_teacher
-from opd_titan.data.prompts import given_response
-from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.optim import learning_rate, set_learning_rate
+from opd_titan.config.resolve import ResolvedJob, is_teacher
+from opd_titan.data.types import Prompt, Sample, ScoredBy
+from opd_titan.distill.optim import set_learning_rate
 from opd_titan.distill.packing import Minibatch, plan_minibatches, taught_by
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.monitor import Monitor
+from opd_titan.distributed.world import World
 from opd_titan.observability.progress import Bar, progress
 from opd_titan.rollout.generator import SamplingParams
 from opd_titan.rollout.rollout import in_order, sample_responses, split_on_policy
 from opd_titan.training.models import JobModels
-from opd_titan.training.setup import Setup
 from opd_titan.training.sources import common_vocab_size
 
 
 class Phases:
     """Run each phase of a step on all ranks.
+
+    Args:
+        bars: show a progress bar for each phase.
 
     Attributes:
         step: the present step, for random numbers and progress bars.
@@ -29,9 +33,16 @@ class Phases:
         rule: the loss of the update.
     """
 
-    def __init__(self, setup: Setup, models: JobModels, monitor: Monitor) -> None:
-        self.setup, self.models, self.monitor = setup, models, monitor
-        self.config, self.world = setup.job.config, setup.world
+    def __init__(
+        self,
+        job: ResolvedJob,
+        world: World,
+        models: JobModels,
+        monitor: Monitor,
+        bars: bool = True,
+    ) -> None:
+        self.config, self.world, self.models, self.monitor = job.config, world, models, monitor
+        self.bars = bars
         self.step = 0
         r = self.config.rollout
         self.sampling = SamplingParams(
@@ -41,13 +52,19 @@ class Phases:
             top_k=r.top_k,
             ignore_eos=r.ignore_eos,
             max_tokens=r.max_tokens_per_step,
-            vocab_size=common_vocab_size(setup.sources),
+            vocab_size=common_vocab_size(models.shapes),
         )
         c = self.config
         self.rule = UpdateRule.of(c.distill, c.reference, c.training, self.sampling.distribution)
 
-    def rollout(self, step: int, prompts: list[Prompt]) -> list[Sample]:
-        """Begin a step: return the responses to its prompts, sampled or the data set's own."""
+    def rollout(
+        self, step: int, prompts: list[Prompt], given_response: Callable[[Prompt], Sample]
+    ) -> list[Sample]:
+        """Begin a step: return the responses to its prompts, sampled or given.
+
+        Args:
+            given_response: returns the data set's own response to a prompt.
+        """
         self.step = step
         r, dp = self.config.rollout, self.world.dp
         stream = (self.config.training.seed, self.step)
@@ -58,11 +75,7 @@ class Phases:
             samples = sample_responses(
                 self.models.generator, sampled, r.group_size, self.sampling, stream, dp, on_tokens
             )
-        stop_ids = self.setup.sources["student"].eos_ids
-        samples += [
-            given_response(p, self.setup.tokenizer, stop_ids, r.max_new_tokens) for p in given
-        ]
-        return in_order(samples, prompts)
+        return in_order(samples + [given_response(p) for p in given], prompts)
 
     def plan(self, samples: list[Sample]) -> list[Minibatch]:
         """Return this rank's share of the step's updates, in micro-batches."""
@@ -71,7 +84,7 @@ class Phases:
 
     def score(self, role: str, plan: list[Minibatch]) -> None:
         """Set the log-probs, or the hidden states, of a frozen model on its samples."""
-        name = "reference"
+        name: ScoredBy = "reference"
         if is_teacher(role):
             name, plan = "teacher", taught_by(role, plan)
         whole = self.rule.needs_vocabulary
@@ -86,13 +99,14 @@ class Phases:
                 name,
             )
         for sample, values in scored:
-            setattr(sample, f"{name}_hidden" if whole else f"{name}_logprobs", values)
+            if whole:
+                sample.set_hidden(name, values)
+            else:
+                sample.set_logprobs(name, values)
 
-    def update(self, plan: list[Minibatch], slowdown: float) -> UpdateResult:
-        """Update the student, with the learning rate of the step times `slowdown`."""
-        c = self.config
-        rate = learning_rate(self.step, self.setup.total_steps, c.optimizer.lr, c.lr_scheduler)
-        set_learning_rate(self.models.optimizer, slowdown * rate)
+    def update(self, plan: list[Minibatch], rate: float) -> UpdateResult:
+        """Update the student with this learning rate."""
+        set_learning_rate(self.models.optimizer, rate)
         frozen = self.models.frozen if self.rule.needs_vocabulary else {}
         with self._sequence_bar("update", plan) as bar:
             # After the first optimizer step, the remaining updates of the step must be done.
@@ -107,7 +121,7 @@ class Phases:
                 frozen,
                 exchange_once=self.models.kept.gradients,
             )
-        result.scalars["lr"] = slowdown * rate
+        result.scalars["lr"] = rate
         return result
 
     def _sequence_bar(self, phase: str, plan: list[Minibatch]) -> Bar:
@@ -115,4 +129,5 @@ class Phases:
         return self._bar(phase, sequences, "seq")
 
     def _bar(self, phase: str, total: int, unit: str) -> Bar:
-        return progress(total, f"step {self.step} {phase}", unit, rank=dist.get_rank())
+        shown = self.bars and dist.get_rank() == 0
+        return progress(total, f"step {self.step} {phase}", unit, rank=0 if shown else 1)

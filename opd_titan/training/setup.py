@@ -20,9 +20,11 @@ from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folde
 from opd_titan.config import RECIPE_FILE, to_toml
 from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.loader import PromptLoader
-from opd_titan.data.prompts import PromptSet, build_prompts
+from opd_titan.data.prompts import PromptSet, build_prompts, given_response
 from opd_titan.data.templates import template_warning
 from opd_titan.data.tokenizer import eos_warning
+from opd_titan.data.types import Prompt, Sample
+from opd_titan.distill.optim import learning_rate
 from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.distributed.heartbeat import set_phase
 from opd_titan.distributed.world import World, axes, build_world, init_world
@@ -84,6 +86,16 @@ class Setup:
     @property
     def checkpoints(self) -> Path:
         return self.job.folder / "checkpoint"
+
+    def learning_rate(self, step: int) -> float:
+        """Return the scheduled learning rate of a step, counted from 1."""
+        c = self.job.config
+        return learning_rate(step, self.total_steps, c.optimizer.lr, c.lr_scheduler)
+
+    def given_response(self, prompt: Prompt) -> Sample:
+        """Return the data set's own response to a prompt."""
+        limit = self.job.config.rollout.max_new_tokens
+        return given_response(prompt, self.tokenizer, self.sources["student"].eos_ids, limit)
 
 
 def set_up(job: ResolvedJob) -> tuple[Setup, Start]:

@@ -39,7 +39,7 @@ class Trainer:
         self.monitor = Monitor(stop, heartbeat, self.world)
         torch.use_deterministic_algorithms(self.config.training.deterministic)
         self.models = load_models(job, self.setup.sources, self.world, self.monitor)
-        self.phases = Phases(self.setup, self.models, self.monitor)
+        self.phases = Phases(job, self.world, self.models, self.monitor)
         self.saver = Saver(self.setup, self.models)
         self.nonfinite = NonfiniteUpdates(
             self.config.training.max_skipped_updates,
@@ -105,7 +105,7 @@ class Trainer:
                     if self.job.on_policy:
                         models.weights.sync()
                 with phase("rollout"):
-                    samples = phases.rollout(self.step, prompts)
+                    samples = phases.rollout(self.step, prompts, self.setup.given_response)
                     self.recorder.choose(samples)
                     models.memory.make_room(models.weights, models.generator)
                 plan = phases.plan(samples)
@@ -116,7 +116,8 @@ class Trainer:
                     if "reference" in models.frozen:
                         phases.score("reference", plan)
                 with phase("update"):
-                    result = phases.update(plan, self.watchdog.slowdown)
+                    rate = self.watchdog.slowdown * self.setup.learning_rate(self.step)
+                    result = phases.update(plan, rate)
                     models.weights.mark_stale()
                     room = models.kept.usable - models.kept.needed
                     models.memory.measure(any(result.made), room)
@@ -205,7 +206,9 @@ class Trainer:
         self.models.weights.release()
         self.models.generator.release()
         source, model = self.setup.sources[role], self.models.frozen[role]
-        weights, generator = build_generator(self.job, source, model, self.world)
+        weights, generator = build_generator(
+            self.job, source, model, source.eos_ids, self.world, self.models.memory
+        )
         weights.sync()
         self.validator.measure_teacher(generator, role, self.monitor.on_tokens)
         del weights, generator

@@ -1,9 +1,9 @@
-"""Operations with a fused kernel on some devices, and a plain PyTorch twin on all.
+"""Operations with a fused kernel on some devices, and a plain PyTorch implementation on all.
 
-Callers name the operation; which implementation runs follows from the tensors (`fused`). The twins
-in `plain` run everywhere and have gradients; they are what the kernels are tested against. The
-Triton kernels are PyTorch operators (`ops`), so that they also work on fake tensors. Triton
-comes with CUDA builds of PyTorch; nothing imports it where it is absent.
+The caller calls the operation; its tensors decide which implementation runs (`fused`, `device`).
+The implementations in `plain` run on all devices and have gradients; the kernels are tested against
+them. The Triton kernels are PyTorch operators (`ops`), so that they also work on fake tensors.
+Triton comes with CUDA builds of PyTorch; it is imported only if it is installed.
 
 Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, K head size, P pages
 of a KV cache, S tokens of a page, N sequences, M pages of the longest sequence, V vocabulary, B
@@ -12,64 +12,15 @@ blocks of 128 of its tokens, I inputs and O outputs of a linear layer.
 
 from __future__ import annotations
 
-import functools
-import os
-import shutil
-import sysconfig
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from opd_titan.models.kernels import head_plain, ops, plain  # noqa: F401 - ops defines the operators
+from opd_titan.models.kernels.device import HALF, device_of
 from opd_titan.models.kernels.gradients import AddNorm, Norm, NormRope, SiluMul
 from opd_titan.models.kernels.plain import CacheSlots as CacheSlots
 
-HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 128)
-
-
-@functools.cache
-def _have_triton() -> bool:
-    """Import the Triton kernels, which are the operators' implementation. False without Triton."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    from opd_titan.models.kernels import attention, head_logits, layers, logits  # noqa: F401
-
-    return True
-
-
-def why_wrong_device(device: torch.device) -> str:
-    """Return why no kernel for packed or paged tokens runs on this device; empty where one may."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than Ampere"
-    return ""
-
-
-def why_wrong_type(dtype: torch.dtype) -> str:
-    """Return why these kernels do not take the type; empty where they do."""
-    if dtype not in HALF:
-        return f"the type is {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
-    return ""
-
-
-@functools.cache
-def why_unavailable(device: torch.device) -> str:
-    """Return why the fused kernels cannot run on this device; empty where they can."""
-    if why := why_wrong_device(device):
-        return why
-    if not _have_triton():
-        return "Triton is not installed"
-    # Triton compiles each kernel's launcher.
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler (gcc, clang, or what CC names)"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        return "Triton needs Python's header files (Debian's python3-dev)"
-    return ""
 
 
 def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
@@ -80,23 +31,12 @@ def fused(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
     Args:
         dtypes: the dtypes that the kernel supports.
     """
-    return (
-        x.is_cuda
-        and x.dtype in dtypes
-        and not torch.compiler.is_compiling()
-        and not why_unavailable(torch.device("cuda"))
-    )
+    return not torch.compiler.is_compiling() and x.dtype in dtypes and not device_of(x).why_plain
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether this device has products with packed weights of this dtype."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+def can_pack(dtype: torch.dtype, x: Tensor | torch.device) -> bool:
+    """Return whether the device of `x` has products with packed weights of this dtype."""
+    return dtype == torch.bfloat16 and device_of(x).packs
 
 
 def pack_weight(weight_OI: Tensor) -> Tensor:
@@ -314,7 +254,7 @@ def add_product_(total_MN: Tensor, left_MC: Tensor, right_CN: Tensor) -> None:
     """Add a product to an fp32 matrix. It is accumulated in fp32 for all types of operands."""
     if left_MC.dtype == torch.float32:
         total_MN.addmm_(left_MC, right_CN)
-    elif left_MC.is_cuda:
+    elif device_of(left_MC).type == "cuda":
         torch.ops.opd_titan.add_product_(total_MN, left_MC, right_CN)
     else:
         total_MN.add_(torch.mm(left_MC, right_CN))

@@ -17,6 +17,7 @@ from torch import Tensor
 from opd_titan.distributed.transfer import send_numbers
 from opd_titan.models import kernels
 from opd_titan.models.attention import varlen_attn, why_padded
+from opd_titan.models.kernels.device import device_of, why_wrong_type
 from opd_titan.models.kernels.plain import PageTable
 
 # (q_THK, keys_PSGK, values_PSGK) of a layer -> [T, H, K]
@@ -88,20 +89,21 @@ class PagedAttention:
         raise NotImplementedError
 
 
-def choose_path(head_dim: int, dtype: torch.dtype, device: torch.device) -> PagedAttention:
-    """Return the fastest way that this device, type and version of torch have.
+def choose_path(head_dim: int, dtype: torch.dtype, x: Tensor | torch.device) -> PagedAttention:
+    """Return the fastest way that the device of `x`, the type and the version of torch have.
 
     Our kernels come before torch's, which takes only pages of a multiple of 256 tokens.
     """
+    device = device_of(x)
     if device.type == "cpu":
         return PageByPage(64, dtype)
-    why = kernels.why_unavailable(device) or kernels.why_wrong_type(dtype)
+    why = device.why_plain or why_wrong_type(dtype)
     if not why and head_dim not in kernels.HEAD_SIZES:
         sizes = ", ".join(map(str, kernels.HEAD_SIZES))
         why = f"the Triton kernels take head sizes {sizes}, not {head_dim}"
     if not why:
         return TableAttention("triton", 64, _triton)
-    varlen, without = _varlen(dtype, device)
+    varlen, without = _varlen(dtype, x)
     if varlen is not None:
         return TableAttention("varlen", 256, varlen, why)
     return PageByPage(256, dtype, f"{why}; {without}")
@@ -139,11 +141,11 @@ def _triton(q_THK: Tensor, keys_PSGK: Tensor, values_PSGK: Tensor, pages: PageTa
     return torch.ops.opd_titan.paged_prefill(*operands, *pages)
 
 
-def _varlen(dtype: torch.dtype, device: torch.device) -> tuple[PagedKernel | None, str]:
+def _varlen(dtype: torch.dtype, x: Tensor | torch.device) -> tuple[PagedKernel | None, str]:
     """Return torch's kernel, which came with torch 2.12, or None and the reason."""
-    if kernels.why_wrong_type(dtype) or kernels.why_wrong_device(device):
+    if why_wrong_type(dtype) or device_of(x).why_padded:
         return None, "torch's paged kernel does not take it either"
-    if why := why_padded(dtype, device):
+    if why := why_padded(dtype, x):
         return None, why
     attend, known = varlen_attn()
     assert attend is not None

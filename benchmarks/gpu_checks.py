@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -125,10 +126,9 @@ def measure_gap(s: Setting, trained: bool) -> None:
         "rollout.max_new_tokens": 24,
     }
     if trained:
-        recipe = {
-            "job.config_file": REPO / "train_configs" / "debug.toml",
-            "data.path": DEBUG / "data",
-        }
+        recipe: Record = {"job.config_file": REPO / "train_configs" / "debug.toml"}
+        recipe |= {"job.dump_folder": tempfile.mkdtemp(), "data.path": DEBUG / "data"}
+        recipe |= {f"{role}.hf_path": DEBUG / role for role in ("student", "teacher")}
         trainer = open_trainer(words(NO_PAUSES | recipe | rollout))
     else:
         rollout |= {} if s.miniature else {"rollout.group_size": 1, "rollout.max_new_tokens": 256}

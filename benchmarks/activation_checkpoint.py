@@ -84,14 +84,14 @@ def profiled(function: Callable[[], Any]) -> tuple[int, int, Any]:
 
 
 def main() -> None:
-    words = parser(__doc__)
-    words.add_argument("--model", choices=NAMES, default="0.6B")
-    words.add_argument("--layers", type=int, default=2)
-    words.add_argument("--tokens", type=int, default=1024)
-    words.add_argument("--sequence", type=int, default=512, help="tokens of each sequence")
-    words.add_argument("--rounds", type=int, default=5)
-    words.add_argument("--eager", action="store_true", help="no compiled layers")
-    a = words.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", choices=NAMES, default="0.6B")
+    arguments.add_argument("--layers", type=int, default=2)
+    arguments.add_argument("--tokens", type=int, default=1024)
+    arguments.add_argument("--sequence", type=int, default=512, help="tokens of each sequence")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--eager", action="store_true", help="no compiled layers")
+    a = arguments.parse_args()
     emit(machine())
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,8 +17,19 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from harness import NO_PAUSES, REPO, Record, emit, machine, open_trainer, parser, run, table, train
-from harness import words as words_of
+from harness import (
+    NO_PAUSES,
+    REPO,
+    Record,
+    emit,
+    machine,
+    open_trainer,
+    parser,
+    run,
+    table,
+    train,
+    words,
+)
 
 OFF_POLICY: Record = {
     "rollout.on_policy_fraction": 0.0,
@@ -105,7 +116,7 @@ def _variance(name: str, a: Any) -> float:
     with tempfile.TemporaryDirectory() as out:
         options = _recipe(name, a.batches) | NO_PAUSES
         options |= {"job.dump_folder": out, "training.max_grad_norm": 0}  # not clipped
-        text = run([__file__, "_variance", *words_of(options)], a.threads)
+        text = run([__file__, "_variance", *words(options)], a.threads)
     return float(text.strip().splitlines()[-1])
 
 
@@ -208,17 +219,17 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](sys.argv[2:])
         return
-    words = parser(__doc__)
+    arguments = parser(__doc__)
     parts = {"table": measure_table, "memory": measure_memory}
-    words.add_argument("part", choices=parts)
-    words.add_argument("--threads", type=int, default=os.cpu_count())
-    words.add_argument("--only", action="append", choices=[*CASES, CONTROL], help="table")
-    words.add_argument("--seeds", type=int, default=3, help="table")
-    words.add_argument("--steps", type=int, default=40, help="table")
-    words.add_argument("--batches", type=int, default=8, help="table: of the variance")
-    words.add_argument("--tokens", type=int, default=8192, help="memory")
-    words.add_argument("--vocabularies", type=int, nargs="+", default=[38016, 75904, 151936])
-    a = words.parse_args()
+    arguments.add_argument("part", choices=parts)
+    arguments.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments.add_argument("--only", action="append", choices=[*CASES, CONTROL], help="table")
+    arguments.add_argument("--seeds", type=int, default=3, help="table")
+    arguments.add_argument("--steps", type=int, default=40, help="table")
+    arguments.add_argument("--batches", type=int, default=8, help="table: of the variance")
+    arguments.add_argument("--tokens", type=int, default=8192, help="memory")
+    arguments.add_argument("--vocabularies", type=int, nargs="+", default=[38016, 75904, 151936])
+    a = arguments.parse_args()
     emit(machine())
     parts[a.part](a)
 

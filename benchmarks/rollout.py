@@ -49,24 +49,26 @@ ENGINES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    words = parser(__doc__)
-    words.add_argument("--setting", choices=ENGINES, default="small")
-    words.add_argument("--engines", help="some of ours,static,vllm,vllm-all-cores,generate")
-    words.add_argument("--data", type=Path, required=True, help="has gsm8k/ and qwen3_tokenizer/")
-    words.add_argument("--vllm-python", help="an interpreter that imports vllm")
-    words.add_argument("--rounds", type=int, default=3)
-    words.add_argument("--requests", type=int, help="default: as many as at once; 64 ragged ones")
-    words.add_argument("--concurrent", type=int, help="at once; default: 32 small, else 16")
-    words.add_argument("--new-tokens", type=int, default=64)
-    words.add_argument("--shortest", type=int, default=16, help="new tokens of ragged")
-    words.add_argument("--longest", type=int, default=512, help="new tokens of ragged")
-    words.add_argument("--miniature", action="store_true", help="a tiny model")
-    a = words.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--setting", choices=ENGINES, default="small")
+    arguments.add_argument("--engines", help="some of ours,static,vllm,vllm-all-cores,generate")
+    arguments.add_argument(
+        "--data", type=Path, required=True, help="of gsm8k/ and qwen3_tokenizer/"
+    )
+    arguments.add_argument("--vllm-python", help="an interpreter that imports vllm")
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--requests", type=int, help="default: --concurrent, or 64 if ragged")
+    arguments.add_argument("--concurrent", type=int, help="at once; default: 32 small, else 16")
+    arguments.add_argument("--new-tokens", type=int, default=64)
+    arguments.add_argument("--shortest", type=int, default=16, help="new tokens of ragged")
+    arguments.add_argument("--longest", type=int, default=512, help="new tokens of ragged")
+    arguments.add_argument("--miniature", action="store_true", help="a tiny model")
+    a = arguments.parse_args()
     a.engines = (a.engines or ENGINES[a.setting]).split(",")
     a.concurrent = a.concurrent or (32 if a.setting == "small" else 16)
     a.requests = a.requests or (64 if a.setting == "ragged" else a.concurrent)
     if not a.vllm_python and any(engine.startswith("vllm") for engine in a.engines):
-        words.error("--vllm-python: wanted an interpreter that imports vllm, or other --engines")
+        arguments.error("--vllm-python: name an interpreter with vllm, or other --engines")
     return a
 
 

@@ -55,19 +55,23 @@ CASES: dict[str, dict[str, Record]] = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    words = parser(__doc__)
-    words.add_argument("comparison", choices=CASES)
-    words.add_argument("--data", type=Path, required=True, help="has gsm8k/ and qwen3_tokenizer/")
-    words.add_argument("--trl-python", help="an interpreter that imports trl")
-    words.add_argument("--trl-script", type=Path)
-    words.add_argument("--batch", type=int, help="prompts; default: 16, or 4 at full size")
-    words.add_argument("--new-tokens", type=int, help="default: 64, or 32 at full size")
-    words.add_argument("--steps", type=int, help="default: 6, or 2 at full size")
-    words.add_argument("--rounds", type=int, help="default: 2, or 1 at full size")
-    words.add_argument("--threads", type=int, default=os.cpu_count())
-    words.add_argument("--miniature", action="store_true", help="tiny models, to try the script")
-    words.add_argument("options", nargs="*", help="after --: more options of the program")
-    a = words.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("comparison", choices=CASES)
+    arguments.add_argument(
+        "--data", type=Path, required=True, help="of gsm8k/ and qwen3_tokenizer/"
+    )
+    arguments.add_argument("--trl-python", help="an interpreter that imports trl")
+    arguments.add_argument("--trl-script", type=Path)
+    arguments.add_argument("--batch", type=int, help="prompts; default: 16, or 4 at full size")
+    arguments.add_argument("--new-tokens", type=int, help="default: 64, or 32 at full size")
+    arguments.add_argument("--steps", type=int, help="default: 6, or 2 at full size")
+    arguments.add_argument("--rounds", type=int, help="default: 2, or 1 at full size")
+    arguments.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments.add_argument(
+        "--miniature", action="store_true", help="tiny models, to try the script"
+    )
+    arguments.add_argument("options", nargs="*", help="after --: more options of the program")
+    a = arguments.parse_args()
     defaults = (4, 32, 2, 1) if a.comparison == "full-size" else (16, 64, 6, 2)
     for name, value in zip(("batch", "new_tokens", "steps", "rounds"), defaults, strict=True):
         setattr(a, name, getattr(a, name) or value)

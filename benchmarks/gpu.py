@@ -1,4 +1,4 @@
-"""What a GPU shows in calls of a few minutes: correctness and speed of everything that runs there.
+"""Is everything right and fast on a GPU? Stages that fit into calls of a few minutes.
 
     python benchmarks/gpu.py --seconds 600 --out OUT              # all stages, in this order
     python benchmarks/gpu.py --only decode,update --out OUT2      # some of them
@@ -7,7 +7,7 @@
 Random weights of true shapes; no data, no checkpoints and no network are needed. Each stage is a
 process with a limit of its own; --seconds limits all of them together. Every figure and check is a
 line of OUT/results.jsonl before the next begins, OUT/STAGE.log has what a stage printed, and tables
-of everything are printed at the end. Exit code 1: a check failed or a stage did not end well.
+of all figures are printed at the end. Exit code 1: a check failed or a stage did not end well.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 
 from harness import REPO, Journal, Record, command_line, machine, show, table
 
-SHORTEST = 8.0  # seconds: a stage that has less left is not started
-
+SHORTEST = 8.0  # seconds: a stage with less time left is not started
 
 Work = tuple[str, dict[str, Any]]
 
@@ -42,7 +41,7 @@ def work(function: str, **options: Any) -> Work:
 
 
 class Stage(NamedTuple):
-    """Works of one process.
+    """What one process does.
 
     Attributes:
         limit: seconds, about twice what it takes on an H100; then it is killed.
@@ -132,7 +131,7 @@ def run_works(name: str, works: Iterable[Work], journal: Journal, miniature: boo
         gc.collect()
         s.reset_memory()
     sys.stdout.flush()
-    os._exit(0)  # what is left to tidy up could hang
+    os._exit(0)  # cleaning up could hang
 
 
 # ------------------------------------------------------------ the parent process

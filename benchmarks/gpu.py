@@ -1,4 +1,4 @@
-"""What a GPU shows in calls of a few minutes: correctness and speed of everything that runs there.
+"""Is everything right and fast on a GPU? Stages that fit into calls of a few minutes.
 
     python benchmarks/gpu.py --seconds 600 --out OUT              # all stages, in this order
     python benchmarks/gpu.py --only decode,update --out OUT2      # some of them
@@ -7,7 +7,7 @@
 Random weights of true shapes; no data, no checkpoints and no network are needed. Each stage is a
 process with a limit of its own; --seconds limits all of them together. Every figure and check is a
 line of OUT/results.jsonl before the next begins, OUT/STAGE.log has what a stage printed, and tables
-of everything are printed at the end. Exit code 1: a check failed or a stage did not end well.
+of all figures are printed at the end. Exit code 1: a check failed or a stage did not end well.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 
 from harness import REPO, Journal, Record, command_line, machine, show, table
 
-SHORTEST = 8.0  # seconds: a stage that has less left is not started
-
+SHORTEST = 8.0  # seconds: a stage with less time left is not started
 
 Work = tuple[str, dict[str, Any]]
 
@@ -42,7 +41,7 @@ def work(function: str, **options: Any) -> Work:
 
 
 class Stage(NamedTuple):
-    """Works of one process.
+    """What one process does.
 
     Attributes:
         limit: seconds, about twice what it takes on an H100; then it is killed.
@@ -53,45 +52,33 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "env": Stage(45, [work("gpu_ceiling.measure_device")]),
-    "attention": Stage(
-        45,
-        [
-            work("gpu_kernels.measure_operators", group="attention"),
-            work("gpu_kernels.check_independence"),
-            work("gpu_kernels.measure_splits"),
-        ],
-    ),
-    "layers": Stage(30, [work("gpu_kernels.measure_operators", group="layers")]),
-    "logits": Stage(
-        30,
-        [
-            work("gpu_kernels.measure_operators", group="logits"),
-            work("gpu_kernels.check_truncation"),
-            work("gpu_kernels.check_draw"),
-        ],
-    ),
-    "engine": Stage(50, [work("gpu_engine.check_engine", size="0.6B")]),
-    "trainer": Stage(90, [work("gpu_update.train_debug_recipe")]),
+    "env": Stage(45, [work("gpu_training.measure_device")]),
+    "attention": Stage(45, [work("gpu_kernels.measure_attention")]),
+    "layers": Stage(30, [work("gpu_kernels.measure_layers")]),
+    "logits": Stage(30, [work("gpu_kernels.measure_logits"), work("gpu_checks.check_sampler")]),
+    "engine": Stage(60, [work("gpu_checks.check_engine")]),
+    "trainer": Stage(90, [work("gpu_training.train_debug_recipe")]),
     "decode": Stage(
         90, [work("rollout_limits.measure_steps", size=size) for size in ("0.6B", "1.7B", "8B")]
     ),
     "update": Stage(
-        60,
+        70,
         [
-            work("gpu_update.measure_update", size="1.7B", compile=False),
-            work("gpu_ceiling.measure_ceiling", size="1.7B"),
+            work("gpu_training.measure_update", size="1.7B", compile=False),
+            work("gpu_training.measure_limit", size="1.7B"),
         ],
     ),
-    "step": Stage(70, [work("gpu_update.measure_step", objective="policy_gradient")]),
-    "step-exact": Stage(70, [work("gpu_update.measure_step", objective="reverse_kl")]),
-    "score": Stage(50, [work("gpu_update.measure_score", size="4B")]),
-    "nano": Stage(60, [work("rollout_limits.measure_ours", size="0.6B", workload="nano")]),
-    "burst": Stage(90, [work("rollout_limits.measure_ours", size="8B", workload="burst")]),
-    "gap": Stage(40, [work("gpu_engine.measure_gap")]),
-    "numerics": Stage(90, [work("gpu_numerics.measure_numerics")]),
-    "head": Stage(60, [work("gpu_ceiling.measure_head", size="1.7B")]),
-    "update-compiled": Stage(110, [work("gpu_update.measure_update", size="1.7B", compile=True)]),
+    "step": Stage(80, [work("gpu_training.measure_step", objective="policy_gradient")]),
+    "step-exact": Stage(80, [work("gpu_training.measure_step", objective="reverse_kl")]),
+    "score": Stage(60, [work("gpu_training.measure_score", size="4B")]),
+    "nano": Stage(60, [work("rollout_limits.measure_rollout", size="0.6B", workload="nano")]),
+    "burst": Stage(90, [work("rollout_limits.measure_rollout", size="8B", workload="burst")]),
+    "gap": Stage(50, [work("gpu_checks.measure_gap", trained=False)]),
+    "gap-trained": Stage(50, [work("gpu_checks.measure_gap", trained=True)]),
+    "numerics": Stage(
+        60, [work(f"gpu_checks.check_{name}") for name in ("attention", "logprobs", "head")]
+    ),
+    "update-compiled": Stage(110, [work("gpu_training.measure_update", size="1.7B", compile=True)]),
 }
 SLOW_TO_COMPILE = ("update-compiled",)  # left out in miniature unless --only names it
 
@@ -123,14 +110,14 @@ def parse_arguments() -> argparse.Namespace:
 def run_works(name: str, works: Iterable[Work], journal: Journal, miniature: bool) -> None:
     """Run the works in turn; one that raises does not keep the others from running."""
     import torch
-    from gpu_setting import Setting
+    from setting import Setting
 
     labels: Record = {}
 
     def emit(record: Record) -> None:
         journal.add({"stage": name, **labels, **record})
 
-    s = Setting.small(emit) if miniature else Setting(emit)
+    s = Setting(emit, miniature=True, warmup=1, repeats=1) if miniature else Setting(emit)
     if name == "env":
         emit(machine())
     for function, options in works:
@@ -144,7 +131,7 @@ def run_works(name: str, works: Iterable[Work], journal: Journal, miniature: boo
         gc.collect()
         s.reset_memory()
     sys.stdout.flush()
-    os._exit(0)  # what is left to tidy up could hang
+    os._exit(0)  # cleaning up could hang
 
 
 # ------------------------------------------------------------ the parent process
@@ -159,6 +146,7 @@ def run_stage(name: str, limit: float, a: argparse.Namespace, journal: Journal) 
         env = {
             **os.environ,
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "TMPDIR": cache,
             "TORCHINDUCTOR_CACHE_DIR": cache,  # so that no stage finds what another compiled
         }
         if a.miniature and not Path("/dev/nvidiactl").exists():
@@ -166,13 +154,12 @@ def run_stage(name: str, limit: float, a: argparse.Namespace, journal: Journal) 
         process = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        deadline = time.monotonic() + limit
         try:
-            while process.poll() is None and time.monotonic() < deadline:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
+            process.wait(limit)
+            late = False
+        except subprocess.TimeoutExpired:
+            late = True
         finally:
-            late = process.poll() is None
             with suppress(ProcessLookupError):  # the process, and all that it has started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -182,7 +169,7 @@ def run_stage(name: str, limit: float, a: argparse.Namespace, journal: Journal) 
         journal.add({"stage": name, "error": f"ended with exit code {process.returncode}"})
     for record in journal.read(seen):
         problems += "error" in record or record.get("ok") is False
-        print(show({k: v for k, v in record.items() if k != "top"}), flush=True)
+        print(show(record), flush=True)
     return f"{problems} problems" if problems else "well"
 
 
@@ -221,7 +208,7 @@ def summary(records: list[Record]) -> Iterable[str]:
         elif r.get("ok") is False:
             yield f"NOT OK: {show(r)}"
         else:
-            kinds.setdefault(r["figure"], []).append({k: v for k, v in r.items() if k != "top"})
+            kinds.setdefault(r["figure"], []).append(r)
     yield from map(table, kinds.values())
 
 

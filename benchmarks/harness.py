@@ -1,10 +1,11 @@
-"""What the benchmarks share: runs of the trainer, rounds in turn, JSON lines, tables, the machine.
+"""What the benchmarks share: runs of the program, alternating rounds, records, tables, the machine.
 
-Nothing here imports torch before it is needed, so that a script's `--help` is quick.
+Nothing here imports torch before it is needed, so that `--help` of a script is quick.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -23,13 +24,19 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))  # `opd_titan` of this checkout
 
-TRAIN = ("-m", "opd_titan.train")
+DEBUG = REPO / "assets" / "debug"
 # What scripts/environment.sh sets.
 TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"}
 NO_PAUSES = {"validation.enable": "false", "checkpoint.enable": "false"}
 
 Record = dict[str, Any]
 Result = TypeVar("Result")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that prints the description, a script's docstring, as it is."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter)
 
 
 # ------------------------------------------------------------------ the machine
@@ -40,7 +47,8 @@ def machine() -> Record:
     import torch
     import transformers
 
-    found: Record = {
+    on_cuda = torch.cuda.is_available()
+    return {
         "figure": "machine",
         "command": command_line(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -48,20 +56,24 @@ def machine() -> Record:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cuda": torch.cuda.is_available(),
-        "device": _cpu_name(),
+        "cuda": torch.version.cuda if on_cuda else None,
+        "device": torch.cuda.get_device_name() if on_cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
     }
-    if found["cuda"]:
-        found |= {"device": torch.cuda.get_device_name(), "cuda_version": torch.version.cuda}
-    return found
 
 
 def command_line() -> str:
     """Return the command that started this script."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def _cpu_name() -> str:
@@ -72,14 +84,7 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return ""
-
-
-# ------------------------------------------------------------- JSON lines, tables
+# ------------------------------------------------------------- records and tables
 
 
 class Journal:
@@ -89,7 +94,7 @@ class Journal:
         self.path = path
 
     def add(self, record: Record) -> None:
-        """Append the record. No crash can lose it after this has returned."""
+        """Append the record. A crash after this has returned cannot lose it."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
             file.flush()
@@ -107,7 +112,7 @@ def emit(record: Record) -> None:
 
 
 def show(value: Any) -> str:
-    """Return a value for people, floats with four digits."""
+    """Return a value as text, floats with four digits."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {show(v)}" for name, v in value.items())
     if isinstance(value, (list, tuple)):
@@ -122,7 +127,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# ----------------------------------------------------------------- rounds in turn
+# ------------------------------------------------------------- alternating rounds
 
 
 def alternate(
@@ -133,7 +138,7 @@ def alternate(
     Each round starts with another case. Results of the first `warmup` rounds are dropped.
 
     Returns:
-        For each case its result in each round.
+        The results of each case, by round.
     """
     results: dict[str, list[Result]] = {name: [] for name in cases}
     names = list(cases)
@@ -157,61 +162,85 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-# ---------------------------------------------------------------- processes, runs
+# --------------------------------------------------------------- runs of the program
 
 
 def words(options: Mapping[str, object]) -> list[str]:
-    """Return options of the program as its command line has them."""
+    """Return the options as words of the program's command line."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def run(
-    command: Sequence[object], threads: int = 0, codes: Sequence[int] = (0,), **env: str
+    arguments: Sequence[object], threads: int = 0, codes: Sequence[int] = (0,), **env: str
 ) -> str:
-    """Run a Python of its own with these arguments and return what it printed.
+    """Run this Python interpreter with these arguments and return what it printed.
 
     Args:
-        command: arguments of this interpreter.
-        threads: `OMP_NUM_THREADS`; 0 leaves it as it is.
+        threads: `OMP_NUM_THREADS`; 0 does not set it.
         codes: exit codes that are no failure.
-        env: more variables of its environment.
+        env: further variables of the environment.
 
     Raises:
         SystemExit: it ended with another exit code. The message has the end of its output.
     """
-    whole = [sys.executable, *map(str, command)]
-    inherited = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, *map(str, arguments)]
     if threads:
-        inherited["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run(whole, env={**inherited, **env}, cwd=REPO, capture_output=True, text=True)
+        env["OMP_NUM_THREADS"] = str(threads)
+    whole = {**os.environ, "PYTHONPATH": str(REPO), **env}
+    done = subprocess.run(command, env=whole, cwd=REPO, capture_output=True, text=True)
     if done.returncode not in codes:
         output = f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        sys.exit(f"{shlex.join(whole)} ended with exit code {done.returncode}:\n{output}")
+        sys.exit(f"{shlex.join(command)} ended with exit code {done.returncode}:\n{output}")
     return done.stdout
+
+
+def launch(processes: int, *program: object) -> list[object]:
+    """Return the interpreter's arguments that run the program in this number of processes."""
+    if processes == 1:
+        return [*program]
+    launcher = ("-m", "opd_titan.cli.launch", "--nproc-per-node", processes)
+    return [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *program]
 
 
 def train(
     options: Mapping[str, object],
     threads: int = 0,
     processes: int = 1,
-    program: Sequence[object] = TRAIN,
+    program: Sequence[object] = ("-m", "opd_titan.train"),
     **env: str,
 ) -> dict[str, dict[int, float]]:
-    """Run one training job and return its scalars: by name, values by step.
+    """Run a training job and return its scalars: by name, values by step.
 
     Args:
-        options: of the program; `job.dump_folder` is among them.
-        program: arguments of the interpreter that stand before the options.
+        options: of the program, `job.dump_folder` among them.
+        program: the interpreter's arguments before the options.
 
     Raises:
         SystemExit: as for `run`.
     """
-    command = [*program, *words(options)]
-    if processes > 1:
-        launch = ("-m", "opd_titan.cli.launch", "--nproc-per-node", processes)
-        command = [*launch, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command]
-    run(command, threads, **env)
+    run(launch(processes, *program, *words(options)), threads, **env)
     return read_scalars(Path(str(options["job.dump_folder"])))
+
+
+def open_trainer(argv: Sequence[str]) -> Any:
+    """Return the trainer of a job in this process, with its models loaded, before its first step.
+
+    Args:
+        argv: the words of the program's command line.
+    """
+    import torch
+
+    from opd_titan.config import load_config
+    from opd_titan.config.resolve import resolve
+    from opd_titan.distributed.heartbeat import Heartbeat
+    from opd_titan.distributed.stopping import StopRequest
+    from opd_titan.training.recording import make_recorder
+    from opd_titan.training.trainer import Trainer
+
+    job = resolve(load_config(list(argv)), "cuda" if torch.cuda.is_available() else "cpu", 1)
+    trainer = Trainer(job, StopRequest(), Heartbeat(0, 600))
+    trainer.recorder = make_recorder(trainer.setup, 0, trainer.phases.rule)
+    return trainer
 
 
 def scalar_events(folder: Path) -> dict[str, list[Any]]:
@@ -226,15 +255,3 @@ def scalar_events(folder: Path) -> dict[str, list[Any]]:
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
     """Return the TensorBoard scalars of a job's output folder: by name, values by step."""
     return {name: {e.step: e.value for e in es} for name, es in scalar_events(folder).items()}
-
-
-def medians(scalars: Mapping[str, Mapping[int, float]], *names: str) -> dict[str, float]:
-    """Return the median of each scalar over the steps after the first, by its last word.
-
-    "time/update(s)" is returned as "update".
-    """
-    found = {}
-    for name in names:
-        later = [value for step, value in scalars[name].items() if step > 1]
-        found[re.sub(r".*/|\(.*", "", name)] = statistics.median(later)
-    return found

@@ -1,36 +1,30 @@
-"""What each objective costs and what it teaches.
+"""What each objective teaches, and the memory of its head. What they cost: `step.py objectives`.
 
-    python benchmarks/objectives.py cost --data ../shared/data
-    python benchmarks/objectives.py memory
     python benchmarks/objectives.py table --seeds 3 --threads 1
+    python benchmarks/objectives.py memory
 
-cost: scoring and update under each objective beside the sampled-token policy gradient's, in turns.
-memory: the peak of the head over 8k tokens at growing vocabularies, beside one tensor of logits.
-table: the debug recipe under every objective, and a control without a teacher. The same task with
-TRL's trainer: objectives_trl.py.
+table: the debug recipe under every objective, and a control without a teacher.
+memory: the peak of the head over 8,192 tokens at growing vocabularies, beside one tensor of logits.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import statistics
 import sys
 import tempfile
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from compare_trl import workload
 from harness import (
     NO_PAUSES,
     REPO,
     Record,
-    alternate,
     emit,
     machine,
-    medians,
-    ratio,
+    open_trainer,
+    parser,
     run,
     table,
     train,
@@ -42,7 +36,7 @@ OFF_POLICY: Record = {
     "rollout.group_size": 1,
     "rollout.prompts_per_step": 128,
 }
-# What differs from the recipe, by the name in the tables.
+# By the name in the table, the options beside those of the recipe.
 CASES: dict[str, Record] = {
     "policy_gradient": {},
     "policy_gradient, baseline kl": {"distill.baseline": "kl"},
@@ -63,46 +57,117 @@ CASES: dict[str, Record] = {
     "sft": {"distill.objective": "sft", **OFF_POLICY},
 }
 CONTROL = "no teacher: advantage -1"
-COMPARED = ("policy_gradient", "reverse_kl", "forward_kl", "jsd, beta 0.5", "top_k_reverse_kl")
+WIDTH = 64  # of the head alone
 
 
-# ----------------------------------------------------------------------- cost
+# ---------------------------------------------------------------------- table
 
 
-def measure_cost(a: argparse.Namespace) -> None:
-    names = a.only or COMPARED
-    with tempfile.TemporaryDirectory() as folder:
-        options = workload(Path(folder), a.data) | {
-            "rollout.max_new_tokens": a.new_tokens,
-            "rollout.ignore_eos": "true",
-            "training.steps": a.steps,
-            "metrics.sample_rollouts": 0,
-        }
-        cases = {name: partial(_phases, options | CASES[name], a.threads) for name in names}
-        found = alternate(cases, a.rounds)
-    base = found[names[0]]
+def measure_table(a: Any) -> None:
+    """Train with every objective and seed, and measure the variance of the gradient."""
     rows = []
-    for name, results in found.items():
-        both, bases = ([r["teacher"] + r["update"] for r in x] for x in (results, base))
-        peaks, base_peaks = ([r["peak"] for r in x] for x in (results, base))
-        row: Record = {key: [r[key] for r in results] for key in ("teacher", "update", "peak")}
-        row |= {"seconds, ratio": ratio(both, bases), "peak, ratio": ratio(peaks, base_peaks)}
-        rows.append({"objective": name, **row})
+    for name in a.only or [*CASES, CONTROL]:
+        runs = [_learn(name, seed, a) for seed in range(a.seeds)]
+        gaps = [_gap_recovered(r) for r in runs]
+        last_kl = [[*r["kl/student_teacher"].values()][-1] for r in runs if _has_teacher(r)]
+        row: Record = {
+            "objective": name,
+            "gap recovered at the end": [gap[max(gap)] for gap in gaps],
+            "first step at 80 %": [min((s for s in g if g[s] >= 0.8), default=None) for g in gaps],
+            "KL at the end": last_kl,
+            "s / step": [statistics.median(r["time/step(s)"].values()) for r in runs],
+        }
+        if name in CASES:
+            row["variance"] = _variance(name, a)
+        emit(row)
+        rows.append(row)
     print(table(rows))
 
 
-def _phases(options: Record, threads: int) -> Record:
-    """Return the median seconds of scoring and update, and the peak memory in GiB."""
+def _has_teacher(scalars: Mapping[str, Any]) -> bool:
+    return "kl/student_teacher" in scalars
+
+
+def _recipe(name: str, steps: int) -> Record:
+    return {
+        "job.config_file": REPO / "train_configs" / "debug.toml",
+        "training.steps": steps,
+        "checkpoint.enable": "false",
+        **CASES.get(name, {}),
+    }
+
+
+def _learn(name: str, seed: int, a: Any) -> dict[str, dict[int, float]]:
+    options = _recipe(name, a.steps) | {"training.seed": seed, "validation.interval": 5}
+    program = {"program": (__file__, "_control")} if name == CONTROL else {}
     with tempfile.TemporaryDirectory() as out:
-        scalars = train(options | {"job.dump_folder": out}, threads)
-    peak = max(scalars["memory/max_active(GiB)"].values())
-    return medians(scalars, "time/teacher(s)", "time/update(s)") | {"peak": peak}
+        return train(options | {"job.dump_folder": out}, a.threads, **program)
+
+
+def _gap_recovered(scalars: Mapping[str, dict[int, float]]) -> dict[int, float]:
+    """Return it by step. Without a teacher, that of the debug recipe counts: always right."""
+    if "validation/gap_recovered" in scalars:
+        return scalars["validation/gap_recovered"]
+    accuracy = scalars["validation/accuracy"]
+    return {s: (v - accuracy[0]) / (1.0 - accuracy[0]) for s, v in accuracy.items() if s}
+
+
+def _variance(name: str, a: Any) -> float:
+    with tempfile.TemporaryDirectory() as out:
+        options = _recipe(name, a.batches) | NO_PAUSES
+        options |= {"job.dump_folder": out, "training.max_grad_norm": 0}  # not clipped
+        text = run([__file__, "_variance", *words(options)], a.threads)
+    return float(text.strip().splitlines()[-1])
+
+
+def print_variance(argv: list[str]) -> None:
+    """Print the trace of the first gradient's covariance over batches / |mean gradient|^2."""
+    import torch
+
+    trainer = open_trainer(argv)
+    gradients = []
+
+    def take(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Keep the update's gradient, and remove it, so that the weights do not change."""
+        with_grad = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in with_grad]))
+        for parameter in with_grad:
+            parameter.grad = None
+
+    trainer.models.optimizer.register_step_pre_hook(take)
+    trainer.models.weights.sync()
+    phases = trainer.phases
+    for step in range(1, trainer.total_steps + 1):
+        prompts, given_response = next(trainer.setup.loader), trainer.setup.given_response
+        plan = phases.plan(phases.rollout(step, prompts, given_response))
+        for role in trainer.models.frozen:
+            phases.score(role, plan)
+        phases.update(plan, rate=0.0)
+    stacked = torch.stack(gradients)
+    print((stacked.var(dim=0).sum() / stacked.mean(dim=0).square().sum()).item())
+
+
+def train_control(argv: list[str]) -> None:
+    """Train with an advantage of -1 for every token, to see what the teacher contributes."""
+    import torch
+
+    from opd_titan.distill import objectives
+    from opd_titan.train import main as train
+
+    @objectives.objective(whole=False)
+    def without_teacher(rows: Any, settings: Any) -> objectives.TokenLoss:
+        ratio_C = (rows.logprob_C - rows.logprob_C.detach()).exp()
+        return objectives.TokenLoss(ratio_C, -torch.ones_like(rows.logprob_C.detach()))
+
+    objectives.OBJECTIVES["policy_gradient"] = without_teacher
+    sys.exit(train(argv))
 
 
 # --------------------------------------------------------------------- memory
 
 
-def measure_memory(a: argparse.Namespace) -> None:
+def measure_memory(a: Any) -> None:
+    """Measure the head's peak for each vocabulary and objective, each in a new process."""
     rows = []
     for vocab in a.vocabularies:
         for objective in ("policy_gradient", "reverse_kl", "jsd"):
@@ -115,10 +180,7 @@ def measure_memory(a: argparse.Namespace) -> None:
     print(table(rows))
 
 
-WIDTH = 64
-
-
-def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
+def print_peak(argv: list[str]) -> None:
     """Print the GiB that the forward and backward of the head add to this process."""
     import torch
 
@@ -127,16 +189,17 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     from opd_titan.distill.vocabulary import TokenScores
     from opd_titan.models.logits import Distribution, VocabHead
 
+    objective, (tokens, vocab) = OBJECTIVES[argv[0]], map(int, argv[1:])
     torch.manual_seed(0)
     hidden, teacher_hidden = torch.randn(2, tokens, WIDTH)
     weight, teacher_weight = 0.1 * torch.randn(2, vocab, WIDTH)
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     targets, zeros = torch.randint(vocab, (tokens,)), torch.zeros(tokens)
     settings = ObjectiveSettings()
-    whole = OBJECTIVES[objective].needs_vocabulary(settings)
+    whole = objective.needs_vocabulary(settings)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     head = LossHead(
-        LossRule(OBJECTIVES[objective], settings, Distribution()),
+        LossRule(objective, settings, Distribution()),
         torch.arange(tokens),
         targets,
         TokenScores(zeros, zeros, None, teacher_hidden if whole else None),
@@ -148,134 +211,23 @@ def peak_of_update(objective: str, tokens: int, vocab: int) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 
-# ---------------------------------------------------------------------- table
-
-
-def measure_table(a: argparse.Namespace) -> None:
-    rows = []
-    for name in a.only or [*CASES, CONTROL]:
-        runs = [_learn(name, seed, a) for seed in range(a.seeds)]
-        gaps = [_gap_recovered(r) for r in runs]
-        row: Record = {
-            "objective": name,
-            "gap recovered at the end": [gap[max(gap)] for gap in gaps],
-            "first step at 80 %": [min((s for s in g if g[s] >= 0.8), default=None) for g in gaps],
-            "KL at the end": [list(r["kl/student_teacher"].values())[-1]
-                              for r in runs if "kl/student_teacher" in r],
-            "s / step": [statistics.median(r["time/step(s)"].values()) for r in runs],
-        }  # fmt: skip
-        if name in CASES:
-            row["variance"] = _variance(name, a)
-        emit(row)
-        rows.append(row)
-    print(table(rows))
-
-
-def _learn(name: str, seed: int, a: argparse.Namespace) -> dict[str, dict[int, float]]:
-    options = _recipe(name, a.steps) | {"training.seed": seed, "validation.interval": 5}
-    program = {"program": (__file__, "_control")} if name == CONTROL else {}
-    with tempfile.TemporaryDirectory() as out:
-        return train(options | {"job.dump_folder": out}, a.threads, **program)
-
-
-def _recipe(name: str, steps: int) -> Record:
-    common: Record = {
-        "job.config_file": REPO / "train_configs" / "debug.toml",
-        "training.steps": steps,
-        "checkpoint.enable": "false",
-    }
-    return common | CASES.get(name, {})
-
-
-def _gap_recovered(scalars: dict[str, dict[int, float]]) -> dict[int, float]:
-    """By step. Without a teacher, as if there were the debug recipe's, which is always right."""
-    if "validation/gap_recovered" in scalars:
-        return scalars["validation/gap_recovered"]
-    accuracy = scalars["validation/accuracy"]
-    return {s: (v - accuracy[0]) / (1.0 - accuracy[0]) for s, v in accuracy.items() if s}
-
-
-def _variance(name: str, a: argparse.Namespace) -> float:
-    """Of the gradient at the start, over batches: its trace over the squared norm of the mean."""
-    with tempfile.TemporaryDirectory() as out:
-        options = _recipe(name, a.batches) | NO_PAUSES
-        options |= {"job.dump_folder": out, "training.max_grad_norm": 0}  # not clipped
-        text = run([__file__, "_variance", *words(options)], a.threads)
-    return float(text.strip().splitlines()[-1])
-
-
-def variance_at_start(argv: list[str]) -> None:
-    import torch
-
-    from opd_titan.config import load_config
-    from opd_titan.config.resolve import resolve
-    from opd_titan.distributed.heartbeat import Heartbeat
-    from opd_titan.distributed.stopping import StopRequest
-    from opd_titan.training.trainer import Trainer
-
-    job = resolve(load_config(argv), "cpu", 1)
-    trainer = Trainer(job, StopRequest(), Heartbeat(0, 600))
-    gradients = []
-
-    def take(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Keep the update's gradient, and let the weights stay as they are."""
-        with_grad = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in with_grad]))
-        for parameter in with_grad:
-            parameter.grad = None
-
-    trainer.models.optimizer.register_step_pre_hook(take)
-    trainer.models.weights.sync()
-    phases = trainer.phases
-    for step in range(1, trainer.total_steps + 1):
-        plan = phases.plan(phases.rollout(step, next(trainer.setup.loader)))
-        for role in trainer.models.frozen:
-            phases.score(role, plan)
-        phases.update(plan, 1.0)
-    stacked = torch.stack(gradients)
-    print((stacked.var(dim=0).sum() / stacked.mean(dim=0).square().sum()).item())
-
-
-def control(argv: list[str]) -> int:
-    """Train with an advantage of -1 for every token, to see what the teacher contributes."""
-    import torch
-
-    from opd_titan.distill import objectives
-    from opd_titan.train import main as train
-
-    @objectives.objective(whole=False)
-    def without_teacher(rows, settings):  # noqa: ANN001, ANN202
-        ratio_C = (rows.logprob_C - rows.logprob_C.detach()).exp()
-        return objectives.TokenLoss(ratio_C, -torch.ones_like(rows.logprob_C.detach()))
-
-    objectives.OBJECTIVES["policy_gradient"] = without_teacher
-    return train(argv)
-
-
 def main() -> None:
-    inner = {
-        "_peak": lambda argv: peak_of_update(argv[0], int(argv[1]), int(argv[2])),
-        "_variance": variance_at_start,
-        "_control": lambda argv: sys.exit(control(argv)),
-    }
-    if sys.argv[1:] and sys.argv[1] in inner:
+    # What the functions above run in processes of their own.
+    inner = {"_peak": print_peak, "_variance": print_variance, "_control": train_control}
+    if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"cost": measure_cost, "memory": measure_memory, "table": measure_table}
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", action="append", choices=[*CASES, CONTROL])
-    parser.add_argument("--steps", type=int, help="default: 4 for cost, 40 for table")
-    parser.add_argument("--data", type=Path, help="cost: has gsm8k/ and qwen3_tokenizer/")
-    parser.add_argument("--new-tokens", type=int, default=64, help="cost")
-    parser.add_argument("--rounds", type=int, default=2, help="cost")
-    parser.add_argument("--tokens", type=int, default=8192, help="memory")
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[38016, 75904, 151936])
-    parser.add_argument("--seeds", type=int, default=3, help="table")
-    parser.add_argument("--batches", type=int, default=8, help="table: of the variance")
-    a = parser.parse_args()
-    a.steps = a.steps or (4 if a.part == "cost" else 40)
+    arguments = parser(__doc__)
+    parts = {"table": measure_table, "memory": measure_memory}
+    arguments.add_argument("part", choices=parts)
+    arguments.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments.add_argument("--only", action="append", choices=[*CASES, CONTROL], help="table")
+    arguments.add_argument("--seeds", type=int, default=3, help="table")
+    arguments.add_argument("--steps", type=int, default=40, help="table")
+    arguments.add_argument("--batches", type=int, default=8, help="table: of the variance")
+    arguments.add_argument("--tokens", type=int, default=8192, help="memory")
+    arguments.add_argument("--vocabularies", type=int, nargs="+", default=[38016, 75904, 151936])
+    a = arguments.parse_args()
     emit(machine())
     parts[a.part](a)
 

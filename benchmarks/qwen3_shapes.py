@@ -32,13 +32,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 151645,
     "torch_dtype": "bfloat16",
 }
-_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "tie_word_embeddings",
-)
+# hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, tie_word_embeddings
 _SIZES = {
     "0.6B": (1024, 28, 16, 3072, True),
     "1.7B": (2048, 28, 16, 6144, True),
@@ -47,17 +41,8 @@ _SIZES = {
     "14B": (5120, 40, 40, 17408, False),
     "32B": (5120, 64, 64, 25600, False),
 }
-# What a CPU computes in seconds. The larger models are wider than the others, so that two differ.
-_MINIATURE = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 1024,
-    "bos_token_id": 1021,
-    "eos_token_id": 1023,
-}
-# Two layers below a full vocabulary: the model of the comparisons with TRL and vLLM on a CPU.
+NAMES = tuple(_SIZES)
+# Two layers, with the whole vocabulary: the model of the comparisons on a CPU.
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -69,25 +54,19 @@ SMALL = {
     "bos_token_id": None,
     "pad_token_id": 151643,
 }
-
-NAMES = tuple(_SIZES)
-
-
-def hf_config(name: str, *, miniature: bool = False) -> dict[str, Any]:
-    """Return the config.json of one of `NAMES`, or of a tiny model in its place."""
-    config = {**_COMMON, **dict(zip(_KEYS, _SIZES[name], strict=True))}
-    if miniature:
-        width = 128 if config["hidden_size"] > 2048 else 64
-        config |= {**_MINIATURE, "hidden_size": width, "intermediate_size": 2 * width}
-    return config
+# The same with a small vocabulary, which any CPU computes in seconds.
+MINIATURE = SMALL | {"vocab_size": 1024, "eos_token_id": 1023, "pad_token_id": 1021}
 
 
-def write_config(name: str, folder: Path, *, miniature: bool = False, **changes: object) -> Path:
-    """Write `folder/config.json`, with these keys changed, and return the folder."""
+def write_config(name: str, folder: Path, **changes: object) -> Path:
+    """Write `folder/config.json` of one of `NAMES`, with these keys changed; return the folder."""
+    width, layers, heads, ffn, tied = _SIZES[name]
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    rest = {"intermediate_size": ffn, "tie_word_embeddings": tied}
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**hf_config(name, miniature=miniature), **changes}
     path = folder / "config.json"
     path.unlink(missing_ok=True)  # a copied one may be read-only
+    config = {**_COMMON, **sizes, **rest, **changes}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 

@@ -1,14 +1,13 @@
-"""How long the debug recipe takes to leave after SIGTERM, sent at random moments of its steps.
+"""How long does the debug recipe take to end after SIGTERM, at random moments of its steps?
 
     python benchmarks/stopping.py --stops 20 --processes 1
 
-Each start goes on where the last one was stopped. Prints the seconds from the signal to the end of
-the process, which has saved a checkpoint by then.
+Each start resumes where the last one was stopped. Seconds are from the signal to the end of the
+process, which saves a checkpoint in between.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import REPO, emit, machine, spread, table, words
+from harness import REPO, emit, machine, parser, spread, table, words
 
 OPTIONS = {"training.steps": 100000, "validation.interval": 10, "checkpoint.interval": 0}
 
@@ -27,7 +26,7 @@ def stop_once(out: Path, processes: int, delay: float) -> float:
     """Start the job, send SIGTERM `delay` seconds after its first step; return the seconds."""
     log = out / "logs" / "rank-0.log"
     seen = log.stat().st_size if log.exists() else 0
-    command = [str(REPO / "scripts" / "run_train.sh"), *words(OPTIONS), "--job.dump_folder", out]
+    command = [REPO / "scripts" / "run_train.sh", *words(OPTIONS), "--job.dump_folder", out]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "NGPU": str(processes)}
     job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -48,11 +47,11 @@ def stop_once(out: Path, processes: int, delay: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stops", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--stops", type=int, default=20)
+    arguments.add_argument("--processes", type=int, default=1)
+    arguments.add_argument("--seed", type=int, default=0)
+    a = arguments.parse_args()
     emit(machine())
     dice = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as folder:

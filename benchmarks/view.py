@@ -1,4 +1,4 @@
-"""The rollout viewer on a large run: size of the page, time to make it, first paint, clicks.
+"""How fast is the rollout viewer on a large run? Size of the page, time to make it, clicks.
 
     python benchmarks/view.py --rollouts 10000 --tokens 300
 
@@ -8,7 +8,6 @@ model's do, 40 steps. Needs a Chromium on PATH, which is driven through its DevT
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import REPO, Record, emit, machine, table
+from harness import REPO, Record, emit, machine, parser, table
 
 sys.path.append(str(REPO / "tests"))
 from browser import Browser, find_browser  # noqa: E402
@@ -30,19 +29,19 @@ STEPS = 40
 MODELS = ("student", "teacher", "reference")
 
 
-def make_row(index: int, tokens: int, words: list[str], dice: random.Random) -> Record:
+def make_row(index: int, tokens: int, vocabulary: list[str], dice: random.Random) -> Record:
     n = max(1, int(dice.gauss(tokens, tokens / 4)))
 
     def word() -> int:
-        return min(int(dice.paretovariate(0.6)), len(words)) - 1
+        return min(int(dice.paretovariate(0.6)), len(vocabulary)) - 1
 
     ids = [word() for _ in range(n)]
-    pieces = [words[i] for i in ids]
+    pieces = [vocabulary[i] for i in ids]
     logprobs = {
         name: [float(f"{math.log(1e-9 + dice.betavariate(3, 0.4)):.7g}") for _ in ids]
         for name in MODELS
     }
-    question = " ".join(dice.choice(words).strip() for _ in range(50))
+    question = " ".join(dice.choice(vocabulary).strip() for _ in range(50))
     differences = zip(logprobs["student"], logprobs["teacher"], strict=True)
     return {
         "step": 0,
@@ -60,7 +59,8 @@ def make_row(index: int, tokens: int, words: list[str], dice: random.Random) -> 
         "response_pieces": pieces,
         **{f"{name}_ranks": [1 + int(-2 * v) for v in logprobs[name]] for name in MODELS},
         "teacher_top": [
-            [[words[word()], round(v - k * 2, 3)] for k in range(5)] for v in logprobs["teacher"]
+            [[vocabulary[word()], round(v - k * 2, 3)] for k in range(5)]
+            for v in logprobs["teacher"]
         ],
     }
 
@@ -71,14 +71,11 @@ def make_run(dump: Path, rollouts: int, tokens: int) -> int:
     words = [" " + "".join(dice.choices("etaoinshrdlu", k=2 + i % 7)) for i in range(5000)]
     (dump / "rollouts").mkdir()
     # The same ones at each step, because the page compresses each step by itself.
-    rows = [make_row(i, tokens, words, dice) for i in range(rollouts // STEPS)]
-    lines = [json.dumps(row) for row in rows]
+    lines = [json.dumps(make_row(i, tokens, words, dice)) for i in range(rollouts // STEPS)]
     size = 0
     for step in range(1, STEPS + 1):
-        path = dump / "rollouts" / f"step-{step}.jsonl"
         text = "".join(f"{line.replace('0', str(step), 1)}\n" for line in lines)
-        path.write_text(text, encoding="ascii")
-        size += path.stat().st_size
+        size += (dump / "rollouts" / f"step-{step}.jsonl").write_text(text, encoding="ascii")
     return size
 
 
@@ -121,10 +118,10 @@ def measure(page: Path) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rollouts", type=int, default=10_000)
-    parser.add_argument("--tokens", type=int, default=300)
-    a = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--rollouts", type=int, default=10_000)
+    arguments.add_argument("--tokens", type=int, default=300)
+    a = arguments.parse_args()
     emit(machine())
     with tempfile.TemporaryDirectory() as folder:
         dump, page = Path(folder), Path(folder) / "rollouts.html"

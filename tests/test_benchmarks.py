@@ -21,40 +21,18 @@ needs_triton = pytest.mark.skipif(
 )
 
 DATA = "DATA"  # stands for the folder of real data
-# Of each script: its options, and what the rows of its table begin with.
+SHORT_STEP = ["--data", DATA, "--batch", "2", "--new-tokens", "4", "--steps", "2", "--rounds", "1"]
+# The options of each script, and what the rows of its table begin with.
 MINIATURES = {
-    "compare_trl.py": (
-        [
-            *("--data", DATA, "--batch", "2", "--new-tokens", "4", "--steps", "2"),
-            *("--rounds", "1", "--threads", "1", "--record", "0", "1"),
-        ],
-        ["ours, 0 recorded", "ours, 1 recorded"],
-    ),
-    "recording.py": (
-        ["--data", DATA, "--record", "0", "1", "--cycles", "2", "--new-tokens", "2"],
-        ["0", "1"],
-    ),
-    "objectives.py cost": (
-        [
-            *("--data", DATA, "--only", "policy_gradient", "--only", "reverse_kl"),
-            *("--steps", "2", "--rounds", "1", "--new-tokens", "2", "--threads", "1"),
-        ],
-        ["policy_gradient", "reverse_kl"],
-    ),
-    "objectives.py memory": (
-        ["--tokens", "64", "--vocabularies", "500", "--threads", "1"],
-        ["500", "500", "500"],
-    ),
+    "step.py trl": (SHORT_STEP, ["0 recorded", "4 recorded"]),
+    "step.py full-size": ([*SHORT_STEP, "--miniature"], ["0.6B taught by 1.7B"]),
+    "objectives.py memory": (["--tokens", "64", "--vocabularies", "500"], ["500", "500", "500"]),
     "objectives.py table": (
         [
             *("--only", "reverse_kl", "--only", "no teacher: advantage -1", "--seeds", "1"),
-            *("--steps", "5", "--batches", "2", "--threads", "1"),
+            *("--steps", "5", "--batches", "2"),
         ],
         ["reverse_kl", "no teacher: advantage -1"],
-    ),
-    "packing.py": (
-        ["--dims", "128", "--prompts", "1", "--rounds", "1", "--threads", "1"],
-        ["128", "128"],
     ),
     "activation_checkpoint.py": (
         ["--tokens", "64", "--sequence", "32", "--layers", "1", "--rounds", "1", "--eager"],
@@ -71,14 +49,14 @@ MINIATURES = {
 }
 
 
-def run(script: str, *options: str, **env: str) -> str:
+def run(script: str, *options: str) -> str:
     name, *part = script.split()
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / name), *part, *options],
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), **env},
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -91,24 +69,16 @@ def test_script(script: str, request: pytest.FixtureRequest) -> None:
         folder = str(request.getfixturevalue("shared_data"))
         options = [folder if word == DATA else word for word in options]
     lines = run(script, *options).splitlines()
-    assert json.loads(lines[0])["figure"] == "machine"
     rows = [line for line in lines if line.startswith("| ")]
     assert [row.split(" | ")[0][2:] for row in rows[-len(cases) :]] == cases
-
-
-def test_full_size(shared_data: Path) -> None:
-    text = run("full_size.py", "--data", str(shared_data), "--miniature", "--new-tokens", "4")
-    _, first, second = map(json.loads, text.splitlines())
-    assert (first["number"], second["number"]) == (1, 2)
-    assert all(0 < row["rollout"] + row["update"] < row["step"] for row in (first, second))
 
 
 def test_continuous_batching_takes_fewer_steps(shared_data: Path) -> None:
     options = ["--data", str(shared_data), "--miniature", "--setting", "ragged", "--rounds", "1"]
     options += ["--requests", "6", "--concurrent", "2", "--shortest", "2", "--longest", "12"]
-    heads, _, *rows = (line.split(" | ") for line in run("rollout.py", *options).splitlines()[-5:])
-    ours, waves, batches = (int(row[heads.index("forwards")]) for row in rows)
-    assert ours < waves == batches
+    heads, _, *rows = (line.split(" | ") for line in run("rollout.py", *options).splitlines()[-4:])
+    ours, static = (int(row[heads.index("forwards")]) for row in rows)
+    assert ours < static
 
 
 # ------------------------------------------------------------------------ on a GPU
@@ -116,14 +86,14 @@ def test_continuous_batching_takes_fewer_steps(shared_data: Path) -> None:
 
 @needs_triton
 def test_every_stage(tmp_path: Path) -> None:
-    run("gpu.py", "--miniature", "--seconds", "390", "--out", str(tmp_path))
+    run("gpu.py", "--miniature", "--seconds", "850", "--out", str(tmp_path))
     found = records(tmp_path)
     ended = {r["stage"]: r["ended"] for r in found if r["figure"] == "stage"}
     assert len(ended) >= 16 and set(ended.values()) == {"well"}
     assert all(r["ok"] for r in found if "ok" in r)
     (recipe,) = (r for r in found if r["figure"] == "recipe")
     assert recipe["resumed"] and recipe["exported"]
-    steps = [r for r in found if r["figure"] == "step"]
+    steps = [r for r in found if r["figure"] in ("step 1", "step 2")]
     assert all(r["sync"] + r["rollout"] + r["teacher"] + r["update"] <= r["step"] for r in steps)
 
 
@@ -133,7 +103,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 ACCIDENTS = """
 import os, signal, subprocess, sys, time
-sys.path.append(sys.argv.pop())
+sys.path.append(BENCHMARKS)
 import gpu
 
 def emits(s, name):
@@ -162,14 +132,13 @@ if __name__ == "__main__":
 @pytest.fixture
 def accidents(tmp_path: Path) -> list[str]:
     script = tmp_path / "accidents.py"
-    script.write_text(ACCIDENTS.replace("sys.argv.pop()", repr(str(BENCHMARKS))))
+    script.write_text(ACCIDENTS.replace("BENCHMARKS", repr(str(BENCHMARKS))))
     return [sys.executable, str(script), "--miniature", "--out", str(tmp_path / "out")]
 
 
 def test_an_accident_loses_nothing(accidents: list[str], tmp_path: Path) -> None:
-    """Neither what was found before it, nor the stages after it; and it leaves no process."""
-    done = subprocess.run(accidents, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
+    """The figures before it are kept, the later stages run, and no process is left."""
+    assert subprocess.run(accidents, capture_output=True, timeout=300).returncode == 1
     found = [r for r in records(tmp_path / "out") if r.get("figure") != "stage" and "stage" in r]
     by_stage = {
         stage: [r.get("figure", r.get("error")) for r in found if r["stage"] == stage]
@@ -178,10 +147,8 @@ def test_an_accident_loses_nothing(accidents: list[str], tmp_path: Path) -> None
     before, error, after = by_stage["raises"]
     assert (before, after) == ("before", "after") and "MemoryError: on purpose" in error
     assert by_stage["crashes"] == ["before", "ended with exit code -11"]
-    assert "Segmentation fault" in (tmp_path / "out" / "crashes.log").read_text()
-    assert by_stage["hangs"] == ["before", "child", "killed after 90 s"]
+    assert by_stage["hangs"][:2] == ["before", "child"] and "killed" in by_stage["hangs"][2]
     assert is_gone(found[-2]["pid"])
-    assert "FAILED: crashes: ended with exit code -11" in done.stdout
 
 
 def test_a_call_that_is_ended_sums_up_and_leaves_no_process(

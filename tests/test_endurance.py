@@ -52,7 +52,7 @@ def test_a_ranks_log_and_one_older_file_have_a_bound(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_small_logs")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_log_on_a_full_disk_is_told_once(
+def test_a_log_on_a_full_disk_warns_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "logs").mkdir()
@@ -103,28 +103,11 @@ def test_old_rollouts_go_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == others | files(6, 7)
 
 
-def test_keeping_none_back_and_all(tmp_path: Path) -> None:
+def test_0_keeps_all(tmp_path: Path) -> None:
     put(tmp_path, *files(1, 2, 3))
     OldRollouts(tmp_path / "rollouts", 0).delete(3)
     assert names(tmp_path) == files(1, 2, 3)
-    OldRollouts(tmp_path / "rollouts", 1).delete(3)
-    assert names(tmp_path) == files(3)
     OldRollouts(tmp_path / "none", 1).delete(3)  # a folder that somebody took away
-    assert names(tmp_path) == files(3)
-
-
-def test_only_a_runs_first_step_reads_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that a million files do not cost a listing each step."""
-    scans = []
-    scan = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda *args: scans.append(args) or scan(*args))
-    put(tmp_path, *files(*range(1, 9)))
-    old = OldRollouts(tmp_path / "rollouts", 3)
-    for step in range(1, 9):
-        old.delete(step)
-    assert len(scans) == 1 and names(tmp_path) == files(6, 7, 8)
 
 
 @pytest.fixture(scope="module")
@@ -164,25 +147,24 @@ def endurance(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("endurance")
 
 
-def test_what_watches_a_run_would_see_it_leak(endurance: ModuleType) -> None:
+def test_counts_show_leaks(endurance: ModuleType) -> None:
     over = threading.Event()
-    counted = endurance.count()  # first, because it frees what other tests have left behind
-    before = endurance.sample(os.getpid())
+    endurance.count()  # it frees what other tests have left behind
+    before = endurance.count()
     # Of 40 MiB each: the allocator takes more than 32 from the system, whatever is free already.
     held = [torch.ones(10 << 20) for _ in range(4)] + [torch.ones(1) for _ in range(14)]
     ends = os.pipe()
     threads = [threading.Thread(target=over.wait) for _ in range(3)]
     for thread in threads:
         thread.start()
-    after, counted_after = endurance.sample(os.getpid()), endurance.count()
+    after = endurance.count()
     over.set()
     for end in ends:
         os.close(end)
-    assert after["files"] - before["files"] == 2
-    assert after["threads"] - before["threads"] >= 3
-    assert after["resident"] - before["resident"] > 80 * 2**20
-    assert counted_after["tensors"] - counted["tensors"] == len(held)
-    assert counted_after["objects"] - counted["objects"] >= len(held)
+    grown = {key: after[key] - before[key] for key in after}
+    assert grown["files"] == 2 and grown["threads"] >= 3
+    assert grown["resident, MiB"] > 80
+    assert grown["tensors"] == len(held) and grown["objects"] >= len(held)
 
 
 def test_slope_of_a_line_with_noise(endurance: ModuleType) -> None:
@@ -202,26 +184,17 @@ def calm(values: list[float]) -> tuple[float, float]:
 def test_150_steps_on_two_processes_leave_nothing_behind(repo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(repo / "benchmarks" / "endurance.py"), "--out", str(out)]
-    command += ["--steps", "150", "--processes", "2", "--count", "3", "--seconds", "0.5"]
-    done = subprocess.run(
-        [*command, "--objective", "reverse_kl"], capture_output=True, text=True, timeout=400
-    )
+    command += ["--steps", "150", "--processes", "2", "--count", "3", "--objective", "reverse_kl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "rank 0's counts | tensors" in done.stdout and "steps | seconds" in done.stdout
     report = json.loads((out / "endurance.json").read_text())
-
-    counts = [c for c in report["counts"] if c["step"] > 50]  # what is made once is made by then
-    assert [c["step"] for c in counts] == list(range(51, 151, 3))
-    before, after = calm([c["tensors"] for c in counts])
-    assert after <= before
-    before, after = calm([c["objects"] for c in counts])
-    assert after <= before + 100  # of 400,000; a leak has some every step
-
-    assert report["samples"].keys() == {"launcher", "rank 0", "rank 1"}
-    for name, samples in report["samples"].items():
-        running = [s for s in samples if 50 < s["step"] < 150]
-        for key in ("files", "threads"):
-            before, after = calm([s[key] for s in running])
-            assert after <= before, (name, key)
+    assert "rank 0" in {row["of"] for row in report["slopes"]}
+    for rank in ("rank 0", "rank 1"):
+        # What is made once is made by then.
+        counts = [c for c in report["samples"][rank] if c["step"] > 50]
+        assert [c["step"] for c in counts] == list(range(51, 150, 3))
+        for key, slack in {"tensors": 0, "objects": 100, "files": 0, "threads": 0}.items():
+            before, after = calm([c[key] for c in counts])
+            assert after <= before + slack, (rank, key)  # a leak has some every step
     assert names(out / "run") == files(*range(136, 151))
     assert len(list((out / "run" / "checkpoint").glob("step-*"))) == 2

@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from opd_titan.config import JobConfig
 from opd_titan.config.resolve import resolve
 from opd_titan.data.types import Prompt, Sample
-from opd_titan.distill.head import LossHead, LossRule, score_head
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
-from opd_titan.distill.packing import PackedBatch
-from opd_titan.distill.vocabulary import TokenScores
-from opd_titan.distributed.world import build_world
+from opd_titan.distill.packing import plan_minibatches
+from opd_titan.distill.scoring import score
+from opd_titan.distill.update import UpdateRule, forward_backward
+from opd_titan.distributed.world import ALONE, World, build_world
 from opd_titan.models.attention import PackedAttention
 from opd_titan.models.kernels.paged import choose_path
 from opd_titan.models.logits import Distribution
@@ -43,6 +43,9 @@ from opd_titan.rollout.kv_cache import DecodeAttention, KVCache, bytes_per_token
 # Sizes as in the released config.json files.
 QWEN3_06B = Qwen3Args(151936, 1024, 28, 16, 8, 128, 3072, 1e-6, 1e6, True, 40960, 0.02)
 QWEN3_8B = Qwen3Args(151936, 4096, 36, 32, 8, 128, 12288, 1e-6, 1e6, False, 40960, 0.02)
+
+WORLD = World(CPU, None, ALONE, ALONE)
+RULE = UpdateRule(OBJECTIVES["policy_gradient"], ObjectiveSettings(), Distribution(), 0.0)
 
 # ---- by hand ----
 
@@ -139,68 +142,26 @@ def upper_triangle(args: Qwen3Args, seq_lens: Sequence[int]) -> int:
     return 4 * args.n_layers * args.n_heads * args.head_dim * pairs
 
 
-def packed(samples: Sequence[Sample]) -> PackedBatch:
-    lengths = [s.num_tokens - 1 for s in samples]
-    ids = [[*s.prompt.token_ids, *s.response_ids] for s in samples]
-    predict, offset = [], 0
-    for s in samples:
-        first = offset + len(s.prompt.token_ids) - 1
-        predict.extend(range(first, first + len(s.response_ids)))
-        offset += s.num_tokens - 1
-    return PackedBatch(
-        tokens_T=torch.tensor([t for sequence in ids for t in sequence[:-1]]),
-        attend=PackedAttention(lengths, CPU),
-        predict_R=torch.tensor(predict),
-        targets_R=torch.tensor([t for s in samples for t in s.response_ids]),
-    )
-
-
 # Lengths of a pack are equal or too different to be padded to one.
 PACKS = [[(1, 1)], [(3, 6)], [(5, 4), (1, 8), (30, 45), (70, 5)]]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("lengths", PACKS)
-def test_scoring_costs_what_torch_counts(tied, lengths):
-    model = tiny_qwen3(tied=tied)
-    samples = random_samples(lengths)
-    seq_lens = [s.num_tokens - 1 for s in samples]
-    batch = packed(samples)
-    with counted() as counter, torch.no_grad():
-        model(
-            batch.tokens_T,
-            batch.attend,
-            lambda h, w: score_head(h, w, batch.predict_R, batch.targets_R, Distribution()),
-        )
-    tokens, flops = work(samples, dict.fromkeys(("student", "teacher"), model.args.forward_flops))
-    assert tokens["teacher"] == batch.tokens_T.numel() == sum(seq_lens)
-    masked = upper_triangle(model.args, seq_lens)
-    assert counter.get_total_flops() == flops["teacher"] + masked
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lengths", PACKS)
-def test_an_update_costs_three_forwards(tied, lengths):
+def test_scoring_and_update_cost_what_torch_counts(tied, lengths):
     model = tiny_qwen3(tied=tied)
     samples = with_rollout_logprobs(model, random_samples(lengths))
-    batch = packed(samples)
-    scores = (torch.cat([getattr(s, f"{m}_logprobs") for s in samples]) for m in MODELS)
-
-    rule = LossRule(OBJECTIVES["policy_gradient"], SETTINGS, Distribution())
-    head = LossHead(rule, batch.predict_R, batch.targets_R, TokenScores(*scores), scale=1.0)
-
-    with counted() as counter:
-        loss, _ = model(batch.tokens_T, batch.attend, head)
-        loss.backward()
-    _, flops = work(samples, {"student": model.args.forward_flops})
-    masked = 3 * upper_triangle(model.args, [s.num_tokens - 1 for s in samples])
-    assert counter.get_total_flops() == flops["update"] + masked
-
-
-MODELS = ("student", "teacher", "reference")
-SETTINGS = ObjectiveSettings(
-    clip_low=0.2, clip_high=0.2, reference_coef=0.0, log_ratio_clamp=0.0, true_ratio=False
-)
+    seq_lens = [s.num_tokens - 1 for s in samples]
+    plan = plan_minibatches(samples, 1, 1 << 30, ALONE)
+    with counted() as scoring:
+        score(model, plan, Distribution(), WORLD)
+    with counted() as update:
+        forward_backward(model, samples, plan[0].response_tokens, RULE, WORLD)
+    tokens, flops = work(samples, dict.fromkeys(("student", "teacher"), model.args.forward_flops))
+    assert tokens["teacher"] == sum(seq_lens)
+    masked = upper_triangle(model.args, seq_lens)
+    assert scoring.get_total_flops() == flops["teacher"] + masked
+    assert update.get_total_flops() == flops["update"] + 3 * masked
 
 
 def test_recomputation_is_no_work():

@@ -87,6 +87,16 @@ def test_more_sequences_than_fit_take_turns(planned: Any) -> None:
     assert simulation.rollout.decode_forwards == 2 * 32  # three, then one
 
 
+def test_the_generators_memory_stays_if_the_run_would_keep_it(planned: Any) -> None:
+    _, simulation, found = planned("wide", "tiny")
+    assert simulation.stays
+    kept = simulation.resident["generator weights"] + simulation.rollout.kept
+    assert found.peak == H200.held(simulation.phases["update"].peak + kept)
+    # The update needs more than the memory, by the estimate of what stays gathered.
+    assert not planned("wide", "tiny", cluster=TIGHT)[1].stays
+    assert not planned("wide", "tiny", *SFT)[1].stays  # nothing samples
+
+
 def test_shorter_responses_take_fewer_steps_and_the_same_cache(arguments: Any) -> None:
     options = arguments("tiny", "tiny", "--rollout.max_concurrent", 3)
     job = resolved(load_config(options), H200)

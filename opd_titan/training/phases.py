@@ -129,5 +129,5 @@ class Phases:
         return self._bar(phase, sequences, "seq")
 
     def _bar(self, phase: str, total: int, unit: str) -> Bar:
-        shown = self.bars and dist.get_rank() == 0
-        return progress(total, f"step {self.step} {phase}", unit, rank=0 if shown else 1)
+        rank = dist.get_rank() if self.bars else -1  # rank 0 shows its bars
+        return progress(total, f"step {self.step} {phase}", unit, rank=rank)

@@ -66,7 +66,7 @@ from opd_titan.rollout.scheduler import Request
 # ---------------------------------------------------------------- loss and gradients
 
 # Rows per chunk: one, some (with a shorter last chunk), all.
-DISTS = [(WHOLE, 1), (WHOLE, 1000), (Distribution(0.5), 4), (Distribution(1.7), 5)]
+DISTS = [(WHOLE, 1), (WHOLE, 1000), (Distribution(0.5), 4)]
 SAMPLED_FROM = [*SAMPLED, *BASELINES]
 LOSSES = [
     *product(CASES, DISTS),

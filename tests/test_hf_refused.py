@@ -154,7 +154,7 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) 
     other = make_source(tmp_path / "other", sharded=True, initializer_range=0.7)
     for path in other.glob("model*"):
         shutil.copy(path, source)
-    model, _ = load_plain(source)
+    model = load_plain(source)
     theirs = load_theirs(source)
     assert torch.equal(model.tok_embeddings.weight, theirs.model.embed_tokens.weight)
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
 from full_disk import largest_file
+from opd_titan.checkpoint.faults import name_file_in_errors
 from safetensors.torch import load_file
 from test_hf_io import load_plain, make_source
 from tiny_student import one_process_group
@@ -23,7 +24,6 @@ from torch import nn
 
 from opd_titan.checkpoint import manifest
 from opd_titan.checkpoint.checkpointer import Checkpointer, inspect_checkpoint, load_weights
-from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.checkpoint.hf_export import export_hf
 from opd_titan.checkpoint.hf_folder import CHECKSUMS
 from opd_titan.checkpoint.hf_load import INDEX, SINGLE, check_hf_weights

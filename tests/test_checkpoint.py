@@ -216,6 +216,7 @@ def test_only_complete_checkpoints_count(
         assert agree_on_step(tmp_path, -1) is None
         for step in (2, 10):
             checkpointer.save(step, {})
+            checkpointer.finish()
         for name in ("step-12.tmp", "step-16.old", "step-18.damaged"):
             shutil.copytree(tmp_path / "step-2", tmp_path / name)
         assert complete_steps(tmp_path) == [2, 10]
@@ -259,7 +260,7 @@ def test_what_changes_after_a_save_is_not_in_it(
         state["list"].append(7.0)
         checkpointer.wait()
         checkpointer.load(1)
-        assert inspect_checkpoint(tmp_path, 1, model) == {"list": [1.5]}
+        assert inspect_checkpoint(tmp_path / "step-1", model)["list"] == [1.5]
         torch.testing.assert_close(
             [model.state_dict(), optimizer.state_dict()], saved, rtol=0, atol=0
         )
@@ -281,7 +282,7 @@ def test_a_background_save_is_incomplete_until_it_is_polled(
                 checkpointer.poll()
         assert complete_steps(tmp_path) == [2, 3]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-3"]
-        assert json.loads((tmp_path / "step-3" / "train_state.json").read_text()) == {"step": 3}
+        assert json.loads((tmp_path / "step-3" / "train_state.json").read_text())["step"] == 3
     assert not dist.is_initialized()
 
 
@@ -307,7 +308,9 @@ def test_the_recipes_optimizer_settings_win_over_the_checkpoints(
     own = {"weight_decay": weight_decay, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6}
     loaded = build(1, **own)
     with one_process_group():
-        open_(saved).save(1, {})
+        checkpointer = open_(saved)
+        checkpointer.save(1, {})
+        checkpointer.finish()
         open_(loaded).load(1)
     matrices, norms = loaded[1].param_groups
     assert (matrices["weight_decay"], norms["weight_decay"]) == (weight_decay, 0.0)
@@ -336,7 +339,7 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def build(source: Path, degrees: tuple[int, ...]) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model, _, _ = build_sharded(source, degrees)
+    model = build_sharded(source, degrees)
     return model, torch.optim.AdamW(model.parameters())
 
 
@@ -352,7 +355,9 @@ def save_and_load_in_each_layout(source: Path, out: Path) -> list[dict[str, Tens
             optimizer.state[parameter] = {"step": torch.tensor(3.0), **moments}
         folder = out / str(number)
         open_folder(folder)
-        Checkpointer(folder, model, optimizer, keep_latest_k=0, background=False).save(1, {})
+        checkpointer = Checkpointer(folder, model, optimizer, keep_latest_k=0, background=False)
+        checkpointer.save(1, {})
+        checkpointer.finish()
         saved.append(gathered(model, optimizer))
         for other in LAYOUTS.values():
             model, optimizer = build(source, other)
@@ -403,7 +408,7 @@ def on_ranks_with_folders(shared: Path, own: list[Path]) -> dict[str, Any]:
         options = {"keep_latest_k": 0, "background": background}
         checkpointer = Checkpointer(folder / "new", model, optimizer, **options)
         checkpointer.save(1, {})
-        out[f"save {background}"] = refusal(lambda c=checkpointer: c.require(1))
+        out[f"save {background}"] = refusal(checkpointer.finish)
         checkpointer = Checkpointer(shared, model, optimizer, **options)
         checkpointer.save(3 + background, {})
         checkpointer.wait()
@@ -427,11 +432,12 @@ def test_ranks_agree_on_a_step_and_must_share_the_folder(tmp_path: Path) -> None
         assert result["ranks"] == 2
         assert result["shared"] == [4, 3, None]
         assert "checkpoint.load_step" in result["absent"]
-        for name in ("open", "save False", "save True", "first"):
+        for name in ("open", "first"):
             message = result[name]
             assert "is not there on every rank" in message and "\n" not in message
-            if not name.startswith("save"):
-                assert message.startswith("job.dump_folder: ") and "share" in message
+            assert message.startswith("job.dump_folder: ") and "share" in message
+        for name in ("save False", "save True"):
+            assert "step 1 not saved: " in result[name] and "No such file" in result[name]
         # What rank 0 does not see is not there: the job starts afresh, and opening is refused.
         assert result["second"] is None
     for folder in own:

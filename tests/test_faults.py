@@ -1,4 +1,4 @@
-"""Signals in the middle of a step, numbers that are not finite, ranks that die or stand still."""
+"""Signals in the middle of a step, numbers that are not finite, ranks that die or hang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from faulty_rank import when
+from faulty_rank import at
 from tiny_student import one_process_group
 from tiny_world import (
     REPO,
@@ -29,7 +29,6 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.heartbeat import Heartbeat
 from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 
 # One is after an export, a validation, and before a checkpoint.
@@ -51,37 +50,28 @@ def undisturbed(world: World) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 @pytest.mark.parametrize(
-    ("phase", "beats", "saved"),
+    ("phase", "beats", "saved", "number"),
     [
-        ("data", 0, 1),
-        ("rollout", 3, 1),
-        ("teacher", 1, 1),
-        ("update", 1, 1),  # of two micro-batches: nothing has moved
-        ("validate", 2, 2),  # the step is done, what follows it is not
+        ("data", 0, 1, signal.SIGTERM),
+        ("rollout", 3, 1, signal.SIGTERM),
+        ("rollout", 3, 1, signal.SIGUSR1),
+        ("teacher", 1, 1, signal.SIGTERM),
+        ("update", 1, 1, signal.SIGTERM),  # of two micro-batches: no weight has changed
+        ("validate", 2, 2, signal.SIGTERM),  # the step is done, what follows it is not
     ],
 )
 def test_a_signal_is_heard_inside_every_phase(
-    world: World,
-    undisturbed: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: int,
-    phase: str,
-    beats: int,
-    saved: int,
+    world: World, undisturbed: Path, phase: str, beats: int, saved: int, number: signal.Signals
 ) -> None:
     argv = world.argv(f"{phase}-{number.name}", *OPTIONS)
     argv += ["--training.max_tokens_per_microbatch", "120"] if phase == "update" else []
-    with monkeypatch.context() as patch:
-        for name in ("set_phase", "beat"):
-            patch.setattr(Heartbeat, name, getattr(Heartbeat, name))  # put back at the end
-        when(f"phase {phase} of step 2", beats, lambda: os.kill(os.getpid(), number))
+    with at(f"phase {phase} of step 2", lambda: os.kill(os.getpid(), number), beats):
         assert train(argv) == 75
     out = Path(argv[3])
     assert complete_steps(out / "checkpoint") == [saved]
     assert list(read_scalars(out)["loss/policy"]) == list(range(1, saved + 1))
-    assert f"Stopped by signal {number} after step {saved} with" in read_log(out)
+    assert f"Stopped by signal {int(number)} after step {saved} with" in read_log(out)
     assert train(argv) == 0
     if phase == "update":
         # Other micro-batches than the undisturbed run's: the same to rounding.
@@ -93,14 +83,9 @@ def test_a_signal_is_heard_inside_every_phase(
 
 
 @pytest.mark.slow
-def test_no_signal_stops_between_the_updates_of_a_step(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_signal_stops_between_the_updates_of_a_step(world: World) -> None:
     argv = world.argv("minibatches", *OPTIONS, "--distill.minibatches", 4)
-    with monkeypatch.context() as patch:
-        for name in ("set_phase", "beat"):
-            patch.setattr(Heartbeat, name, getattr(Heartbeat, name))
-        when("phase update of step 2", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with at("phase update of step 2", lambda: os.kill(os.getpid(), signal.SIGTERM), 2):
         assert train(argv) == 75
     assert complete_steps(Path(argv[3]) / "checkpoint") == [2]  # done to its end
     assert train(argv) == 0
@@ -136,7 +121,7 @@ def test_a_signal_that_comes_during_a_vote_is_not_forgotten(
 
 
 def launch(argv: list[str], rank: int, place: str, beats: int, what: str) -> tuple[int, str]:
-    """Exit code and stderr of two ranks, one of which goes wrong."""
+    """Return the exit code and stderr of two ranks, one of which is faulty."""
     command = [sys.executable, "-m", "opd_titan.cli.launch", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(REPO / "tests" / "faulty_rank.py"), str(rank), place, str(beats), what]

@@ -64,12 +64,12 @@ def test_without_an_intact_checkpoint_a_run_does_not_start_afresh_by_itself(
     out = copy_run(whole, "none")
     shutil.rmtree(out / "checkpoint" / "step-2")
     step = out / "checkpoint" / "step-4"
-    flip(step / "index.json")
+    flip(step / "train_state.json")
     before = sorted(out.rglob("*"))
     capfd.readouterr()
     assert run(world, "none") == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{step}/index.json: " in line and "checkpoint.load_step = 0" in line
+    assert f"{step}/train_state.json: " in line and "checkpoint.load_step = 0" in line
     assert sorted(out.rglob("*")) == before
 
 

@@ -141,14 +141,17 @@ def test_opd_on_the_export_needs_no_word_of_it(world: World, warm: Path) -> None
 def test_latest_leads_to_the_newest_export(tmp_path: Path) -> None:
     for step in (2, 10, 4):  # an older run's step-10 may still be there: the newest counts
         (tmp_path / f"step-{step}").mkdir()
-        link_latest(tmp_path / f"step-{step}")
+        link_latest(tmp_path, step)
         assert (tmp_path / "latest").readlink() == Path(f"step-{step}")
     assert {p.name for p in tmp_path.iterdir()} == {"step-2", "step-4", "step-10", "latest"}
+    link_latest(tmp_path, 0)
+    assert not (tmp_path / "latest").is_symlink()
 
 
 def test_no_link_is_no_reason_to_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "step-2").mkdir()
     (tmp_path / "latest").mkdir()  # somebody's own
     (tmp_path / "latest" / "file").touch()
-    link_latest(tmp_path / "step-2")
+    link_latest(tmp_path, 2)
     assert (tmp_path / "latest" / "file").exists()
     assert "no link to step-2" in caplog.text

@@ -30,7 +30,7 @@ from opd_titan.checkpoint.steps import MANIFEST, STATE, agree_on_step, open_fold
 from opd_titan.distributed.agreement import raise_on_all_ranks
 from opd_titan.errors import CheckpointError, ConfigError, ModelError, StorageError
 
-WEIGHTS = "rank-0-0.safetensors"
+WEIGHTS = "rank-0.safetensors"
 
 
 def make_pair(size: int = 40) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -112,17 +112,13 @@ def become_file(path: Path) -> None:
 
 # what is done, the file that must be named, what must be said of it
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "weights_truncated": (lambda s: cut(s / WEIGHTS, 0.7), WEIGHTS, "is truncated from "),
-    "weights_longer": (
-        lambda s: (s / WEIGHTS).open("ab").write(b"x"),
-        WEIGHTS,
-        "bytes; ",
-    ),
+    "weights_truncated": (lambda s: cut(s / WEIGHTS, 0.7), WEIGHTS, "bytes; "),
+    "weights_longer": (lambda s: (s / WEIGHTS).open("ab").write(b"x"), WEIGHTS, "bytes; "),
     "weights_flipped": (lambda s: flip(s / WEIGHTS), WEIGHTS, "CRC-32"),
     "state_flipped": (lambda s: flip(s / STATE), STATE, "CRC-32"),
     "weights_gone": (lambda s: (s / WEIGHTS).unlink(), WEIGHTS, "is missing"),
     "state_gone": (lambda s: (s / STATE).unlink(), STATE, "is missing"),
-    "weights_a_folder": (lambda s: become_folder(s / WEIGHTS), WEIGHTS, "is not a file"),
+    "weights_a_folder": (lambda s: become_folder(s / WEIGHTS), WEIGHTS, "bytes; "),
     "manifest_cut": (lambda s: cut(s / MANIFEST, 0.5), MANIFEST, "is damaged"),
     "manifest_a_list": (lambda s: (s / MANIFEST).write_text("[]"), MANIFEST, "is damaged"),
     "manifest_a_folder": (lambda s: become_folder(s / MANIFEST), MANIFEST, "cannot be read"),
@@ -288,7 +284,7 @@ def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
     out["export"] = str(caught.value)
     dist.barrier()
     if rank == 0:
-        flip(folder / "step-6" / "rank-1-0.safetensors", 0.9)
+        flip(folder / "step-6" / "rank-1.safetensors", 0.9)
     dist.barrier()
     out["chosen"] = agree_on_step(folder, -1)
     total = torch.ones(1)
@@ -305,9 +301,7 @@ def test_when_one_rank_cannot_write_all_know_and_go_on(tmp_path: Path) -> None:
     assert f"hf.tmp/{SINGLE}: File too large" in first["export"]
     for background in (False, True):
         for poor in (0, 1):
-            assert (
-                f"rank-{poor}-0.safetensors: File too large" in first[f"save {background} {poor}"]
-            )
+            assert f"rank-{poor}.safetensors: File too large" in first[f"save {background} {poor}"]
             assert "step-4" not in " ".join(first[f"left {background} {poor}"])
     assert names(tmp_path / "out") == ["step-2", "step-6"]
 
@@ -426,7 +420,7 @@ def escape(folder: Path) -> None:
 
 EXPORT_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "flipped": (lambda f: flip(some_shard(f), 0.9), ("model-00002-of", "CRC-32", CHECKSUMS)),
-    "truncated": (lambda f: cut(some_shard(f), 0.9), ("model-00002-of", "is truncated from")),
+    "truncated": (lambda f: cut(some_shard(f), 0.9), ("model-00002-of", "bytes; ")),
     "gone": (lambda f: some_shard(f).unlink(), ("model-00002-of", "is missing")),
     "config": (lambda f: flip(f / "config.json"), ("config.json", "CRC-32", "on purpose")),
     "manifest": (lambda f: cut(f / CHECKSUMS, 0.3), (CHECKSUMS, "is damaged")),

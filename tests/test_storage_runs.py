@@ -47,11 +47,11 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
     world: World, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_run(whole, "damaged")
-    flip(out / "checkpoint" / "step-4" / "rank-0-0.safetensors")
+    flip(out / "checkpoint" / "step-4" / "rank-0.safetensors")
     assert run(world, "damaged") == 0
     printed = capfd.readouterr().out
     assert "warning: Damaged checkpoint: " in printed
-    assert "step-4/rank-0-0.safetensors: its bytes" in printed
+    assert "step-4/rank-0.safetensors: its bytes" in printed
     assert "step-2 (the newest" in read_log(out)
     assert_same_run(whole, out, 4)
     found = sorted(path.name for path in (out / "checkpoint").iterdir())

@@ -1,13 +1,13 @@
 """Checkpoints for exact resume, on any number of ranks and in any layout.
 
     step-N/
-        rank-R-K.safetensors   slices of the weights (fp32) and of the optimizer state
+        rank-R.safetensors     slices of the weights (fp32) and of the optimizer state
         train_state.json       everything else that a run resumes from
         checksums.json         size and CRC-32 of every other file
 
-Each rank writes the slices that it holds to `step-N.tmp`. When all have, rank 0 adds the JSON files
-and renames the folder, so that a folder named `step-N` is complete. The sampler's random numbers
-have no state to save.
+Each rank writes the slices that it holds to `step-N.tmp`, in several files if they are large. When
+all have, rank 0 adds the JSON files and renames the folder, so that a folder named `step-N` is
+complete. The sampler's random numbers have no state to save.
 
 A storage fault does not end the run: it is logged, the last good checkpoint stays, and the next
 save tries again. Callers that need a step to be on the disk call `secured` or `finish`.

@@ -63,8 +63,11 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
             for start, value in zip(range(0, entry["size"], length), entry["crc32"], strict=True)
         }
         for name, entry in files.items():
-            if wrong := _wrong_size(path.parent, name, entry["size"]):
-                return f"{path.parent / name}: {wrong}"
+            if not is_plain_name(name):
+                return f"{path.parent / name}: is no name of a file beside its manifest"
+            size = (path.parent / name).stat().st_size
+            if size != entry["size"]:
+                return f"{path.parent / name}: has {size} bytes; {entry['size']} were written"
         mine = list(wanted)[rank::world]
         for piece, value in zip(mine, _checksums(mine, length), strict=True):
             if value != wanted[piece]:
@@ -76,18 +79,6 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path}: is damaged, it is not a list of checksums"
     return None
-
-
-def _wrong_size(folder: Path, name: str, size: int) -> str | None:
-    if not is_plain_name(name):
-        return "is no name of a file beside its manifest"
-    path = folder / name
-    if path.exists() and not path.is_file():
-        return "is not a file any more"
-    now = path.stat().st_size
-    if now < size:
-        return f"is truncated from {size} to {now} bytes"
-    return f"has {now} bytes; {size} were written" if now > size else None
 
 
 def _checksums(pieces: list[tuple[Path, int]], length: int) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +29,7 @@ from opd_titan.errors import ModelError, first_line
 # The place of a slice in the whole tensor: a range for each dimension.
 Box = tuple[range, ...]
 
-# A file of a checkpoint is about as large. On a GPU, this much is copied to the host at a time.
+# The largest file of a checkpoint. On a GPU, this much is copied to the host at a time.
 FILE_BYTES = 1024**3
 
 
@@ -115,7 +116,7 @@ def _saves(tensor: Tensor, number: int) -> bool:
 
 
 def write_slices(folder: Path, slices: Mapping[str, LocalSlice]) -> list[str]:
-    """Write this rank's slices to files of about FILE_BYTES. They are on the disk on return.
+    """Write this rank's slices to files of FILE_BYTES. They are on the disk on return.
 
     The key of a slice is its tensor's name and its offset, such as `model.norm.weight@16`.
 
@@ -125,20 +126,16 @@ def write_slices(folder: Path, slices: Mapping[str, LocalSlice]) -> list[str]:
     Raises:
         OSError: a file cannot be written.
     """
-    files: list[dict[str, Tensor]] = []
-    size = FILE_BYTES
-    for name, (values, box) in slices.items():
-        if size >= FILE_BYTES:
-            files.append({})
-            size = 0
-        files[-1][f"{name}@{','.join(str(r.start) for r in box)}"] = values
-        size += values.nbytes
-    names = []
-    for number, content in enumerate(files):
-        names.append(f"rank-{dist.get_rank()}-{number}.safetensors")
-        on_host = {key: values.cpu().contiguous() for key, values in content.items()}
-        write_tensors(folder / names[-1], on_host)
-    return names
+    tensors = {f"{n}@{','.join(str(r.start) for r in box)}": t for n, (t, box) in slices.items()}
+    plan = split_state_dict_into_shards_factory(
+        {key: values.nbytes for key, values in tensors.items()},
+        get_storage_size=int,  # the values are sizes
+        filename_pattern=f"rank-{dist.get_rank()}{{suffix}}.safetensors",
+        max_shard_size=FILE_BYTES,
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        write_tensors(folder / name, {key: tensors[key].cpu().contiguous() for key in keys})
+    return list(plan.filename_to_tensors)
 
 
 def read_index(paths: Sequence[Path]) -> dict[str, list[FileSlice]]:

@@ -42,25 +42,28 @@ class Saver:
         self.exported_at = 0
         self._export_error: StorageError | None = None
 
-    def load(self, start: Start) -> None:
-        """Load the checkpoint that the run starts from, if any, and log the start."""
-        if start.state is None:
-            logger.info("Starting at step 1: %s in %s", start.reason, self.checkpoints.folder)
-            return
-        self.checkpoints.load(start.step)
-        self.exported_at = start.state["exported_at"]
-        logger.info(
-            "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
-            self.checkpoints.folder,
-            start.step,
-            start.reason,
-            start.step + 1,
-        )
+    def load(self, start: Start, suffix: str) -> None:
+        """Load the checkpoint that the run starts from, if any, and log the start.
 
-    def set_aside_newer(self, step: int, suffix: str) -> None:
-        """Rename the checkpoints of later steps, which this run replaces."""
+        Args:
+            suffix: added to the names of later checkpoints, which this run replaces.
+        """
+        folder = self.checkpoints.folder
+        if start.state is None:
+            logger.info("Starting at step 1: %s in %s", start.reason, folder)
+        else:
+            self.checkpoints.load(start.step)
+            self.exported_at = start.state["exported_at"]
+            logger.info(
+                "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step "
+                "%s",
+                folder,
+                start.step,
+                start.reason,
+                start.step + 1,
+            )
         if self.config.checkpoint.enable:
-            set_aside(self.checkpoints.folder, step, suffix)
+            set_aside(folder, start.step, suffix)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, or begin to; see `Checkpointer.save`.

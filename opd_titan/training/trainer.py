@@ -269,13 +269,12 @@ class Trainer:
         """Load the checkpoint to start from, if any, and record from there on.
 
         Args:
-            suffix: for the names of later checkpoints, which this run replaces.
+            suffix: see `Saver.load`.
         """
         if start.state is not None:
             self.monitor.set_phase(f"the loading of the checkpoint of step {start.step}")
-        self.saver.load(start)
+        self.saver.load(start, suffix)
         self.step, state = start.step, start.state
-        self.saver.set_aside_newer(self.step, suffix)
         self.recorder = make_recorder(self.setup, self.step, self.phases.rule)
         if state is None:
             return

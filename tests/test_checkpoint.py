@@ -40,7 +40,7 @@ from opd_titan.config import JobConfig
 from opd_titan.distill.optim import build_optimizer
 from opd_titan.errors import CheckpointError, StorageError
 
-# Everything that has a state or a schedule; 22 prompts, so that the sixth step starts an epoch.
+# All that has a state or a schedule. There are 22 prompts: step 6 starts an epoch.
 OPTIONS = """
     --training.steps 6 --distill.minibatches 2 --reference.coef 0.5 --validation.interval 3
     --lr_scheduler.warmup_steps 1 --lr_scheduler.decay cosine --metrics.log_freq 2
@@ -77,12 +77,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------- resume
 
 
-def test_resume_from_the_newest_is_the_run_that_never_stopped(world: World, whole: Path) -> None:
+def test_resume_from_the_newest_equals_the_run_that_never_stopped(
+    world: World, whole: Path
+) -> None:
     out = copy_run(whole, "newest", keep=(2,))
     log = read_log(out)
     assert train(world.argv("newest", *OPTIONS)) == 0
     assert_same_run(whole, out, 6)
-    # The steps of times and memory are the same too: no gap, no step twice.
+    # Times and memory have the same steps too.
     steps = {name: list(values) for name, values in read_scalars(whole).items()}
     assert {name: list(values) for name, values in read_scalars(out).items()} == steps
     new = read_log(out).removeprefix(log)
@@ -110,7 +112,7 @@ def test_load_step_0_starts_afresh_and_keeps_its_own_checkpoints(world: World, w
     assert complete_steps(out / "checkpoint") == [2, 3]
     assert "Starting at step 1: checkpoint.load_step is 0" in read_log(out)
     assert max(read_scalars(out)["loss/policy"]) == 3
-    # The next start goes on from this run and not from the one that it replaced.
+    # The next start resumes from this run and not from the one that it replaced.
     options[options.index("--training.steps", 12) + 1] = 4
     assert train(world.argv("afresh", *options)) == 0
     assert complete_steps(out / "checkpoint") == [3, 4]
@@ -189,7 +191,7 @@ def test_what_cannot_be_resumed_is_one_line_and_exit_code_2(
     assert contents(out) == before
 
 
-def test_another_jobs_checkpoint_goes_on_where_that_is_asked_for(world: World, whole: Path) -> None:
+def test_another_jobs_checkpoint_is_resumed_if_asked_for(world: World, whole: Path) -> None:
     make_sums(world.folder / "changed.jsonl", 24, seed=5)
     out = copy_run(whole, "changed", keep=(2,))
     options = ["--data.path", world.folder / "changed.jsonl", "--distill.objective", "reverse_kl"]
@@ -378,7 +380,7 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(tmp_path: Path) -> None:
             folder = tmp_path / str(number)
             Checkpointer(folder, model, optimizer, keep_latest_k=0, background=False).load(1)
             assert_same_tensors(gathered(model, optimizer), saved)
-            # Every value is saved once, also where both ranks have it.
+            # Every value is saved once, even if both ranks have it.
             files = [load_file(path) for path in (folder / "step-1").glob("*.safetensors")]
             sizes = sum(tensor.numel() for file in files for tensor in file.values())
             unique = {n: t for n, t in saved.items() if n != "lm_head.weight"}
@@ -417,7 +419,7 @@ def on_ranks_with_folders(shared: Path, own: list[Path]) -> dict[str, Any]:
     for name in ("first", "second"):  # only this rank has a checkpoint there
         out[name] = refusal(lambda name=name: agree_on_step(folder / name, -1))
     total = torch.ones(1)
-    dist.all_reduce(total)  # the ranks are still in step
+    dist.all_reduce(total)  # the ranks still call the same collectives
     return {**out, "ranks": total.item()}
 
 
@@ -438,7 +440,7 @@ def test_ranks_agree_on_a_step_and_must_share_the_folder(tmp_path: Path) -> None
             assert message.startswith("job.dump_folder: ") and "share" in message
         for name in ("save False", "save True"):
             assert "step 1 not saved: " in result[name] and "No such file" in result[name]
-        # What rank 0 does not see is not there: the job starts afresh, and opening is refused.
+        # Only what rank 0 sees counts: the job would start a new run, but `open_folder` refuses.
         assert result["second"] is None
     for folder in own:
         assert complete_steps(folder / "new") == []

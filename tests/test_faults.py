@@ -31,7 +31,7 @@ from tiny_world import (
 from opd_titan.checkpoint.steps import complete_steps
 from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 
-# One is after an export, a validation, and before a checkpoint.
+# Step 2 has a validation but no checkpoint.
 OPTIONS = ["--checkpoint.interval", 3, "--rollout.max_concurrent", 8]
 
 
@@ -74,7 +74,7 @@ def test_a_signal_is_heard_inside_every_phase(
     assert f"Stopped by signal {int(number)} after step {saved} with" in read_log(out)
     assert train(argv) == 0
     if phase == "update":
-        # Other micro-batches than the undisturbed run's: the same to rounding.
+        # The micro-batches differ from the undisturbed run's: equal up to rounding.
         scalars = read_scalars(out, measured=False)
         for name, values in read_scalars(undisturbed, measured=False).items():
             assert scalars[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
@@ -87,7 +87,7 @@ def test_no_signal_stops_between_the_updates_of_a_step(world: World) -> None:
     argv = world.argv("minibatches", *OPTIONS, "--distill.minibatches", 4)
     with at("phase update of step 2", lambda: os.kill(os.getpid(), signal.SIGTERM), 2):
         assert train(argv) == 75
-    assert complete_steps(Path(argv[3]) / "checkpoint") == [2]  # done to its end
+    assert complete_steps(Path(argv[3]) / "checkpoint") == [2]  # the step was completed
     assert train(argv) == 0
     assert train(world.argv("minibatches-whole", *OPTIONS, "--distill.minibatches", 4)) == 0
     assert_same_run(world.folder / "minibatches-whole", Path(argv[3]), 4)
@@ -139,14 +139,14 @@ def opd_lines(stderr: str) -> list[str]:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both(world: World) -> None:
     options: list[Any] = [*OPTIONS, "--training.deterministic", "true"]
-    argv, place = world.argv("one-told", *options), "phase rollout of step 2"
+    argv, place = world.argv("one-signalled", *options), "phase rollout of step 2"
     code, stderr = launch(argv, 1, place, 2, "SIGTERM")
     assert code == 75 and "Traceback" not in stderr, stderr
-    out = world.folder / "one-told"
+    out = world.folder / "one-signalled"
     assert complete_steps(out / "checkpoint") == [1]
-    whole = world.argv("none-told", *options)
+    whole = world.argv("none-signalled", *options)
     train_on(2, [argv, whole])
-    assert_same_run(world.folder / "none-told", out, 4)
+    assert_same_run(world.folder / "none-signalled", out, 4)
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_rank_that_is_killed_is_named(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
+def test_a_rank_that_hangs_is_named_and_ended(world: World) -> None:
     argv = world.argv("hangs", *OPTIONS, "--comm.train_timeout_seconds", 8)
     code, stderr = launch(argv, 1, "phase rollout of step 2", 1, "hang")
     assert code == 1
@@ -167,7 +167,7 @@ def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
     (line,) = (line for line in opd_lines(stderr) if line.startswith(said))
     assert line.endswith("s in phase rollout of step 2; ended (comm.train_timeout_seconds)")
     assert "Traceback" not in stderr
-    assert "faulty_rank.py" in read_log(world.folder / "hangs", rank=1)  # where it stood
+    assert "faulty_rank.py" in read_log(world.folder / "hangs", rank=1)  # its stack
 
 
 @pytest.mark.slow

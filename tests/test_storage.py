@@ -1,4 +1,4 @@
-"""Storage faults: full disks, damaged files, files that a stranger has altered."""
+"""Storage faults: full disks, damaged files, altered files."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def become_file(path: Path) -> None:
     path.write_text("")
 
 
-# what is done, the file that must be named, what must be said of it
+# the damage, the file that the message must name, and what it must say
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "weights_truncated": (lambda s: cut(s / WEIGHTS, 0.7), WEIGHTS, "bytes; "),
     "weights_longer": (lambda s: (s / WEIGHTS).open("ab").write(b"x"), WEIGHTS, "bytes; "),
@@ -147,7 +147,7 @@ def test_a_damaged_step_is_named_and_passed_over(folder: Path, said: list[str], 
         for error in (str(asked_for.value), str(alone.value)):
             assert file in error and what in error and "checkpoint.load_step" in error
         assert agree_on_step(folder, 0) is None
-    # Looking changes nothing.
+    # The checks have changed nothing.
     assert {str(p) for p in folder.rglob("*")} == {p for p in before if "step-2" not in p}
 
 
@@ -202,7 +202,7 @@ def test_a_save_that_fails_leaves_the_last_good_one(
         assert f"step-4.tmp/{file}: File too large; step 2 is the newest that is safe" in error
         with pytest.raises(StorageError, match="step 4 not saved: .*File too large"):
             checkpointer.finish()
-        # The next one is tried, and clears what was wrong.
+        # The next save succeeds and clears the fault.
         save(checkpointer, 6, state)
         assert names(tmp_path) == ["step-6"]
         checkpointer.load(6)
@@ -260,7 +260,7 @@ def test_a_disk_that_is_full(small_disk: Path, tmp_path: Path, background: bool)
 def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
     """Return what each rank gets when one of them cannot write."""
     rank, out = dist.get_rank(), {}
-    manifest.PIECE_BYTES = 1000  # so that the ranks share in every file
+    manifest.PIECE_BYTES = 1000  # so that each rank checks a part of every file
     open_folder(folder)
     model = load_plain(source)
     for background in (False, True):
@@ -288,7 +288,7 @@ def with_one_rank_out_of_room(folder: Path, source: Path) -> dict[str, Any]:
     dist.barrier()
     out["chosen"] = agree_on_step(folder, -1)
     total = torch.ones(1)
-    dist.all_reduce(total)  # the ranks are still in step
+    dist.all_reduce(total)  # the ranks still call the same collectives
     return {**out, "ranks": total.item()}
 
 

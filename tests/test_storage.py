@@ -428,7 +428,7 @@ EXPORT_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda f: (f / CHECKSUMS).write_text(
             '{"piece_bytes": 9, "files": {"../x": {"size": 0, "crc32": []}}}'
         ),
-        ("../x", "no name of a file"),
+        ("../x", "not the name of a file"),
     ),
     "index_escapes": (escape, (INDEX, "../hf/", "the name of a file beside it")),
 }

@@ -53,7 +53,7 @@ def check_hf_weights(
 ) -> dict[str, FileSlice]:
     """Check that the folder's safetensors hold exactly the model.
 
-    Only headers are read, except that an export of this program is checked against its checksums.
+    Only headers are read, but all of an export of this program, to check it against its checksums.
 
     Args:
         expected: shape of each tensor by its Hugging Face name.

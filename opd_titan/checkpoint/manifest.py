@@ -64,7 +64,7 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
         }
         for name, entry in files.items():
             if not is_plain_name(name):
-                return f"{path.parent / name}: is no name of a file beside its manifest"
+                return f"{path.parent / name}: is not the name of a file beside its manifest"
             size = (path.parent / name).stat().st_size
             if size != entry["size"]:
                 return f"{path.parent / name}: has {size} bytes; {entry['size']} were written"

@@ -74,14 +74,14 @@ def publish(final: Path, manifest: str, known: Mapping[str, Entry] = MappingProx
 
 
 def restore_replaced(folder: Path) -> None:
-    """Rename back the folders that a killed run was about to replace."""
+    """Restore the folders that a killed run was about to replace."""
     for replaced in folder.glob("*" + _REPLACED):
         if not replaced.with_suffix("").exists():
             replaced.rename(replaced.with_suffix(""))
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what a killed run left among the steps; restore what it was about to replace."""
+    """Delete what a killed run left in a folder of steps, and restore what it had moved away."""
     restore_replaced(folder)
     for pattern in ("step-*" + _REPLACED, "step-*.tmp"):
         for path in folder.glob(pattern):

@@ -1,4 +1,4 @@
-"""Slices of tensors in safetensors files: what checkpoints and Hugging Face folders share.
+"""Read and write slices of tensors in safetensors files, for checkpoints and Hugging Face folders.
 
 Each rank saves the slices that it holds. A rank of another world, with other shards, copies from
 each file what overlaps with its own slices. No rank ever holds a whole model.
@@ -45,7 +45,7 @@ class FileSlice(NamedTuple):
 
     Attributes:
         key: its name in the file.
-        dtype: in safetensors' words, such as "BF16".
+        dtype: safetensors' name for it, such as "BF16".
     """
 
     path: Path
@@ -101,9 +101,9 @@ def slices_to_save(tensors: Mapping[str, Tensor]) -> dict[str, LocalSlice]:
 
 
 def _saves(tensor: Tensor, number: int) -> bool:
-    """Return whether this rank saves its slice, of all ranks that hold the same one.
+    """Return whether this rank saves its slice.
 
-    They take turns from tensor to tensor.
+    If several ranks hold the same slice, they take turns from tensor to tensor.
     """
     if not isinstance(tensor, DTensor):
         return number % dist.get_world_size() == dist.get_rank()
@@ -116,7 +116,7 @@ def _saves(tensor: Tensor, number: int) -> bool:
 
 
 def write_slices(folder: Path, slices: Mapping[str, LocalSlice]) -> list[str]:
-    """Write this rank's slices to files of FILE_BYTES. They are on the disk on return.
+    """Write this rank's slices to files. They are on the disk on return.
 
     The key of a slice is its tensor's name and its offset, such as `model.norm.weight@16`.
 

@@ -1,8 +1,10 @@
 """The folders of checkpoints, one per step: which exist, which are intact, which to resume from.
 
 step-N            a checkpoint; written as step-N.tmp and renamed when it is complete
-step-N.damaged    was damaged when a run resumed from an earlier step; kept for people, never read
-step-N.old        replaced by a run that went back to an earlier step; kept likewise
+step-N.damaged    was damaged when a run resumed from an earlier step
+step-N.old        replaced by a run that went back to an earlier step
+
+The program never reads or deletes the last two.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder looks like a complete checkpoint."""
+    """Return whether a folder is a checkpoint, without checking that it is intact."""
     return (path / STATE).is_file()
 
 
@@ -47,7 +49,8 @@ def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> i
     """Return the step to resume from, the same on every rank. All ranks call.
 
     Args:
-        load_step: -1: the newest that is intact; warnings name those that are not. 0: None.
+        load_step: the step; -1 for the newest intact one, with warnings about damaged ones; 0 for
+            none.
         at_most: ignore later steps.
 
     Raises:
@@ -85,7 +88,7 @@ def require_intact(path: Path) -> None:
 
 
 def _candidates(folder: Path, load_step: int) -> list[int]:
-    """Return the steps to try, in this order. One rank looks: others may see another list."""
+    """Return the steps to try, in this order. Rank 0 calls: others may see another list."""
     if load_step == 0:
         return []
     try:
@@ -105,7 +108,7 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
 
 
 def _agree_on_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, as any rank finds it in its share. All ranks call."""
+    """Return what is wrong with a checkpoint, or None. All ranks call; each checks its share."""
     _require_everywhere(path)
     mine: str | None = f"{path}: is not a folder"
     found: list[Any] = [None] * dist.get_world_size()
@@ -148,7 +151,7 @@ def open_folder(folder: Path) -> None:
 
     Raises:
         ConfigError, CheckpointError: a rank cannot write there, or the ranks do not share it.
-            Otherwise the first save would fail, hours later.
+            Without this check, the first save would fail hours later.
     """
 
     def make() -> None:
@@ -169,12 +172,11 @@ def open_folder(folder: Path) -> None:
 def set_aside(folder: Path, after: int, suffix: str) -> None:
     """Rename the steps later than `after` to `step-N.<suffix>`. All ranks call.
 
-    The run will write those steps itself. The older ones must neither be resumed from nor make
-    `prune` delete the run's own.
+    The run will write those steps again. No run must resume from the present ones, and they must
+    not make `prune` delete the new ones.
 
     Args:
-        suffix: "old" or "damaged", see above. A number is appended to a name that is taken: the
-            program never deletes what it has set aside.
+        suffix: "old" or "damaged", see above. A number is appended if the name is taken.
     """
 
     def rename() -> list[int]:

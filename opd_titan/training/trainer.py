@@ -153,7 +153,7 @@ class Trainer:
                 scalars = self._validate()
             self.recorder.record_pauses(0, scalars)
         if self.start.state is not None and self.step == self.total_steps:
-            # It was not the last step of the run that saved it, or somebody has deleted the export.
+            # The run that saved it went further, or the export has been deleted.
             if not self.saver.has_exported(self.step):
                 self.pending |= {"export", "checkpoint"}
         self._do_pending()

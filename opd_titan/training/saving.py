@@ -74,16 +74,13 @@ class Saver:
         own = {"fingerprint": self.setup.fingerprint, "exported_at": self.exported_at}
         self.checkpoints.save(step, {**own, **state})
 
-    def export(self, step: int, results: dict[str, Any], *, required: bool) -> bool:
+    def export(self, step: int, results: dict[str, Any], *, required: bool) -> None:
         """Export the student as a Hugging Face folder. A storage fault is logged.
 
         Args:
             results: validation results for the model card.
             required: `finish` raises the fault. Without it the export may be missing, because the
                 checkpoint has the weights.
-
-        Returns:
-            False if the export is required and must be tried again.
         """
         source, name = self.setup.sources["student"], self.config.export.dtype
         out = self._out(step)
@@ -102,12 +99,11 @@ class Saver:
         except StorageError as error:
             logger.error("Storage: %s", error)
             self._export_error = error if required else None
-            return not required
+            return
         if dist.get_rank() == 0:
             link_latest(self.exports, step)
         self.exported_at = step
         logger.info("Export: %s", out)
-        return True
 
     def has_exported(self, step: int) -> bool:
         """Return whether the export of this step exists and is of this run."""

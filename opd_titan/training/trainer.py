@@ -153,7 +153,7 @@ class Trainer:
                 scalars = self._validate()
             self.recorder.record_pauses(0, scalars)
         if self.start.state is not None and self.step == self.total_steps:
-            # The run that saved it went further, or the export has been deleted.
+            # Its export failed or has been deleted, or it was not the last step of that run.
             if not self.saver.has_exported(self.step):
                 self.pending |= {"export", "checkpoint"}
         self._do_pending()
@@ -187,13 +187,12 @@ class Trainer:
             with self._phase("validate"):
                 found = self._validate()
         # Before the checkpoint: a run that is killed in between exports again when it resumes.
-        if "export" in self.pending and self._export():
-            self.pending.remove("export")
-        saves, records = "checkpoint" in self.pending, "record" in self.pending
-        self.pending &= {"export"}  # what is left is for the next start
-        if saves:
+        if "export" in self.pending:
+            self._export()
+        done, self.pending = self.pending, set()
+        if "checkpoint" in done:
             self._save()
-        if records:
+        if "record" in done:
             # Before the checkpoint is published: a run that is killed then would never record it.
             self.recorder.record_pauses(self.step, found)
         self.saver.checkpoints.poll()
@@ -221,10 +220,10 @@ class Trainer:
         del weights, generator
         gc.collect()  # a compiled block refers to itself
 
-    def _export(self) -> bool:
+    def _export(self) -> None:
         with self._phase("checkpoint"):
             results = self.recorder.metrics.results(self.step)
-            return self.saver.export(self.step, results, required=self.step == self.total_steps)
+            self.saver.export(self.step, results, required=self.step == self.total_steps)
 
     def _finish(self, stopped: bool) -> int:
         saves = self.config.checkpoint.enable

@@ -1,8 +1,8 @@
-"""The program with one rank that goes wrong: `faulty_rank.py RANK PLACE BEATS WHAT arguments...`.
+"""Run the program with a faulty rank: `faulty_rank.py RANK PLACE BEATS WHAT arguments...`.
 
-When that rank has begun PLACE ("phase update of step 2") and said so many times that it goes on, it
-sends itself a signal ("SIGTERM", "SIGKILL"), stands still ("hang"), its teacher's scores are no
-numbers any more ("nan"), or the system gives it 16 MiB of memory more and then none ("memory").
+The fault comes at the given heartbeat after the rank has begun PLACE ("phase update of step 2"). It
+sends itself a signal ("SIGTERM", "SIGKILL"), hangs ("hang"), gets NaN from its teacher ("nan"), or
+can allocate only 16 MiB more ("memory").
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opd_titan.distributed.heartbeat import Heartbeat
 
 
-def when(place: str, beats: int, act: Callable[[], None]) -> tuple[Any, Any]:
-    """Have `act` called there, once. Returns Heartbeat's own `set_phase` and `beat`."""
-    set_phase, beat = Heartbeat.set_phase, Heartbeat.beat
+def when(place: str, beats: int, act: Callable[[], None]) -> None:
+    """Call `act` once, at this heartbeat after the phase `place` has begun."""
+    beat = Heartbeat.beat
     seen = {"beats": -1, "acted": False}
 
     def count(self: Heartbeat) -> None:
@@ -33,7 +34,17 @@ def when(place: str, beats: int, act: Callable[[], None]) -> tuple[Any, Any]:
             act()
 
     Heartbeat.beat = count  # `set_phase` calls it too
-    return set_phase, beat
+
+
+@contextmanager
+def at(place: str, act: Callable[[], None], beats: int = 0) -> Iterator[None]:
+    """Call `act` as `when` does, but only inside the body."""
+    beat = Heartbeat.beat
+    when(place, beats, act)
+    try:
+        yield
+    finally:
+        Heartbeat.beat = beat
 
 
 def poison() -> None:

@@ -2,14 +2,14 @@
 
     python tests/kill_anywhere.py --kills 50 --processes 1 --out /tmp/kills
 
-A miniature recipe runs once undisturbed. Then it is started through `scripts/run_train.sh`, killed
-(SIGKILL, the launcher and all workers), started again with the same command, and so on, and at last
-left to run to its end. What both leave behind is compared bit for bit: TensorBoard, rollouts,
-exports, checkpoints. A run that ends before it was killed often enough is followed by another one.
+Run a miniature recipe once undisturbed. Then start it with `scripts/run_train.sh`, kill it (SIGKILL
+to the launcher and all workers), start it again with the same command, and so on; at last let it
+run to its end. Compare what both leave bit for bit: TensorBoard, rollouts, exports, checkpoints. If
+a run ends before it was killed often enough, another one follows.
 
-Kills are aimed, so that each phase is hit: after a random part of a phase's usual time, or exactly
-before a file is opened, renamed or removed (`phase_reporter` tells when). Printed is where they
-landed. The exit code is 1 where two runs differ, a start fails or a phase was never hit.
+Each kill has an aim, and the aims take turns: a moment after a phase has begun, or exactly before a
+file is opened, renamed or removed (`phase_reporter` says when). Print where the kills landed. The
+exit code is 1 if two runs differ, a start fails or an aim was never tried.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,8 +48,8 @@ COMMON = """
     --training.steps 40 --reference.coef 0.5 --lr_scheduler.decay cosine --optimizer.lr 3e-3
     --validation.temperature 1.0
 """.split()
-# Between them: both ways to save, a window of several steps in TensorBoard, exports and validations
-# that do and do not fall on the steps of checkpoints, several updates a step.
+# Together they have both ways to save, a window of several steps in TensorBoard, several updates a
+# step, and exports and validations on the steps of checkpoints and on others.
 VARIANTS = {
     "async": """--checkpoint.async_mode async --checkpoint.interval 2 --checkpoint.keep_latest_k 2
         --export.interval 3 --validation.interval 4""".split(),
@@ -57,23 +58,28 @@ VARIANTS = {
         --metrics.log_freq 4 --distill.minibatches 2""".split(),
 }
 
-STARTING = ("launch", "import", "prepare", "load", "resume", "probe")
-TIMED = ("load", "resume", "probe", "rollout", "teacher", "reference", "update", "record")
-TIMED += ("validate", "export", "save", "make:checkpoint")
+# Phases, killed a moment after they have begun.
+TIMED = (
+    "load", "resume", "probe", "rollout", "teacher", "reference", "update", "record", "validate",
+    "export", "save", "make:checkpoint",
+)  # fmt: skip
+# Operations, killed exactly before them.
 BEFORE = (
     "write:checkpoint", "rename:checkpoint", "remove:checkpoint", "rename:hf", "remove:hf",
     "write:hf", "rename:rollouts", "write:rollouts", "begin:data", "begin:sync", "begin:end",
 )  # fmt: skip
-PHASES = ("start", "data", "sync", *TIMED[3:-1], "background", "publish", "delete")
+AIMS = ("start", *TIMED, *BEFORE)
+# The longest times from the start, and from the beginning of a phase, to the kill.
+START_SECONDS, PHASE_SECONDS = 8.0, 0.3
 
 
 @dataclass(frozen=True)
 class Aim:
-    """When to kill: in the `number`-th phase (or before the file operation) of this name."""
+    """Kill in the `number`-th phase of this name, after `delay` seconds, or before an operation."""
 
     name: str
     number: int = 1
-    part: float = 0.0  # of the usual time
+    delay: float = 0.0
 
     @property
     def freezes(self) -> bool:
@@ -82,7 +88,7 @@ class Aim:
 
 @dataclass
 class Timeline:
-    """What a reporter's file says, read on as it grows."""
+    """The lines of a reporter's file, which grows."""
 
     path: Path
     lines: list[list[str]] = field(default_factory=list)
@@ -101,33 +107,17 @@ class Timeline:
             return new
         return []
 
-    def durations(self) -> dict[str, float]:
-        """Usual seconds of each phase on rank 0."""
-        begun: dict[str, list[float]] = defaultdict(list)
-        seconds: dict[str, list[float]] = defaultdict(list)
-        for _, rank, at, kind, name in self.lines:
-            if rank == "0" and kind == "begin":
-                begun[name].append(float(at))
-            elif rank == "0" and kind == "end":
-                seconds[name].append(float(at) - begun[name].pop())
-        return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
-
-    def innermost(self, rank: str = "0") -> str:
-        """The phase that was begun last and has not ended."""
+    def place(self) -> str:
+        """Return the operation that rank 0 was frozen before, or the innermost phase it was in."""
         running: list[str] = []
-        seen = False
-        for _, of_rank, _, kind, name in self.lines:
-            if of_rank != rank:
-                continue
-            seen = True
-            if kind == "begin":
+        for _, rank, _, kind, name in self.lines:
+            if kind == "frozen":
+                return f"before {_without_numbers(name)}"
+            if rank == "0" and kind == "begin":
                 running.append(name)
-            elif kind == "end":
+            elif rank == "0" and kind == "end":
                 running.remove(name)
-        return running[-1] if running else ("between" if seen else "launch")
-
-    def frozen(self) -> str | None:
-        return next((line[4] for line in self.lines if line[3] == "frozen"), None)
+        return running[-1] if running else "between phases" if self.lines else "launch"
 
 
 class Job:
@@ -175,8 +165,8 @@ class Job:
             self.timeline.update()
 
     def kill(self) -> None:
-        """SIGKILL to all that belongs to it; returns when none is left."""
-        # First the workers that are known, at once, because the moment counts; then all others.
+        """Send SIGKILL to all of its processes; return when none is left."""
+        # The known workers first, because the moment counts.
         workers = {int(line[0]) for line in self.timeline.lines}
         if self.process.poll() is None:
             for pid in (*workers, self.process.pid):
@@ -189,9 +179,9 @@ class Job:
             time.sleep(0.005)
         self.process.wait()
 
-    def run_until(self, aim: Aim, usual: dict[str, float]) -> bool:
-        """Kill it there. False if it ended before."""
-        due = self.started + aim.part * usual["start"] if aim.name == "start" else None
+    def run_until(self, aim: Aim) -> bool:
+        """Kill it there. Return False if it ended before."""
+        due = self.started + aim.delay if aim.name == "start" else None
         seen = 0
         while self.process.poll() is None:
             now = time.monotonic()
@@ -202,7 +192,7 @@ class Job:
                 if rank == "0" and _is_begin(kind, name, aim.name):
                     seen += 1
                     if seen == aim.number and not aim.freezes:
-                        due = float(at) + aim.part * usual.get(aim.name, 0.1)
+                        due = float(at) + aim.delay
                 if kind == "frozen":
                     due = now
             if due is not None and now >= due:
@@ -221,7 +211,7 @@ def _is_begin(kind: str, name: str, wanted: str) -> bool:
 
 
 def _tagged(tag: str) -> list[int]:
-    """Processes of a job, whatever sessions they are in."""
+    """Return the processes of a job, in any session."""
     found, mark = [], f"{TAG}={tag}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -243,14 +233,11 @@ class Harness:
     random: random.Random
     aimed: Counter[str] = field(default_factory=Counter)
     landed: Counter[str] = field(default_factory=Counter)
-    exact: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
-    usual: dict[str, float] = field(default_factory=dict)
     options: tuple[Any, ...] = ()
-    aims: tuple[str, ...] = ("start", *TIMED, *BEFORE)
 
     def argv(self, out: str, variant: str) -> list[str]:
-        # Which rank samples what depends on their speed otherwise, see rollout/share.py.
+        # Otherwise the speed of the ranks decides which of them samples what.
         exact = ["--training.deterministic", "True"] if self.processes > 1 else []
         return self.world.argv(out, *COMMON, *VARIANTS[variant], *exact, *self.options)
 
@@ -259,15 +246,13 @@ class Harness:
         job = Job(self.argv(f"truth-{variant}", variant), self.processes, self.scratch)
         if code := job.wait():
             raise RuntimeError(f"undisturbed, exit code {code}: {job.stderr.read_text()}")
-        first = next(line for line in job.timeline.lines if line[3:] == ["begin", "data"])
-        self.usual = {**job.timeline.durations(), "start": float(first[2]) - job.started}
         return self.world.folder / f"truth-{variant}"
 
     def disturb(self, variant: str, out: str, kills: int, plan: Sequence[Aim] = ()) -> int:
-        """Kill a run up to `kills` times, then let it end. Returns how often it was killed.
+        """Kill a run up to `kills` times, then let it end. Return how often it was killed.
 
         Args:
-            plan: where, the first times; then it is chosen.
+            plan: the first aims; the others are chosen.
         """
         argv, folder = self.argv(out, variant), self.world.folder / out
         killed = newest = 0
@@ -276,14 +261,14 @@ class Harness:
             freeze = f"{aim.name}:{aim.number}" if aim.freezes else ""
             log = _log_size(folder)
             job = Job(argv, self.processes, self.scratch, freeze)
-            ended = not job.run_until(aim, self.usual)
+            ended = not job.run_until(aim)
             self._check_start(folder, newest, log)
             self.aimed[aim.name] += 1
             if ended:
                 self._expect_zero(job, f"{out} after {killed} kills")
                 return killed
             killed += 1
-            self._note(job, folder)
+            self.landed[job.timeline.place()] += 1
             steps = complete_steps(folder / "checkpoint")
             if max(steps, default=0) < newest:
                 self.problems.append(f"{out}: checkpoint step-{newest} is lost ({aim})")
@@ -296,42 +281,25 @@ class Harness:
         return killed
 
     def _aim(self, newest: int) -> Aim:
-        """What was aimed at least, or one of those.
+        """Choose one of the least used aims.
 
         Args:
             newest: step of the newest checkpoint; without one nothing is resumed.
         """
-        never = () if newest else ("resume",)
-        fewest = min(self.aimed[name] for name in self.aims if name not in never)
-        some = [n for n in self.aims if self.aimed[n] == fewest and n not in never]
-        name = self.random.choice(some)
-        # Operations on files come several at a time; a phase that is rare, not twice a life.
+        names = [name for name in AIMS if newest or name != "resume"]
+        fewest = min(self.aimed[name] for name in names)
+        name = self.random.choice([n for n in names if self.aimed[n] == fewest])
+        # Operations on files come several at a time; a rare phase does not come twice in a life.
         most = {"rename": 3, "remove": 12, "write": 8}.get(name.partition(":")[0], 3)
-        rare = name in ("validate", "export", "save", "make:checkpoint")
-        once = name in ("start", "resume", "probe", "begin:end")
-        number = self.random.randint(1, 1 if once else 2 if rare else most)
-        return Aim(name, number, self.random.random())
-
-    def _note(self, job: Job, folder: Path) -> None:
-        """Where the last kill landed."""
-        phase = job.timeline.innermost()
-        frozen = job.timeline.frozen()
-        self.landed["start" if phase in STARTING else phase] += 1
-        if phase in STARTING:
-            self.exact[f"start: {phase}"] += 1
-        if frozen is not None:
-            self.exact[f"before {_kind(frozen)}"] += 1
-        publishing = frozen is not None and frozen.startswith(("rename:checkpoint", "rename:hf"))
-        deleting = frozen is not None and frozen.startswith(("remove:checkpoint", "remove:hf"))
-        self.landed["publish"] += publishing
-        self.landed["delete"] += deleting
-        writing = any((folder / "checkpoint").glob("step-*.tmp"))
-        last = [line for line in job.timeline.lines if line[3] == "file"]
-        own = any(".tmp" in line[4] and "checkpoint" in line[4] for line in last)
-        self.landed["background"] += writing and own and phase != "save"
+        if name in ("validate", "export", "save", "make:checkpoint"):
+            most = 2
+        if name in ("start", "resume", "probe", "begin:end"):
+            most = 1
+        longest = START_SECONDS if name == "start" else PHASE_SECONDS
+        return Aim(name, self.random.randint(1, most), longest * self.random.random())
 
     def _check_start(self, folder: Path, newest: int, log: int) -> None:
-        """It went on from the newest complete step, if it came that far."""
+        """Check that it went on from the newest complete step, if it came that far."""
         path = folder / "logs" / "rank-0.log"
         if not path.exists():
             return
@@ -347,14 +315,9 @@ class Harness:
             self.problems.append(f"{what}: exit code {job.process.returncode}: {text}")
 
 
-def _kind(operation: str) -> str:
-    """`rename:checkpoint/step-12.tmp` as `rename checkpoint/step-N.tmp`."""
-    verb, _, path = operation.partition(":")
-    parts = Path(path).parts
-    shown = ["".join("N" if c.isdigit() else c for c in part) for part in parts]
-    while any("NN" in part for part in shown):
-        shown = [part.replace("NN", "N") for part in shown]
-    return f"{verb} {'/'.join(shown)}"
+def _without_numbers(operation: str) -> str:
+    """Return `rename:checkpoint/step-12.tmp` as `rename:checkpoint/step-N.tmp`."""
+    return re.sub(r"\d+", "N", operation)
 
 
 def _log_size(folder: Path) -> int:
@@ -365,7 +328,7 @@ def _log_size(folder: Path) -> int:
 def kill_anywhere(
     out: Path, kills: int, processes: int, seed: int = 0, variants: tuple[str, ...] = ("async",)
 ) -> Harness:
-    """Kill jobs `kills` times in all; what was found is in `problems`."""
+    """Kill jobs `kills` times in all. The differences are in `problems`."""
     shutil.rmtree(out, ignore_errors=True)
     world = make_world(out)
     harness = Harness(world, processes, out / "scratch", random.Random(seed))
@@ -388,17 +351,14 @@ def kill_anywhere(
 
 
 def report(harness: Harness, kills: int) -> int:
-    print(f"\n{'phase':<24}kills")
-    for name in dict.fromkeys((*PHASES, *sorted(harness.landed))):
-        print(f"{name:<24}{harness.landed[name]}")
-    print("\nof these at:")
-    for name, count in sorted(harness.exact.items()):
-        print(f"  {count:>3}  {name}")
+    """Print where the kills landed, and the problems. Return the exit code."""
+    for name, count in sorted(harness.landed.items()):
+        print(f"{count:>5}  {name}")
     for problem in harness.problems:
         print(f"PROBLEM {problem}")
-    missed = [name for name in PHASES if not harness.landed[name]]
+    missed = [name for name in AIMS if not harness.aimed[name]]
     if missed:
-        print(f"never hit: {', '.join(missed)}")
+        print(f"never tried: {', '.join(missed)}")
     print(f"{len(harness.problems)} problems")
     return int(bool(harness.problems) or (kills >= 50 and bool(missed)))
 

@@ -1,9 +1,8 @@
-"""A run goes on in another world than its checkpoint was made in, and is the run that stayed.
+"""A run resumes in another world than its checkpoint was made in, with the same results.
 
-Elsewhere: `test_train` goes from 2 x FSDP to 1 process; `test_layouts` from 2 x 2 (FSDP x TP) to
-1 process and to 2 x TP. Here: from 2 processes to 4, to another split of the same 2 (FSDP to TP and
-back), to copies (HSDP), and from 2 over 4 to 1; over the end of an epoch, with several updates a
-step in the order of the prompts.
+From 2 processes to another split of the same 2 (FSDP to TP), to 4, and from 4 to 1; over the end of
+an epoch, with several updates a step in the order of the prompts. `test_checkpoint` and
+`test_layouts` have other layouts.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ pytestmark = pytest.mark.slow  # worlds of four processes
 
 # data_parallel_replicate_degree, data_parallel_shard_degree, tensor_parallel_degree
 Degrees = tuple[int, int, int]
-ONE, FSDP, TP = (1, 1, 1), (1, 2, 1), (1, 1, 2)
-FSDP_4, FSDP_TP, HSDP_TP = (1, 4, 1), (1, 2, 2), (2, 1, 2)
+ONE, FSDP, TP, HSDP_TP = (1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)
+# Each resumes from the checkpoint of another layout.
+RUNS: dict[str, Degrees] = {"two": TP, "four": HSDP_TP, "one": ONE}
 
 LAST = 8
 # 22 prompts, 4 a step: the sixth step starts the second epoch.
@@ -41,14 +41,6 @@ OPTIONS = """
     --distill.minibatches 2 --reference.coef 0.5 --validation.interval 4 --metrics.log_freq 3
     --optimizer.eps 1e-4 --checkpoint.interval 2
 """.split()
-# From a checkpoint of step 4 (before the epoch ends) to the end; by name, where it came from.
-ON_TWO: dict[str, tuple[str, Degrees]] = {"fsdp": ("fsdp", TP), "tp": ("tp", FSDP)}
-ON_FOUR: dict[str, tuple[str, Degrees]] = {
-    "fsdp-to-4": ("fsdp", FSDP_4),
-    "fsdp-to-fsdp-tp": ("fsdp", FSDP_TP),
-    "tp-to-hsdp-tp": ("tp", HSDP_TP),
-}
-RUNS = {**ON_TWO, **ON_FOUR}
 
 
 def job(world: World, out: str, degrees: Degrees) -> list[str]:
@@ -66,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def copy_at(world: World, source: str, name: str, step: int) -> None:
-    """The run `source` as it was after this step, which is one of its checkpoints."""
+    """Copy a run as it was after this step, which is one of its checkpoints."""
     out = world.folder / name
     shutil.copytree(world.folder / source, out, ignore=shutil.ignore_patterns("hf", "logs"))
     for path in [*(out / "checkpoint").iterdir(), *(out / "rollouts").iterdir()]:
@@ -77,24 +69,21 @@ def copy_at(world: World, source: str, name: str, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(world: World) -> World:
-    """Undisturbed on one process; on two, then from step 4 on another two, on four, on one."""
+    """Run undisturbed on one process; on two, from step 4 on another two and on four, then one."""
     assert train(job(world, "truth", ONE)) == 0
-    back = ["--checkpoint.load_step", "4"]
     train_on(
         2,
-        [job(world, "fsdp", FSDP), job(world, "tp", TP)]
-        + [[*job(world, name, degrees), *back] for name, (_, degrees) in ON_TWO.items()],
+        [job(world, "two", FSDP), [*job(world, "two", TP), "--checkpoint.load_step", "4"]],
     )
-    for name, (source, _) in ON_FOUR.items():
-        copy_at(world, source, name, 4)
-    train_on(4, [job(world, name, degrees) for name, (_, degrees) in ON_FOUR.items()])
-    copy_at(world, "fsdp-to-fsdp-tp", "to-one", 6)
-    assert train(job(world, "to-one", ONE)) == 0
+    copy_at(world, "two", "four", 4)
+    train_on(4, [job(world, "four", HSDP_TP)])
+    copy_at(world, "four", "one", 6)
+    assert train(job(world, "one", ONE)) == 0
     return world
 
 
 def assert_the_run_that_stayed(truth: Path, out: Path) -> None:
-    """The same prompts in the same order, the same tokens, and numbers to fp32 rounding."""
+    """Assert the same prompts in the same order, the same tokens, and numbers to rounding."""
     theirs, ours = read_rollouts(truth), read_rollouts(out)
     assert list(ours) == list(theirs) == list(range(1, LAST + 1))
     for step, rows in theirs.items():
@@ -118,22 +107,16 @@ def assert_the_run_that_stayed(truth: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_goes_on_in_another_world(runs: World, name: str) -> None:
-    out, (_, degrees) = runs.folder / name, RUNS[name]
+def test_it_resumes_in_another_world(runs: World, name: str) -> None:
+    out = runs.folder / name
     log = read_log(out)
-    assert f"Resumed from {out / 'checkpoint'}/step-4" in log
+    assert f"Resumed from {out / 'checkpoint'}/step-{6 if name == 'one' else 4}" in log
     worlds = [line.split("World: ")[1].split()[0] for line in log.splitlines() if "World: " in line]
-    assert worlds[-1] == str(math.prod(degrees))
+    assert worlds[-1] == str(math.prod(RUNS[name]))
     assert_the_run_that_stayed(runs.folder / "truth", out)
 
 
-def test_from_two_over_four_to_one(runs: World) -> None:
-    out = runs.folder / "to-one"
-    assert f"Resumed from {out / 'checkpoint'}/step-6" in read_log(out)
-    assert_the_run_that_stayed(runs.folder / "truth", out)
-
-
-def test_the_runs_show_what_they_are_to_show(runs: World) -> None:
+def test_the_runs_have_two_epochs_and_a_half_filled_window(runs: World) -> None:
     truth = runs.folder / "truth"
     rows = read_rollouts(truth)
     order = [row["prompt_index"] for step in rows for row in rows[step][::2]]
@@ -142,6 +125,6 @@ def test_the_runs_show_what_they_are_to_show(runs: World) -> None:
     assert len(set(epochs[0])) == 20 and epochs[1] != epochs[0][:12]
     assert len(set(epochs[1])) == 12
     state = json.loads((truth / "checkpoint" / "step-4" / "train_state.json").read_text())
-    assert state["recorder"]["window"]["loss/policy"], "a half-filled window is to be carried over"
+    assert state["recorder"]["window"]["loss/policy"], "the window must be half-filled"
     values = read_scalars(truth)["policy/clip_fraction"].values()
     assert max(values) > 0

@@ -1,4 +1,4 @@
-"""What others make of an export: the hub of its card, vLLM of the folder."""
+"""Exports in other programs: the hub reads the model card, vLLM reads the folder."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_no_description_breaks_it(description: str, tmp_path: Path) -> None:
         assert str(tmp_path) in card.text and "a\\|b.jsonl" in card.text
 
 
-def test_a_card_tells_no_accuracy_of_other_weights(tmp_path: Path) -> None:
-    """Validated are steps 0, 2 and 3, exported 1, 2 and 3: of step 1 no accuracy is known."""
+def test_a_card_has_no_accuracy_of_other_weights(tmp_path: Path) -> None:
+    """Steps 0, 2 and 3 are validated; steps 1, 2 and 3 are exported."""
     argv = make_world(tmp_path).argv("run", "--training.steps", 2)
     often = [*argv, "--export.interval", "1", "--validation.interval", "2"]
     assert train(often) == 0

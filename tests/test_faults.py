@@ -1,4 +1,4 @@
-"""Signals in the middle of a step, numbers that are not finite, ranks that die or stand still."""
+"""Signals in the middle of a step, numbers that are not finite, ranks that die or hang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from faulty_rank import when
+from faulty_rank import at
 from tiny_student import one_process_group
 from tiny_world import (
     REPO,
@@ -29,10 +29,9 @@ from tiny_world import (
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.heartbeat import Heartbeat
 from opd_titan.distributed.stopping import SIGNALS, Stopped, StopRequest
 
-# One is after an export, a validation, and before a checkpoint.
+# Step 2 has a validation but no checkpoint.
 OPTIONS = ["--checkpoint.interval", 3, "--rollout.max_concurrent", 8]
 
 
@@ -51,40 +50,31 @@ def undisturbed(world: World) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 @pytest.mark.parametrize(
-    ("phase", "beats", "saved"),
+    ("phase", "beats", "saved", "number"),
     [
-        ("data", 0, 1),
-        ("rollout", 3, 1),
-        ("teacher", 1, 1),
-        ("update", 1, 1),  # of two micro-batches: nothing has moved
-        ("validate", 2, 2),  # the step is done, what follows it is not
+        ("data", 0, 1, signal.SIGTERM),
+        ("rollout", 3, 1, signal.SIGTERM),
+        ("rollout", 3, 1, signal.SIGUSR1),
+        ("teacher", 1, 1, signal.SIGTERM),
+        ("update", 1, 1, signal.SIGTERM),  # of two micro-batches: no weight has changed
+        ("validate", 2, 2, signal.SIGTERM),  # the step is done, what follows it is not
     ],
 )
 def test_a_signal_is_heard_inside_every_phase(
-    world: World,
-    undisturbed: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: int,
-    phase: str,
-    beats: int,
-    saved: int,
+    world: World, undisturbed: Path, phase: str, beats: int, saved: int, number: signal.Signals
 ) -> None:
     argv = world.argv(f"{phase}-{number.name}", *OPTIONS)
     argv += ["--training.max_tokens_per_microbatch", "120"] if phase == "update" else []
-    with monkeypatch.context() as patch:
-        for name in ("set_phase", "beat"):
-            patch.setattr(Heartbeat, name, getattr(Heartbeat, name))  # put back at the end
-        when(f"phase {phase} of step 2", beats, lambda: os.kill(os.getpid(), number))
+    with at(f"phase {phase} of step 2", lambda: os.kill(os.getpid(), number), beats):
         assert train(argv) == 75
     out = Path(argv[3])
     assert complete_steps(out / "checkpoint") == [saved]
     assert list(read_scalars(out)["loss/policy"]) == list(range(1, saved + 1))
-    assert f"Stopped by signal {number} after step {saved} with" in read_log(out)
+    assert f"Stopped by signal {int(number)} after step {saved} with" in read_log(out)
     assert train(argv) == 0
     if phase == "update":
-        # Other micro-batches than the undisturbed run's: the same to rounding.
+        # The micro-batches differ from the undisturbed run's: equal up to rounding.
         scalars = read_scalars(out, measured=False)
         for name, values in read_scalars(undisturbed, measured=False).items():
             assert scalars[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
@@ -93,16 +83,11 @@ def test_a_signal_is_heard_inside_every_phase(
 
 
 @pytest.mark.slow
-def test_no_signal_stops_between_the_updates_of_a_step(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_signal_stops_between_the_updates_of_a_step(world: World) -> None:
     argv = world.argv("minibatches", *OPTIONS, "--distill.minibatches", 4)
-    with monkeypatch.context() as patch:
-        for name in ("set_phase", "beat"):
-            patch.setattr(Heartbeat, name, getattr(Heartbeat, name))
-        when("phase update of step 2", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with at("phase update of step 2", lambda: os.kill(os.getpid(), signal.SIGTERM), 2):
         assert train(argv) == 75
-    assert complete_steps(Path(argv[3]) / "checkpoint") == [2]  # done to its end
+    assert complete_steps(Path(argv[3]) / "checkpoint") == [2]  # the step was completed
     assert train(argv) == 0
     assert train(world.argv("minibatches-whole", *OPTIONS, "--distill.minibatches", 4)) == 0
     assert_same_run(world.folder / "minibatches-whole", Path(argv[3]), 4)
@@ -136,7 +121,7 @@ def test_a_signal_that_comes_during_a_vote_is_not_forgotten(
 
 
 def launch(argv: list[str], rank: int, place: str, beats: int, what: str) -> tuple[int, str]:
-    """Exit code and stderr of two ranks, one of which goes wrong."""
+    """Return the exit code and stderr of two ranks, one of which is faulty."""
     command = [sys.executable, "-m", "opd_titan.cli.launch", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(REPO / "tests" / "faulty_rank.py"), str(rank), place, str(beats), what]
@@ -154,14 +139,14 @@ def opd_lines(stderr: str) -> list[str]:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both(world: World) -> None:
     options: list[Any] = [*OPTIONS, "--training.deterministic", "true"]
-    argv, place = world.argv("one-told", *options), "phase rollout of step 2"
+    argv, place = world.argv("one-signalled", *options), "phase rollout of step 2"
     code, stderr = launch(argv, 1, place, 2, "SIGTERM")
     assert code == 75 and "Traceback" not in stderr, stderr
-    out = world.folder / "one-told"
+    out = world.folder / "one-signalled"
     assert complete_steps(out / "checkpoint") == [1]
-    whole = world.argv("none-told", *options)
+    whole = world.argv("none-signalled", *options)
     train_on(2, [argv, whole])
-    assert_same_run(world.folder / "none-told", out, 4)
+    assert_same_run(world.folder / "none-signalled", out, 4)
 
 
 @pytest.mark.slow
@@ -174,7 +159,7 @@ def test_a_rank_that_is_killed_is_named(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
+def test_a_rank_that_hangs_is_named_and_ended(world: World) -> None:
     argv = world.argv("hangs", *OPTIONS, "--comm.train_timeout_seconds", 8)
     code, stderr = launch(argv, 1, "phase rollout of step 2", 1, "hang")
     assert code == 1
@@ -182,7 +167,7 @@ def test_a_rank_that_stands_still_is_named_and_ended(world: World) -> None:
     (line,) = (line for line in opd_lines(stderr) if line.startswith(said))
     assert line.endswith("s in phase rollout of step 2; ended (comm.train_timeout_seconds)")
     assert "Traceback" not in stderr
-    assert "faulty_rank.py" in read_log(world.folder / "hangs", rank=1)  # where it stood
+    assert "faulty_rank.py" in read_log(world.folder / "hangs", rank=1)  # its stack
 
 
 @pytest.mark.slow

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from faulty_rank import poison, when
+from faulty_rank import at, poison
 from tiny_student import one_process_group
 from tiny_world import World, assert_same_run, make_world, read_scalars, train
 from torch import nn
@@ -18,7 +17,6 @@ from torch import nn
 from opd_titan.checkpoint import checkpointer
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.steps import complete_steps
-from opd_titan.distributed.heartbeat import Heartbeat
 
 
 class Killed(Exception):
@@ -28,19 +26,6 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], None]:
-    """`at(place, act)`: do something, once, when the next run enters that place."""
-
-    def arrange(place: str, act: Callable[[], None]) -> None:
-        monkeypatch.undo()
-        for name in ("set_phase", "beat"):
-            monkeypatch.setattr(Heartbeat, name, getattr(Heartbeat, name))
-        when(place, 0, act)
-
-    return arrange
 
 
 def kill() -> None:
@@ -55,13 +40,12 @@ def steps_of(argv: list[str]) -> list[int]:
     return complete_steps(Path(argv[3]) / "checkpoint")
 
 
-def test_a_validation_that_was_stopped_is_made_once(world: World, at: Any) -> None:
+def test_a_validation_that_was_stopped_is_made_once(world: World) -> None:
     options = ["--checkpoint.interval", 3, "--validation.interval", 2, "--export.interval", 2]
     argv = world.argv("stopped-then-killed", *options)
-    at("phase validate of step 2", terminate)
-    assert train(argv) == 75 and steps_of(argv) == [2]
-    at("phase rollout of step 3", kill)
-    with pytest.raises(Killed):
+    with at("phase validate of step 2", terminate):
+        assert train(argv) == 75 and steps_of(argv) == [2]
+    with at("phase rollout of step 3", kill), pytest.raises(Killed):
         train(argv)
     assert train(argv) == 0
     assert list(read_scalars(Path(argv[3]))["validation/accuracy"]) == [0, 2, 4]  # each once
@@ -70,10 +54,9 @@ def test_a_validation_that_was_stopped_is_made_once(world: World, at: Any) -> No
 
 
 def test_a_stop_saves_again_what_the_storage_refused_before(
-    world: World, at: Any, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = world.argv("refused", "--checkpoint.interval", 2, "--validation.enable", False)
-    at("phase rollout of step 3", terminate)
     write, calls = checkpointer.write_slices, iter(range(100))
 
     def refused_once(*args: Any) -> Any:
@@ -82,18 +65,19 @@ def test_a_stop_saves_again_what_the_storage_refused_before(
         return write(*args)
 
     monkeypatch.setattr(checkpointer, "write_slices", refused_once)
-    assert train(argv) == 75 and steps_of(argv) == [2]
+    with at("phase rollout of step 3", terminate):
+        assert train(argv) == 75 and steps_of(argv) == [2]
 
 
-def test_a_save_under_way_is_finished_when_the_run_gives_up(world: World, at: Any) -> None:
+def test_a_save_under_way_is_finished_when_the_run_gives_up(world: World) -> None:
     options = ["--training.max_skipped_updates", 0, "--validation.enable", False]
     argv = world.argv("gives-up", *options, "--checkpoint.interval", 1)
-    at("phase update of step 2", poison)
-    assert train([*argv, "--checkpoint.async_mode", "async"]) == 1
+    with at("phase update of step 2", poison):
+        assert train([*argv, "--checkpoint.async_mode", "async"]) == 1
     assert steps_of(argv) == [1]
 
 
-def test_a_run_sent_back_twice_keeps_what_was_there_first(world: World, at: Any) -> None:
+def test_a_run_sent_back_twice_keeps_what_was_there_first(world: World) -> None:
     argv = world.argv("sent-back", "--checkpoint.interval", 1, "--validation.enable", False)
     assert train(argv) == 0 and steps_of(argv) == [1, 2, 3, 4]
     folder = Path(argv[3]) / "checkpoint"
@@ -115,7 +99,8 @@ def test_an_optimizer_that_has_not_moved_yet_is_saved_as_such(tmp_path: Path) ->
             for m, o in zip(models, optimizers, strict=True)
         ]
         before = [p.clone() for p in models[0].parameters()]
-        assert checkpointers[0].save(1, {})
+        checkpointers[0].save(1, {})
+        checkpointers[0].finish()
         checkpointers[1].load(1)
         assert not optimizers[0].state and not optimizers[1].state
         for now, was, loaded in zip(

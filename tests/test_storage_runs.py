@@ -1,4 +1,4 @@
-"""Whole runs on storage that fails or was damaged: nothing is lost, and the exit code says it."""
+"""Whole runs on storage that fails or was damaged: nothing is lost, and the exit code is right."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(
     world: World, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_run(whole, "damaged")
-    flip(out / "checkpoint" / "step-4" / "rank-0-0.safetensors")
+    flip(out / "checkpoint" / "step-4" / "rank-0.safetensors")
     assert run(world, "damaged") == 0
     printed = capfd.readouterr().out
     assert "warning: Damaged checkpoint: " in printed
-    assert "step-4/rank-0-0.safetensors: its bytes" in printed
+    assert "step-4/rank-0.safetensors: its bytes" in printed
     assert "step-2 (the newest" in read_log(out)
     assert_same_run(whole, out, 4)
     found = sorted(path.name for path in (out / "checkpoint").iterdir())
     assert found == ["step-2", "step-4", "step-4.damaged"]
 
 
-def test_without_an_intact_checkpoint_a_run_does_not_start_afresh_by_itself(
+def test_without_an_intact_checkpoint_no_new_run_starts(
     world: World, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_run(whole, "none")
     shutil.rmtree(out / "checkpoint" / "step-2")
     step = out / "checkpoint" / "step-4"
-    flip(step / "index.json")
+    flip(step / "train_state.json")
     before = sorted(out.rglob("*"))
     capfd.readouterr()
     assert run(world, "none") == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{step}/index.json: " in line and "checkpoint.load_step = 0" in line
+    assert f"{step}/train_state.json: " in line and "checkpoint.load_step = 0" in line
     assert sorted(out.rglob("*")) == before
 
 
@@ -85,7 +85,7 @@ def test_what_storage_refuses_is_tried_again(
     for block in blocks:
         block.parent.mkdir(parents=True, exist_ok=True)
         block.write_text("")
-    # The last save fails: there is nothing to go on from, which must not look like an end.
+    # The last save fails: the run must not look complete.
     assert run(world, out.name, *options) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert "checkpoint of step 4 not saved: " in line and "step-4.tmp: File exists" in line
@@ -94,7 +94,7 @@ def test_what_storage_refuses_is_tried_again(
     assert log.count("ERROR Storage: export ") == 2 and "Done" not in log
     assert "has checkpoint/ and hf/, but no run of this program wrote there before" in log
     assert complete_steps(out / "checkpoint") == []
-    # Now the export alone fails: the checkpoint is there, the exit code says that it is not all.
+    # Only the export fails: the checkpoint is complete, the run is not.
     for block in blocks[:2]:
         block.unlink()
     shutil.rmtree(out / "tb")
@@ -103,7 +103,7 @@ def test_what_storage_refuses_is_tried_again(
     (line,) = capfd.readouterr().err.splitlines()
     assert "hf/step-4 not written: " in line
     assert complete_steps(out / "checkpoint") == [2, 4]
-    # And a restart makes what is missing, though there is no step left to do.
+    # A restart writes the export, although there is no step left to do.
     for block in blocks[2:]:
         block.unlink()
     assert run(world, out.name, *options) == 0
@@ -116,7 +116,7 @@ def test_a_failed_export_is_made_again_where_an_older_run_left_one(
 ) -> None:
     out = copy_run(whole, "onto")
     older = read_weights(whole, 4)
-    (out / "hf" / "step-9.tmp").mkdir()  # of a run that was killed
+    (out / "hf" / "step-9.tmp").mkdir()  # left by a killed run
     block = out / "hf" / "step-4.tmp"
     block.write_text("")
     options = ["--optimizer.lr", 1e-3]

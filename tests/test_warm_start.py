@@ -1,6 +1,6 @@
-"""Off policy beside on policy: SFT, then OPD on what it exported; offline KD; a mixture.
+"""Off-policy training: SFT, then OPD on its export; offline distillation; a mixture.
 
-`student.eos_token` and the link `hf/latest` are what the way from the one to the other needs.
+SFT followed by OPD needs `student.eos_token` and the link `hf/latest`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def test_the_export_ends_with_either(world: World, warm: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(warm)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == (END, end)
     check_unchanged(warm)
-    # The student's own folder is left as it was.
+    # The student's own folder has not changed.
     assert AutoTokenizer.from_pretrained(world.student).eos_token == "<eos>"
 
 
@@ -127,7 +127,7 @@ def test_transformers_stops_there(world: World, warm: Path) -> None:
     assert hf_greedy(model, [5, 6, 7], 8) == [end]
 
 
-def test_opd_on_the_export_needs_no_word_of_it(world: World, warm: Path) -> None:
+def test_opd_on_the_export_needs_no_option(world: World, warm: Path) -> None:
     warning = "student ends with"
     assert train(world.argv("after", "--student.hf_path", warm, *BRIEF)) == 0
     assert warning not in read_log(world.folder / "after")
@@ -141,14 +141,17 @@ def test_opd_on_the_export_needs_no_word_of_it(world: World, warm: Path) -> None
 def test_latest_leads_to_the_newest_export(tmp_path: Path) -> None:
     for step in (2, 10, 4):  # an older run's step-10 may still be there: the newest counts
         (tmp_path / f"step-{step}").mkdir()
-        link_latest(tmp_path / f"step-{step}")
+        link_latest(tmp_path, step)
         assert (tmp_path / "latest").readlink() == Path(f"step-{step}")
     assert {p.name for p in tmp_path.iterdir()} == {"step-2", "step-4", "step-10", "latest"}
+    link_latest(tmp_path, 0)
+    assert not (tmp_path / "latest").is_symlink()
 
 
 def test_no_link_is_no_reason_to_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "latest").mkdir()  # somebody's own
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "latest").mkdir()  # not made by this program
     (tmp_path / "latest" / "file").touch()
-    link_latest(tmp_path / "step-2")
+    link_latest(tmp_path, 2)
     assert (tmp_path / "latest" / "file").exists()
     assert "no link to step-2" in caplog.text

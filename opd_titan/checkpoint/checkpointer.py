@@ -1,33 +1,30 @@
 """Checkpoints for exact resume, on any number of ranks and in any layout.
 
     step-N/
-        rank-R-K.safetensors   slices of the weights (fp32) and of the optimizer state
-        index.json             the slices of each tensor: file, offset, shape
+        rank-R.safetensors     slices of the weights (fp32) and of the optimizer state
         train_state.json       everything else that a run resumes from
         checksums.json         size and CRC-32 of every other file
 
-Each rank writes the slices that it holds to `step-N.tmp`. When all have, rank 0 adds the JSON files
-and renames the folder, so that a folder named `step-N` is complete. The sampler's random numbers
-have no state to save.
+Each rank writes the slices that it holds to `step-N.tmp`, in several files if they are large. When
+all have, rank 0 adds the JSON files and renames the folder, so that a folder named `step-N` is
+complete. The sampler's random numbers have no state to save.
 
 A storage fault does not end the run: it is logged, the last good checkpoint stays, and the next
-save tries again. Callers that need a step to be on the disk ask `secured` or `require`.
+save tries again. Callers that need a step to be on the disk call `secured` or `finish`.
 
 torch.distributed.checkpoint can write safetensors too (HuggingFaceStorageWriter, torch 2.13) and
 reshards them. It is not used because it needs twice the state's size in host memory to write it
-(2.0 GiB for 1.0 GiB; `save_file` needs none), and because it has no index: where a file is missing,
-it loads the others and reports nothing.
+(2.0 GiB for 1.0 GiB; `save_file` needs none), and because it has no checksums: where a file is
+missing, it loads the others and reports nothing.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,55 +32,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opd_titan.checkpoint.manifest import Entry, describe, write_manifest
-from opd_titan.checkpoint.publish import publish, tmp_of, write_file
+from opd_titan import __version__
+from opd_titan.checkpoint.hf_folder import read_json
+from opd_titan.checkpoint.manifest import Entry, describe
+from opd_titan.checkpoint.publish import discard_tmp, fresh_tmp, publish, tmp_of, write_file
 from opd_titan.checkpoint.slices import (
     FileSlice,
     LocalSlice,
-    Shape,
-    ends,
+    read_index,
     read_slices,
     slices_to_save,
+    whole_shape,
     write_slices,
 )
-from opd_titan.checkpoint.steps import MANIFEST, STATE, make_tmp, prune, require_intact
-from opd_titan.data.files import is_plain_name
+from opd_titan.checkpoint.steps import MANIFEST, STATE, prune, require_intact
 from opd_titan.distributed.agreement import call_on_rank_0, raise_on_all_ranks
-from opd_titan.errors import CheckpointError, StorageError, first_line
+from opd_titan.errors import CheckpointError, ModelError, StorageError
 
 logger = logging.getLogger("opd_titan")
 
-INDEX = "index.json"
-MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the names in the index
+# Version of all that a checkpoint contains. Only the same one can be read.
+STATE_FORMAT = 4
+MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the tensors' names
 
-Index = dict[str, list[FileSlice]]
-# What one rank has written: its slices, and the checksums of its files.
-Written = tuple[dict[str, FileSlice], dict[str, Entry]]
+Index = dict[str, list[FileSlice]]  # all slices of each tensor
+Entries = dict[str, Entry]
 
 
-def inspect_checkpoint(folder: Path, step: int, model: nn.Module) -> dict[str, Any]:
-    """Return the train state of a checkpoint, without reading a tensor.
+def inspect_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Return the train state of the checkpoint `step-N` at this path. All ranks call.
+
+    No tensor is read, only the headers of the files.
 
     Args:
         model: may be on the meta device.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another model.
+        CheckpointError: the checkpoint cannot be read, or belongs to another model or version.
     """
-    path = folder / f"step-{step}"
-    _read_index(path, model)
-    return _read_json(path / STATE)
+    return _inspect(path, model)[0]
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Read a checkpoint's weights, and nothing else, into the model in its dtype. All ranks call.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another model.
+        CheckpointError: the checkpoint is damaged, or belongs to another model or version.
     """
     require_intact(path)
+    _, index = _inspect(path, model)
     with raise_on_all_ranks():
-        read_slices(_weights(model), _read_index(path, model))
+        read_slices(_weights(model), index)
 
 
 class Checkpointer:
@@ -104,48 +103,36 @@ class Checkpointer:
         background: bool,
     ) -> None:
         self.folder, self.model, self.optimizer = folder, model, optimizer
-        self.keep_latest_k = keep_latest_k
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        # The save in the background: its step, its train state, and what the thread will return.
-        self._pending: tuple[int, str, Future[Written]] | None = None
+        self.keep_latest_k, self.background = keep_latest_k, background
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        # The save under way: its step, its train state, and what the thread will return.
+        self._pending: tuple[int, str, futures.Future[Entries]] | None = None
         self._secured: int | None = None
         self._fault: StorageError | None = None
 
-    def save(
-        self, step: int, train_state: dict[str, Any], written: Callable[[], None] = lambda: None
-    ) -> bool:
-        """Write one checkpoint, or start writing it when in background mode. All ranks call.
+    def save(self, step: int, train_state: dict[str, Any]) -> None:
+        """Write the tensors of a checkpoint, or begin to in background mode. All ranks call.
 
-        A storage fault on any rank is logged as an error, and nothing of this step is left.
+        `poll` or `wait` completes the checkpoint. After a storage fault on any rank, they log an
+        error and leave nothing of this step.
 
         Args:
-            written: called when all tensors are written and nothing is published yet; in background
-                mode when writing has begun; not called after a failure.
-
-        Returns:
-            Whether the checkpoint is written, or being written.
+            train_state: JSON values to save beside the tensors.
         """
         self.wait()
-        text = json.dumps(train_state)
+        path = self.folder / f"step-{step}"
+        state = json.dumps({"format": STATE_FORMAT, "version": __version__, **train_state})
         with self._log_faults(step):
-            tmp = make_tmp(self.folder / f"step-{step}")
+            call_on_rank_0(lambda: fresh_tmp(path))
             slices = slices_to_save(self._tensors())
-            if self._thread is None:
-                with raise_on_all_ranks():
-                    found = _write(tmp, slices)
-                written()
-                self._publish(step, text, found)
-            else:
-                copies = {
-                    name: LocalSlice(part.values.to("cpu", copy=True), part.offset)
-                    for name, part in slices.items()
-                }
-                self._pending = step, text, self._thread.submit(_write, tmp, copies)
-                written()
-        return self._pending is not None or self._fault is None
+            if self.background:
+                slices = {n: LocalSlice(t.to("cpu", copy=True), b) for n, (t, b) in slices.items()}
+            self._pending = step, state, self._thread.submit(_write, tmp_of(path), slices)
+            if not self.background:
+                futures.wait([self._pending[-1]])
 
     def poll(self) -> None:
-        """Complete a background save if all ranks have written their part. All ranks call."""
+        """Complete the save under way if all ranks have written their part. All ranks call."""
         if self._pending is None:
             return
         done = torch.tensor(int(self._pending[-1].done()))
@@ -156,26 +143,27 @@ class Checkpointer:
     def wait(self) -> None:
         """Block until no save is under way. All ranks call."""
         if self._pending is not None:
-            step, text, future = self._pending
+            step, state, future = self._pending
             self._pending = None
             with self._log_faults(step):
                 with raise_on_all_ranks():
-                    found = future.result()
-                self._publish(step, text, found)
+                    written = future.result()
+                self._publish(step, state, written)
 
     def secured(self) -> int | None:
         """Return the newest step that was loaded or is on the disk. Waits. All ranks call."""
         self.wait()
         return self._secured
 
-    def require(self, step: int) -> None:
-        """Make sure that a step is on the disk. All ranks call.
+    def finish(self) -> None:
+        """Complete the save under way. All ranks call.
 
         Raises:
-            StorageError: it is not; says why its save failed.
+            StorageError: the newest save failed; says why.
         """
-        if self.secured() != step:
-            raise self._fault or StorageError(f"{self.folder}: step {step} was not saved")
+        self.wait()
+        if self._fault is not None:
+            raise self._fault
 
     def load(self, step: int) -> None:
         """Load weights and optimizer state in place. `inspect_checkpoint` returns the rest.
@@ -183,11 +171,10 @@ class Checkpointer:
         The optimizer keeps its own settings (betas, weight decay, ...), which are the recipe's.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or belongs to another model.
+            CheckpointError: the checkpoint cannot be read, or belongs to another model or version.
         """
-        path = self.folder / f"step-{step}"
+        _, index = _inspect(self.folder / f"step-{step}", self.model)
         with raise_on_all_ranks():
-            index = _read_index(path, self.model)
             self._allocate_optimizer_state(index)
             read_slices(self._tensors(), index)
         # The run that published it may have been killed before it could delete older ones.
@@ -195,7 +182,7 @@ class Checkpointer:
         self._secured = step
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return everything that is saved, by its name in the index."""
+        """Return everything that is saved, by its name in the checkpoint."""
         tensors = _weights(self.model)
         for name, parameter in list(tensors.items()):
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -203,43 +190,36 @@ class Checkpointer:
         return tensors
 
     def _allocate_optimizer_state(self, index: Index) -> None:
-        """Give the optimizer the state that the checkpoint has, with any values."""
+        """Give the optimizer the state that the checkpoint has, without values."""
+        self.optimizer.state.clear()  # before the new one takes memory
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        number = {id(parameter): i for i, parameter in enumerate(parameters)}
         weights = _weights(self.model)
-        state: dict[Tensor, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for full_name in (n for n in index if n.startswith(OPTIMIZER)):
             name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
             parameter = weights[MODEL + name]
-            held = self.optimizer.state.get(parameter, {}).get(key)
-            if held is None:
-                # As AdamW has it: two moments like the parameter, and a scalar for the step.
-                moment = _whole_shape(index[full_name]) == tuple(parameter.shape)
-                held = torch.empty_like(parameter) if moment else torch.tensor(0.0)
-            state.setdefault(parameter, {})[key] = held
-        own = self.optimizer.state_dict()
-        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        own["state"] = {i: state[p] for i, p in enumerate(ordered) if p in state}
-        self.optimizer.load_state_dict(own)
+            # As AdamW has it: two moments like the parameter, and a scalar for the step.
+            moment = whole_shape(index[full_name]) == tuple(parameter.shape)
+            value = torch.empty_like(parameter) if moment else torch.tensor(0.0)
+            state.setdefault(number[id(parameter)], {})[key] = value
+        # It moves the steps to where the optimizer needs them.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
-    def _publish(self, step: int, train_state: str, written: Written) -> None:
+    def _publish(self, step: int, state: str, written: Entries) -> None:
         """Complete the folder, which all ranks have written to, and rename it. All ranks call."""
         parts: list[Any] | None = None
         if dist.get_rank() == 0:
             parts = [None] * dist.get_world_size()
         dist.gather_object(written, parts)
+        path = self.folder / f"step-{step}"
 
         def complete() -> None:
-            assert parts is not None
-            final = self.folder / f"step-{step}"
-            tmp = tmp_of(final)
-            _write_index(tmp, [slices for slices, _ in parts])
-            write_file(tmp / STATE, train_state)
-            files = describe(tmp, [INDEX, STATE])
-            for _, own in parts:
-                files |= own
-            write_manifest(tmp / MANIFEST, files)
-            publish(final)
+            write_file(tmp_of(path) / STATE, state)
+            publish(path, MANIFEST, {n: entry for part in parts or () for n, entry in part.items()})
 
         call_on_rank_0(complete)
+        logger.info("Checkpoint: wrote %s", path)
         prune(self.folder, step, self.keep_latest_k)
         self._secured, self._fault = step, None
 
@@ -249,8 +229,7 @@ class Checkpointer:
         try:
             yield
         except StorageError as error:
-            tmp = tmp_of(self.folder / f"step-{step}")
-            call_on_rank_0(lambda: shutil.rmtree(tmp, ignore_errors=True))
+            call_on_rank_0(lambda: discard_tmp(self.folder / f"step-{step}"))
             safe = "none is safe yet"
             if self._secured is not None:
                 safe = f"step {self._secured} is the newest that is safe"
@@ -259,18 +238,17 @@ class Checkpointer:
             logger.error("Storage: %s", self._fault)
 
 
-def _write(tmp: Path, slices: dict[str, LocalSlice]) -> Written:
-    """Write this rank's slices. May run in a thread.
+def _write(tmp: Path, slices: dict[str, LocalSlice]) -> Entries:
+    """Write this rank's slices, in a thread. Return the checksums of its files.
 
     Raises:
         OSError: a file cannot be written.
     """
-    found = write_slices(tmp, slices)
-    return found, describe(tmp, {part.path.name for part in found.values()})
+    return describe(tmp, write_slices(tmp, slices))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by their names in the index, a tied one under its first name.
+    """Return parameters and buffers by their names in a checkpoint, a tied one under its first.
 
     Under FSDP they are the sharded ones: `state_dict` reshards what a forward has gathered.
     """
@@ -279,46 +257,37 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {MODEL + n: t for n, t in tensors.items() if first.setdefault(id(t), n) == n}
 
 
-def _write_index(folder: Path, parts: list[dict[str, FileSlice]]) -> None:
-    by_offset: dict[str, dict[Shape, Any]] = {}
-    for part in parts:
-        for name, (path, offset, shape) in part.items():
-            by_offset.setdefault(name, {})[offset] = [path.name, offset, shape]
-    slices = {name: list(found.values()) for name, found in by_offset.items()}
-    write_file(folder / INDEX, json.dumps(slices))
+def _inspect(path: Path, model: nn.Module) -> tuple[dict[str, Any], Index]:
+    """Return the train state and the index of a checkpoint. All ranks call; one reads."""
 
+    def read() -> tuple[dict[str, Any], Index]:
+        try:
+            state = read_json(path / STATE)
+            _check_format(path, state)
+            return state, read_index(sorted(path.glob("*.safetensors")))
+        except (ModelError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}); choose another step with "
+                f"checkpoint.load_step or another job.dump_folder"
+            ) from error
 
-def _read_index(path: Path, model: nn.Module) -> Index:
-    """Return the slices of each tensor of the checkpoint `step-N` at this path.
-
-    Raises:
-        CheckpointError: it is of another model or of an older version, or the index is damaged.
-    """
-    if not (path / INDEX).exists() and (path / ".metadata").exists():
-        raise CheckpointError(
-            f"{path}: was written by another version of opd_titan (0.1.0 or older, format "
-            f"{_read_json(path / STATE).get('format')}: torch.distributed.checkpoint); go on with "
-            f"that one, choose another job.dump_folder, or start afresh with "
-            f"checkpoint.load_step = 0"
-        )
-    index: Index = {}
-    try:
-        for name, slices in _read_json(path / INDEX).items():
-            if not all(is_plain_name(file) for file, _, _ in slices):
-                raise ValueError("it names a file that is not beside it")
-            index[name] = [FileSlice(path / f, tuple(o), tuple(s)) for f, o, s in slices]
-            # Slices do not overlap: the ranks save every value once.
-            if sum(prod(part.shape) for part in index[name]) != prod(_whole_shape(index[name])):
-                raise ValueError(f"it lacks slices of {name}")
-    except (ValueError, TypeError) as error:
-        raise _unreadable(path / INDEX, error) from error
+    state, index = call_on_rank_0(read)
     _check_same_model(path, index, model)
-    return index
+    return state, index
+
+
+def _check_format(path: Path, state: dict[str, Any]) -> None:
+    if state.get("format") != STATE_FORMAT:
+        raise CheckpointError(
+            f"{path}: was written by another version of opd_titan ({state.get('version')}, format "
+            f"{state.get('format')}; this one reads format {STATE_FORMAT}); use that version, "
+            f"choose another job.dump_folder, or start a new run with checkpoint.load_step = 0"
+        )
 
 
 def _check_same_model(path: Path, index: Index, model: nn.Module) -> None:
     wanted = {name: list(tensor.shape) for name, tensor in _weights(model).items()}
-    saved = {n: list(_whole_shape(s)) for n, s in index.items() if n.startswith(MODEL)}
+    saved = {n: list(whole_shape(parts)) for n, parts in index.items() if n.startswith(MODEL)}
     differ = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
     if differ:
         name = differ[0]
@@ -327,24 +296,3 @@ def _check_same_model(path: Path, index: Index, model: nn.Module) -> None:
             f"{wanted.get(name, 'absent')} in student.hf_path ({len(differ)} tensors differ); set "
             f"student.hf_path back or choose another job.dump_folder"
         )
-
-
-def _whole_shape(slices: list[FileSlice]) -> Shape:
-    return tuple(map(max, zip(*(ends(part.offset, part.shape) for part in slices), strict=True)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: cannot be read ({first_line(error)}); choose another step with "
-        f"checkpoint.load_step or another job.dump_folder"
-    )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +15,6 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opd_titan.checkpoint.faults import name_file_in_errors
 from opd_titan.checkpoint.hf_folder import (
     CHECKSUMS,
     CONFIG,
@@ -27,10 +23,16 @@ from opd_titan.checkpoint.hf_folder import (
     read_hf_config,
     read_json,
 )
-from opd_titan.checkpoint.hf_load import INDEX, native_tensors, stored_dtypes
-from opd_titan.checkpoint.manifest import describe, write_manifest
-from opd_titan.checkpoint.publish import fresh_tmp, publish, tmp_of, write_file
-from opd_titan.checkpoint.slices import write_tensors
+from opd_titan.checkpoint.hf_load import DTYPES, INDEX, native_tensors
+from opd_titan.checkpoint.publish import (
+    MODEL_CARD,
+    discard_tmp,
+    fresh_tmp,
+    publish,
+    tmp_of,
+    write_file,
+)
+from opd_titan.checkpoint.slices import FileSlice, write_tensors
 from opd_titan.distributed.agreement import call_on_rank_0
 from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import ModelError, StorageError
@@ -44,6 +46,7 @@ def export_hf(
     out: Path,
     *,
     source_folder: Path,
+    stored: Mapping[str, FileSlice] | None,
     key_table: dict[str, str],
     dtype: torch.dtype | None,
     card: str,
@@ -58,9 +61,9 @@ def export_hf(
 
     Args:
         source_folder: the folder the model came from; its JSON files are copied.
+        stored: the tensors that the model was loaded from; None if its weights were random.
         key_table: native parameter of each Hugging Face tensor, without a tied head.
-        dtype: of the written tensors; None: the dtype of each tensor in `source_folder`, or of
-            its config if it has no weights.
+        dtype: of the written tensors; None: the dtypes of `stored`, or of the source's config.
         card: text of README.md.
         edits: by name of a JSON file, new values of some of its keys.
         max_shard_bytes: the largest size of a file with more than one tensor.
@@ -73,45 +76,38 @@ def export_hf(
     tensors = {hf: native[name] for hf, name in key_table.items()}
 
     def begin() -> tuple[dict[str, Any], dict[str, torch.dtype]]:
-        with _source_is_storage():
-            config = read_hf_config(source_folder)
-            dtypes = _own_dtypes(tensors, source_folder, config)
         fresh_tmp(out)
-        return config, dtypes if dtype is None else dict.fromkeys(tensors, dtype)
+        config = read_hf_config(source_folder)
+        if dtype is None and stored is not None:
+            return config, {hf: DTYPES[stored[hf].dtype] for hf in tensors}
+        only = dtype or _config_dtype(config) or next(iter(tensors.values())).dtype
+        # Both versions of transformers read the old key.
+        keys = [k for k in _DTYPE_KEYS if k in config] or ["torch_dtype"]
+        config |= dict.fromkeys(keys, str(only).removeprefix("torch."))
+        return config, dict.fromkeys(tensors, only)
 
     def complete() -> None:
-        write_file(tmp / "README.md", card)
-        _write_json(tmp / CONFIG, {**_with_dtype(config, tensors, dtypes), **edits.get(CONFIG, {})})
+        write_file(tmp / MODEL_CARD, card)
+        _write_json(tmp / CONFIG, {**config, **edits.get(CONFIG, {})})
         _copy_files(source_folder, tmp, edits)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _write_json(tmp / INDEX, index)
-        # README.md is not checked: users write their own model cards.
-        names = (path.name for path in tmp.iterdir() if path.name != "README.md")
-        write_manifest(tmp / CHECKSUMS, describe(tmp, names))
-        publish(out)
+        publish(out, CHECKSUMS)
 
     try:
         config, dtypes = call_on_rank_0(begin)
         plan = _write_weights(tmp, tensors, dtypes, max_shard_bytes)
         call_on_rank_0(complete)
-    except StorageError as error:
-        call_on_rank_0(lambda: shutil.rmtree(tmp, ignore_errors=True))
+    # A ModelError here is a fault too: the source was valid when the run began.
+    except (StorageError, ModelError) as error:
+        call_on_rank_0(lambda: discard_tmp(out))
         raise StorageError(f"export {out} not written: {error}") from error
 
 
 def is_exported(out: Path) -> bool:
     """Return whether an export is there, as rank 0 sees it. All ranks call."""
     return call_on_rank_0((out / CONFIG).is_file)
-
-
-@contextmanager
-def _source_is_storage() -> Iterator[None]:
-    """Raise StorageError for a ModelError: the source was valid when the run began."""
-    try:
-        yield
-    except ModelError as error:
-        raise StorageError(str(error)) from error
 
 
 def _write_weights(
@@ -146,25 +142,15 @@ def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]])
         if not (source / name).is_file():
             continue
         if name in edits:
-            with _source_is_storage():
-                own = read_json(source / name)
-            _write_json(target / name, {**own, **edits[name]})
+            _write_json(target / name, {**read_json(source / name), **edits[name]})
         else:
-            content = (source / name).read_bytes()  # the hub's cache holds links
-            with name_file_in_errors(target / name):
-                (target / name).write_bytes(content)
+            write_file(target / name, (source / name).read_bytes())  # the hub's cache has links
 
 
-def _own_dtypes(
-    tensors: dict[str, Tensor], source_folder: Path, config: dict[str, Any]
-) -> dict[str, torch.dtype]:
-    """Return each tensor's dtype in the source, else that of its config, else the model's."""
-    stored = stored_dtypes(source_folder)
+def _config_dtype(config: dict[str, Any]) -> torch.dtype | None:
     name = next((str(config[k]) for k in _DTYPE_KEYS if config.get(k)), "")
-    fallback = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(fallback, torch.dtype):
-        fallback = next(iter(tensors.values())).dtype
-    return {hf: stored.get(hf, fallback) for hf in tensors}
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,19 +159,6 @@ def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.cpu().contiguous()
-
-
-def _with_dtype(
-    config: dict[str, Any], tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]
-) -> dict[str, Any]:
-    """Return the config with the dtype of most weights, under the key that it had."""
-    counts: Counter[torch.dtype] = Counter()
-    for name, tensor in tensors.items():
-        counts[dtypes[name]] += tensor.numel()
-    value = str(counts.most_common(1)[0][0]).removeprefix("torch.")
-    # Both versions of transformers read the old key.
-    keys = [k for k in _DTYPE_KEYS if k in config] or ["torch_dtype"]
-    return {**config, **dict.fromkeys(keys, value)}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from opd_titan.checkpoint.publish import write_file
 from opd_titan.data.files import is_plain_name
 from opd_titan.distributed.heartbeat import beat
 from opd_titan.errors import reason
@@ -28,7 +27,7 @@ Entry = dict[str, Any]  # "size": bytes, "crc32": one hexadecimal number per pie
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
-    """Return the manifest's entries of these files, which are read.
+    """Read these files and return their entries in the manifest.
 
     Raises:
         OSError: one of them cannot be read.
@@ -41,10 +40,10 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     return entries
 
 
-def write_manifest(path: Path, entries: dict[str, Entry]) -> None:
-    """Write the manifest. `entries` describe every file beside it."""
+def manifest_text(entries: Mapping[str, Entry]) -> str:
+    """Return the content of a manifest."""
     content = {"piece_bytes": PIECE_BYTES, "files": dict(sorted(entries.items()))}
-    write_file(path, json.dumps(content, indent=1) + "\n")
+    return json.dumps(content, indent=1) + "\n"
 
 
 def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
@@ -57,47 +56,29 @@ def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: int(entry["size"]) for name, entry in content["files"].items()}
-        length = int(content["piece_bytes"])
+        length, files = int(content["piece_bytes"]), content["files"]
         wanted = {
-            (name, start): value
-            for name, size in sizes.items()
-            for start, value in zip(
-                range(0, size, length), content["files"][name]["crc32"], strict=True
-            )
+            (path.parent / name, start): value
+            for name, entry in sorted(files.items())
+            for start, value in zip(range(0, entry["size"], length), entry["crc32"], strict=True)
         }
-    except FileNotFoundError:
-        return f"{path}: is missing"
-    except OSError as error:
-        return f"{path}: cannot be read ({reason(error)})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{path}: is damaged, it is not a list of checksums"
-    mine = sorted(wanted)[rank::world]
-    try:
-        for name, size in sizes.items():
-            if wrong := _wrong_size(path.parent, name, size):
-                return f"{path.parent / name}: {wrong}"
-        found = _checksums([(path.parent / name, start) for name, start in mine], length)
+        for name, entry in files.items():
+            if not is_plain_name(name):
+                return f"{path.parent / name}: is not the name of a file beside its manifest"
+            size = (path.parent / name).stat().st_size
+            if size != entry["size"]:
+                return f"{path.parent / name}: has {size} bytes; {entry['size']} were written"
+        mine = list(wanted)[rank::world]
+        for piece, value in zip(mine, _checksums(mine, length), strict=True):
+            if value != wanted[piece]:
+                return f"{piece[0]}: its bytes are not those that were written (CRC-32)"
+    except FileNotFoundError as error:
+        return f"{error.filename}: is missing"
     except OSError as error:
         return f"{error.filename}: cannot be read ({reason(error)})"
-    for (name, start), value in zip(mine, found, strict=True):
-        if value != wanted[name, start]:
-            return f"{path.parent / name}: its bytes are not those that were written (CRC-32)"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path}: is damaged, it is not a list of checksums"
     return None
-
-
-def _wrong_size(folder: Path, name: str, size: int) -> str | None:
-    if not is_plain_name(name):
-        return "is no name of a file beside its manifest"
-    path = folder / name
-    if not path.exists():
-        return "is missing"
-    if not path.is_file():
-        return "is not a file any more"
-    now = path.stat().st_size
-    if now < size:
-        return f"is truncated from {size} to {now} bytes"
-    return f"has {now} bytes; {size} were written" if now > size else None
 
 
 def _checksums(pieces: list[tuple[Path, int]], length: int) -> list[str]:

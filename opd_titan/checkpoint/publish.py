@@ -1,18 +1,29 @@
-"""Folders that are complete or absent: written as `<name>.tmp`, then renamed. Rank 0 calls."""
+"""Folders that are complete or absent: checkpoints and exports.
+
+A folder is written as `<name>.tmp`. `publish` adds the checksums of its files, waits until all
+bytes are on the disk, and renames it. Rank 0 calls.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
-from opd_titan.checkpoint.faults import name_file_in_errors
+from safetensors import SafetensorError
+
+from opd_titan.checkpoint.manifest import Entry, describe, manifest_text
+from opd_titan.errors import reason
 
 logger = logging.getLogger("opd_titan")
 
 LATEST = "latest"
+MODEL_CARD = "README.md"  # has no checksum, because users write their own
 _REPLACED = ".replaced"
 
 
@@ -22,35 +33,31 @@ def tmp_of(final: Path) -> Path:
 
 
 def fresh_tmp(final: Path) -> None:
-    """Make `tmp_of(final)`, empty: what a killed run left there is deleted."""
-    tmp = tmp_of(final)
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
+    """Make `tmp_of(final)`, empty. Delete what a killed run left there."""
+    discard_tmp(final)
+    tmp_of(final).mkdir(parents=True)
 
 
-def write_file(path: Path, content: str) -> None:
-    """Write a text file. Raise OSError, naming it, if that fails."""
-    with name_file_in_errors(path):
-        path.write_text(content, encoding="utf-8")
+def discard_tmp(final: Path) -> None:
+    """Delete `tmp_of(final)`, if it exists."""
+    shutil.rmtree(tmp_of(final), ignore_errors=True)
 
 
-def sync_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with name_file_in_errors(path):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+def publish(final: Path, manifest: str, known: Mapping[str, Entry] = MappingProxyType({})) -> None:
+    """Add the checksums to `tmp_of(final)`, and rename it to `final` once it is on the disk.
 
+    An older `final` is replaced.
 
-def publish(final: Path) -> None:
-    """Rename `tmp_of(final)`, which is complete, to `final`, after its bytes are on the disk.
+    Args:
+        manifest: the name of the file with the checksums.
+        known: checksums of files that need not be read again.
 
     Raises:
-        OSError: an older `final` is still there.
+        OSError: a file cannot be read or written, or a folder cannot be renamed.
     """
     tmp = tmp_of(final)
+    others = {path.name for path in tmp.iterdir()} - known.keys() - {MODEL_CARD}
+    write_file(tmp / manifest, manifest_text({**known, **describe(tmp, others)}))
     for path in [*tmp.iterdir(), tmp]:
         sync_to_disk(path)
     # A folder cannot be renamed to one that has files. Not ".old": that is a step set aside.
@@ -67,43 +74,63 @@ def publish(final: Path) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Rename back the steps that were to be replaced when a run was killed between two renames."""
+    """Restore the folders that a killed run was about to replace."""
     for replaced in folder.glob("*" + _REPLACED):
         if not replaced.with_suffix("").exists():
             replaced.rename(replaced.with_suffix(""))
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what a killed run left in a folder of steps; restore what it was about to replace."""
+    """Delete what a killed run left in a folder of steps, and restore what it had moved away."""
     restore_replaced(folder)
     for pattern in ("step-*" + _REPLACED, "step-*.tmp"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def link_latest(final: Path) -> None:
-    """Make the link `latest` beside `final` point to it.
+def link_latest(folder: Path, step: int) -> None:
+    """Make the link `latest` in `folder` point to `step-N`; delete it if there is no such folder.
 
-    The link is relative, so that the folder can be moved. Where links are not supported, a warning
-    says so.
+    The link is relative, so that `folder` can be moved. Where it cannot be written, a warning says
+    so.
     """
-    link, new = final.with_name(LATEST), final.with_name(LATEST + ".tmp")
+    link, new = folder / LATEST, folder / f"{LATEST}.tmp"
     try:
-        new.unlink(missing_ok=True)
-        new.symlink_to(final.name)
-        new.replace(link)
-    except OSError as error:
-        logger.warning("%s: no link to %s (%s)", link, final.name, error.strerror)
-
-
-def reset_latest(folder: Path, step: int) -> None:
-    """Make `latest` point to the export of an earlier step again; delete it if step is 0.
-
-    A run that goes back has given up what it exported since.
-    """
-    link = folder / LATEST
-    if step and (folder / f"step-{step}").is_dir():
-        link_latest(folder / f"step-{step}")
-    elif link.is_symlink():
-        with suppress(OSError):
+        if (folder / f"step-{step}").is_dir():
+            new.unlink(missing_ok=True)
+            new.symlink_to(f"step-{step}")
+            new.replace(link)
+        elif link.is_symlink():
             link.unlink()
+    except OSError as error:
+        logger.warning("%s: no link to step-%s (%s)", link, step, error.strerror)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file. Raise OSError, naming it, if that fails."""
+    with name_file_in_errors(path):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with name_file_in_errors(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def name_file_in_errors(path: Path | str) -> Iterator[None]:
+    """Make an OSError of the body, or one that safetensors wraps, name this file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, reason(error), str(path)) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

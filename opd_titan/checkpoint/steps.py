@@ -1,8 +1,10 @@
 """The folders of checkpoints, one per step: which exist, which are intact, which to resume from.
 
 step-N            a checkpoint; written as step-N.tmp and renamed when it is complete
-step-N.damaged    was damaged when a run resumed from an earlier step; kept for people, never read
-step-N.old        replaced by a run that went back to an earlier step; kept likewise
+step-N.damaged    was damaged when a run resumed from an earlier step
+step-N.old        replaced by a run that went back to an earlier step
+
+The program never reads or deletes the last two.
 """
 
 from __future__ import annotations
@@ -10,17 +12,17 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from opd_titan.checkpoint.faults import config_error_if_unwritable
 from opd_titan.checkpoint.manifest import find_damage
-from opd_titan.checkpoint.publish import clear_leftovers, fresh_tmp, restore_replaced, tmp_of
+from opd_titan.checkpoint.publish import clear_leftovers, discard_tmp, restore_replaced, tmp_of
 from opd_titan.distributed.agreement import call_on_rank_0, raise_on_all_ranks
-from opd_titan.errors import CheckpointError, StorageError, reason
+from opd_titan.errors import CheckpointError, ConfigError, reason
 
 logger = logging.getLogger("opd_titan")
 
@@ -33,26 +35,22 @@ _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Return the steps in `folder` that have a complete checkpoint, oldest first; reads none."""
-    return [n for n in _steps(folder) if is_checkpoint(folder / f"step-{n}")]
+    """Return N of every `step-N` in `folder`, oldest first. No file is read."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder looks like a complete checkpoint."""
+    """Return whether a folder is a checkpoint, without checking that it is intact."""
     return (path / STATE).is_file()
-
-
-def _steps(folder: Path) -> list[int]:
-    """Return N of every `step-N` in `folder`, complete or not, oldest first."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
 def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> int | None:
     """Return the step to resume from, the same on every rank. All ranks call.
 
     Args:
-        load_step: -1: the newest that is intact; warnings name those that are not. 0: None.
+        load_step: the step; -1 for the newest intact one, with warnings about damaged ones; 0 for
+            none.
         at_most: ignore later steps.
 
     Raises:
@@ -90,18 +88,18 @@ def require_intact(path: Path) -> None:
 
 
 def _candidates(folder: Path, load_step: int) -> list[int]:
-    """Return the steps to try, in this order. One rank looks: others may see another list."""
+    """Return the steps to try, in this order. Rank 0 calls: others may see another list."""
     if load_step == 0:
         return []
     try:
         restore_replaced(folder)
-        there, complete = _steps(folder), complete_steps(folder)
+        steps = complete_steps(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({reason(error)})") from error
     if load_step < 0:
-        return there[::-1]
-    if load_step not in there:
-        have = ", ".join(map(str, complete)) or "none"
+        return steps[::-1]
+    if load_step not in steps:
+        have = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
             f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
             f"complete steps: {have}; to go on with a run, -1 takes the newest intact one"
@@ -110,7 +108,7 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
 
 
 def _agree_on_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, as any rank finds it in its share. All ranks call."""
+    """Return what is wrong with a checkpoint, or None. All ranks call; each checks its share."""
     _require_everywhere(path)
     mine: str | None = f"{path}: is not a folder"
     found: list[Any] = [None] * dist.get_world_size()
@@ -121,16 +119,31 @@ def _agree_on_damage(path: Path) -> str | None:
 
 
 def _require_everywhere(path: Path) -> None:
-    seen = torch.tensor(int(path.exists()))
-    dist.all_reduce(seen, op=dist.ReduceOp.MIN)
-    if not seen:
-        raise CheckpointError(
-            f"job.dump_folder: {path} is not there on every rank; the folder must be on a file "
-            f"system that all nodes share"
-        )
+    """Raise CheckpointError on all ranks if one of them does not see the path."""
+    with raise_on_all_ranks():
+        if not path.exists():
+            raise CheckpointError(
+                f"job.dump_folder: {path} is not there on every rank; the folder must be on a file "
+                f"system that all nodes share"
+            )
 
 
 # ----------------------------------------------------------------- making room for new steps
+
+
+@contextmanager
+def config_error_if_unwritable(folder: Path) -> Iterator[None]:
+    """Raise ConfigError, naming `job.dump_folder`, for an OSError of the body.
+
+    Before the run begins, a folder that cannot be written is the user's mistake.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"[job] dump_folder: {folder} cannot be written ({reason(error)}); choose a folder "
+            f"that can"
+        ) from error
 
 
 def open_folder(folder: Path) -> None:
@@ -138,7 +151,7 @@ def open_folder(folder: Path) -> None:
 
     Raises:
         ConfigError, CheckpointError: a rank cannot write there, or the ranks do not share it.
-            Otherwise the first save would fail, hours later.
+            Without this check, the first save would fail hours later.
     """
 
     def make() -> None:
@@ -156,36 +169,18 @@ def open_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
-def make_tmp(final: Path) -> Path:
-    """Make `tmp_of(final)`, empty, and return it. All ranks call.
-
-    Raises:
-        StorageError: it cannot be made, or a rank does not see it.
-    """
-    tmp = tmp_of(final)
-    call_on_rank_0(lambda: fresh_tmp(final))
-    with raise_on_all_ranks():
-        if not tmp.is_dir():
-            raise StorageError(f"{tmp}: is not there on every rank")
-    return tmp
-
-
-def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
+def set_aside(folder: Path, after: int, suffix: str) -> None:
     """Rename the steps later than `after` to `step-N.<suffix>`. All ranks call.
 
-    The run will write those steps itself. The older ones must neither be resumed from nor make
-    `prune` delete the run's own.
+    The run will write those steps again. No run must resume from the present ones, and they must
+    not make `prune` delete the new ones.
 
     Args:
-        suffix: "old" or "damaged", see above. A number is appended to a name that is taken: the
-            program never deletes what it has set aside.
-
-    Returns:
-        The steps that were renamed.
+        suffix: "old" or "damaged", see above. A number is appended if the name is taken.
     """
 
     def rename() -> list[int]:
-        later = [n for n in _steps(folder) if n > after]
+        later = [n for n in complete_steps(folder) if n > after]
         for n in later:
             aside, number = folder / f"step-{n}.{suffix}", 1
             while aside.exists():
@@ -198,7 +193,6 @@ def set_aside(folder: Path, after: int, suffix: str) -> list[int]:
     if later:
         names = ", ".join(f"step-{n}" for n in later)
         logger.info("Set aside as step-N.%s, because this run replaces them: %s", suffix, names)
-    return later
 
 
 def prune(folder: Path, newest: int, keep: int) -> None:
@@ -212,14 +206,14 @@ def prune(folder: Path, newest: int, keep: int) -> None:
 
     def delete() -> None:
         for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
-            gone = tmp_of(folder / f"step-{old}")
+            path = folder / f"step-{old}"
             try:
-                shutil.rmtree(gone, ignore_errors=True)
+                discard_tmp(path)
                 # Renamed first: after a kill half-way it must not look complete.
-                (folder / f"step-{old}").rename(gone)
-                shutil.rmtree(gone)
+                path.rename(tmp_of(path))
+                shutil.rmtree(tmp_of(path))
             except OSError as error:  # the new checkpoint is safe: the run goes on
-                logger.warning("Checkpoint: %s cannot be deleted: %s", gone, reason(error))
+                logger.warning("Checkpoint: %s cannot be deleted: %s", path, reason(error))
 
     if keep > 0:
         call_on_rank_0(delete)

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_titan import __version__
-from opd_titan.checkpoint.faults import name_file_in_errors
+from opd_titan.checkpoint.publish import name_file_in_errors
 from opd_titan.config import RECIPE_FILE, to_toml
 from opd_titan.config.resolve import ResolvedJob
 from opd_titan.errors import ConfigError, reason

@@ -72,7 +72,7 @@ def _model_digest(source: ModelSource) -> str:
     digest = hashlib.sha256(repr(source.args).encode())
     if source.files is None:
         digest.update(f"random {source.spec.seed}".encode())
-    for path in sorted(set((source.files or {}).values())):
+    for path in sorted({part.path for part in (source.files or {}).values()}):
         digest.update(_ends(path))
     return digest.hexdigest()
 

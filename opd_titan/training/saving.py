@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from opd_titan import __version__
 from opd_titan.checkpoint.checkpointer import Checkpointer
 from opd_titan.checkpoint.hf_export import export_hf, is_exported
 from opd_titan.checkpoint.model_card import model_card
@@ -18,7 +16,7 @@ from opd_titan.checkpoint.publish import link_latest
 from opd_titan.checkpoint.steps import set_aside
 from opd_titan.errors import StorageError
 from opd_titan.training.models import JobModels
-from opd_titan.training.setup import STATE_FORMAT, Setup, Start
+from opd_titan.training.setup import Setup, Start
 
 logger = logging.getLogger("opd_titan")
 
@@ -27,13 +25,12 @@ class Saver:
     """Save, load and export the student of a run. All methods are collective.
 
     Attributes:
-        saved_at: the step of the newest checkpoint that this run has loaded or begun; 0 for none.
         exported_at: the step of the newest export; 0 for none.
     """
 
     def __init__(self, setup: Setup, models: JobModels) -> None:
         self.setup, self.models = setup, models
-        self.config, self.folder = setup.job.config, setup.job.folder
+        self.config, self.exports = setup.job.config, setup.job.folder / "hf"
         c = self.config.checkpoint
         self.checkpoints = Checkpointer(
             setup.checkpoints,
@@ -42,78 +39,71 @@ class Saver:
             keep_latest_k=c.keep_latest_k,
             background=c.async_mode == "async",
         )
-        self.saved_at = self.exported_at = 0
+        self.exported_at = 0
         self._export_error: StorageError | None = None
 
-    def load(self, start: Start) -> None:
-        """Load the checkpoint that the run starts from, if any, and log the start."""
+    def load(self, start: Start, suffix: str) -> None:
+        """Load the checkpoint that the run starts from, if any, and log the start.
+
+        Args:
+            suffix: added to the names of later checkpoints, which this run replaces.
+        """
+        folder = self.checkpoints.folder
         if start.state is None:
-            logger.info("Starting at step 1: %s in %s", start.reason, self.checkpoints.folder)
-            return
-        self.checkpoints.load(start.step)
-        self.saved_at, self.exported_at = start.step, start.state["exported_at"]
-        logger.info(
-            "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step %s",
-            self.checkpoints.folder,
-            start.step,
-            start.reason,
-            start.step + 1,
-        )
-
-    def set_aside_newer(self, step: int, suffix: str) -> None:
-        """Rename the checkpoints of later steps, which this run replaces."""
+            logger.info("Starting at step 1: %s in %s", start.reason, folder)
+        else:
+            self.checkpoints.load(start.step)
+            self.exported_at = start.state["exported_at"]
+            logger.info(
+                "Resumed from %s/step-%s (%s): weights of student.hf_path are replaced; next step "
+                "%s",
+                folder,
+                start.step,
+                start.reason,
+                start.step + 1,
+            )
         if self.config.checkpoint.enable:
-            set_aside(self.checkpoints.folder, step, suffix)
+            set_aside(folder, start.step, suffix)
 
-    def save(self, step: int, state: dict[str, Any], written: Callable[[], None]) -> None:
-        """Save a checkpoint, or begin to (checkpoint.async_mode).
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, or begin to; see `Checkpointer.save`.
 
         Args:
             state: JSON values to save beside the tensors.
-            written: called once the files are written, before they are published.
         """
-        state = {
-            "format": STATE_FORMAT,
-            "version": __version__,
-            "fingerprint": self.setup.fingerprint,
-            "exported_at": self.exported_at,
-            **state,
-        }
-        saved = self.checkpoints.save(step, state, written)
-        self.saved_at = step
-        if saved:
-            verb = "writing" if self.config.checkpoint.async_mode == "async" else "wrote"
-            logger.info("Checkpoint: %s %s/step-%s", verb, self.checkpoints.folder, step)
+        own = {"fingerprint": self.setup.fingerprint, "exported_at": self.exported_at}
+        self.checkpoints.save(step, {**own, **state})
 
-    def export(self, step: int, total_steps: int, results: dict[str, Any]) -> None:
-        """Export the student as a Hugging Face folder.
-
-        A storage failure is fatal only at the last step. An earlier export may be missing, because
-        the checkpoint has the weights.
+    def export(self, step: int, results: dict[str, Any], *, required: bool) -> None:
+        """Export the student as a Hugging Face folder. A storage fault is logged.
 
         Args:
             results: validation results for the model card.
+            required: `finish` raises the fault. Without it the export may be missing, because the
+                checkpoint has the weights.
         """
-        source, name, out = self.setup.sources["student"], self.config.export.dtype, self._out(step)
+        source, name = self.setup.sources["student"], self.config.export.dtype
+        out = self._out(step)
         self._export_error = None
         try:
             export_hf(
                 self.models.student,
                 out,
                 source_folder=source.folder,
+                stored=source.files,
                 key_table=source.key_table,
                 dtype=None if name == "auto" else getattr(torch, name),
                 edits=source.edits,
                 card=model_card(self.setup.job, step, results),
             )
-            if dist.get_rank() == 0:
-                link_latest(out)
-            self.exported_at = step
-            logger.info("Export: %s", out)
         except StorageError as error:
             logger.error("Storage: %s", error)
-            if step == total_steps:
-                self._export_error = error
+            self._export_error = error if required else None
+            return
+        if dist.get_rank() == 0:
+            link_latest(self.exports, step)
+        self.exported_at = step
+        logger.info("Export: %s", out)
 
     def has_exported(self, step: int) -> bool:
         """Return whether the export of this step exists and is of this run."""
@@ -123,12 +113,11 @@ class Saver:
         """Wait for what is being written.
 
         Raises:
-            StorageError: the last checkpoint or the last export is not complete.
+            StorageError: the newest checkpoint or a required export is not complete.
         """
-        if self.config.checkpoint.enable and self.saved_at:
-            self.checkpoints.require(self.saved_at)
+        self.checkpoints.finish()
         if self._export_error is not None:
             raise self._export_error
 
     def _out(self, step: int) -> Path:
-        return self.folder / "hf" / f"step-{step}"
+        return self.exports / f"step-{step}"

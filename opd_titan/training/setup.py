@@ -14,9 +14,13 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from opd_titan.checkpoint.checkpointer import inspect_checkpoint
-from opd_titan.checkpoint.faults import config_error_if_unwritable
-from opd_titan.checkpoint.publish import clear_leftovers, reset_latest
-from opd_titan.checkpoint.steps import agree_on_step, complete_steps, open_folder
+from opd_titan.checkpoint.publish import clear_leftovers, link_latest
+from opd_titan.checkpoint.steps import (
+    agree_on_step,
+    complete_steps,
+    config_error_if_unwritable,
+    open_folder,
+)
 from opd_titan.config import RECIPE_FILE, to_toml
 from opd_titan.config.resolve import ResolvedJob
 from opd_titan.data.loader import PromptLoader
@@ -37,9 +41,6 @@ from opd_titan.training.fingerprint import Fingerprint, differences, fingerprint
 from opd_titan.training.sources import ModelSource, check_lengths, inspect_models
 
 logger = logging.getLogger("opd_titan")
-
-# Version of the state that a checkpoint holds besides tensors. Only the same one can be read.
-STATE_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -227,8 +228,8 @@ def _find_start(setup: Setup) -> Start:
         if c.load_step == 0:
             return Start(0, "checkpoint.load_step is 0")
         return Start(0, "no complete checkpoint" if c.enable else "checkpoint.enable is false")
+    state = _read_state(setup, step)
     with raise_on_all_ranks():
-        state = _read_state(setup, step)
         _check_same_job(folder / f"step-{step}", state, setup)
     newest = c.load_step < 0
     return Start(
@@ -254,25 +255,20 @@ def roll_back(setup: Setup, last_good: int) -> Start:
     state = _read_state(setup, step)
     setup.loader.load_state_dict(state["loader"])
     if dist.get_rank() == 0:
-        reset_latest(setup.job.folder / "hf", state["exported_at"])
+        # The run has given up what it exported since.
+        link_latest(setup.job.folder / "hf", state["exported_at"])
     return Start(step, "watchdog.action is rollback", state)
 
 
 def _read_state(setup: Setup, step: int) -> dict[str, Any]:
     with torch.device("meta"):
         shapes = setup.sources["student"].build()
-    return inspect_checkpoint(setup.checkpoints, step, shapes)
+    return inspect_checkpoint(setup.checkpoints / f"step-{step}", shapes)
 
 
 def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
     """Raise if the checkpoint belongs to another job, or log what differs; move the loader."""
     allow_changes = setup.job.config.checkpoint.allow_changes
-    if state.get("format") != STATE_FORMAT:
-        raise CheckpointError(
-            f"{path}: was written by another version of opd_titan ({state.get('version')}, format "
-            f"{state.get('format')}; this one reads format {STATE_FORMAT}); use that version, "
-            f"choose another job.dump_folder, or start a new run with checkpoint.load_step = 0"
-        )
     differ = differences(state["fingerprint"], setup.fingerprint)
     changes = "; ".join(differ.values())
     if differ and not allow_changes:

@@ -22,6 +22,7 @@ from opd_titan.checkpoint.hf_folder import (
     resolve_model_folder,
 )
 from opd_titan.checkpoint.hf_load import check_hf_weights
+from opd_titan.checkpoint.slices import FileSlice
 from opd_titan.config.resolve import ModelSpec, ResolvedJob
 from opd_titan.data.tokenizer import check_tokenizer_fits, compare_tokenizers, load_tokenizer
 from opd_titan.distributed.heartbeat import set_phase
@@ -71,14 +72,14 @@ class ModelSource(ModelShape):
 
     Attributes:
         key_table: from Hugging Face's names of the tensors to ours.
-        files: the file of each tensor; None for random weights.
+        files: where each tensor is stored; None for random weights.
         edits: by file name, keys of its JSON files that an export replaces.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: set[int]
     key_table: dict[str, str]
-    files: dict[str, Path] | None
+    files: dict[str, FileSlice] | None
     edits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

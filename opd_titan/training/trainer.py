@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -50,7 +50,8 @@ class Trainer:
         self.watchdog = Watchdog(job)
         self.step, self.total_steps = 0, self.setup.total_steps
         self.graphs = 0  # compiled up to now
-        self.pauses_due = False  # whether the work due after the last step is still to be done
+        # Of "validate", "export", "record" and "checkpoint": what the last step still needs.
+        self.pending: set[str] = set()
 
     def train(self) -> int:
         """Run the job to its end, or to a signal. Return the exit code, see `train.main`."""
@@ -59,7 +60,7 @@ class Trainer:
         self._resume(self.start, "damaged" if c.checkpoint.load_step < 0 else "old")
         if self.start.state is not None:
             self.watchdog.load_state_dict(self.start.state["watchdog"])
-            self.pauses_due = self.start.state["pauses_due"]
+            self.pending = set(self.start.state["pending"])
         # Loading is over. From here on, ranks may be apart for as long as a rollout takes.
         set_timeout(c.comm.train_timeout_seconds, self.world.device)
         self.monitor.heartbeat.limit = c.comm.train_timeout_seconds
@@ -152,14 +153,14 @@ class Trainer:
                     self._measure_teacher(role)
                 scalars = self._validate()
             self.recorder.record_pauses(0, scalars)
-        if self.pauses_due:
-            self.after_step()
-        elif self.step == self.total_steps and not self.saver.has_exported(self.step):
-            self._export()
+        if self.start.state is not None and self.step == self.total_steps:
+            # Its export failed or has been deleted, or it was not the last step of that run.
+            if not self.saver.has_exported(self.step):
+                self.pending |= {"export", "checkpoint"}
+        self._do_pending()
 
     def after_step(self) -> None:
         """Do what is due after a step: validation, export, checkpoint."""
-        self.pauses_due = True
         if self.job.compiled:
             self.graphs = log_new_graphs(self.step, self.graphs)
         c, last = self.config, self.step == self.total_steps
@@ -167,27 +168,35 @@ class Trainer:
         def due(interval: int) -> bool:
             return last or (interval > 0 and self.step % interval == 0)
 
-        found: dict[str, float] = {}
+        self.pending = {"record"}
         if self.validator is not None and due(c.validation.interval):
+            self.pending.add("validate")
+        if due(c.export.interval):
+            self.pending.add("export")
+        if c.checkpoint.enable and due(c.checkpoint.interval):
+            self.pending.add("checkpoint")
+        self._do_pending()
+
+    def _do_pending(self) -> None:
+        """Do what is pending.
+
+        Raises:
+            Stopped: after a signal; the validation and all that follows are still pending.
+        """
+        found: dict[str, float] = {}
+        if "validate" in self.pending and self.validator is not None:
             with self._phase("validate"):
                 found = self._validate()
-        self.saver.checkpoints.poll()
         # Before the checkpoint: a run that is killed in between exports again when it resumes.
-        if due(c.export.interval):
+        if "export" in self.pending:
             self._export()
-        self.pauses_due = False
-
-        def record() -> None:
+        done, self.pending = self.pending, set()
+        if "checkpoint" in done:
+            self._save()
+        if "record" in done:
+            # Before the checkpoint is published: a run that is killed then would never record it.
             self.recorder.record_pauses(self.step, found)
-            found.clear()
-
-        # The checkpoint that this run resumed from says that this was due. Replace it, or the next
-        # run that resumes from it would do and record it again.
-        replaced = self.saver.saved_at == self.step
-        if c.checkpoint.enable and (due(c.checkpoint.interval) or replaced):
-            # Recorded before publishing: a run that is killed after that would never record it.
-            self._save(record)
-        record()
+        self.saver.checkpoints.poll()
 
     def _validate(self) -> dict[str, float]:
         assert self.validator is not None
@@ -217,7 +226,7 @@ class Trainer:
     def _export(self) -> None:
         with self._phase("checkpoint"):
             results = self.recorder.metrics.results(self.step)
-            self.saver.export(self.step, self.total_steps, results)
+            self.saver.export(self.step, results, required=self.step == self.total_steps)
 
     def _finish(self, stopped: bool) -> int:
         saves = self.config.checkpoint.enable
@@ -242,35 +251,32 @@ class Trainer:
 
     # ------------------------------------------------------------------- state
 
-    def _save(self, written: Callable[[], None] = lambda: None) -> None:
+    def _save(self) -> None:
+        """Write a checkpoint, or begin to. `poll` or `finish` publishes it."""
+        # It is replaced when nothing is pending any more: otherwise the next run that resumes from
+        # it would do and record the same again.
+        pending = self.pending | {"checkpoint"} if self.pending else set()
         state = {
             "validator": self.validator.state_dict() if self.validator else None,
             "recorder": self.recorder.metrics.state_dict(),
             "loader": self.setup.loader.state_dict(),
-            "pauses_due": self.pauses_due,
+            "pending": sorted(pending),
             "skipped_in_a_row": self.nonfinite.in_a_row,
             "watchdog": self.watchdog.state_dict(),
         }
-        with ExitStack() as phase:
-
-            def is_written() -> None:
-                phase.close()
-                written()
-
-            phase.enter_context(self._phase("checkpoint"))
-            self.saver.save(self.step, state, is_written)
+        with self._phase("checkpoint"):
+            self.saver.save(self.step, state)
 
     def _resume(self, start: Start, suffix: str) -> None:
         """Load the checkpoint to start from, if any, and record from there on.
 
         Args:
-            suffix: for the names of later checkpoints, which this run replaces.
+            suffix: see `Saver.load`.
         """
         if start.state is not None:
             self.monitor.set_phase(f"the loading of the checkpoint of step {start.step}")
-        self.saver.load(start)
+        self.saver.load(start, suffix)
         self.step, state = start.step, start.state
-        self.saver.set_aside_newer(self.step, suffix)
         self.recorder = make_recorder(self.setup, self.step, self.phases.rule)
         if state is None:
             return
@@ -289,4 +295,5 @@ class Trainer:
         self.watchdog.send_back(start.state["watchdog"])
         # Save the smaller learning rate, for a run that resumes from here.
         self._save()
+        self.saver.checkpoints.poll()
         self.recorder.clock.pop()  # the pauses of this step have been recorded

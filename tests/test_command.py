@@ -119,7 +119,7 @@ def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -
     assert len(list((out / "logs").iterdir())) == int(processes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
     out = world.folder / "launched"
     launcher = ["-m", "opd_titan.cli.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]

@@ -21,18 +21,12 @@ from tiny_world import (
     TIMEOUT,
     World,
     make_sums,
-    make_world,
     own_output,
     script,
     train,
 )
 
 LONGEST = 1000
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 class WeightsLoaded(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_world import REPO, World, make_world
+from tiny_world import REPO, World
 
 from opd_titan import __main__ as command
 from opd_titan.config.options import OPTIONS
@@ -100,11 +100,6 @@ def test_mistakes_are_one_line(words: list[str], said: str) -> None:
 
 
 # ------------------------------------------------------------------ train on this machine
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 BRIEF = ["--training.steps", "1", "--validation.enable", "false", "--checkpoint.enable", "false"]

@@ -9,18 +9,12 @@ import pytest
 from tiny_world import (
     TIMEOUT,
     World,
-    make_world,
     read_log,
     script,
     train,
 )
 
 from opd_titan.checkpoint.steps import complete_steps
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def finish(argv: list[str], processes: int) -> tuple[int, str, str, float]:

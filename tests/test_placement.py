@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distributed_utils import run_distributed
 from tiny_rollout import CPU, follow, held, sharded
 from tiny_student import one_process_group
-from tiny_world import World, assert_same_run, make_world, read_log, run_here, train
+from tiny_world import World, assert_same_run, read_log, run_here, train
 
 import opd_titan.rollout.memory as memory_module
 import opd_titan.training.trainer as trainer_module
@@ -32,11 +32,6 @@ OFFLOAD = (
     *("--optimizer.cpu_offload", "true", "--teacher.cpu_offload", "true"),
     *("--reference.coef", 0.5, "--reference.cpu_offload", "true"),
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("placement"))
 
 
 @pytest.mark.slow

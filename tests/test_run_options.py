@@ -10,7 +10,6 @@ from tiny_world import (
     TIMEOUT,
     World,
     make_model,
-    make_world,
     own_output,
     read_log,
     read_scalars,
@@ -21,11 +20,6 @@ from tiny_world import (
 )
 
 NO_VALIDATION = ["--validation.enable", "False"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:

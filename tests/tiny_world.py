@@ -8,13 +8,16 @@ rows = read_rollouts(world.folder / "out")
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -85,12 +88,21 @@ class World:
 
 def make_world(folder: Path) -> World:
     world = World(folder)
-    make_model(world.student, seed=1)
-    make_model(world.teacher, seed=2)
-    make_sums(folder / "data" / "train.jsonl", 22, seed=1)
-    make_sums(folder / "data" / "test.jsonl", 8, seed=2)
+    shutil.copytree(_original().name, folder, dirs_exist_ok=True)
     world.recipe.write_text(RECIPE.format(folder=folder))
     return world
+
+
+@functools.cache
+def _original() -> tempfile.TemporaryDirectory[str]:
+    """Make the models and the data that the worlds of this process are copies of."""
+    folder = tempfile.TemporaryDirectory(prefix="opd_titan_world_", ignore_cleanup_errors=True)
+    world = World(Path(folder.name))
+    make_model(world.student, seed=1)
+    make_model(world.teacher, seed=2)
+    make_sums(world.folder / "data" / "train.jsonl", 22, seed=1)
+    make_sums(world.folder / "data" / "test.jsonl", 8, seed=2)
+    return folder
 
 
 def make_model(

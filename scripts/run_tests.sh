@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the quick tests, a file per core at a time: ./scripts/run_tests.sh [pytest arguments]
 #
-# -m "slow and not long" runs the others that CI runs, -m long the rest, -m "" all.
+# -m "not long" runs what CI runs, -m long the rest, -m "" all.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment dev

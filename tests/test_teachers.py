@@ -240,15 +240,6 @@ def test_sets_have_their_shares_and_their_own_figures(runs: World) -> None:
 FIGURES = ("share", "response_tokens_mean", "truncated_fraction", "kl_student_teacher")
 
 
-def test_no_prompt_comes_twice_in_an_epoch_of_its_set(runs: World) -> None:
-    seen: dict[str, list[int]] = {"sums": [], "words": []}
-    for rows in read_rollouts(runs.folder / "sampled-1").values():
-        for row in rows[::2]:
-            seen[row["data_set"]].append(row["prompt_index"])
-    assert len(set(seen["sums"][:8])) == 8 and len(set(seen["words"][:6])) == 6
-    assert set(seen["sums"]) <= set(range(11)) and set(seen["words"]) <= set(range(11, 18))
-
-
 def test_each_set_is_validated_against_its_own_teacher(world: World) -> None:
     assert train(world.argv("graded")) == 0
     as_of_step_2(world, "graded", "resumed")

@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment dev
 cd "$ROOT"
-exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile -m "not slow and not long" "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+    -m "not slow and not long" "$@"

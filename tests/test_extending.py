@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run as they stand there."""
+"""Run the examples of docs/extending.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def page(repo: Path) -> str:
 
 
 def example(page: str, heading: str, module: Any) -> dict[str, Any]:
-    """What the section's Python blocks define, as lines of `module` would."""
+    """Return the names that the section's Python blocks define inside `module`."""
     section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert blocks

@@ -1,4 +1,4 @@
-"""Scalars from a step to TensorBoard: windows, resumes, kills, full disks; times and memory."""
+"""Scalars on their way to TensorBoard: windows, resumes, full disks, times and memory."""
 
 from __future__ import annotations
 

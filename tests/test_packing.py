@@ -209,7 +209,7 @@ def test_the_token_budget_changes_neither_loss_nor_gradient(tied: bool) -> None:
 
 @pytest.mark.parametrize(("ranks", "budget"), [(2, 13), (3, 1 << 20), (7, 13)])
 def test_shares_of_the_ranks_add_up(ranks: int, budget: int) -> None:
-    """They do not if each rank divides by its own number of tokens: the lengths are ragged."""
+    """Each rank must divide by the global number of tokens."""
     samples = with_rollout_logprobs(tiny_qwen3(), random_samples(RAGGED))
     shares = [step(samples, budget, Axis(r, ranks)) for r in range(ranks)]
     true_loss, true_grad = naive_step(samples)

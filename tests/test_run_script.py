@@ -1,4 +1,4 @@
-"""`scripts/run_train.sh`: how many processes it starts, and with which recipe."""
+"""`scripts/run_train.sh` starts a process for each visible GPU."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_uniforms_are_splitmix64_bit_for_bit() -> None:
 
 
 def uniforms_along(axis: str, n: int) -> np.ndarray:
-    """Random numbers of n neighbours along one axis, the others held."""
+    """Return n random numbers that differ in one coordinate of their keys."""
     fixed = {"seed": 42, "step": 7, "prompt": 3, "sample": 1}
     if axis == "position":
         return draw([sequence_key(*fixed.values())] * n, list(range(n)))
@@ -120,7 +120,7 @@ def test_frequencies_are_the_softmax(vocab: int, scale: float) -> None:
 
 @pytest.mark.parametrize("vocab", [*VOCABULARIES, 151_936])
 def test_rows_are_inverted_one_by_one(vocab: int) -> None:
-    """Token for token the slow inverse of the distribution, save within rounding of an edge."""
+    """Each token is the inverse of the cumulative distribution at u, up to rounding."""
     n = 8 if vocab > 1000 else 200
     logits, u = random_logits(n, vocab), torch.rand(n, dtype=torch.float64)
     tokens, logprobs = sample(logits.clone(), u)

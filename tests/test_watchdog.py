@@ -1,4 +1,4 @@
-"""Runs that go wrong as on-policy distillation does: what the watchdog reports and does.
+"""The watchdog on runs that collapse in the ways that on-policy distillation does.
 
 The models are those of the debug recipe. Options ruin them, and one fault is put into the program:
 weights that do not reach the generator.

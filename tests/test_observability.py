@@ -223,6 +223,17 @@ def test_memory_on_cpu_is_the_peak_of_this_process_alone() -> None:
     del blob
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_on_cuda_is_the_peak_since_the_last_call() -> None:
+    blob = torch.ones(2**28, device="cuda")
+    first = memory_scalars("cuda")
+    del blob
+    memory_scalars("cuda")
+    second = memory_scalars("cuda")
+    assert first["memory/max_active(GiB)"] >= 1.0 > second["memory/max_active(GiB)"]
+    assert first["memory/max_reserved(GiB)"] >= first["memory/max_active(GiB)"]
+
+
 # ----------------------------------------------------------------------------- KL
 
 

@@ -1,4 +1,4 @@
-"""A run that is slow and healthy says so from its start to its end, or it would be ended."""
+"""Every slow part of a run sends heartbeats, so that a healthy run is not ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSORS = 4  # fewer than any model here has
 
 @pytest.fixture
 def beats(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a run in this process says that it goes on, by place; in the order of places."""
+    """Count the heartbeats of runs in this process by phase."""
     found: Counter[str] = Counter()
     own = Heartbeat.beat
 
@@ -36,19 +36,6 @@ def test_every_part_of_a_run_says_that_it_goes_on(tmp_path: Path, beats: Counter
     argv = world.argv("run", "--training.steps", 1, "--export.interval", 1)
     assert train(argv) == 0
     folder = Path(argv[3]) / "checkpoint"
-    start = [
-        "the start",
-        "the meeting of all ranks",
-        "the check of student.hf_path",
-        "the check of teacher.hf_path",
-        "the reading of data.path",
-        "the reading of validation.path",
-        f"the check of {folder}",
-        "the loading of the student",
-        "the loading of the teacher",
-        "the comparison of rollout and training",
-    ]
-    assert list(beats)[: len(start)] == start
     assert min(beats["the loading of the student"], beats["the loading of the teacher"]) > TENSORS
     assert beats["the reading of data.path"] >= 2  # once as it begins, once each batch
     # Each tensor of the export and of the checkpoint (with its two moments), and their checksums.
@@ -71,7 +58,7 @@ def test_each_buffer_of_a_checksum_is_a_beat(
     finally:
         heartbeat.close()
     assert beats["the test"] == 1 + 10
-    beat()  # nobody listens any more
+    beat()  # the heartbeat is closed
     assert beats["the test"] == 1 + 10
 
 

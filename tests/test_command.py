@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_world import REPO, World, make_world
+from programs import run_program, run_python
+from tiny_world import REPO, World
 
 from opd_titan import __main__ as command
 from opd_titan.cli.start import num_processes
@@ -21,7 +22,7 @@ from opd_titan.config.options import OPTIONS
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`opd-titan` as a user starts it, outside of any launcher."""
+    """Run `opd-titan` outside of any launcher."""
     env = {k: v for k, v in os.environ.items() if k not in (*command.LAUNCHED, "NGPU")}
     return subprocess.run(
         [sys.executable, "-m", "opd_titan", *words],
@@ -38,7 +39,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_what_there_is_and_loads_nothing() -> None:
     code = "import sys; sys.argv = ['opd-titan', '--help']; from opd_titan.__main__ import main"
     code += "; main(); print(*sorted(sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    done = run_python("-c", code)
     loaded = set(done.stderr.split())
     assert not loaded & {"torch", "pydantic", "transformers", "opd_titan.config"}
     assert re.findall(r"^  (\w+) ", done.stdout, re.M) == [*command.PROGRAMS, "completion"]
@@ -51,7 +52,7 @@ RECIPE = REPO / "train_configs" / "debug.toml"
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", ["--help", "train --help", f"config {RECIPE}", "completion bash"])
 def test_a_reader_that_leaves_is_no_error(words: str, unbuffered: str) -> None:
-    """As `opd-titan --help | head -1` and a pager do."""
+    """`opd-titan --help | head -1` closes the pipe, as a pager does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "opd_titan", *words.split()],
         env={**os.environ, "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": unbuffered},
@@ -66,12 +67,7 @@ def test_a_reader_that_leaves_is_no_error(words: str, unbuffered: str) -> None:
 
 def test_each_command_is_its_module() -> None:
     for name in command.PROGRAMS:
-        own = subprocess.run(
-            [sys.executable, "-m", f"opd_titan.{name}", "--help"],
-            env={**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-        )
+        own = run_python("-m", f"opd_titan.{name}", "--help", COLUMNS="100")
         ours = run(name, "--help", COLUMNS="100")
         assert (ours.returncode, ours.stdout) == (own.returncode, own.stdout), name
 
@@ -101,11 +97,6 @@ def test_mistakes_are_one_line(words: list[str], said: str) -> None:
 
 
 # ------------------------------------------------------------------ train on this machine
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 BRIEF = ["--training.steps", "1", "--validation.enable", "false", "--checkpoint.enable", "false"]
@@ -144,18 +135,13 @@ def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -
     assert len(list((out / "logs").iterdir())) == int(processes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
     out = world.folder / "launched"
     launcher = ["-m", "opd_titan.cli.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0", "-m", "opd_titan", "train"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(world.recipe), "--job.dump_folder", str(out), *BRIEF],
-        env={**os.environ, "PYTHONPATH": str(REPO), "NGPU": "3"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    argv = [str(world.recipe), "--job.dump_folder", str(out), *BRIEF]
+    done = run_python(*launcher, *argv, NGPU="3")
     assert done.returncode == 0, done.stderr
     assert len(list((out / "logs").iterdir())) == 2
 
@@ -168,7 +154,7 @@ def test_what_is_wrong_with_ngpu_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout's scripts, beside a Python that has pip and nothing else."""
+    """Return a folder with the scripts and a Python that has only pip."""
     folder = tmp_path_factory.mktemp("bare")
     shutil.copytree(REPO / "scripts", folder / "scripts")
     shutil.copy(REPO / "constraints.txt", folder)
@@ -251,7 +237,7 @@ def test_the_allocator_is_set_up_before_torch_is_imported(module: str, own: str 
 
 
 def completed(shell: str, line: str) -> list[str]:
-    """What the shell offers for the last word of the line."""
+    """Return the completions of the last word of the line."""
     words = line.split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     script = f"""
@@ -259,13 +245,8 @@ def completed(shell: str, line: str) -> list[str]:
         COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}
         _opd_titan; printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program("bash", "-c", script)
+    assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
@@ -295,7 +276,7 @@ def test_every_option_is_offered() -> None:
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
 def test_zsh_reads_its_own() -> None:
     code = f'eval "$({sys.executable} -m opd_titan completion zsh)"; whence _opd_titan'
-    done = subprocess.run(["zsh", "-fc", code], capture_output=True, text=True, cwd=REPO)
+    done = run_program("zsh", "-fc", code)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
@@ -304,7 +285,7 @@ def test_zsh_reads_its_own() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_has_everything_and_brings_the_command(tmp_path: Path) -> None:
-    """Built from a copy, for setuptools leaves its build folder beside the sources."""
+    """Build from a copy, because setuptools leaves its build folder beside the sources."""
     pytest.importorskip("setuptools", reason="builds without downloads")
     source = tmp_path / "source"
     shutil.copytree(REPO / "opd_titan", source / "opd_titan")
@@ -321,10 +302,10 @@ def test_the_wheel_has_everything_and_brings_the_command(tmp_path: Path) -> None
     place = tmp_path / "venv"
     venv.create(place, with_pip=False, symlinks=True)
     target = ["--python", str(place / "bin" / "python"), "install", "--no-deps", str(wheel)]
-    # Nor may pip see the sources, which count as an installed package where they have an egg-info.
+    # pip must not see the sources: with an egg-info they count as an installed package.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *command.LAUNCHED)}
     subprocess.run([*pip, *target], check=True, env=env, cwd=tmp_path)
-    # Only now the packages that run this test: among them may be this one, where pip sees it.
+    # Add the packages that run this test only now, because opd_titan may be one of them.
     others = next(path for path in sys.path if path.endswith("site-packages"))
     (next(place.glob("lib/python*/site-packages")) / "others.pth").write_text(others)
     program = str(place / "bin" / "opd-titan")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from programs import run_python
 
 from opd_titan.config import ConfigError, JobConfig, job_config, load_config
 from opd_titan.config.options import LISTS, OPTIONS, VALUES
@@ -26,19 +25,13 @@ def load(tmp_path: Path, toml: str | bytes, *argv: str) -> JobConfig:
 
 
 def refusal(argv: list[str]) -> str:
-    """The message of the ConfigError that `argv` must give, checked to be one clean line."""
+    """Return the message of the ConfigError for `argv`; assert that it is one printable line."""
     with pytest.raises(ConfigError) as caught:
         load_config(argv)
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and message.isprintable(), message
     assert message.isascii() or not " ".join(argv).isascii(), message  # no boxes
     return message
-
-
-def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *args], capture_output=True, encoding="utf-8", env={**os.environ, **env}
-    )
 
 
 # --- what is right ---
@@ -121,15 +114,10 @@ BAD_TOML = [
     # unknown names
     ("[rollout]\ngroup_sise = 2", "train.toml: [rollout] group_sise: unknown key", "group_size?"),
     ("[rolout]\ngroup_size = 2", "train.toml: rolout: unknown table", "did you mean rollout?"),
-    ("[zzz]\nx = 2", "zzz: unknown table; --help lists all options"),
     ("[training]\nlr = 2", "[training] lr: unknown key", "did you mean optimizer.lr?"),
-    ("[optimizer]\nname = 'adamw'", "train.toml: [optimizer] name: unknown key; --help lists"),
-    ("[student]\nconfig.x = 2", "[student] config: unknown table"),
     ("lr = 3", "train.toml: lr: unknown key outside of any table", "did you mean optimizer.lr?"),
     ("bse = 'x.toml'", "bse: unknown key outside of any table", "did you mean base?"),
-    ("'training.steps' = 3", "training.steps: unknown key outside of any table"),
     ('[job]\n"a\\u2028b\\u001b[31m" = 1', "a\\u2028b\\x1b[31m: unknown key"),
-    ("[validation]\nset = []", "[validation] set: unknown key", "did you mean validation.sets?"),
     ("[[validation.sets]]\npth = 'x'", "validation.sets[0].pth: unknown key", "sets.path?"),
     ("[[data]]\ntemplate = 'raw'", "data.sets[0].template: unknown key; did you mean data.templ"),
     ("[job]\nconfig_file = 'x'", "[job] config_file: only for the command line", "base ="),
@@ -139,18 +127,13 @@ BAD_TOML = [
     ("[validation.sets]\nname = 'a'", "validation.sets: a table is not a list of tables", "[[val"),
     ("[validation]\nsets = [1]", "validation.sets[0]: 1 is not a table; write [[validation.sets]]"),
     # types
-    ("[rollout]\ngroup_size = 2.0", "[rollout] group_size: 2.0 is not an integer >= 1"),
     ("[rollout]\ngroup_size = [2]", "[rollout] group_size: an array is not an integer"),
     ("[rollout.group_size]\nx = 2", "[rollout] group_size: a table is not an integer"),
     ("[rollout]\ngroup_size = 1979-05-27", "group_size: ", "is not an integer"),
-    ("[optimizer]\nlr = '1e-6'", '[optimizer] lr: "1e-6" is not a number >= 0'),
     ("[optimizer]\nlr = nan", "[optimizer] lr: nan is not a finite 32-bit number"),
     ("[optimizer]\nlr = 1e999", "[optimizer] lr: inf is not a finite 32-bit number"),
-    ("[optimizer]\nlr = 1e39", "[optimizer] lr: 1e+39 is not a finite 32-bit number"),
     ("[optimizer]\nlr = 0x" + "f" * 4000, "lr: a number of over 60 digits is not a number >= 0"),
     ("[training]\nsteps = 9223372036854775808", "steps: 9223372036854775808 does not fit in 64 bi"),
-    ("[profiling]\nenable = 'true'", '[profiling] enable: "true" is not true or false'),
-    ("[validation]\ndataset = 'x'", 'is not one of "", gsm8k'),
     (
         "[[validation.sets]]\nname = 'a'\n[[validation.sets]]\npath = 3",
         "train.toml: validation.sets[1].path: 3 is not a string",
@@ -162,7 +145,6 @@ BAD_TOML = [
     # texts
     ('[data]\npath = "a\\u0000b"', "[data] path: ", "a NUL"),
     ("[validation]\ngrader = 'latex'", '[validation] grader: "latex" is not a grader; wanted one'),
-    ("[validation]\ngrader = ''", '[validation] grader: "" is not a non-empty string'),
     ("[validation]\ngrader = 'a.b:c d'", '"a.b:c d" is not a grader', "package.module:function"),
     ("[[validation.sets]]\ngrader = 'a.b'", 'validation.sets[0].grader: "a.b" is not a grader'),
     ("[[validation.sets]]\npath = '~zz/x'", "validation.sets[0].path: ", "no such user"),
@@ -176,7 +158,6 @@ BAD_TOML = [
     # base
     ("base = 'no.toml'", "train.toml: base: ", "no.toml: no such file"),
     ("base = 3", "train.toml: base: 3 is not the path of a TOML file"),
-    ("base = ''", 'train.toml: base: "" is not the path of a TOML file'),
     ("[base]\nx = 1", "base: a table is not the path of a TOML file"),
     ("base = '.'", "train.toml: base: ", "is a folder; wanted a TOML file"),
     ("base = 'train.toml'", "base: goes in a circle: ", "train.toml -> "),
@@ -233,33 +214,22 @@ def test_too_large_files() -> None:
 BAD_ARGUMENTS = [
     # names
     ("--rollout.group_sise=2", "--rollout.group_sise: unknown option", "--rollout.group_size?"),
-    ("--rolout.group_size 2", "--rolout.group_size", "did you mean --rollout.group_size?"),
-    ("--group_size 2", "--group_size: unknown option", "did you mean --rollout.group_size?"),
     ("--training.lr 2", "--training.lr: unknown option", "did you mean --optimizer.lr?"),
     ("--rollout.no_group_size", "--rollout.no_group_size: unknown", "--rollout.group_size?"),
     ("--validation.no_enable=True", "--validation.no_enable: unknown", "--validation.enable?"),
-    ("--validation.sets.name a", "--validation.sets.name: unknown option"),
-    ("--rollout", "--rollout: unknown option; --help lists all options"),
-    ("--training,steps=3", "--training,steps: unknown option"),
     ("--a\x1b[31m\nb 1", "--a\\x1b[31m\\nb: unknown option"),
     ("--", "--: unknown option", "--help"),
     ("train.toml", '"train.toml": not an option', "--table.key value"),
-    ("-training.steps 3", '"-training.steps": not an option'),
     ("", '"": not an option', "--table.key value"),
     ("--training.steps 3 4", '"4": not an option', "--table.key value"),
     ("--validation.no_enable False", '"False": not an option'),
     # values
     ("--training.steps", "--training.steps: has no value", "an integer >= 1"),
     ("--training.steps --profiling.enable", "--training.steps: has no value", "an integer >= 1"),
-    ("--training.steps=", '--training.steps: "" is not an integer >= 1'),
-    ("--training.steps 1.5", '--training.steps: "1.5" is not an integer'),
     ("--training.steps " + "9" * 5000, "--training.steps: ", "an integer >= 1"),
     ("--training.steps " + "9" * 30, "--training.steps: ", "does not fit in 64 bits"),
     ("--training.steps 3 --training.steps x", '--training.steps: "x" is not an integer'),
-    ("--optimizer.lr abc", '--optimizer.lr: "abc" is not a number >= 0'),
     ("--optimizer.lr -inf", "--optimizer.lr: -inf is not a finite"),
-    ("--profiling.enable=", '--profiling.enable: "" is not true or false'),
-    ("--distill.objective js", '"js" is not one of policy_gradient, reverse_kl, forward_kl, jsd,'),
     ("--rollout.group_size 1099511627776", "is out of range; wanted", "<= 1048576"),
     ("--parallelism.data_parallel_shard_degree 0", "0 is not a number of ranks; wanted -1, or"),
     ("--data.path a\0b", "--data.path: ", "a NUL"),
@@ -272,10 +242,8 @@ BAD_ARGUMENTS = [
     ("--job.dump_folder ~/run", '--job.dump_folder: "~/run": ~ is not expanded here'),
     ("--job.config_file no.toml", "--job.config_file: no.toml: no such file"),
     ("--job.config_file .", "--job.config_file: . is a folder; wanted a TOML file"),
-    ("--job.config_file a\nb", "--job.config_file: a\\nb: no such file"),
     ("--validation.sets", "--validation.sets: has no value; wanted a TOML array of tables"),
     ("--validation.sets x", '--validation.sets: "x" is not a TOML array of tables', "'[{key"),
-    ("--validation.sets {}", "--validation.sets: a table is not a list of tables"),
     ("--validation.sets [{nme='a'}]", "--validation.sets[0].nme: unknown key; did you mean"),
     ("--validation.sets [{max_prompts='3'}]", '--validation.sets[0].max_prompts: "3" is not an in'),
 ]
@@ -356,7 +324,7 @@ def test_paths(name: str, value: str) -> None:
 
 def test_help_lists_every_option_fast_and_without_torch() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = run("-X", "importtime", "-m", "opd_titan.config", "--help")
+    done = run_python("-X", "importtime", "-m", "opd_titan.config", "--help")
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert done.returncode == 0 and seconds < 2, seconds  # 0.3 s on an idle core
     modules = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
@@ -381,7 +349,7 @@ def test_help_wins_over_what_is_wrong(capsys, flag: str) -> None:
 def test_printed_config_can_be_fed_back(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('[job]\ndescription = "a\\n\\"é\\u007f"\n', encoding="utf-8")
     argv = ["--job.config_file", str(tmp_path / "a.toml"), *MODELS, "--training.seed", "7"]
-    done = run("-m", "opd_titan.config", *argv, PYTHONIOENCODING="latin-1")
+    done = run_python("-m", "opd_titan.config", *argv, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, "")
     (tmp_path / "b.toml").write_text(done.stdout, encoding="utf-8")
     config = load_config(["--job.config_file", str(tmp_path / "b.toml")])
@@ -389,7 +357,7 @@ def test_printed_config_can_be_fed_back(tmp_path: Path) -> None:
 
 
 def test_a_wrong_config_is_one_line_and_exit_code_2() -> None:
-    done = run("-m", "opd_titan.config", "--rollout.group_sise", "2")
+    done = run_python("-m", "opd_titan.config", "--rollout.group_sise", "2")
     assert (done.returncode, done.stdout) == (2, "")
     expected = "--rollout.group_sise: unknown option; did you mean --rollout.group_size?\n"
     assert done.stderr == expected

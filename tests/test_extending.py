@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run as they stand there."""
+"""Run the examples of docs/extending.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def page(repo: Path) -> str:
 
 
 def example(page: str, heading: str, module: Any) -> dict[str, Any]:
-    """What the section's Python blocks define, as lines of `module` would."""
+    """Return the names that the section's Python blocks define inside `module`."""
     section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert blocks
@@ -113,16 +113,6 @@ def test_the_objective_and_its_derivative_are_those_of_the_plain_formula(
     found = total_variation(rows_of(student_CV, teacher_CV, reference_CV), settings)
     torch.testing.assert_close(found.loss_C, plain_C.detach())
     torch.testing.assert_close(found.dlogits_Cv, truth_CV)
-
-
-def test_it_is_bounded_and_nothing_moves_a_student_that_is_the_teacher(
-    total_variation: Objective,
-) -> None:
-    same_CV, other_CV = random_logits(50, 17, 0, scale=20.0), random_logits(50, 17, 1, scale=20.0)
-    far = total_variation(rows_of(same_CV, other_CV), ObjectiveSettings())
-    assert 0.5 < far.loss_C.max() <= 1.0
-    near = total_variation(rows_of(same_CV, same_CV.clone()), ObjectiveSettings())
-    assert near.loss_C.abs().max() == 0.0 and near.dlogits_Cv.abs().max() == 0.0
 
 
 # ---------------------------------------------------------------- a model family

@@ -1,4 +1,4 @@
-"""The graders on responses as models write them, on real gold answers, and on degenerate text."""
+"""Graders on typical responses, real gold answers and degenerate text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opd_titan.grading.graders import GRADERS, Grade
 from opd_titan.grading.math import math_judge
 from opd_titan.grading.numbers import parse_number
 
-# Of each table below: response, gold answer, whether it is right and, where given, what was found.
+# Rows: response, gold answer, whether it is right and, in some tables, the answer found.
 AUTO = [
     ("#### 70", "70", True),
     ("#### 70.0", "70", True),

@@ -1,4 +1,4 @@
-"""A limit on a rollout's tokens: what it keeps depends on the responses alone."""
+"""With a limit on a rollout's tokens, what is kept depends only on the responses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tiny_rollout import EOS, prompts, requests, summary, tiny
 from tiny_world import REPO
 
 from opd_titan.config import load_config
+from opd_titan.data.types import Sample
 from opd_titan.errors import ConfigError
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.rollout import cut
@@ -29,13 +30,19 @@ def test_the_greatest_common_length(lengths: list[int], budget: int) -> None:
         assert total(limit) <= budget < total(limit + 1)
 
 
+@pytest.fixture(scope="module")
+def whole() -> list[Sample]:
+    """The responses without a limit."""
+    params = SamplingParams(25, temperature=1.1)
+    return Generator(tiny(), EOS).generate(requests(prompts(), 3), params)
+
+
 @pytest.mark.parametrize("slots", [2, 5, 0])
 @pytest.mark.parametrize("budget", [36, 100, 230, 10**6])
-def test_sampling_stops_early_and_keeps_the_same(slots: int, budget: int) -> None:
-    model, wanted = tiny(), requests(prompts(), 3)
-    params = SamplingParams(25, temperature=1.1)
-    free, limited = Generator(model, EOS), Generator(model, EOS, slots, 40)
-    whole = free.generate(wanted, params)
+def test_sampling_stops_early_and_keeps_the_same(
+    whole: list[Sample], slots: int, budget: int
+) -> None:
+    wanted, limited = requests(prompts(), 3), Generator(tiny(), EOS, slots, 40)
     expected = cut(whole, budget)
     some = limited.generate(wanted, SamplingParams(25, temperature=1.1, max_tokens=budget))
     assert summary(cut(some, budget)) == summary(expected)

@@ -318,7 +318,7 @@ def test_a_step_has_no_idle_rows() -> None:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Of one process."""
+    """Return a world of one process."""
     init_world(60)
     yield build_world(CPU)
     dist.destroy_process_group()

@@ -1,17 +1,15 @@
-"""The scheduler, run by an engine that checks each step."""
+"""The scheduler in an engine that checks each step."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_python
 from simulated_engine import Engine, Workload, identity, make_group, pages_for
 
-from opd_titan.rollout.scheduler import Chunk, Request, Scheduler, SequenceState, Work
+from opd_titan.rollout.scheduler import Chunk, Request, Scheduler, SequenceState
 
 properties = settings(deadline=None, max_examples=200)
 thoroughly = settings(deadline=None, max_examples=600)
@@ -130,11 +128,6 @@ def chunk(r: Request, start: int, end: int, pages: list[int]) -> Chunk:
     return Chunk(list(r.prompt.token_ids[start:end]), start, pages)
 
 
-def only_decodes(work: Work) -> bool:
-    changes = (work.preempted, work.moves, work.new_pages, work.chunks, work.copies, work.started)
-    return not any(changes)
-
-
 def test_a_partly_filled_page_is_copied_and_the_last_sequence_takes_it() -> None:
     group = make_group(0, 6, [None] * 3)
     scheduler = scheduler_of(group, pages=10)
@@ -154,27 +147,6 @@ def test_a_partly_filled_page_is_copied_and_the_last_sequence_takes_it() -> None
     assert work.new_pages == [(0, 2, 4), (1, 2, 5), (2, 2, 6)]
     assert scheduler.postprocess() == dict.fromkeys(started, 4)
     assert scheduler.pool.free == 10 and scheduler.schedule() is None
-
-
-@pytest.mark.parametrize(("length", "chunks"), [(1, []), (5, [(0, 4, [0])])])
-def test_without_a_partly_filled_page_none_is_copied(length: int, chunks: list) -> None:
-    group = make_group(0, length, [None] * 3)
-    work = scheduler_of(group).schedule()
-    assert work.chunks == [chunk(group[0], *c) for c in chunks]
-    first = len(chunks)
-    assert work.copies == []
-    assert pages_of(work.started) == [[*range(first), first + i] for i in range(3)]
-
-
-def test_a_group_that_starts_in_parts_takes_the_page_over_at_its_end() -> None:
-    group = make_group(0, 3, [1, 1, 1])
-    scheduler = scheduler_of(group, slots=2)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(group[0], 0, 2, [0])]
-    assert work.copies == [(0, 1), (0, 2)] and pages_of(work.started) == [[1], [2]]
-    assert scheduler.postprocess() == dict.fromkeys(work.started, 1)
-    work = scheduler.schedule()
-    assert work.chunks == [] and work.copies == [] and pages_of(work.started) == [[0]]
 
 
 def test_a_long_prefix_takes_three_steps_and_the_next_fills_the_last() -> None:
@@ -236,37 +208,6 @@ def test_a_stop_token_of_a_preempted_sequence_is_known_late() -> None:
     assert scheduler.postprocess([younger]) == {}, "it ends once"
 
 
-def test_prefixes_in_line_lose_their_pages_before_a_sequence_that_runs() -> None:
-    first, group = make_group(0, 2, [None]), make_group(1, 3, [None] * 2)
-    scheduler = scheduler_of(first, group, slots=2, pages=2, page_size=3)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(first[0], 0, 1, [0]), chunk(group[0], 0, 2, [1])]
-    # There is no page to copy that of the group into.
-    assert pages_of(work.started) == [[0]] and work.copies == []
-    scheduler.postprocess()
-    assert only_decodes(scheduler.schedule())
-    scheduler.postprocess()
-    assert scheduler.schedule().new_pages == [(0, 1, 1)]
-    scheduler.postprocess()
-    scheduler.schedule()
-    assert len(scheduler.postprocess()) == 1
-    assert scheduler.schedule().chunks == [chunk(group[0], 0, 2, [0])]
-
-
-def test_one_that_fills_the_cache_takes_what_its_group_had() -> None:
-    group = make_group(0, 6, [2, 2])
-    scheduler = scheduler_of(group, pages=2)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(group[0], 0, 5, [0, 1])]
-    assert work.copies == [] and pages_of(work.started) == [[0, 1]]
-    scheduler.postprocess()
-    assert only_decodes(scheduler.schedule())  # there is no page
-    assert list(scheduler.postprocess().values()) == [2]
-    # The full page was kept.
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(group[0], 4, 5, [0, 1])] and pages_of(work.started) == [[0, 1]]
-
-
 def test_a_survivor_moves_at_most_once() -> None:
     scheduler = scheduler_of(*[make_group(i, 1, [None]) for i in range(100)], slots=100)
     *others, last = scheduler.schedule().running
@@ -277,13 +218,6 @@ def test_a_survivor_moves_at_most_once() -> None:
     assert scheduler.schedule() is None and scheduler.pool.free == 100
 
 
-def test_nothing_to_do() -> None:
-    assert scheduler_of().schedule() is None
-
-
 def test_the_scheduler_needs_no_torch() -> None:
     code = "import sys, opd_titan.rollout.scheduler as s; print(s.__name__, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout.split() == ["opd_titan.rollout.scheduler", "False"]
+    assert run_python("-c", code).stdout.split() == ["opd_titan.rollout.scheduler", "False"]

@@ -1,4 +1,4 @@
-"""Runs that meet a second fault while they get over the first: nothing lost, nothing done twice."""
+"""A second fault during recovery from a first loses nothing and repeats nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from faulty_rank import at, poison
 from tiny_student import one_process_group
-from tiny_world import World, assert_same_run, make_world, read_scalars, train
+from tiny_world import World, assert_same_run, read_scalars, train
 from torch import nn
 
 from opd_titan.checkpoint import checkpointer
@@ -20,12 +20,7 @@ from opd_titan.checkpoint.steps import complete_steps
 
 
 class Killed(Exception):
-    """In the place of SIGKILL, for a run in this process."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+    """Stands for SIGKILL in a run in this process."""
 
 
 def kill() -> None:
@@ -90,7 +85,7 @@ def test_a_run_sent_back_twice_keeps_what_was_there_first(world: World) -> None:
 
 
 def test_an_optimizer_that_has_not_moved_yet_is_saved_as_such(tmp_path: Path) -> None:
-    """All updates so far were skipped: the first that is made must count as the first."""
+    """If all updates so far were skipped, the next one must count as the first."""
     with one_process_group():
         models = [nn.Linear(2, 1), nn.Linear(2, 1)]
         optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in models]

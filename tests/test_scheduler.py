@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_engine import Engine, Workload, identity, make_group, pages_for
 
-from opd_titan.rollout.scheduler import Chunk, Request, Scheduler, SequenceState, Work
+from opd_titan.rollout.scheduler import Chunk, Request, Scheduler
 
 properties = settings(deadline=None, max_examples=200)
-thoroughly = settings(deadline=None, max_examples=600)
 
 # --------------------------------------------------------------------- workloads
 
@@ -50,7 +47,7 @@ def workloads(draw: st.DrawFn, plenty: bool = False) -> Workload:
 # ------------------------------------------------------------------- properties
 
 
-@thoroughly
+@settings(deadline=None, max_examples=600)
 @given(workloads())
 def test_every_request_gets_its_own_tokens_once_whatever_the_memory(w: Workload) -> None:
     engine = Engine(w).run()
@@ -110,81 +107,18 @@ def test_a_cache_for_one_sequence_is_enough(
 # ---------------------------------------------------------------------- by hand
 
 
-def scheduler_of(
-    *groups: list[Request],
-    slots: int = 8,
-    pages: int = 100,
-    page_size: int = 4,
-    new: int = 4,
-    budget: int = 100,
-    lag: int = 0,
-) -> Scheduler:
-    return Scheduler(groups, slots, pages, page_size, new, budget, lag=lag)
-
-
-def pages_of(sequences: Sequence[SequenceState]) -> list[list[int]]:
-    return [s.pages for s in sequences]
-
-
-def chunk(r: Request, start: int, end: int, pages: list[int]) -> Chunk:
-    return Chunk(list(r.prompt.token_ids[start:end]), start, pages)
-
-
-def only_decodes(work: Work) -> bool:
-    changes = (work.preempted, work.moves, work.new_pages, work.chunks, work.copies, work.started)
-    return not any(changes)
-
-
-def test_a_partly_filled_page_is_copied_and_the_last_sequence_takes_it() -> None:
-    group = make_group(0, 6, [None] * 3)
-    scheduler = scheduler_of(group, pages=10)
-    work = scheduler.schedule()
-    # The prefix is five tokens: page 0 is full, one token is in page 1.
-    assert work.chunks == [chunk(group[0], 0, 5, [0, 1])]
-    started = work.started
-    assert [s.request for s in started] == group and [s.slot for s in started] == [0, 1, 2]
-    assert work.copies == [(1, 2), (1, 3)]
-    assert pages_of(started) == [[0, 2], [0, 3], [0, 1]]
-    assert scheduler.pool.free == 6
-    # They compute positions 5 to 8, and the last of these is in a new page.
-    for _ in range(3):
-        assert scheduler.postprocess() == {}
-        work = scheduler.schedule()
-        assert work.running == started
-    assert work.new_pages == [(0, 2, 4), (1, 2, 5), (2, 2, 6)]
-    assert scheduler.postprocess() == dict.fromkeys(started, 4)
-    assert scheduler.pool.free == 10 and scheduler.schedule() is None
-
-
-@pytest.mark.parametrize(("length", "chunks"), [(1, []), (5, [(0, 4, [0])])])
-def test_without_a_partly_filled_page_none_is_copied(length: int, chunks: list) -> None:
-    group = make_group(0, length, [None] * 3)
-    work = scheduler_of(group).schedule()
-    assert work.chunks == [chunk(group[0], *c) for c in chunks]
-    first = len(chunks)
-    assert work.copies == []
-    assert pages_of(work.started) == [[*range(first), first + i] for i in range(3)]
-
-
-def test_a_group_that_starts_in_parts_takes_the_page_over_at_its_end() -> None:
-    group = make_group(0, 3, [1, 1, 1])
-    scheduler = scheduler_of(group, slots=2)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(group[0], 0, 2, [0])]
-    assert work.copies == [(0, 1), (0, 2)] and pages_of(work.started) == [[1], [2]]
-    assert scheduler.postprocess() == dict.fromkeys(work.started, 1)
-    work = scheduler.schedule()
-    assert work.chunks == [] and work.copies == [] and pages_of(work.started) == [[0]]
-
-
-def test_a_long_prefix_takes_three_steps_and_the_next_fills_the_last() -> None:
-    (long,), (short,), (third,) = groups = [
-        make_group(i, n, [None]) for i, n in enumerate((11, 2, 4))
-    ]
-    scheduler = scheduler_of(*groups, budget=4)
+def test_the_budget_of_a_step_is_filled_with_whole_prefixes() -> None:
+    long, short, third = groups = [make_group(i, n, [None]) for i, n in enumerate((11, 2, 4))]
+    scheduler = Scheduler(
+        groups, slots=8, num_pages=100, page_size=4, max_new_tokens=4, max_prefill_tokens=4
+    )
     work = [scheduler.schedule() for _ in range(3)]
     scheduler.postprocess()
     work.append(scheduler.schedule())
+
+    def chunk(group: list[Request], start: int, end: int, pages: list[int]) -> Chunk:
+        return Chunk(list(group[0].prompt.token_ids[start:end]), start, pages)
+
     assert [w.chunks for w in work] == [
         [chunk(long, 0, 4, [0])],
         [chunk(long, 4, 8, [0, 1])],
@@ -193,92 +127,7 @@ def test_a_long_prefix_takes_three_steps_and_the_next_fills_the_last() -> None:
         [chunk(third, 0, 3, [4])],
     ]
     started = [[s.request for s in w.started] for w in work]
-    assert started == [[], [], [long, short], [third]]
-
-
-def test_the_youngest_is_preempted_and_continues_when_one_has_ended() -> None:
-    (first,), (second,) = groups = [make_group(i, 2, [None]) for i in range(2)]
-    scheduler = scheduler_of(*groups, pages=3, page_size=2)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(first, 0, 1, [0]), chunk(second, 0, 1, [1])]
-    older, younger = work.started
-    scheduler.postprocess()
-    # Both need a page, and there is one.
-    work = scheduler.schedule()
-    assert work.new_pages == [(0, 1, 2)] and work.preempted == [(younger, 1, 1)]
-    younger.response, younger.logprobs = [7], [-0.5]
-    for _ in range(2):
-        assert scheduler.postprocess() == {}
-        # There is a page, but the first sequence is to have it.
-        work = scheduler.schedule()
-        assert work.running == [older] and not work.chunks and not work.started
-    assert scheduler.pool.free == 0
-    assert scheduler.postprocess() == {older: 4}
-    work = scheduler.schedule()
-    assert work.chunks == [Chunk(list(second.prompt.token_ids), 0, [0])]
-    assert work.started == work.running == [younger] and work.copies == []
-    assert younger.response == [7] and younger.logprobs == [-0.5] and younger.start_position == 2
-    for ended in ({}, {}, {younger: 4}):  # three tokens are left
-        assert scheduler.postprocess() == ended
-        scheduler.schedule()
-    assert scheduler.pool.free == 3 and scheduler.schedule() is None
-
-
-def test_a_stop_token_of_a_preempted_sequence_is_known_late() -> None:
-    groups = [make_group(i, 2, [None]) for i in range(2)]
-    scheduler = scheduler_of(*groups, pages=3, page_size=2, lag=1)
-    older, younger = scheduler.schedule().started
-    scheduler.postprocess()
-    assert scheduler.schedule().preempted == [(younger, 1, 1)]
-    younger.response, younger.logprobs = [7], [-0.5]
-    assert scheduler.postprocess([younger]) == {younger: 1} and younger.slot == -1
-    assert scheduler.schedule().running == [older]
-    assert scheduler.postprocess([younger]) == {}, "it ends once"
-
-
-def test_prefixes_in_line_lose_their_pages_before_a_sequence_that_runs() -> None:
-    first, group = make_group(0, 2, [None]), make_group(1, 3, [None] * 2)
-    scheduler = scheduler_of(first, group, slots=2, pages=2, page_size=3)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(first[0], 0, 1, [0]), chunk(group[0], 0, 2, [1])]
-    # There is no page to copy that of the group into.
-    assert pages_of(work.started) == [[0]] and work.copies == []
-    scheduler.postprocess()
-    assert only_decodes(scheduler.schedule())
-    scheduler.postprocess()
-    assert scheduler.schedule().new_pages == [(0, 1, 1)]
-    scheduler.postprocess()
-    scheduler.schedule()
-    assert len(scheduler.postprocess()) == 1
-    assert scheduler.schedule().chunks == [chunk(group[0], 0, 2, [0])]
-
-
-def test_one_that_fills_the_cache_takes_what_its_group_had() -> None:
-    group = make_group(0, 6, [2, 2])
-    scheduler = scheduler_of(group, pages=2)
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(group[0], 0, 5, [0, 1])]
-    assert work.copies == [] and pages_of(work.started) == [[0, 1]]
-    scheduler.postprocess()
-    assert only_decodes(scheduler.schedule())  # there is no page
-    assert list(scheduler.postprocess().values()) == [2]
-    # The full page was kept.
-    work = scheduler.schedule()
-    assert work.chunks == [chunk(group[0], 4, 5, [0, 1])] and pages_of(work.started) == [[0, 1]]
-
-
-def test_a_survivor_moves_at_most_once() -> None:
-    scheduler = scheduler_of(*[make_group(i, 1, [None]) for i in range(100)], slots=100)
-    *others, last = scheduler.schedule().running
-    assert scheduler.postprocess(others) == dict.fromkeys(others, 1)
-    work = scheduler.schedule()
-    assert work.moves == [(99, 0)] and work.running == [last] and last.slot == 0
-    scheduler.postprocess([last])
-    assert scheduler.schedule() is None and scheduler.pool.free == 100
-
-
-def test_nothing_to_do() -> None:
-    assert scheduler_of().schedule() is None
+    assert started == [[], [], [*long, *short], third]
 
 
 def test_the_scheduler_needs_no_torch() -> None:

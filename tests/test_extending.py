@@ -16,7 +16,7 @@ from tiny_vocabulary import random_logits, rows_of
 from opd_titan.data import sources
 from opd_titan.data.prompts import build_prompts
 from opd_titan.distill import objectives
-from opd_titan.distill.objectives import OBJECTIVES, Objective, ObjectiveSettings
+from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.errors import DataError
 from opd_titan.grading.graders import GRADERS
 from opd_titan.models import ModelFamily
@@ -79,29 +79,21 @@ def test_the_data_set_gives_prompts_that_can_be_graded(arc, tiny, tmp_path) -> N
     assert not GRADERS["auto"].score("Wood: \\boxed{A}", prompt.answer)
 
 
-@pytest.mark.parametrize(
-    "change", [{"choices": {"label": ["A"], "text": ["wood", "iron"]}}, {"answerKey": " "}]
-)
-def test_its_mistakes_name_file_and_line(arc, tiny, tmp_path, change) -> None:
-    with pytest.raises(DataError) as caught:
-        prompts(tmp_path / "train.jsonl", tiny, ROW, ROW | change)
-    (field,) = change
-    assert "train.jsonl, line 2" in str(caught.value) and field in str(caught.value)
+def test_its_mistakes_name_file_and_line(arc, tiny, tmp_path) -> None:
+    short = {"choices": {"label": ["A"], "text": ["wood", "iron"]}}
+    with pytest.raises(DataError, match="train.jsonl, line 2.*choices"):
+        prompts(tmp_path / "train.jsonl", tiny, ROW, ROW | short)
 
 
 # ---------------------------------------------------------------- an objective
 
 
-@pytest.fixture
-def total_variation(page: str) -> Iterator[Objective]:
-    example(page, "A new objective", objectives)
-    yield OBJECTIVES.pop("total_variation")
-
-
 @pytest.mark.parametrize("coef", [0.0, 0.4])
 def test_the_objective_and_its_derivative_are_those_of_the_plain_formula(
-    total_variation: Objective, coef: float
+    page: str, coef: float
 ) -> None:
+    example(page, "A new objective", objectives)
+    total_variation = OBJECTIVES.pop("total_variation")
     student_CV, teacher_CV, reference_CV = (random_logits(50, 17, seed) for seed in range(3))
     student_CV.requires_grad_()
     s_CV, t_CV, r_CV = (x.log_softmax(1) for x in (student_CV, teacher_CV, reference_CV))
@@ -113,16 +105,6 @@ def test_the_objective_and_its_derivative_are_those_of_the_plain_formula(
     found = total_variation(rows_of(student_CV, teacher_CV, reference_CV), settings)
     torch.testing.assert_close(found.loss_C, plain_C.detach())
     torch.testing.assert_close(found.dlogits_Cv, truth_CV)
-
-
-def test_it_is_bounded_and_nothing_moves_a_student_that_is_the_teacher(
-    total_variation: Objective,
-) -> None:
-    same_CV, other_CV = random_logits(50, 17, 0, scale=20.0), random_logits(50, 17, 1, scale=20.0)
-    far = total_variation(rows_of(same_CV, other_CV), ObjectiveSettings())
-    assert 0.5 < far.loss_C.max() <= 1.0
-    near = total_variation(rows_of(same_CV, same_CV.clone()), ObjectiveSettings())
-    assert near.loss_C.abs().max() == 0.0 and near.dlogits_Cv.abs().max() == 0.0
 
 
 # ---------------------------------------------------------------- a model family

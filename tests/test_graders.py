@@ -145,7 +145,6 @@ FAILURES = [
     ("raise KeyError('x')", "failed: KeyError: 'x'"),
     ("raise SystemExit(0)", "failed: SystemExit: 0"),
     ("return 'yes'", "failed: ValueError: could not convert"),
-    ("return None", "failed: TypeError: "),
     ("return float('nan')", "returned nan; expected"),
     ("return 2", "returned 2.0; expected a bool, or a number from 0 to 1"),
 ]
@@ -165,10 +164,8 @@ def test_what_ones_own_does_wrong_is_one_line(
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("import no_such_package\n", "cannot be imported (ModuleNotFoundError: No module"),
         ("import sys\nsys.exit(0)\n", "cannot be imported (SystemExit: 0)"),
         ("", "cannot be imported (AttributeError"),
-        ("grade = 3.14\n", "cannot be called as function(response, answer)"),
         ("def grade(response): pass\n", "cannot be called as function(response, answer)"),
     ],
 )

@@ -20,11 +20,9 @@ from opd_titan.grading.math import MathJudge
 KEY = "validation.grader"
 HOSTILE = [
     "9^{9^{9^{9}}}",
-    "\\sum_{i=1}^{10^{12}} \\sin(i)",
     "(" * 900,
     "\0\ud800\u2028",
     "__import__('os').system('touch hacked')",
-    "x" * 100_000,
 ]
 
 

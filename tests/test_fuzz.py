@@ -63,15 +63,6 @@ RECIPES = [
 ]
 NAMES = [*OPTIONS, *(name.partition(".")[2] for name in OPTIONS), *TABLES]
 NAMES += ["base", "", "x", "job.x", "rollout.group_sise"]
-    *OPTIONS,
-    *(name.partition(".")[2] for name in OPTIONS),
-    *TABLES,
-    "base",
-    "",
-    "x",
-    "job.x",
-    "rollout.group_sise",
-]
 SCRAPS = ["=", "\n", "[", "]", "[[", '"', "'''", "1", "-1", "0.5", "true", "nan", "[]", "{}"]
 SCRAPS += ["1979-05-27", "#", "\\", "\0", "\x1b", "\u2028", '"gsm8k"', "\u00e9", "_", "."]
 TOML_LINES = st.one_of(

@@ -206,14 +206,6 @@ def test_only_the_pages_own_script_may_run_and_nothing_is_loaded(tmp_path: Path)
     assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_the_script_never_makes_markup_of_text() -> None:
-    for path in sorted((REPO / "opd_titan" / "view" / "static").glob("*.js")):
-        source = path.read_text("ascii")
-        for name in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-            assert name not in source, f"{path.name}: {name}"
-        assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|import)\b\s*\(", source), path.name
-
-
 # -------------------------------------------------------------------------- bad input
 
 GOOD = make_row(3, 0, 0, ["4", "<eos>"])

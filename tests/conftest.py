@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tiny_world import World
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Tests run several processes on few cores; one thread each keeps them from fighting.
@@ -21,6 +22,12 @@ _CACHE = tempfile.TemporaryDirectory(prefix="opd_titan_tests_", ignore_cleanup_e
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests, so that no core waits for one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +52,14 @@ def shared_slurm() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the scripts in {folder}, which this machine does not have")
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Models, data and a recipe to train in, for the tests of one file."""
+    from tiny_world import make_world  # imports torch, which few files of tests need
+
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

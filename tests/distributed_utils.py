@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import pickle
 import tempfile
 from collections import Counter
@@ -21,6 +23,10 @@ from torch.utils._pytree import tree_leaves
 from opd_titan.distributed.world import ALONE, World
 
 TIMEOUT = timedelta(seconds=120)
+# Ranks are forked from a process that has imported these, which takes seconds, once.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "torch.distributed.fsdp", "transformers", "opd_titan.training.trainer"]
+)
 
 
 def lone_world(mesh: Any = None) -> World:
@@ -28,8 +34,22 @@ def lone_world(mesh: Any = None) -> World:
     return World(torch.device("cpu"), mesh, ALONE, ALONE)
 
 
+def start_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> mp.ProcessContext:
+    """Start `fn(rank, *args)` in a process for each rank; `fn` must be importable."""
+    work = (dict(os.environ), fn, args)
+    return mp.start_processes(
+        _enter, work, nprocs=world_size, join=False, start_method="forkserver"
+    )
+
+
+def _enter(rank: int, environment: dict[str, str], fn: Callable[..., Any], args: Any) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    fn(rank, *args)
+
+
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call `fn(*args)` on every rank of a fresh gloo world, in spawned processes.
+    """Call `fn(*args)` on every rank of a fresh gloo world.
 
     `fn` must be importable (a function at the top of a test module); it finds its rank with
     `torch.distributed`.
@@ -42,7 +62,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_child, (fn, world_size, folder, args), nprocs=world_size)
+            ranks = start_ranks(_child, world_size, fn, world_size, folder, args)
+            while not ranks.join():
+                pass
         except mp.ProcessRaisedException as failure:
             errors = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
             if not errors:  # an error that cannot be pickled
@@ -52,7 +74,6 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: Any) -> None:
-    torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT

@@ -55,18 +55,6 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {n: [(e.step, e.value) for e in read.Scalars(n)] for n in read.Tags()["scalars"]}
 
 
-def written_again(folder: Path) -> int:
-    """Return the number of events on disk for steps that have had one, which TensorBoard purges."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    seen: Counter[tuple[str, int]] = Counter()
-    for path in sorted((folder / "tb").iterdir()):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                seen[value.tag, event.step] += 1
-    return sum(count - 1 for count in seen.values())
-
-
 def _scalars(truth: Path, other: Path) -> list[str]:
     a, b = events(truth), events(other)
     found = []

@@ -36,19 +36,6 @@ def test_every_part_of_a_run_says_that_it_goes_on(tmp_path: Path, beats: Counter
     argv = world.argv("run", "--training.steps", 1, "--export.interval", 1)
     assert train(argv) == 0
     folder = Path(argv[3]) / "checkpoint"
-    start = [
-        "the start",
-        "the meeting of all ranks",
-        "the check of student.hf_path",
-        "the check of teacher.hf_path",
-        "the reading of data.path",
-        "the reading of validation.path",
-        f"the check of {folder}",
-        "the loading of the student",
-        "the loading of the teacher",
-        "the comparison of rollout and training",
-    ]
-    assert list(beats)[: len(start)] == start
     assert min(beats["the loading of the student"], beats["the loading of the teacher"]) > TENSORS
     assert beats["the reading of data.path"] >= 2  # once as it begins, once each batch
     # Each tensor of the export and of the checkpoint (with its two moments), and their checksums.

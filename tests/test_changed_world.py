@@ -27,7 +27,7 @@ from tiny_world import (
     train_on,
 )
 
-pytestmark = pytest.mark.slow  # worlds of four processes
+pytestmark = pytest.mark.long  # worlds of four processes
 
 # data_parallel_replicate_degree, data_parallel_shard_degree, tensor_parallel_degree
 Degrees = tuple[int, int, int]

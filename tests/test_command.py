@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_world import REPO, World, make_world
+from tiny_world import REPO, World
 
 from opd_titan import __main__ as command
 from opd_titan.cli.start import num_processes
@@ -103,11 +103,6 @@ def test_mistakes_are_one_line(words: list[str], said: str) -> None:
 # ------------------------------------------------------------------ train on this machine
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 BRIEF = ["--training.steps", "1", "--validation.enable", "false", "--checkpoint.enable", "false"]
 
 
@@ -144,7 +139,7 @@ def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -
     assert len(list((out / "logs").iterdir())) == int(processes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
     out = world.folder / "launched"
     launcher = ["-m", "opd_titan.cli.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]

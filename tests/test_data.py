@@ -352,6 +352,17 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", jsonl(GOOD, "\xff".encode("latin1")), "gsm8k", "line 2: not UTF-8"),
     ("a.parquet", b"PAR1 but not really", "gsm8k", "a.parquet cannot be read: "),
     ("a.csv", b"question,answer\n1,2\n", "gsm8k", "a.csv must end in one of .jsonl, .json"),
+    ("a.jsonl", jsonl(GOOD).decode().encode("utf-16"), "gsm8k", "line 1: not UTF-8"),
+    ("a.jsonl", jsonl(GOOD, b'{"question": "a", "question": "b", "answer": "#### 1"}'), "gsm8k",
+     "line 2: field 'question' is given twice"),
+    ("a.jsonl", jsonl(GOOD, b'{"question": "\\ud800", "answer": "#### 1"}'), "gsm8k",
+     "line 2: half of a surrogate pair"),
+    ("a.jsonl", jsonl(GOOD, b'{"question": 1' + b"0" * 5000 + b"}"), "gsm8k",
+     "line 2: Exceeds the limit"),
+    ("a.jsonl", jsonl(GOOD, b'{"question": 1e999, "answer": "#### 1"}'), "gsm8k",
+     "line 2: field 'question' is a number, not text"),
+    ("a.jsonl", b"[" * 100_000, "gsm8k", "nested too deeply"),
+    ("a.jsonl", jsonl({}, {}), "gsm8k", "line 1 has no column 'question', .* it has none"),
     ("a.jsonl", jsonl({"q": "x", "answer": "y"}), "gsm8k",
      "a.jsonl, line 1 has no column 'question', .* it has 'q', 'answer'"),
     ("a.jsonl", jsonl(GOOD, {"question": "Q"}), "gsm8k", "line 2: field 'answer' is missing or nu"),
@@ -411,7 +422,7 @@ def test_bad_rows_of_parquet_and_saved_sets_name_the_row(tiny, tmp_path) -> None
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"path": "./nowhere"}, r'data.path = "./nowhere" does not exist; give a folder'),
     ({"path": "nowhere"}, r'data.path = "nowhere" does not exist'),
-    ({"path": "data/train.jsonl"}, r'data.path = "data/train.jsonl" does not exist'),
+    ({"path": "a\nb"}, r'data.path = "a\\nb" does not exist'),
     ({"path": "a/b/c"}, r'data.path = "a/b/c" does not exist'),
     ({"path": "some-org/some-set"}, r'data.path: "some-org/some-set" is no local path .* hub'),
     ({"path": ""}, r'data.path: "openai/gsm8k" is no local path .* give a downloaded'),
@@ -441,6 +452,10 @@ def test_bad_folders(tiny, tmp_path) -> None:
     with pytest.raises(DataError) as error:
         build(tiny, "gsm8k", tmp_path)
     one_line(error, "holds no data")
+    (tmp_path / "folder" / "a.jsonl").mkdir(parents=True)
+    with pytest.raises(DataError) as error:
+        build(tiny, "gsm8k", tmp_path / "folder" / "a.jsonl")
+    one_line(error, "a.jsonl.* holds no data")
     write_lines(tmp_path / "train.jsonl", QUESTIONS)
     write_lines(tmp_path / "data" / "train.jsonl", QUESTIONS)
     with pytest.raises(DataError) as error:

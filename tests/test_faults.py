@@ -203,7 +203,7 @@ def test_one_ranks_nan_skips_the_update_on_both(world: World) -> None:
         assert "1 of 1 updates skipped" in read_log(out, rank)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_too_many_skipped_updates_end_the_run(world: World) -> None:
     argv = world.argv("nan-ends", *OPTIONS, "--training.max_skipped_updates", 0)
     code, stderr = launch(argv, 1, "phase update of step 2", 0, "nan")

@@ -70,7 +70,7 @@ ENDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_the_agent_has_to_kill_hides_nothing(tmp_path: Path) -> None:
     """All at once, for each takes the agent's 30 s."""
     (tmp_path / "ranks.py").write_text(RANKS)

@@ -51,7 +51,7 @@ def test_interpreted_kernels_are_their_twins(file: str) -> None:
     run_tests(file, TRITON_INTERPRET="1")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_triton
 def test_compiled_kernels_do_not_spill(tmp_path: Path) -> None:
     run_tests("compiled_kernels.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

@@ -117,28 +117,6 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize(
-    ("module", "source", "caught"),
-    [
-        ("opd_titan.data.x", "from opd_titan.models.qwen3 import args", True),
-        ("opd_titan.data.x", "def f():\n    import opd_titan.rollout.sampler", True),
-        ("opd_titan.config.x", "import torch.nn as nn", True),
-        ("opd_titan.config.x", "if TYPE_CHECKING:\n    from torch import Tensor", True),
-        ("opd_titan.config.x", "import torchlike", False),
-        ("opd_titan.distill.x", "from opd_titan.rollout import sampler", True),
-        ("opd_titan.rollout.x", "from ..distill import head", True),
-        ("opd_titan.rollout.x", "from .sampler import sample", False),
-        ("opd_titan.rollout.x", "from opd_titan import distill", True),
-        ("opd_titan.observability.x", "from opd_titan.data.types import Sample", False),
-        ("opd_titan.observability.x", "from opd_titan.models import FAMILIES", True),
-        ("opd_titan.rollout.x", "from opd_titan.training.trainer import Trainer", True),
-        ("opd_titan.training.trainer", "from opd_titan.training.models import load_model", False),
-    ],
-)
-def test_the_check_itself(module: str, source: str, caught: bool) -> None:
-    assert bool(violations(source, module)) == caught
-
-
 def own_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from `def` to the end, without the docstring."""
     lines = function.end_lineno - function.lineno + 1

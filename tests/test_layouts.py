@@ -1,7 +1,8 @@
 """However the ranks are laid out, it is the same run, to fp32 rounding.
 
 One process, 2 x FSDP, 2 x TP, 2 x 2 (FSDP x TP), 2 x 2 (HSDP) and 2 x 1 x 2 (HSDP x TP), on the CPU
-over gloo: the same rollouts, losses, gradient norms and final weights (relative 1e-4).
+over gloo: the same rollouts, losses, gradient norms and final weights (relative 1e-4). CI runs each
+variant and each axis; the other pairs are long.
 
 The rollout engine and the objectives are held to this file: a change there that needs another
 layout to give other numbers is wrong. A new objective gets a variant below.
@@ -36,7 +37,7 @@ from opd_titan.config.resolve import resolve
 from opd_titan.errors import ModelError
 from opd_titan.training.sources import inspect_models
 
-pytestmark = pytest.mark.slow  # worlds of four processes
+pytestmark = pytest.mark.slow
 
 # data_parallel_replicate_degree, data_parallel_shard_degree, tensor_parallel_degree
 Degrees = tuple[int, int, int]
@@ -45,8 +46,8 @@ TWO: dict[str, Degrees] = {"fsdp": (1, 2, 1), "tp": (1, 1, 2)}
 FOUR: dict[str, Degrees] = {"fsdp-tp": (1, 2, 2), "hsdp": (2, 2, 1), "hsdp-tp": (2, 1, 2)}
 
 # Between them: tied and untied weights, a teacher of another shape, a reference, several updates
-# and micro-batches a step, truncated sampling, fewer sequences than data-parallel ranks, whole
-# distributions (`test_exact_updates` has the other objectives that compare those).
+# and micro-batches a step, truncated sampling, a sampled validation, fewer sequences than
+# data-parallel ranks, whole distributions.
 VARIANTS: dict[str, str] = {
     "tied": """--teacher.hf_path {folder}/wide --reference.coef 0.5 --distill.minibatches 2
         --training.max_tokens_per_microbatch 90 --training.max_grad_norm 0.5
@@ -54,7 +55,8 @@ VARIANTS: dict[str, str] = {
         --export.interval 2""",
     "untied": """--student.hf_path {folder}/untied --rollout.prompts_per_step 1
         --rollout.group_size 1 --rollout.temperature 0.8 --rollout.top_p 0.9 --rollout.top_k 20
-        --rollout.max_new_tokens 11 --training.steps 3 --validation.enable False""",
+        --rollout.max_new_tokens 11 --training.steps 3 --optimizer.weight_decay 0.1
+        --validation.samples_per_prompt 2 --validation.temperature 1.0""",
     # Adam would turn the rounding of gradients near zero into steps; eps keeps those small.
     "exact": """--distill.objective jsd --distill.beta 0.3 --teacher.hf_path {folder}/wide
         --reference.coef 0.5 --distill.minibatches 2 --training.max_tokens_per_microbatch 90
@@ -63,16 +65,14 @@ VARIANTS: dict[str, str] = {
         --rollout.max_new_tokens 20 --training.steps 2 --validation.enable False""",
 }
 LAST = {"tied": 4, "untied": 3, "exact": 2, "sft": 2}
-# Not each variant under each layout: `test_train` has more of two FSDP ranks, and HSDP x TP is
-# where all axes meet.
-RUNS = [
-    *(("tied", layout) for layout in (*TWO, *FOUR)),
-    *(("untied", layout) for layout in ("tp", "fsdp-tp", "hsdp")),
-    *(("exact", layout) for layout in ("tp", "fsdp-tp", "hsdp-tp")),
-    *(("sft", layout) for layout in ("tp", "fsdp-tp")),
-]
+RUNS = [("tied", "fsdp"), ("tied", "tp"), ("untied", "fsdp"), ("exact", "tp"), ("sft", "tp")]
+RUNS += [("tied", "fsdp-tp"), ("untied", "hsdp"), ("exact", "hsdp-tp")]
+MORE = [("tied", "hsdp"), ("tied", "hsdp-tp"), ("untied", "tp"), ("untied", "fsdp-tp")]
+MORE += [("exact", "fsdp-tp"), ("sft", "fsdp-tp")]
 NONE = ("--checkpoint.enable", "False")
-CHECKPOINTS: dict[tuple[str, str], tuple[str, ...]] = {("tied", "fsdp-tp"): ()}
+CHECKPOINTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("tied", "fsdp-tp"): ("--checkpoint.async_mode", "async")
+}
 
 
 def arguments(world: World, variant: str, out: str, degrees: Degrees, *more: Any) -> list[str]:
@@ -110,19 +110,21 @@ ODD = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+def jobs_of(
+    world: World, chosen: list[tuple[str, str]], layouts: dict[str, Degrees]
+) -> list[list[str]]:
+    return [
+        arguments(world, v, f"{v}-{name}", layouts[name], *CHECKPOINTS.get((v, name), NONE))
+        for v, name in chosen
+        if name in layouts
+    ]
+
+
+@pytest.fixture(scope="module")
 def runs(world: World) -> World:
-    """Every variant under every layout; three starts of Python serve them all."""
-
-    def jobs_of(layouts: dict[str, Degrees]) -> list[list[str]]:
-        chosen = [(v, name) for v, name in RUNS if name in layouts]
-        return [
-            arguments(world, v, f"{v}-{name}", layouts[name], *CHECKPOINTS.get((v, name), NONE))
-            for v, name in chosen
-        ]
-
-    train_on(4, jobs_of(FOUR))
-    jobs = jobs_of(TWO)
+    """Return the world with every run that CI compares."""
+    train_on(4, jobs_of(world, RUNS, FOUR))
+    jobs = jobs_of(world, RUNS, TWO)
     jobs.append(arguments(world, "tied", resumed(world, "resumed-tp").name, TWO["tp"]))
     refused = [
         arguments(world, "tied", f"odd-{role}", TWO["tp"], *options.format(**vars(world)).split())
@@ -136,6 +138,13 @@ def runs(world: World) -> World:
         assert train(arguments(world, variant, f"{variant}-one", ONE, *NONE)) == 0
     assert train(arguments(world, "tied", resumed(world, "resumed-one").name, ONE)) == 0
     return world
+
+
+@pytest.fixture(scope="module")
+def more_runs(runs: World) -> World:
+    for ranks, layouts in ((2, TWO), (4, FOUR)):
+        train_on(ranks, jobs_of(runs, MORE, layouts))
+    return runs
 
 
 # ------------------------------------------------------------------ the same run
@@ -183,15 +192,27 @@ def assert_same_weights(ours: Path, truth: Path, step: int) -> None:
         assert (mine[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
-@pytest.mark.parametrize(("variant", "layout"), RUNS)
-def test_any_layout_is_the_same_run(runs: World, variant: str, layout: str) -> None:
-    ours, truth = (runs.folder / f"{variant}-{name}" for name in (layout, "one"))
+def assert_same(world: World, variant: str, layout: str) -> None:
+    ours, truth = (world.folder / f"{variant}-{name}" for name in (layout, "one"))
     if variant != "sft":
         assert_same_rollouts(ours, truth)
     assert_same_scalars(ours, truth)
     assert_same_weights(ours, truth, LAST[variant])
-    ranks = 4 if layout in FOUR else 2
-    assert len(list((ours / "logs").iterdir())) == ranks
+    ranks = range(4 if layout in FOUR else 2)
+    assert {p.name for p in (ours / "logs").iterdir()} == {f"rank-{n}.log" for n in ranks}
+
+
+@pytest.mark.parametrize(("variant", "layout"), RUNS)
+def test_any_layout_is_the_same_run(runs: World, variant: str, layout: str) -> None:
+    assert_same(runs, variant, layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("variant", "layout"), MORE)
+def test_any_variant_is_the_same_run_in_any_layout(
+    more_runs: World, variant: str, layout: str
+) -> None:
+    assert_same(more_runs, variant, layout)
 
 
 def test_the_runs_show_what_they_are_to_show(runs: World) -> None:
@@ -204,7 +225,7 @@ def test_the_runs_show_what_they_are_to_show(runs: World) -> None:
     assert min(tied["grad_norm"].values()) > 0.5  # all are clipped
     assert "kl/student_reference" in tied and "kl/student_teacher" in untied
     assert "lm_head.weight" not in read_weights(runs.folder / "tied-tp", 4)
-    assert "lm_head.weight" in read_weights(runs.folder / "untied-tp", 3)
+    assert "lm_head.weight" in read_weights(runs.folder / "untied-fsdp", 3)
     fed_in = [
         len(row["prompt_tokens"]) + len(row["response_tokens"]) - 1
         for (row,) in read_rollouts(runs.folder / "untied-one").values()

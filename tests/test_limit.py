@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_rollout import EOS, prompts, requests, summary, tiny
 
+from opd_titan.data.types import Sample
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.rollout import cut
 from opd_titan.rollout.sampler import SamplingParams
@@ -26,12 +27,20 @@ def test_the_greatest_common_length(lengths: list[int], budget: int) -> None:
         assert total(limit) <= budget < total(limit + 1)
 
 
+@pytest.fixture(scope="module")
+def whole() -> list[Sample]:
+    """The responses without a limit."""
+    params = SamplingParams(25, temperature=1.1)
+    return Generator(tiny(), EOS).generate(requests(prompts(), 3), params)
+
+
 @pytest.mark.parametrize(("slots", "budget"), [(0, 36), (5, 230), (0, 230), (5, 10**6)])
-def test_sampling_stops_early_and_keeps_the_same(slots: int, budget: int) -> None:
-    model, wanted = tiny(), requests(prompts(), 3)
-    whole = Generator(model, EOS).generate(wanted, SamplingParams(25, temperature=1.1))
+def test_sampling_stops_early_and_keeps_the_same(
+    whole: list[Sample], slots: int, budget: int
+) -> None:
+    wanted = requests(prompts(), 3)
     params = SamplingParams(25, temperature=1.1, max_tokens=budget)
-    some = Generator(model, EOS, slots, 40).generate(wanted, params)
+    some = Generator(tiny(), EOS, slots, 40).generate(wanted, params)
     kept = cut(some, budget)
     assert summary(kept) == summary(cut(whole, budget))
     assert sum(len(s.response_ids) for s in kept) <= budget and all(s.response_ids for s in kept)

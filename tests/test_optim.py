@@ -1,18 +1,15 @@
-"""The optimizer, the learning rate, and the collectives of a world of one process."""
+"""The optimizer and the learning rate."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-from tiny_student import CPU, tiny_qwen3
+from tiny_student import tiny_qwen3
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from opd_titan.config import JobConfig
 from opd_titan.distill.optim import build_optimizer, learning_rate, set_learning_rate
-from opd_titan.distributed.collectives import gather_lists, gather_vector, max_scalar, sum_scalars
-from opd_titan.distributed.world import ALONE, build_world, init_world, set_timeout
 
 
 def job(lr: float = 1.0, warmup: int = 0, decay: str = "constant", floor: float = 0.0) -> JobConfig:
@@ -109,21 +106,3 @@ def test_adamw_follows_the_config(fused: bool) -> None:
             set_learning_rate(each, rate)
             each.step()
         assert torch.allclose(model.weight.double(), twin, atol=1e-6)
-
-
-# ------------------------------------------------------------ a world of one
-
-
-def test_collectives_are_the_identity_in_a_world_of_one() -> None:
-    assert init_world(60) == CPU
-    try:
-        assert gather_lists([1, "a"], ALONE) == [1, "a"]
-        assert sum_scalars({"b": 2.5, "a": 1.0}, CPU, ALONE) == {"b": 2.5, "a": 1.0}
-        assert sum_scalars({}, CPU, ALONE) == {}
-        assert max_scalar(-3.5, CPU) == -3.5
-        assert gather_vector(torch.arange(3.0), ALONE).tolist() == [0.0, 1.0, 2.0]
-        set_timeout(30, CPU)
-        mesh = build_world(CPU).mesh
-        assert mesh.mesh_dim_names == ("dp_shard",) and mesh.shape == (1,)
-    finally:
-        dist.destroy_process_group()

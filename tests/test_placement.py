@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
+import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +13,20 @@ import torch
 import torch.distributed as dist
 from distributed_utils import run_distributed
 from tiny_rollout import CPU, follow, held, sharded
-from tiny_world import World, assert_same_run, make_world, read_weights, train
+from tiny_student import one_process_group
+from tiny_world import World, assert_same_run, read_log, run_here, train
 
 import opd_titan.rollout.memory as memory_module
+import opd_titan.training.trainer as trainer_module
+from opd_titan.config import load_config
+from opd_titan.config.resolve import resolve
+from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.stopping import StopRequest
 from opd_titan.distributed.world import build_world
 from opd_titan.models.layers import products
 from opd_titan.rollout.memory import StepMemory
 from opd_titan.rollout.weights import GeneratorWeights
+from opd_titan.training.trainer import Trainer
 
 OFFLOAD = (
     *("--optimizer.cpu_offload", "true", "--teacher.cpu_offload", "true"),
@@ -25,31 +34,19 @@ OFFLOAD = (
 )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("placement"))
-
-
 @pytest.mark.slow
 def test_a_run_with_everything_on_the_host_is_the_same_run(world: World) -> None:
     """FSDP's path of offloading (copies there and back, optimizer on the host), on a CPU."""
+    resident, offloaded, resumed = (world.folder / n for n in ("resident", "offloaded", "resumed"))
     assert train(world.argv("resident", "--reference.coef", 0.5)) == 0
     assert train(world.argv("offloaded", *OFFLOAD)) == 0
-    assert_same_run(world.folder / "resident", world.folder / "offloaded", step=4)
-
-
-@pytest.mark.slow
-def test_an_offloaded_run_goes_on_from_a_resident_one(world: World) -> None:
-    whole, half = world.folder / "whole", world.folder / "half"
-    assert train(world.argv("whole", "--training.steps", 4, "--reference.coef", 0.5)) == 0
-    assert train(world.argv("half", "--training.steps", 2, "--reference.coef", 0.5)) == 0
-    assert train(world.argv("half", "--training.steps", 4, *OFFLOAD)) == 0
-    assert_last_weights_equal(whole, half)
-
-
-def assert_last_weights_equal(a: Path, b: Path) -> None:
-    ours, theirs = read_weights(a, 4), read_weights(b, 4)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_run(resident, offloaded, step=4)
+    shutil.copytree(resident, resumed)
+    for left in (resumed / "checkpoint" / "step-4", resumed / "hf"):
+        shutil.rmtree(left)
+    assert train(world.argv("resumed", *OFFLOAD)) == 0
+    assert f"Resumed from {resumed}/checkpoint/step-2" in read_log(resumed)
+    assert_same_run(resident, resumed, step=4)
 
 
 # ------------------------------------------------------- the generator's copy
@@ -95,20 +92,6 @@ def check_release_and_sync(spare: int | None) -> list[int]:
     return [*sizes, held_bytes(weights)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_copy_is_released_until_an_update_has_shown_that_it_can_stay(ranks: int) -> None:
-    for sizes in run_distributed(check_release_and_sync, ranks, None):
-        assert sizes[0] > 0
-        assert sizes == [sizes[0], 0, sizes[0], sizes[0]]
-
-
-@pytest.mark.slow
-def test_the_copy_is_released_at_every_update_where_memory_is_short() -> None:
-    for sizes in run_distributed(check_release_and_sync, 1, 0):
-        assert sizes == [sizes[0], 0, sizes[0], 0]
-
-
 def check_ranks_agree() -> int:
     """One rank alone is short of memory; the next sync is collective."""
     model = sharded(build_world(CPU), tied=True)
@@ -120,26 +103,6 @@ def check_ranks_agree() -> int:
     held = held_bytes(weights)
     weights.sync()
     return held
-
-
-@pytest.mark.slow
-def test_ranks_release_their_copies_together() -> None:
-    assert run_distributed(check_ranks_agree, 2) == [0, 0]
-
-
-def check_one_rank_has_no_copy() -> tuple[int, bool]:
-    model = sharded(build_world(CPU), tied=True)
-    weights = follow(model, torch.float32)
-    weights.release()
-    with torch.no_grad():
-        model.norm.weight.add_(1.0)
-    followed = torch.equal(weights.model.norm.weight, model.norm.weight.to_local())
-    return weights.num_bytes, followed
-
-
-@pytest.mark.slow
-def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
-    assert run_distributed(check_one_rank_has_no_copy, 1) == [(0, True)]
 
 
 def check_joined_copies() -> None:
@@ -165,23 +128,62 @@ def check_joined_copies() -> None:
         assert held_bytes(weights) == joined.untyped_storage().nbytes() == 0
 
 
+def on_two_ranks() -> dict[str, Any]:
+    check_joined_copies()
+    return {"released": check_release_and_sync(None), "agreed": check_ranks_agree()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_copies_of_layers_with_one_input_are_one_tensor(ranks: int) -> None:
-    run_distributed(check_joined_copies, ranks)
+def test_copies_of_two_ranks_are_released_together_and_come_back() -> None:
+    for found in run_distributed(on_two_ranks, 2):
+        full, released, again, kept = found["released"]
+        assert full == again == kept > 0 == released
+        assert found["agreed"] == 0
 
 
-def check_resumed_trainer_releases(argv: list[str]) -> list[int]:
-    """Return the bytes of the copy after each rollout of a run that was just resumed."""
-    from opd_titan.config import load_config
-    from opd_titan.config.resolve import resolve
-    from opd_titan.distributed.heartbeat import Heartbeat
-    from opd_titan.distributed.stopping import StopRequest
-    from opd_titan.training.trainer import Trainer
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with one_process_group():
+        yield
 
-    dist.destroy_process_group()
-    trainer = Trainer(resolve(load_config(argv), "cpu", 1), StopRequest(), Heartbeat(0, 600))
-    held, phases, score = [], trainer.phases, trainer.phases.score
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("spare", "kept"), [(None, True), (0, False)])
+def test_the_copy_is_released_until_an_update_has_shown_that_it_can_stay(
+    spare: int | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "never_used_bytes", memory_module.never_used_bytes)
+    full, _, _, last = check_release_and_sync(spare)
+    assert last == (full if kept else 0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_copies_of_layers_with_one_input_are_one_tensor() -> None:
+    check_joined_copies()
+
+
+@pytest.mark.usefixtures("alone")
+def test_whole_weights_in_the_right_dtype_are_read_in_place() -> None:
+    model = sharded(build_world(CPU), tied=True)
+    weights = follow(model, torch.float32)
+    weights.release()
+    with torch.no_grad():
+        model.norm.weight.add_(1.0)
+    assert weights.num_bytes == 0
+    assert torch.equal(weights.model.norm.weight, model.norm.weight.to_local())
+
+
+# --------------------------------------------------------------------- the trainer
+
+
+def trainer_of(argv: list[str]) -> Trainer:
+    return Trainer(resolve(load_config(argv), "cpu", 1), StopRequest(), Heartbeat(0, 600))
+
+
+def held_after_rollouts(argv: list[str]) -> list[int]:
+    """Return the bytes of the copy after each rollout of a run."""
+    trainer, held = trainer_of(argv), []
+    phases, score = trainer.phases, trainer.phases.score
     phases.score = lambda *args: (held.append(held_bytes(trainer.models.weights)), score(*args))
     assert trainer.train() == 0
     return held
@@ -191,48 +193,42 @@ def check_resumed_trainer_releases(argv: list[str]) -> list[int]:
 def test_a_resumed_run_releases_its_copy_before_its_first_update(world: World) -> None:
     """It has updated before, but not in this process, so what the update takes is unknown."""
     options = ("--training.dtype", "bfloat16", "--validation.enable", "false")
-    first = world.argv("bf16", *options, "--training.steps", 2)
-    (fresh,) = run_distributed(check_resumed_trainer_releases, 1, first)
-    longer = world.argv("bf16", *options, "--training.steps", 4)
-    (resumed,) = run_distributed(check_resumed_trainer_releases, 1, longer)
+    fresh, resumed = (
+        run_here(held_after_rollouts, world.argv("bf16", *options, "--training.steps", steps))
+        for steps in (2, 4)
+    )
     assert fresh[0] == resumed[0] == 0
     assert fresh[1] == resumed[1] > 0
 
 
-def check_teacher_is_let_go(argv: list[str]) -> tuple[int, int]:
-    """Return the student's bytes while the teacher answers, and the teacher's models after it."""
-    import weakref
-
-    from opd_titan.config import load_config
-    from opd_titan.config.resolve import resolve
-    from opd_titan.distributed.heartbeat import Heartbeat
-    from opd_titan.distributed.stopping import StopRequest
-    from opd_titan.training import trainer as module
-
-    dist.destroy_process_group()
-    job = resolve(load_config(argv), "cpu", 1)
-    trainer = module.Trainer(job, StopRequest(), Heartbeat(0, 600))
+@pytest.mark.slow
+def test_the_teacher_answers_alone_and_is_let_go(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the teacher answers the student has no copy; after it the teacher's model is gone."""
     made: list[weakref.ref] = []
     beside: list[int] = []
-    build, measure = module.build_generator, trainer.validator.measure_teacher
+    build = trainer_module.build_generator
 
     def generator(*args: Any) -> Any:
         found = build(*args)
         made.append(weakref.ref(found[0].model))
         return found
 
-    def measured(*args: Any) -> None:
-        beside.append(held_bytes(trainer.models.weights))
-        measure(*args)
+    def measure(argv: list[str]) -> int:
+        trainer = trainer_of(argv)
+        measure_teacher = trainer.validator.measure_teacher
 
-    module.build_generator, trainer.validator.measure_teacher = generator, measured
-    trainer.models.weights.sync()
-    trainer.recorder = SimpleNamespace(metrics=SimpleNamespace(log=lambda *_: None))
-    trainer._measure_teacher("teacher")
-    return beside[0], sum(ref() is not None for ref in made)
+        def measured(*args: Any) -> None:
+            beside.append(held_bytes(trainer.models.weights))
+            measure_teacher(*args)
 
+        monkeypatch.setattr(trainer_module, "build_generator", generator)
+        monkeypatch.setattr(trainer.validator, "measure_teacher", measured)
+        trainer.models.weights.sync()
+        trainer.recorder = SimpleNamespace(metrics=SimpleNamespace(log=lambda *_: None))
+        trainer._measure_teacher("teacher")
+        return sum(ref() is not None for ref in made)
 
-@pytest.mark.slow
-def test_the_teacher_answers_alone_and_is_let_go(world: World) -> None:
-    argv = world.argv("alone", "--training.dtype", "bfloat16")
-    assert run_distributed(check_teacher_is_let_go, 1, argv) == [(0, 0)]
+    assert run_here(measure, world.argv("alone", "--training.dtype", "bfloat16")) == 0
+    assert beside == [0] and made

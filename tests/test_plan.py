@@ -396,7 +396,7 @@ def test_both_scripts_plan(arguments: Any) -> None:
 # -------------------------------------------------------------- against reality
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's and Linux's accounting of memory")
 def test_within_10_percent_of_a_real_run() -> None:
     command = [sys.executable, str(REPO / "benchmarks" / "plan_accuracy.py"), "--only"]

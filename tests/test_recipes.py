@@ -15,7 +15,6 @@ from tiny_world import REPO, World, make_model, make_sums, read_log, read_scalar
 
 from opd_titan.config import JobConfig, load_config
 from opd_titan.config.value_types import literal
-from opd_titan.observability.metrics import is_scalar
 from opd_titan.plan.__main__ import main as plan
 
 sys.path.append(str(REPO / "benchmarks"))
@@ -34,34 +33,6 @@ def recipe(name: str) -> JobConfig:
 
 def head(name: str) -> str:
     return re.match(r"(#.*\n)+", (FOLDER / name).read_text("utf-8")).group()
-
-
-def written(name: str) -> str:
-    """The recipe itself, without comments and blank lines."""
-    lines = (FOLDER / name).read_text("utf-8").splitlines()
-    return "\n".join(line for line in lines if line.strip() and not line.startswith("#"))
-
-
-# -------------------------------------------------------------------- what they say
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_head_says_what_it_needs_shows_and_takes(name: str) -> None:
-    for word in ("# Needs: ", "# Shows: ", "# Takes: "):
-        assert head(name).count(word) == 1, word
-    on_cpu = name.startswith("debug")
-    assert on_cpu or PLANNED.search(head(name))
-    assert on_cpu or "run on a GPU by us" in " ".join(head(name).replace("#", " ").split())
-
-
-def test_recipes_are_short_and_write_to_folders_of_their_own() -> None:
-    configs = {name: recipe(name) for name in RECIPES}
-    assert len({c.job.dump_folder for c in configs.values()}) == len(RECIPES)
-    assert all(len(written(name).splitlines()) <= 60 for name in RECIPES)
-    children = [written(name) for name in RECIPES if "base = " in written(name)]
-    assert len(children) >= len(RECIPES) // 2
-    sizes = sorted(len(child.splitlines()) for child in children)
-    assert sizes[len(sizes) // 2] <= 20
 
 
 def test_the_table_of_the_docs_has_every_recipe() -> None:
@@ -84,7 +55,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {f"Qwen/Qwen3-{size}{base}": made[size] for size in NAMES for base in ("", "-Base")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in RECIPES if PLANNED.search(head(name))])
 def test_it_fits_where_its_head_says(name: str, shapes: dict[str, Path], capsys: Any) -> None:
     config, (said, *figures) = recipe(name), PLANNED.search(head(name)).groups()
@@ -168,11 +139,6 @@ def test_it_runs(name: str, world: World) -> None:
     assert train(shrunken(world, name)) == 0
     out = world.folder / "out" / name
     assert "Done: 2 steps" in read_log(out)
-    scalars = read_scalars(out)
-    assert list(scalars["loss/policy"]) == [1, 2]
-    text = re.sub(r"[\w/]+ of\s+the OPD run", "", head(name).replace("#", ""))
-    shows = text[text.index("Shows: ") : text.index("Takes: ")]
-    promised = {word for word in re.findall(r"\b\w+/\w+\b", shows) if is_scalar(word)}
-    assert promised <= scalars.keys()
+    assert list(read_scalars(out)["loss/policy"]) == [1, 2]
     ends = json.loads((out / "hf" / "latest" / "generation_config.json").read_text())
     assert (ends["eos_token_id"] != [1]) == bool(config.student.eos_token)

@@ -6,12 +6,11 @@ import signal
 import time
 
 import pytest
+from test_bad_input import refused
 from tiny_world import (
     TIMEOUT,
     World,
     make_model,
-    make_world,
-    own_output,
     read_log,
     read_scalars,
     rollout_bytes,
@@ -21,21 +20,6 @@ from tiny_world import (
 )
 
 NO_VALIDATION = ["--validation.enable", "False"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """Return the one line on stderr of a run that ends with exit code 2."""
-    capfd.readouterr()
-    assert train(argv) == 2
-    out, err = capfd.readouterr()
-    (line,) = err.splitlines()
-    assert line.startswith("opd_titan: ") and len(line) < 700 and own_output(out) == ""
-    return line
 
 
 @pytest.mark.slow
@@ -63,15 +47,15 @@ def test_sequences_longer_than_a_models_positions_are_refused(
     make_model(world.folder / f"short-{role}", seed=3, max_position_embeddings=43)
     model = [f"--{role}.hf_path", world.folder / f"short-{role}", "--training.steps", 1]
     longer = ["--rollout.max_new_tokens", 13, *NO_VALIDATION]
-    line = refusal(world.argv("long", *model, *longer), capfd)
+    line = refused(world.argv("long", *model, *longer), capfd)
     for part in ("rollout.max_new_tokens", "31 tokens", "13", "43", f"short-{role}"):
         assert part in line
     # Held-out prompts and their answers count too.
-    line = refusal(world.argv("long", *model, "--validation.max_new_tokens", 13), capfd)
+    line = refused(world.argv("long", *model, "--validation.max_new_tokens", 13), capfd)
     assert "validation.max_new_tokens" in line and "13" in line
     question = {"question": "What is 10+2?", "answer": "#### 12"}
     write_rows(world.folder / "longer.jsonl", [question])
-    line = refusal(
+    line = refused(
         world.argv("long", *model, "--validation.path", world.folder / "longer.jsonl"), capfd
     )
     assert "32 tokens" in line and "43" in line

@@ -55,9 +55,6 @@ def test_uniforms_are_splitmix64_bit_for_bit() -> None:
     got = draw([k for k, _ in pairs], [p for _, p in pairs])
     assert got.dtype == np.float64
     assert got.tolist() == [slow_uniform(k, p) for k, p in pairs]
-    # Rosetta Code's reference values: the first outputs seeded with 1234567.
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert draw([1234567] * 3, [0, 1, 2]).tolist() == [(x >> 11) / 2**53 for x in published]
 
 
 def uniforms_along(axis: str, n: int) -> np.ndarray:

@@ -123,7 +123,7 @@ def test_sharing_changes_no_number(dtype: torch.dtype, mode: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
-@pytest.mark.slow
+@pytest.mark.long
 def test_sharing_changes_no_number_when_compiled() -> None:
     import torch._dynamo
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faulty_rank import poison, when
 from tiny_student import one_process_group
-from tiny_world import World, assert_same_run, make_world, read_scalars, train
+from tiny_world import World, assert_same_run, read_scalars, train
 from torch import nn
 
 from opd_titan.checkpoint import checkpointer
@@ -23,11 +23,6 @@ from opd_titan.distributed.heartbeat import Heartbeat
 
 class Killed(Exception):
     """In the place of SIGKILL, for a run in this process."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

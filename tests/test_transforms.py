@@ -235,29 +235,6 @@ def test_a_compiled_student_trains_the_same_without_recompiling(
 
 @needs_cpp
 @pytest.mark.long
-def test_a_first_batch_of_as_many_tokens_as_the_width(world: World, fresh: None) -> None:
-    plain, compiled = make(world), make(world, compile=True)
-    for seq_lens in ([ARGS.dim], [ARGS.ffn_dim], [11, 4]):
-        assert difference(gradients(plain, seq_lens), gradients(compiled, seq_lens)) < 1e-5
-        graphs = transforms.num_compiled_graphs()
-    gradients(compiled, [ARGS.head_dim])
-    assert transforms.num_compiled_graphs() == graphs
-
-
-@needs_cpp
-@pytest.mark.long
-def test_long_batches_take_few_graphs_more(world: World, fresh: None) -> None:
-    """On a CPU the compiler has other code for sums over many tokens, up to a number of tokens."""
-    model = make(world, compile=True)
-    before, graphs = transforms.num_compiled_graphs(), []
-    for sequences in (1, 40, 60, 120, 300, 30, 2, 55, 111, 500):
-        gradients(model, [40] * sequences)
-        graphs.append(transforms.num_compiled_graphs() - before)
-    assert graphs[4] < transforms.RECOMPILE_LIMIT / 3 and graphs[4:] == [graphs[4]] * 6
-
-
-@needs_cpp
-@pytest.mark.long
 def test_compiled_checkpointing_keeps_less(compiler: None) -> None:
     kept = {}
     for mode in MODES:

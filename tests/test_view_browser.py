@@ -168,21 +168,6 @@ def test_the_keyboard_does_it_all(browser: Browser, run: tuple[Path, Rows]) -> N
     assert not browser.run("document.getElementById('help').open")
 
 
-def test_steps_by_key_move_the_mark_on_the_curves(browser: Browser, run: tuple[Path, Rows]) -> None:
-    browser.open(run[0])
-    names = browser.texts("figcaption span")
-    assert {"KL to the teacher", "Response tokens", "Truncated", "Accuracy"} <= set(names)
-    mark = "Number(document.querySelector('.mark').getAttribute('x1'))"
-    places = [browser.run(mark)]
-    for step in (7, 6, 5):
-        browser.press(",")
-        assert chosen(browser)[0] == step
-        places.append(browser.run(mark))
-    assert places == sorted(places, reverse=True) and len(set(places)) == 4
-    browser.press(".")
-    assert chosen(browser)[0] == 6
-
-
 def test_one_prompt_is_followed_across_steps(browser: Browser, run: tuple[Path, Rows]) -> None:
     page, rows = run
     browser.open(page)
@@ -237,86 +222,7 @@ def test_sorting_and_filtering(browser: Browser, run: tuple[Path, Rows]) -> None
     assert 0 < wanted < len(every)
 
 
-def test_of_several_data_sets_one_can_be_looked_at(browser: Browser, tmp_path: Path) -> None:
-    sets = ["sums", "words", "sums"]
-    rows = [make_row(1, i, 0, ["4", "<eos>"], data_set=name) for i, name in enumerate(sets)]
-    write_step(tmp_path, 1, rows)
-    open_dump(browser, tmp_path)
-    browser.run("document.getElementById('filter').focus()")
-    for character in "words":
-        browser.press(character)
-    browser.wait("document.getElementById('count').textContent.startsWith('1 of 3')")
-    assert chosen(browser) == (1, 1, 0)
-    assert "datawords" in browser.text("#facts")
-
-
-def test_a_link_leads_to_its_rollout(browser: Browser, run: tuple[Path, Rows]) -> None:
-    page, rows = run
-    row = rows[3][5]
-    browser.open(page, f"#3-{row['prompt_index']}-{row['sample_index']}")
-    assert chosen(browser) == (3, row["prompt_index"], row["sample_index"])
-
-
 # ------------------------------------------------------------------------------- looks
-
-
-def test_shades_tell_more_than_by_colour(browser: Browser, tmp_path: Path) -> None:
-    gaps = [0.0, 0.2, 0.7, 1.5, 3.0, 9.0, -0.2, -0.7, -1.5, -3.0, -9.0]
-    teacher = [-10.0 - gap for gap in gaps]
-    pieces = [f"t{i} " for i in range(len(gaps))]
-    n = len(gaps)
-    row = make_row(1, 0, 0, pieces, student_logprobs=[-10.0] * n, teacher_logprobs=teacher)
-    write_step(tmp_path, 1, [row])
-    open_dump(browser, tmp_path)
-
-    def styles(name: str) -> list[str]:
-        every = "[...document.querySelectorAll('.piece')]"
-        return browser.run(f"{every}.map((e) => getComputedStyle(e).{name})")
-
-    for _ in ("light", "dark"):
-        widths = [float(w.removesuffix("px")) for w in styles("borderBottomWidth")]
-        assert widths == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5]
-        assert styles("borderBottomStyle")[1:] == ["solid"] * 5 + ["dotted"] * 5
-        assert len(set(styles("backgroundColor"))) == 11
-        assert [found for found in contrasts(browser) if found[1] < 4.5] == []
-        browser.point("#theme", click=True)
-
-
-def contrasts(browser: Browser) -> list[tuple[str, float]]:
-    """Return the contrast of each kind of text with its background (WCAG 2)."""
-    return browser.run("""(() => {
-      const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-      const over = (grounds) => {
-        paint.clearRect(0, 0, 1, 1);
-        for (const g of grounds) { paint.fillStyle = g; paint.fillRect(0, 0, 1, 1); }
-        return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => {
-          v /= 255;
-          return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-        });
-      };
-      const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
-      const names = [".piece", ".preview", ".question", ".meta span:not(.meter, .meter *)",
-        ".fact", ".fact i", "#prompt", "#run-about", "th", "td", "#token li span",
-        "figcaption i", ".swatch", ".side", "h2"];
-      return names.flatMap((name) => [...document.querySelectorAll(name)]).map((e) => {
-        const grounds = [];
-        for (let p = e; p; p = p.parentElement)
-          grounds.unshift(getComputedStyle(p).backgroundColor);
-        const back = light(over(grounds));
-        const front = light(over([...grounds, getComputedStyle(e).color]));
-        const ratio = (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05);
-        return [e.className || e.tagName, ratio];
-      });
-    })()""")
-
-
-def test_files_of_earlier_versions_are_shown(browser: Browser, tmp_path: Path) -> None:
-    row = make_row(1, 0, 0, ["4", "<eos>"])
-    write_step(tmp_path, 1, [{k: v for k, v in row.items() if k not in NEW}])
-    open_dump(browser, tmp_path)
-    assert browser.text(".whole") == "4" and browser.texts(".piece") == ["0", "1"]
-    browser.point(".piece", 1)
-    assert "\u22121.500" in browser.text("#token") and "token id 1" in browser.text("#token")
 
 
 def test_what_a_run_may_lack(browser: Browser, tmp_path: Path) -> None:

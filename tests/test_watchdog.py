@@ -150,8 +150,8 @@ TWO = ("--teacher.hf_path=", "--teacher.models", TEACHERS.format(DEBUG), "--data
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, teachers",
-    [("disabled", ()), ("disabled", TWO), pytest.param("async", (), marks=pytest.mark.slow)],
-    ids=["sync", "two-teachers", "async"],
+    [("async", TWO), pytest.param("disabled", (), marks=pytest.mark.long)],
+    ids=["async-two-teachers", "sync"],
 )
 def test_a_rollback_is_what_a_resume_would_be(
     tmp_path: Path, mode: str, teachers: tuple[str, ...]
@@ -176,7 +176,7 @@ def test_a_rollback_is_what_a_resume_would_be(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:

@@ -8,34 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tiny_student import ARGS, CPU
 from torch import Tensor, nn
 
 from opd_titan.data.types import Prompt, Sample
 from opd_titan.distributed.world import World
 from opd_titan.models import FAMILIES
-from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 from opd_titan.rollout.kv_cache import DecodeAttention
 from opd_titan.rollout.sampler import sequence_key
 from opd_titan.rollout.scheduler import Request
 from opd_titan.rollout.weights import GeneratorWeights
 
-CPU = torch.device("cpu")
 FAMILY = FAMILIES["qwen3"]
-ARGS = Qwen3Args(
-    vocab_size=61,
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    ffn_dim=48,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    tied=False,
-    max_seq_len=128,
-    init_std=0.02,
-)
 EOS = {3, 17, 40}
 # 1 to 40 tokens, so that there are several groups in the padded attention.
 LENGTHS = [1, 40, 2, 7, 33, 3, 16, 8, 25, 1, 12, 5]

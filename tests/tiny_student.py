@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -24,24 +25,25 @@ from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.model import Qwen3Model
 
 CPU = torch.device("cpu")
+ARGS = Qwen3Args(
+    vocab_size=61,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    tied=False,
+    max_seq_len=128,
+    init_std=0.02,
+)
 
 
 def tiny_qwen3(vocab: int = 11, *, tied: bool = True, seed: int = 0, dim: int = 16) -> Qwen3Model:
     """Return a model of two layers with grouped queries, fp32, and fairly peaked distributions."""
-    args = Qwen3Args(
-        vocab_size=vocab,
-        dim=dim,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=8,
-        ffn_dim=24,
-        norm_eps=1e-6,
-        rope_theta=1e4,
-        tied=tied,
-        max_seq_len=512,
-        init_std=0.02,
-    )
+    args = replace(ARGS, vocab_size=vocab, dim=dim, ffn_dim=24, tied=tied)
     torch.manual_seed(seed)
     model = Qwen3Model(args)
     with torch.no_grad():

@@ -1,31 +1,33 @@
 """A world small enough to train in: models, data and a recipe, and ways to run the program there.
 
-    world = make_world(tmp_path)
-    assert train(world.argv("out")) == 0
-    rows = read_rollouts(world.folder / "out")
-
-As a script it runs several jobs one after another on one rank of a gloo world; see `train_on`.
+world = make_world(tmp_path)
+assert train(world.argv("out")) == 0
+rows = read_rollouts(world.folder / "out")
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from distributed_utils import start_ranks
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import decoders
 
@@ -86,12 +88,21 @@ class World:
 
 def make_world(folder: Path) -> World:
     world = World(folder)
-    make_model(world.student, seed=1)
-    make_model(world.teacher, seed=2)
-    make_sums(folder / "data" / "train.jsonl", 22, seed=1)
-    make_sums(folder / "data" / "test.jsonl", 8, seed=2)
+    shutil.copytree(_original().name, folder, dirs_exist_ok=True)
     world.recipe.write_text(RECIPE.format(folder=folder))
     return world
+
+
+@functools.cache
+def _original() -> tempfile.TemporaryDirectory[str]:
+    """Make the models and the data that the worlds of this process are copies of."""
+    folder = tempfile.TemporaryDirectory(prefix="opd_titan_world_", ignore_cleanup_errors=True)
+    world = World(Path(folder.name))
+    make_model(world.student, seed=1)
+    make_model(world.teacher, seed=2)
+    make_sums(world.folder / "data" / "train.jsonl", 22, seed=1)
+    make_sums(world.folder / "data" / "test.jsonl", 8, seed=2)
+    return folder
 
 
 def make_model(
@@ -213,35 +224,40 @@ def train_on(
     codes: Sequence[int] | None = None,
     stderr: Path | None = None,
 ) -> None:
-    """Run the jobs one after another in a gloo world of so many processes.
-
-    One start of Python and torch, the most expensive part, serves all of them.
+    """Run the jobs one after another in a gloo world of this many processes.
 
     Args:
-        codes: each job's exit code on every rank; 0 where left out.
-        stderr: where all ranks' goes.
+        codes: each job's exit code on every rank; 0 if left out.
+        stderr: a file for the standard errors of all ranks.
     """
     ports = [_free_port() for _ in jobs]
-    work = json.dumps([ranks, ports, jobs, codes or [0] * len(jobs)])
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    with stderr.open("w") if stderr else nullcontext() as file:
-        workers = subprocess.Popen(
-            [sys.executable, __file__, work],
-            env={**env, "MASTER_ADDR": "localhost", "WORLD_SIZE": str(ranks)},
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            start_new_session=True,
-        )
-    try:
-        code = workers.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(workers.pid, signal.SIGABRT)  # each rank prints where it stands
-        time.sleep(2)
-        raise
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(workers.pid, signal.SIGKILL)
-    assert code == 0, stderr.read_text() if stderr else ""
+    world = start_ranks(_run_jobs, ranks, ranks, ports, jobs, codes or [0] * len(jobs), stderr)
+    deadline = time.monotonic() + TIMEOUT
+    while not world.join(TIMEOUT):
+        if time.monotonic() > deadline:
+            for pid in world.pids():
+                os.kill(pid, signal.SIGABRT)  # each rank prints its stack
+            pytest.fail(f"a world of {ranks} ranks did not end in {TIMEOUT} s")
+
+
+def _run_jobs(
+    rank: int,
+    ranks: int,
+    ports: list[int],
+    jobs: list[list[str]],
+    codes: list[int],
+    stderr: Path | None,
+) -> None:
+    faulthandler.enable()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(ranks)
+    os.environ["MASTER_ADDR"] = "localhost"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if stderr:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    for port, argv, expected in zip(ports, jobs, codes, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        assert train(argv) == expected, argv
 
 
 def start(argv: list[str], **options: Any) -> subprocess.Popen[str]:
@@ -371,42 +387,6 @@ def hf_greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[in
     return out[0, len(prompt_ids) :].tolist()
 
 
-def _fork_ranks() -> int:
-    """Import the program once, for all ranks to share."""
-    import opd_titan.training.trainer  # noqa: F401
-
-    faulthandler.enable()
-    ranks, *jobs = json.loads(sys.argv[1])
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-            code = 1
-            try:
-                code = _run_jobs(*jobs)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-    # The first that fails ends the world: the others might wait for it until a timeout.
-    return int(any(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(ranks)))
-
-
-def _run_jobs(ports: list[int], jobs: list[list[str]], codes: list[int]) -> int:
-    for port, argv, expected in zip(ports, jobs, codes, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        code = train(argv)
-        if code != expected:
-            print(f"{argv}: exit code {code}", file=sys.stderr)
-            return 1
-    return 0
-
-
 def own_output(out: str) -> str:
     """What the program itself printed: torch 2.10's gloo writes a line of its own to stdout."""
     return "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))
-
-
-if __name__ == "__main__":
-    sys.exit(_fork_ranks())

@@ -6,7 +6,6 @@ Most mistakes are tested where they are found: see `mistakes.py`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,8 @@ from typing import Any
 
 import pytest
 from mistakes import TABLE
+from programs import run_program
 from tiny_world import (
-    REPO,
     TIMEOUT,
     World,
     make_sums,
@@ -87,13 +86,8 @@ def started(
     argv: list[str], prefix: tuple[str, ...] = (), **environment: str
 ) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr of `python -m opd_titan.train`."""
-    done = subprocess.run(
-        [*prefix, sys.executable, "-m", "opd_titan.train", *argv],
-        env={**os.environ, "PYTHONPATH": str(REPO), **environment},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    command = (*prefix, sys.executable, "-m", "opd_titan.train", *argv)
+    done = run_program(*command, **environment)
     return done.returncode, own_output(done.stdout), done.stderr
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program, run_python
 from tiny_world import REPO, World
 
 from opd_titan import __main__ as command
@@ -38,7 +39,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_what_there_is_and_loads_nothing() -> None:
     code = "import sys; sys.argv = ['opd-titan', '--help']; from opd_titan.__main__ import main"
     code += "; main(); print(*sorted(sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    done = run_python("-c", code)
     loaded = set(done.stderr.split())
     assert not loaded & {"torch", "pydantic", "transformers", "opd_titan.config"}
     assert re.findall(r"^  (\w+) ", done.stdout, re.M) == [*command.PROGRAMS, "completion"]
@@ -66,12 +67,7 @@ def test_a_reader_that_leaves_is_no_error(words: str, unbuffered: str) -> None:
 
 def test_each_command_is_its_module() -> None:
     for name in command.PROGRAMS:
-        own = subprocess.run(
-            [sys.executable, "-m", f"opd_titan.{name}", "--help"],
-            env={**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-        )
+        own = run_python("-m", f"opd_titan.{name}", "--help", COLUMNS="100")
         ours = run(name, "--help", COLUMNS="100")
         assert (ours.returncode, ours.stdout) == (own.returncode, own.stdout), name
 
@@ -144,13 +140,8 @@ def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
     out = world.folder / "launched"
     launcher = ["-m", "opd_titan.cli.launch", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0", "-m", "opd_titan", "train"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(world.recipe), "--job.dump_folder", str(out), *BRIEF],
-        env={**os.environ, "PYTHONPATH": str(REPO), "NGPU": "3"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    argv = [str(world.recipe), "--job.dump_folder", str(out), *BRIEF]
+    done = run_python(*launcher, *argv, NGPU="3")
     assert done.returncode == 0, done.stderr
     assert len(list((out / "logs").iterdir())) == 2
 
@@ -254,13 +245,8 @@ def completed(shell: str, line: str) -> list[str]:
         COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}
         _opd_titan; printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program("bash", "-c", script)
+    assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
@@ -290,7 +276,7 @@ def test_every_option_is_offered() -> None:
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
 def test_zsh_reads_its_own() -> None:
     code = f'eval "$({sys.executable} -m opd_titan completion zsh)"; whence _opd_titan'
-    done = subprocess.run(["zsh", "-fc", code], capture_output=True, text=True, cwd=REPO)
+    done = run_program("zsh", "-fc", code)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 

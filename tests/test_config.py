@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from programs import run_python
 
 from opd_titan.config import ConfigError, JobConfig, job_config, load_config
 from opd_titan.config.options import LISTS, OPTIONS, VALUES
@@ -33,12 +32,6 @@ def refusal(argv: list[str]) -> str:
     assert len(message.splitlines()) == 1 and message.isprintable(), message
     assert message.isascii() or not " ".join(argv).isascii(), message  # no boxes
     return message
-
-
-def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *args], capture_output=True, encoding="utf-8", env={**os.environ, **env}
-    )
 
 
 # --- what is right ---
@@ -331,7 +324,7 @@ def test_paths(name: str, value: str) -> None:
 
 def test_help_lists_every_option_fast_and_without_torch() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = run("-X", "importtime", "-m", "opd_titan.config", "--help")
+    done = run_python("-X", "importtime", "-m", "opd_titan.config", "--help")
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert done.returncode == 0 and seconds < 2, seconds  # 0.3 s on an idle core
     modules = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
@@ -356,7 +349,7 @@ def test_help_wins_over_what_is_wrong(capsys, flag: str) -> None:
 def test_printed_config_can_be_fed_back(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('[job]\ndescription = "a\\n\\"é\\u007f"\n', encoding="utf-8")
     argv = ["--job.config_file", str(tmp_path / "a.toml"), *MODELS, "--training.seed", "7"]
-    done = run("-m", "opd_titan.config", *argv, PYTHONIOENCODING="latin-1")
+    done = run_python("-m", "opd_titan.config", *argv, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, "")
     (tmp_path / "b.toml").write_text(done.stdout, encoding="utf-8")
     config = load_config(["--job.config_file", str(tmp_path / "b.toml")])
@@ -364,7 +357,7 @@ def test_printed_config_can_be_fed_back(tmp_path: Path) -> None:
 
 
 def test_a_wrong_config_is_one_line_and_exit_code_2() -> None:
-    done = run("-m", "opd_titan.config", "--rollout.group_sise", "2")
+    done = run_python("-m", "opd_titan.config", "--rollout.group_sise", "2")
     assert (done.returncode, done.stdout) == (2, "")
     expected = "--rollout.group_sise: unknown option; did you mean --rollout.group_size?\n"
     assert done.stderr == expected

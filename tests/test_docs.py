@@ -6,8 +6,6 @@ import ast
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -15,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 from opd_titan.config import load_config
 from opd_titan.config.options import TABLES
@@ -56,12 +55,7 @@ def code(page: Path) -> list[str]:
 
 
 def test_the_options_page_is_the_programs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "opd_titan.config", "--markdown"],
-        cwd=REPO,
-        capture_output=True,
-        encoding="utf-8",
-    )
+    done = run_python("-m", "opd_titan.config", "--markdown")
     assert done.returncode == 0, done.stderr
     page = text_of(REPO / "docs" / "options.md")
     assert page == done.stdout, (

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from programs import run_python
 from tiny_world import REPO, TIMEOUT
 
 from opd_titan.cli.launch import _first
@@ -103,9 +104,7 @@ sys.exit(main(["--optimizer.lrr", "1"]))
 @pytest.mark.parametrize("folder", [".", "absent"])
 def test_a_mistake_is_told_where_the_launcher_cannot_be_told(tmp_path: Path, folder: str) -> None:
     report = tmp_path / folder / "error.json"
-    env = {**os.environ, "PYTHONPATH": str(REPO), "TORCHELASTIC_ERROR_FILE": str(report)}
-    command = [sys.executable, "-c", NO_SPACE]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_python("-c", NO_SPACE, TORCHELASTIC_ERROR_FILE=str(report))
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("opd_titan: ") and "lrr" in line
     assert not report.exists()  # the launcher would stumble over half of it

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from threading import Timer
 
 import pytest
+from programs import run_python
 
 from opd_titan.config import value_types
 from opd_titan.errors import ConfigError, Fault
@@ -34,8 +34,7 @@ def test_the_names_are_those_of_the_config() -> None:
 def test_importing_the_graders_loads_nothing_heavy() -> None:
     code = "import sys, opd_titan.grading.graders; "
     code += "print({'torch', 'datasets', 'sympy', 'math_verify'} & set(sys.modules))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "set()"
+    assert run_python("-c", code).stdout.strip() == "set()"
 
 
 # ------------------------------------------------------- the process that compares LaTeX
@@ -97,7 +96,7 @@ def test_the_other_process_ends_with_this_one(judge: MathJudge) -> None:
         "from opd_titan.grading.math import math_judge as j; import os\n"
         "j.equals('1+1', '2'); print(j._process.pid, flush=True); os._exit(3)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert done.returncode == 3, done.stderr
     status = Path(f"/proc/{int(done.stdout)}/stat")
     for _ in range(100):

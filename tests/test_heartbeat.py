@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_world import REPO
+from programs import REPO, run_python
 
 SETUP = """
 import ctypes, logging, os, sys, time
@@ -89,6 +89,5 @@ line.close()
 
 
 def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OPD_TITAN_PHASES": str(tmp_path / "absent")}
-    command = [sys.executable, "-c", SETUP + "line.close()"]
-    assert subprocess.run(command, env=env, timeout=50).returncode == 0
+    note = str(tmp_path / "absent")
+    assert run_python("-c", SETUP + "line.close()", OPD_TITAN_PHASES=note).returncode == 0

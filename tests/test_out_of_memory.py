@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from tiny_world import REPO, TIMEOUT, World, make_model, make_world
+from programs import run_program
+from tiny_world import REPO, World, make_model, make_world
 
 from opd_titan.config import JobConfig
 from opd_titan.config.resolve import resolve
@@ -38,13 +37,7 @@ def starved(world: World, place: str, ranks: int = 1) -> tuple[int, list[str]]:
         command[1:1] = ["-m", "opd_titan.cli.launch", "--nproc-per-node", str(ranks)]
         command[-1:-1] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     wrong = [str(ranks - 1), place, "0", "memory"]
-    done = subprocess.run(
-        [*command, *wrong, *world.argv("out", *options)],
-        env={**os.environ, "PYTHONPATH": str(REPO), **PLAIN},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    done = run_program(*command, *wrong, *world.argv("out", *options), **PLAIN)
     assert "Traceback" not in done.stderr, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("opd_titan: ")]
     return done.returncode, said

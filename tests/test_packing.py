@@ -130,28 +130,6 @@ def test_microbatches_are_full(lengths: list[int], budget: int) -> None:
 # ---------------------------------------------------------------- indices
 
 
-@given(lengths_of_samples, st.integers(0, 3))
-def test_pack_says_where_each_response_token_is_predicted_from(
-    lengths: list[tuple[int, int]], first_id: int
-) -> None:
-    """Ids count up through the sequences, so that a token is predicted by its predecessor."""
-    samples, inputs, ends, next_id = [], [], [], first_id
-    for prompt, response in lengths:
-        ids = list(range(next_id, next_id + prompt + response))
-        samples.append(make_sample(ids[:prompt], ids[prompt:]))
-        inputs += ids[:-1]
-        ends.append(ids[-1])
-        next_id += len(ids)
-    batch = pack(samples, lone_world())
-    assert batch.tokens_T.tolist() == inputs
-    assert not set(ends) & set(inputs)  # a sequence's last token is never an input
-    assert batch.targets_R.tolist() == [t for s in samples for t in s.response_ids]
-    assert torch.equal(batch.tokens_T[batch.predict_R] + 1, batch.targets_R)
-    assert batch.attend.seq_lens == [s.num_tokens - 1 for s in samples]
-    starts = [i for i, n in enumerate(batch.attend.positions_T.tolist()) if n == 0]
-    assert [inputs[i] for i in starts] == [s.prompt.token_ids[0] for s in samples]
-
-
 def test_no_id_is_special() -> None:
     """The mask comes from lengths: a padding or stop id anywhere is a token like any other.
 

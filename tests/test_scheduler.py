@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_python
 from simulated_engine import Engine, Workload, identity, make_group, pages_for
 
 from opd_titan.rollout.scheduler import Chunk, Request, Scheduler
@@ -132,7 +130,4 @@ def test_the_budget_of_a_step_is_filled_with_whole_prefixes() -> None:
 
 def test_the_scheduler_needs_no_torch() -> None:
     code = "import sys, opd_titan.rollout.scheduler as s; print(s.__name__, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout.split() == ["opd_titan.rollout.scheduler", "False"]
+    assert run_python("-c", code).stdout.split() == ["opd_titan.rollout.scheduler", "False"]

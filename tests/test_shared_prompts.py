@@ -266,17 +266,3 @@ def test_groups_stay_together_where_that_balances() -> None:
         plan = [plan_minibatches(samples, 1, 1 << 20, Axis(r, ranks))[0] for r in range(ranks)]
         prompts = [{s.prompt.index for s in p.microbatches[0]} for p in plan]
         assert sum(map(len, prompts)) == 16 and set().union(*prompts) == set(range(16))
-
-
-def test_a_group_is_cut_where_ranks_would_wait() -> None:
-    samples = grouped([(100, (150,) * 8)] * 3)
-    members = place(samples, 12)
-    assert [len(m) for m in members] == [2] * 12  # no rank has none
-    assert all(len({samples[i].prompt.index for i in m}) == 1 for m in members)
-
-
-def test_a_group_beyond_the_budget_is_split() -> None:
-    samples = grouped([(100, (150,) * 8)])
-    bins = fill_microbatches(samples, 600)
-    assert [len(b) for b in bins] == [3, 3, 2]  # of 250, and then 163 each
-    assert fill_microbatches(samples, 1 << 20) == [list(range(8))]

@@ -12,14 +12,13 @@ import html.parser
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_python
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tiny_world import REPO, World, make_world, read_rollouts, train
+from tiny_world import World, make_world, read_rollouts, train
 
 from opd_titan.observability.events import EventFile
 from opd_titan.view.__main__ import main
@@ -271,4 +270,4 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         "import sys; from opd_titan.view.__main__ import main; "
         f"assert main([{str(tmp_path)!r}]) == 0; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+    assert run_python("-c", code).returncode == 0

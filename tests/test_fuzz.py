@@ -186,7 +186,6 @@ ARRAY = st.lists(st.one_of(ROW, VALUE), max_size=4).map(
     lambda rows: json.dumps(rows, indent=1).encode()
 )
 CONTENT = st.one_of(st.binary(max_size=100), LINES, ARRAY, damaged(st.one_of(LINES, ARRAY)))
-FILES = [".jsonl", ".json"]
 
 
 def read(tiny: Any, file: Path, dataset: str, template: str) -> int:
@@ -206,35 +205,6 @@ def read(tiny: Any, file: Path, dataset: str, template: str) -> int:
     return len(found.prompts)
 
 
-@fuzz(40)
-@given(
-    content=CONTENT,
-    suffix=st.sampled_from(FILES),
-    dataset=st.sampled_from(list(DATASETS)),
-    template=st.sampled_from(["raw", "chat"]),
-)
-@example(b'{"question": 1' + b"0" * 5000 + b"}\n", ".jsonl", "gsm8k", "raw")
-@example(b"[" * 100_000, ".jsonl", "gsm8k", "raw")
-@example(b'[{"a":' * 30_000, ".json", "gsm8k", "raw")
-@example(
-    b'{"question": "a", "answer": "#### 1", "x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
-    ".jsonl",
-    "gsm8k",
-    "raw",
-)
-def test_json_files(
-    tiny: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-    content: bytes,
-    suffix: str,
-    dataset: str,
-    template: str,
-) -> None:
-    file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
-    file.write_bytes(content)
-    survives(lambda: read(tiny, file, dataset, template))
-
-
 def parquet(rows: list[dict[str, Any]]) -> bytes:
     """Return the rows as parquet, or an empty table if Arrow refuses the rows."""
     try:
@@ -250,19 +220,43 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
 
 
 PARQUET = st.lists(ROW, max_size=4).map(parquet)
-
-
-@fuzz(25)
-@given(
-    content=st.one_of(PARQUET, damaged(PARQUET), damaged(st.just(parquet(GOOD[:1] * 50)))),
-    dataset=st.sampled_from(list(DATASETS)),
+FILES = st.one_of(
+    st.tuples(CONTENT, st.sampled_from([".jsonl", ".json"])),
+    st.tuples(
+        st.one_of(PARQUET, damaged(PARQUET), damaged(st.just(parquet(GOOD[:1] * 50)))),
+        st.just(".parquet"),
+    ),
 )
-def test_parquet_files(
-    tiny: Any, tmp_path_factory: pytest.TempPathFactory, content: bytes, dataset: str
+
+
+@fuzz(65)
+@given(
+    file=FILES,
+    dataset=st.sampled_from(list(DATASETS)),
+    template=st.sampled_from(["raw", "chat"]),
+)
+@example((b'{"question": 1' + b"0" * 5000 + b"}\n", ".jsonl"), "gsm8k", "raw")
+@example((b"[" * 100_000, ".jsonl"), "gsm8k", "raw")
+@example((b'[{"a":' * 30_000, ".json"), "gsm8k", "raw")
+@example(
+    (
+        b'{"question": "a", "answer": "#### 1", "x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+        ".jsonl",
+    ),
+    "gsm8k",
+    "raw",
+)
+def test_data_files(
+    tiny: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    file: tuple[bytes, str],
+    dataset: str,
+    template: str,
 ) -> None:
-    file = tmp_path_factory.getbasetemp() / "fuzz.parquet"
-    file.write_bytes(content)
-    survives(lambda: read(tiny, file, dataset, "chat"))
+    content, suffix = file
+    path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    path.write_bytes(content)
+    survives(lambda: read(tiny, path, dataset, template))
 
 
 @fuzz(15)

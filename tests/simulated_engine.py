@@ -87,7 +87,7 @@ class Workload:
 
     @property
     def enough_pages(self) -> int:
-        """A number of pages with which no sequence ever waits for one."""
+        """Pages for all sequences at the same time."""
         return sum(self.pages(r) for r in self.requests) + sum(
             pages_for(len(group[0].prompt.token_ids), self.page_size) for group in self.groups
         )
@@ -98,7 +98,7 @@ class Workload:
 
 @dataclass
 class Row:
-    """What the engine knows of a slot. `pages` is its row of the table."""
+    """The state of a slot. `pages` is its row of the page table."""
 
     state: SequenceState
     pages: list[int]
@@ -144,7 +144,7 @@ class Cache:
 
 
 def history(tokens: Sequence[int]) -> list[int]:
-    """Return what a sequence's cells must hold."""
+    """Return the expected contents of a sequence's cells."""
     out = [0]
     for token in tokens:
         out.append(hash((out[-1], token)))
@@ -152,7 +152,7 @@ def history(tokens: Sequence[int]) -> list[int]:
 
 
 class Engine:
-    """Takes the place of generator, runner and cache, and checks each step.
+    """A stand-in for generator, runner and cache that checks each step.
 
     Attributes:
         rows: by slot, as the steps so far say.
@@ -308,7 +308,7 @@ class Engine:
     # --------------------------------------------------------------- decoding
 
     def decode(self) -> list[SequenceState]:
-        """Do a step of all rows: first all write, then all read. Returns who got a stop token."""
+        """Decode a token for each row. Return the sequences that got a stop token."""
         for row in self.rows:
             self.cache.write(row.pages, len(row.tokens) - 1, row.tokens[-1])
         stopped: list[SequenceState] = []

@@ -86,7 +86,7 @@ def screen(stream: str) -> list[str]:
 # --------------------------------------------------------------------- the console
 
 
-def test_a_terminal_gets_colors_and_a_bar_that_tears_no_line() -> None:
+def test_a_terminal_gets_colors_and_a_bar_that_leaves_lines_whole() -> None:
     stream = printed(80)
     assert "\x1b[32mkl 0.0571" in stream and "\x1b[33mwarning: line 0" in stream
     assert "rollout: " in stream and "tok/s" in stream  # the bar

@@ -32,7 +32,7 @@ from opd_titan.errors import DataError
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the cache, which does not exist yet."""
+    """Return the folder of the cache, which does not exist yet."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     cache._warn_once.cache_clear()
     return tmp_path / "cache" / "opd_titan"
@@ -94,7 +94,7 @@ def test_the_digest_is_of_the_tokens_whatever_the_batches() -> None:
     assert [digest(parts, 1) for parts in differ] == [digest(parts, 5) for parts in differ]
 
 
-def test_memory_is_the_file_systems_not_the_processs() -> None:
+def test_prompts_take_no_private_memory() -> None:
     """As Python objects these prompts take 80 MB."""
     status = Path("/proc/self/status")
     if not status.exists():
@@ -242,7 +242,7 @@ def test_a_damaged_entry_is_made_anew(folder: Path, damage: Callable[[Path], Any
     assert {path.name for path in folder.iterdir()} == {"key", "key.lock"}
 
 
-def test_a_cache_that_cannot_be_written_is_said_once(
+def test_a_cache_that_cannot_be_written_gives_one_warning(
     tiny, tmp_path, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write_lines(tmp_path / "train.jsonl", [question(i) for i in range(20)])
@@ -314,7 +314,7 @@ def test_several_processes_need_the_same_prompts(tmp_path: Path, folder: Path) -
         assert list(map(answer, processes)) == ["no good 1"] * 3
         assert time.monotonic() - begin < 2.5 * 20 * 0.1 + 1
         assert not list(folder.glob("bad*.tmp")) and not (folder / "bad").exists()
-        # What a killed process has begun, another one makes.
+        # Another process makes what a killed process has begun.
         first, second = processes[:2]
         ask(first, "killed 60")
         assert first.stdout is not None and first.stdout.readline() == "making\n"
@@ -326,7 +326,7 @@ def test_several_processes_need_the_same_prompts(tmp_path: Path, folder: Path) -
         for process in processes:
             process.kill()
             process.communicate()
-    # What it left goes when the entry is made again, a day later.
+    # Its temporary folder is deleted when the entry is made again a day later.
     (left,) = folder.glob("*.tmp")
     os.utime(left, (1, 1))
     truncate(folder / "killed")

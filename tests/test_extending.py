@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run as they stand there."""
+"""The examples of docs/extending.md, run as they are written there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def page(repo: Path) -> str:
 
 
 def example(page: str, heading: str, module: Any) -> dict[str, Any]:
-    """What the section's Python blocks define, as lines of `module` would."""
+    """Return the names in `module` after the section's Python blocks were added to it."""
     section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert blocks

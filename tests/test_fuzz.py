@@ -1,5 +1,6 @@
-"""Fuzzing: recipes, command lines and data files of any content give a value or a UserError of one
-printable line, never another exception and never a hang.
+"""Fuzz recipes, command lines and data files.
+
+Each gives a value or a UserError of one printable line, and never another exception or a hang.
 
 `OPD_TITAN_FUZZ=1000 pytest tests/test_fuzz.py` runs 1000 times as many examples, and new ones. What
 it finds is kept here as an `@example`, or in the tests of the reader.

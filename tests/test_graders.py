@@ -126,10 +126,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
 
 
 @pytest.mark.parametrize("returned", ["len(answer) / len(response)", "answer in response", "1"])
-def test_a_function_of_ones_own(
+def test_a_users_own_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
 ) -> None:
-    """It gets the whole response, thinking included, and its score is taken as it is."""
+    """It gets the whole response, thinking included, and its score is not changed."""
     path = own(tmp_path, monkeypatch, f"def grade(response, answer):\n    return {returned}\n")
     response, answer = "<think>well", "well"
     expected = eval(returned)
@@ -148,7 +148,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("line", "said"), FAILURES)
-def test_what_ones_own_does_wrong_is_one_line(
+def test_an_error_of_a_users_own_function_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
 ) -> None:
     path = own(tmp_path, monkeypatch, f"def grade(response, answer):\n    {line}\n")

@@ -17,7 +17,7 @@ from opd_titan.grading.graders import GRADERS, Grade
 from opd_titan.grading.math import math_judge
 from opd_titan.grading.numbers import parse_number
 
-# Of each table below: response, gold answer, whether it is right and, where given, what was found.
+# Rows of the tables below: response, gold answer, whether it is right, and the answer found.
 AUTO = [
     ("#### 70.0", "70", True),
     ("#### 1,000", "1000", True),
@@ -155,7 +155,7 @@ EXACT = [
     ("<think>hm</think>\n\nParis", "Paris", True, "paris"),
 ]
 COLUMN = "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"
-# For "math" and "boxed".
+# Rows for "math" and "boxed".
 BOXED = [
     ("So $\\boxed{\\frac12}$.", "0.5", True),
     ("\\boxed{\\sqrt{117}}", "3\\sqrt{13}", True),

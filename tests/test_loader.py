@@ -1,3 +1,5 @@
+"""The loader of prompts: epochs, the shares of several sets, and resuming."""
+
 from __future__ import annotations
 
 import itertools

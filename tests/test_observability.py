@@ -44,7 +44,7 @@ def test_every_scalar_round_trips_through_tensorboard(tmp_path: Path) -> None:
     assert read_scalars(tmp_path) == {name: [(1, value)] for name, value in values.items()}
 
 
-def test_an_unknown_scalar_raises_where_none_is_written_too(tmp_path: Path) -> None:
+def test_an_unknown_scalar_raises_even_if_nothing_is_written(tmp_path: Path) -> None:
     for enable, rank in ((False, 0), (True, 1)):
         logger = metric_logger(tmp_path, enable_tensorboard=enable, rank=rank)
         for log in (logger.log, logger.log_pause):
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_scalar(
 def test_the_time_left_counts_steps_and_the_pauses_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a resumed run each step takes 1 s, and every second one is followed by a pause of 60 s."""
+    """In a resumed run each step takes 1 s, and a pause of 60 s follows every second step."""
     clock = 5000.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     logger = metric_logger(tmp_path, enable_tensorboard=False, total_steps=30, start_step=20)

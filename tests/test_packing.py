@@ -176,7 +176,7 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def truth(samples: list[Sample]) -> tuple[float, Tensor]:
-    """The same by full logits, sample by sample: a sum over tokens over their number."""
+    """Return loss and gradient from full logits: the sum over tokens, divided by their number."""
     model = tiny_qwen3()
     total = torch.zeros(())
     for s in samples:

@@ -142,7 +142,7 @@ def test_a_preempted_sequence_continues_with_the_same_result(
         for a, b in zip(samples, expected, strict=True):
             torch.testing.assert_close(a.student_logprobs, b.student_logprobs)
         preempted.append(generator.stats.preempted)
-    assert preempted[0] > 2, "the test lost its teeth"
+    assert preempted[0] > 2
 
 
 def test_free_memory_is_the_containers_where_it_is_less(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_every_token_is_reported_and_no_step_has_idle_rows() -> None:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Of one process."""
+    """Return the world of one process."""
     init_world(60)
     yield build_world(CPU)
     dist.destroy_process_group()

@@ -205,7 +205,7 @@ def test_chunks_of_the_vocabulary_are_sampled_as_a_whole(
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_gives_a_token_that_exists(bad: float) -> None:
-    """And a log-prob that says it, instead of an index error in the next step."""
+    """Its log-prob is not finite either; the next step must not raise an index error."""
     vocab = 1000
     sampler = Sampler(VocabHead(torch.ones(vocab, 2)), SamplingParams(1), max_rows=3)
     u_N = torch.tensor([0.1, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)

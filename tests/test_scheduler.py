@@ -64,7 +64,7 @@ def test_a_limit_on_all_tokens_ends_only_what_is_cut(w: Workload, data: st.DataO
 
 @properties
 @given(workloads(plenty=True))
-def test_with_enough_memory_a_prefix_is_computed_once_and_nobody_is_preempted(w: Workload) -> None:
+def test_with_enough_memory_a_prefix_is_computed_once_and_none_is_preempted(w: Workload) -> None:
     engine = Engine(w).run()
     assert engine.num_preempted == 0
     assert engine.num_prefilled == sum(len(g[0].prompt.token_ids) - 1 for g in w.groups)

@@ -1,4 +1,4 @@
-"""What two processes do: the same updates as one, whatever the layout, and what they exchange.
+"""Two processes make the same updates as one in any layout; the collectives that they use.
 
 One start of the processes serves all tests of this file: `on_two_ranks` computes everything, the
 tests compare. `test_tensor_parallel` has worlds of four.

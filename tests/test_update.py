@@ -155,7 +155,7 @@ def test_a_non_finite_update_is_skipped_and_the_next_one_made(bad, objective) ->
         hit.teacher_logprobs[0] = bad
         result = update(model, optimizer, plan[:1], how, lone_world())
         assert result.suspects == [hit]
-    else:  # a gradient that overflows, behind a loss that does not
+    else:  # the gradient overflows, the loss does not
         gradient = next(model.parameters()).register_hook(lambda grad: grad * bad)
         result = update(model, optimizer, plan[:1], how, lone_world())
         gradient.remove()

@@ -251,7 +251,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argv", "why"), MISTAKES)
-def test_a_mistake_is_said_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], why: str
 ) -> None:
     write_step(tmp_path, 3, [GOOD])

@@ -219,6 +219,12 @@ def test_where_a_response_ends(
         assert len(sample.student_logprobs) == len(expected)
 
 
+def test_a_stop_token_that_is_ignored_is_no_stop() -> None:
+    params = SamplingParams(3, ignore_eos=True)
+    (sample,) = Generator(Script(), {0}).generate(requests([Prompt(0, "", (3,))], 1), params)
+    assert (sample.response_ids, sample.finish_reason) == ([2, 1, 0], "length")
+
+
 def test_every_token_is_reported_and_no_step_has_idle_rows() -> None:
     """The last tokens of one long response among short ones are decoded alone."""
     some = [Prompt(i, "", (n,)) for i, n in enumerate([3, 3, 50, 3, 3, 3])]

@@ -45,7 +45,7 @@ def workloads(draw: st.DrawFn, plenty: bool = False) -> Workload:
 # ------------------------------------------------------------------- properties
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=400)
 @given(workloads())
 def test_every_request_gets_its_own_tokens_once_whatever_the_memory(w: Workload) -> None:
     engine = Engine(w).run()

@@ -43,7 +43,7 @@ def test_importing_the_graders_loads_nothing_heavy() -> None:
 @pytest.fixture
 def judge() -> MathJudge:
     pytest.importorskip("math_verify", reason="needs the extra: pip install 'opd_titan[math]'")
-    judge = MathJudge(seconds=0.5)
+    judge = MathJudge(seconds=1.0)
     yield judge
     judge.close()
 

@@ -297,8 +297,8 @@ def test_no_response_breaks_a_grader(text: str) -> None:
     + ["1 ", "1 1/", "1 000 ", "5 a-", "\\frac1", "5 x 10^", "=", "= 5, ", "(1, "],
 )
 def test_degenerate_responses_take_linear_time(piece: str) -> None:
-    start, text = time.perf_counter(), piece * 20_000
+    start, text = time.process_time(), piece * 20_000
     for response in (text, f"The answer is {text}", f"\\boxed{{{text}}}"):
         for name in ("auto", "gsm8k", "choice", "exact"):
             GRADERS[name](response, "5")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

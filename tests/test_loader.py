@@ -46,6 +46,9 @@ def test_loader_order_depends_on_seed_and_epoch_alone() -> None:
     assert len(set(orders)) == 40
     torch.rand(3)
     assert tuple(order(5)[0]) == orders[10]
+    # Two sets of one size, which take turns, are shuffled differently.
+    (both,) = take(PromptLoader([fake_prompts(50)] * 2, prompts_per_step=100, seed=0), 1)
+    assert both[::2] != both[1::2] and sorted(both[::2]) == sorted(both[1::2])
     # Pinned: a checkpoint of today must go on in the same order tomorrow.
     loader = PromptLoader([fake_prompts(8)], prompts_per_step=4, seed=0)
     assert take(loader, 4) == [[12, 3, 9, 15], [0, 6, 18, 21], [12, 21, 15, 6], [3, 0, 18, 9]]

@@ -36,10 +36,10 @@ FACTOR = int(os.environ.get("OPD_TITAN_FUZZ", 1))
 
 
 def fuzz(examples: int) -> Callable[[Callable], Callable]:
-    """Run a test on `examples` times FACTOR examples, each of at most 20 s."""
+    """Run a test on `examples` times FACTOR examples, each of at most 60 s."""
     return settings(
         max_examples=examples * FACTOR,
-        deadline=20_000,
+        deadline=60_000,
         database=None,
         derandomize=FACTOR == 1,
         suppress_health_check=list(HealthCheck),

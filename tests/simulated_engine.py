@@ -7,7 +7,7 @@ them. So pages that are lost, shared too long, or written by two sequences lead 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 from opd_titan.data.types import Prompt
@@ -87,7 +87,7 @@ class Workload:
 
     @property
     def enough_pages(self) -> int:
-        """A number of pages with which no sequence ever waits for one."""
+        """Pages for all sequences at the same time."""
         return sum(self.pages(r) for r in self.requests) + sum(
             pages_for(len(group[0].prompt.token_ids), self.page_size) for group in self.groups
         )
@@ -102,8 +102,6 @@ class Row:
 
     state: SequenceState
     pages: list[int]
-    token: int
-    position: int
     response: list[int]
     stopped: bool = False
 
@@ -111,42 +109,42 @@ class Row:
     def who(self) -> Identity:
         return identity(self.state.request)
 
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.state.request.prompt.token_ids, *self.response]
 
-@dataclass
+
 class Cache:
     """Cells by page and offset."""
 
-    page_size: int
-    cells: dict[int, list[int | None]] = field(default_factory=dict)
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.cells: dict[tuple[int, int], int | None] = {}
+
+    def _place(self, pages: Sequence[int], position: int) -> tuple[int, int]:
+        number, offset = divmod(position, self.page_size)
+        return pages[number], offset
 
     def read(self, pages: Sequence[int], length: int) -> list[int | None]:
-        empty = [None] * self.page_size
-        return list(chain.from_iterable(self.cells.get(p, empty) for p in pages))[:length]
+        return [self.cells.get(self._place(pages, position)) for position in range(length)]
 
     def write(self, pages: Sequence[int], position: int, token: int) -> None:
         """Write the token's history, which continues the one in the cell before it."""
-        before = self.cell(pages, position - 1) if position else 0
-        number, offset = divmod(position, self.page_size)
-        page = self.cells.setdefault(pages[number], [None] * self.page_size)
-        page[offset] = hash((before, token))
-
-    def cell(self, pages: Sequence[int], position: int) -> int | None:
-        number, offset = divmod(position, self.page_size)
-        return self.cells[pages[number]][offset]
+        before = self.cells[self._place(pages, position - 1)] if position else 0
+        self.cells[self._place(pages, position)] = hash((before, token))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        sources = [list(self.cells[source]) for source, _ in pairs]
-        for (_, target), page in zip(pairs, sources, strict=True):
-            self.cells[target] = page
+        for source, target in pairs:
+            for offset in range(self.page_size):
+                self.cells[target, offset] = self.cells.get((source, offset))
 
     def forget(self, pages: set[int]) -> None:
         """Empty free pages, so that no sequence can use what they happen to hold."""
-        for page in self.cells.keys() & pages:
-            del self.cells[page]
+        self.cells = {place: cell for place, cell in self.cells.items() if place[0] not in pages}
 
 
 def history(tokens: Sequence[int]) -> list[int]:
-    """Return what a sequence's cells must hold."""
+    """Return the expected contents of a sequence's cells."""
     out = [0]
     for token in tokens:
         out.append(hash((out[-1], token)))
@@ -154,7 +152,7 @@ def history(tokens: Sequence[int]) -> list[int]:
 
 
 class Engine:
-    """Takes the place of generator, runner and cache, and checks each step.
+    """A stand-in for generator, runner and cache that checks each step.
 
     Attributes:
         rows: by slot, as the steps so far say.
@@ -267,14 +265,9 @@ class Engine:
         assert sum(lengths) <= self.w.budget and 0 not in lengths
         assert not any(c.start for c in chunks[1:]), "only the first may continue its prefix"
         self.num_prefilled += sum(lengths)
-        written: set[tuple[int, int]] = set()
         for c in chunks:
             for position, token in enumerate(c.tokens, start=c.start):
                 self.cache.write(c.pages, position, token)
-                number, offset = divmod(position, self.w.page_size)
-                cell = (c.pages[number], offset)
-                assert cell not in written, "two prefixes in one cell"
-                written.add(cell)
 
     def start(self, work: Work) -> None:
         targets = [target for _, target in work.copies]
@@ -291,8 +284,7 @@ class Engine:
                 assert s.response == []
             assert s.tokens == [*s.request.prompt.token_ids, *s.response]
             assert s.start_position == len(s.tokens) - 1
-            row = Row(s, list(s.pages), s.tokens[-1], s.start_position, list(s.response))
-            self.rows.append(row)
+            self.rows.append(Row(s, list(s.pages), list(s.response)))
         assert len(self.rows) <= self.w.slots
         if work.started and self.line:
             last = max(self.order[row.who] for row in self.rows)
@@ -306,7 +298,7 @@ class Engine:
         for slot, (row, s) in enumerate(zip(self.rows, work.running, strict=True)):
             assert row.state is s and s.slot == slot and row.pages == s.pages
             assert not free.intersection(row.pages), "a page is free, but in use"
-            assert len(row.pages) == row.position // self.w.page_size + 1
+            assert len(row.pages) == pages_for(len(row.tokens), self.w.page_size)
         if work.preempted:
             used = {page for row in self.rows for page in row.pages}
             assert held == used, "prefixes in line must lose their pages first"
@@ -316,21 +308,16 @@ class Engine:
     # --------------------------------------------------------------- decoding
 
     def decode(self) -> list[SequenceState]:
-        """Do a step of all rows: first all write, then all read. Returns who got a stop token."""
+        """Decode a token for each row. Return the sequences that got a stop token."""
         for row in self.rows:
-            seen = self.cache.read(row.pages, row.position)
-            assert seen == self.histories[row.who][: row.position]
-        for row in self.rows:
-            self.cache.write(row.pages, row.position, row.token)
+            self.cache.write(row.pages, len(row.tokens) - 1, row.tokens[-1])
         stopped: list[SequenceState] = []
         for row in self.rows:
             if row.stopped:  # and the scheduler does not know it yet
                 continue
-            row.position += 1
-            own = self.histories[row.who][: row.position]
-            assert self.cache.read(row.pages, row.position) == own
-            row.token = sampled_token(row.who, row.position)
-            row.response.append(row.token)
+            n = len(row.tokens)
+            assert self.cache.read(row.pages, n) == self.histories[row.who][:n]
+            row.response.append(sampled_token(row.who, n))
             if len(row.response) == self.w.stops[row.who]:
                 row.stopped = True
                 stopped.append(row.state)

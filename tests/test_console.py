@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from opd_titan.config import JobConfig
 from opd_titan.config.resolve import resolve
-from opd_titan.observability.console import Totals, console_line, report_outcome
+from opd_titan.observability.console import Totals, console_line, report_job, report_outcome
 from opd_titan.observability.logging import init_logging, paint
 from opd_titan.observability.metrics import MetricLogger
 
@@ -85,7 +86,7 @@ def screen(stream: str) -> list[str]:
 # --------------------------------------------------------------------- the console
 
 
-def test_a_terminal_gets_colors_and_a_bar_that_tears_no_line() -> None:
+def test_a_terminal_gets_colors_and_a_bar_that_leaves_lines_whole() -> None:
     stream = printed(80)
     assert "\x1b[32mkl 0.0571" in stream and "\x1b[33mwarning: line 0" in stream
     assert "rollout: " in stream and "tok/s" in stream  # the bar
@@ -103,13 +104,11 @@ def test_a_pipe_gets_all_figures_and_no_control_characters() -> None:
     assert [line.split("] ")[1] for line in rest] == [f"warning: line {i}" for i in range(5)]
 
 
-def test_no_color_is_respected_at_a_terminal() -> None:
-    assert not re.search(r"\x1b\[3\dm", printed(100, NO_COLOR="1"))
-
-
-def test_other_ranks_write_to_the_console_only_if_asked() -> None:
-    assert printed(None, rank=3) == ""
-    assert "] rank 3: step" in printed(None, rank=3, OPD_TITAN_LOG_ALL_RANKS="1")
+@pytest.mark.parametrize(("asked", "lines"), [("0", 0), ("1", 6)])
+def test_other_ranks_write_only_if_asked_and_no_color_is_respected(asked: str, lines: int) -> None:
+    out = printed(100, rank=3, NO_COLOR="1", OPD_TITAN_LOG_ALL_RANKS=asked)
+    assert out.count("rank 3: ") == lines
+    assert not re.search(r"\x1b\[3\dm", out)
 
 
 # -------------------------------------------------------------------- the step line
@@ -185,6 +184,14 @@ def test_every_rank_has_a_file_that_a_second_start_appends_to(
 # ---------------------------------------------------------------- the start, the end
 
 
+def test_the_start_counts_the_bytes_of_the_models(caplog: pytest.LogCaptureFixture) -> None:
+    student = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
+    teacher = torch.nn.Linear(1024, 2048, bias=False, dtype=torch.bfloat16)  # 4 MiB
+    with caplog.at_level("INFO", "opd_titan"):
+        report_job(resolve(JobConfig(), "cuda", 1), 40, student, {"teacher": teacher})
+    assert "20.0 MiB per rank (student 4.0 MiB, gradients 4.0 MiB, Adam 8.0 MiB" in caplog.text
+
+
 def test_the_end_reports_what_was_reached_and_what_to_do(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -199,7 +206,6 @@ def test_the_end_reports_what_was_reached_and_what_to_do(
         report_outcome(resolve(config, "cpu", 1), 40, totals, last)
     assert "KL to the teacher 0.5000 -> 0.1000, accuracy 25.0% -> 75.0%" in caplog.text
     assert "Time: rollout 0:02:05; 1,234 response tokens" in caplog.text
-    assert f"tensorboard --logdir {tmp_path}/tb" in caplog.text
     assert "--training.steps 80" in caplog.text
 
 

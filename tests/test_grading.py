@@ -17,32 +17,25 @@ from opd_titan.grading.graders import GRADERS, Grade
 from opd_titan.grading.math import math_judge
 from opd_titan.grading.numbers import parse_number
 
-# Rows: response, gold answer, whether it is right and, in some tables, the answer found.
+# Rows of the tables below: response, gold answer, whether it is right, and the answer found.
 AUTO = [
-    ("#### 70", "70", True),
     ("#### 70.0", "70", True),
-    ("#### $70", "70", True),
     ("#### 1,000", "1000", True),
-    ("#### 1000", "1,000", True),
     ("#### \u22125", "-5", True),
-    ("#### 5", "-5", False),
     ("#### 5 apples", "5", True),
     ("####\n72\n", "72", True),
     ("#### 12 + 5 = 17", "17", True),
     ("#### 3\nNo, wait.\n#### 4", "4", True),
-    ("#### 3\nNo, wait.\n#### 4", "3", False),
     ("#### 1. Add them\n5 + 2 = 7\n\\boxed{7}", "7", True),
     ("## Steps\n#### Conclusion\n\nIt is 7.", "7", True),
     ("\\boxed{1} then \\boxed{2} of 9", "2", True),
     ("\\boxed{\\frac{1}{2}}", "0.5", True),
     ("\\boxed{-3\\frac{1}{2}}", "-3.5", True),
-    ("\\boxed{\\dfrac{10}{5}}", "2", True),
     ("\\boxed{1{,}000\\text{ km}}", "1000", True),
     ("\\boxed{\\$70}", "70", True),
     ("\\boxed{50\\%}", "50", True),
     ("\\boxed{x = 5}", "5", True),
     ("\\boxed{5x}", "5", False),
-    ("\\boxed{5, 6}", "5", False),
     ("\\boxed{.5}", "1/2", True),
     ("\\boxed{12", "12", True),
     ("The answer is 18. There are 3 more.", "18", True),
@@ -50,22 +43,18 @@ AUTO = [
     ("The answer is $10 - 4 = 6$ dollars.", "6", True),
     ("The answer is\n\n72", "72", True),
     ("first 3, then 4 and 12 in all", "12", True),
-    ("She spends 5.", "5", True),
     ("10-5", "5", True),
     ("3/4 of it", "0.75", True),
     ("3 1/2", "3.5", True),
     ("0.30000000000000004", "0.3", False),
     ("no number at all", "5", False),
-    ("", "5", False),
     ("<think>It is 5. #### 5</think>\n#### 6", "6", True),
-    ("<think>It is 5. #### 5</think>\n#### 6", "5", False),
     ("<think>It is 5. #### 5", "5", False),
     ("It is 5.</think>The answer is 6", "6", True),
     ("It is 5.</think>#### 5</think>Or is it?", "5", False),
     ("9" * 6000, "9", False),
     # words
     ("The answer is B.", "B", True),
-    ("The answer is B.", "C", False),
     ("\\boxed{\\text{Yes}}", "yes", True),
     ("#### Paris", "paris", True),
     ("It has 5 letters", "Paris", False),
@@ -76,14 +65,12 @@ AUTO = [
     ("\\boxed{12,34}", "1234", False),
     ("#### 1,2", "12", False),
     ("\\boxed{x=5, x=-5}", "-5", False),
-    ("\\boxed{x=5,y=7}", "7", False),
     ("\\boxed{1,000 + 500 = 1,500}", "1500", True),
     ("\\boxed{5 \\text{ or } 6}", "6", False),
     ("The answer is (2, 3).", "2", False),
     ("The answer is $[2,3)$", "2", False),
     ("So the total is 1,00,000.", "100000", True),
     ("\\boxed{20 000\\text{ km}}", "20000", True),
-    ("The answer is 20 000 km.", "20000", True),
     ("It is 1\u202f234\u202f000 in all", "1234000", True),
     ("The chances are 1 200/300", "1200", False),
     # a part of an expression is not the expression
@@ -92,23 +79,18 @@ AUTO = [
     ("The answer is 5x.", "5", False),
     ("\\boxed{5 \\text{ pi}}", "5", False),
     ("\\boxed{5 x}", "5", False),
-    ("\\boxed{30 sin x}", "30", False),
-    ("The answer is $3\\times 10^5$.", "3", False),
     ("The answer is $3\\times 10^5$.", "300000", True),
     ("\\boxed{2.5 \\cdot 10^{-3}}", "0.0025", True),
     # signs and fractions in other forms
     ("The answer is - 5.", "-5", True),
-    ("The answer is - 5.", "5", False),
     ("The answer is \u20135.", "-5", True),
     ("\\boxed{- 5}", "-5", True),
     ("10 - 5", "5", True),
-    ("The answer is $\\frac34$.", "34", False),
     ("The answer is $\\frac34$.", "0.75", True),
     ("\\boxed{-\\frac12}", "-0.5", True),
     ("\\boxed{\\frac{1}2}", "0.5", True),
     # units
     ("\\boxed{10\\text{ cm}^2}", "10", True),
-    ("\\boxed{10 \\text{ cm}^{2}}", "10", True),
     ("\\boxed{10^2}", "10", False),
     ("\\boxed{7^{\\circ}}", "7", True),
     # boxes in a box, and an empty one
@@ -121,19 +103,15 @@ GSM8K = [
     ("#### 1,000", "1000", True, "1,000"),
     ("#### $70", "70", True, "$70"),
     ("#### -5", "-5", True, "-5"),
-    ("#### 70.00", "70", True, "70.00"),
     ("#### 50%", "50", True, "50"),
     ("#### 72.\n", "72", True, "72"),
     ("#### 3\nNo, wait.\n#### 4", "3", False, "4"),
     ("#### 18 eggs", "18", True, "18"),
     ("#### 1,2", "12", False, None),
     ("#### 12.5/3", "12", False, None),
-    ("#### 1,000.5x", "1000", False, None),
     # what "auto" takes, and the strict form does not
     ("The answer is 7.", "7", False, None),
-    ("\\boxed{7}", "7", False, None),
     ("#### The answer is 7", "7", False, None),
-    ("<think>#### 7</think>It is 7.", "7", False, None),
     ("<think>maybe 8</think>\n#### 7", "7", True, "7"),
 ]
 CHOICE = [
@@ -142,12 +120,10 @@ CHOICE = [
     ("B) Paris", "B", True, "B"),
     ("The answer is (B).", "(B) Paris", True, "B"),
     ("The correct answer is **C**", "C", True, "C"),
-    ("Answer: D", "d", True, "D"),
     ("Answer: (d) because it is blue.", "D", True, "D"),
     ("The answer is option A.", "A", True, "A"),
     ("The best choice is C, since it rains.", "C", True, "C"),
     ("So \\boxed{\\text{(C)}}.", "C", True, "C"),
-    ("The answer is $\\boxed{\\textbf{E}}$", "E", True, "E"),
     ("A is wrong, for it is red.\nB is wrong too.\n\nC", "C", True, "C"),
     ("The answer is A. No, the answer is B.", "B", True, "B"),
     ("The answer is B.", "C", False, "B"),
@@ -164,18 +140,14 @@ CHOICE = [
     ("B) Paris is right, for it is on the Seine.", "B", True, "B"),
     # more than one letter, or the question once more
     ("The answer is A, B.", "A", False, None),
-    ("The answer is A/B", "A", False, None),
     ("The answer is (A) and (B).", "A", False, None),
     ("A) Paris\nB) London\nC) Rome\nD) Oslo", "D", False, None),
-    ("Options:\nA) Paris\nB) Rome", "B", False, None),
     ("A is not correct.", "A", False, None),
     # no letter is named
     ("The answer is a dog.", "A", False, None),
-    ("It is a dog.", "A", False, None),
     ("A dog has four legs", "A", False, None),
     ("I think it is Paris", "I", False, None),
     ("The answer is Berlin.", "B", False, None),
-    ("", "B", False, None),
 ]
 EXACT = [
     ("  the \n Moon ", "The Moon", True, "the moon"),
@@ -183,24 +155,18 @@ EXACT = [
     ("<think>hm</think>\n\nParis", "Paris", True, "paris"),
 ]
 COLUMN = "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"
-# For "math" and "boxed".
+# Rows for "math" and "boxed".
 BOXED = [
     ("So $\\boxed{\\frac12}$.", "0.5", True),
-    ("\\boxed{3\\sqrt{13}}", "3\\sqrt{13}", True),
     ("\\boxed{\\sqrt{117}}", "3\\sqrt{13}", True),
     ("\\boxed{(x+1)^2}", "x^2+2x+1", True),
-    ("\\boxed{(x+1)^2}", "x^2+x+1", False),
     ("\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", "(3,\\pi/2)", True),
     ("\\boxed{(3, \\pi)}", "(\\pi, 3)", False),
-    ("\\boxed{[2,5)}", "[2, 5)", True),
     ("\\boxed{[2,5]}", "[2, 5)", False),
-    ("\\boxed{x = 5}", "5", True),
     ("\\boxed{x=5}", "y=5", False),
-    ("\\boxed{70{,}000}", "70000", True),
     ("\\boxed{1, -2}", "-2,1", True),
     ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", True),
     (f"\\boxed{{{COLUMN}}}", COLUMN.replace(" ", ""), True),
-    ("\\boxed{4} or rather \\boxed{5}", "5", True),
     ("<think>\\boxed{4}</think> \\boxed{5}", "4", False),
     ("\\boxed{3 1/2}", "31/2", False),
     ("\\boxed{1 2}", "12", False),
@@ -210,14 +176,11 @@ BOXED = [
     ("\\boxed{\\text{5 apples}}", "5", True),
     ("\\boxed{1\\,234}", "1234", True),
     ("\\boxed{5}", "\\$5", True),
-    ("\\boxed{\\boxed{5}}", "5", True),
     ("\\boxed{}", "5", False),
-    ("\\boxed{12", "13", False),
 ]
 UNBOXED = [
     ("The final answer is $3\\sqrt{13}$.", "3\\sqrt{13}", True),
     ("It is 1/2", "0.5", True),
-    ("It is 7 apples", "7", True),
     ("No idea.", "7", False),
 ]
 
@@ -271,18 +234,13 @@ def test_thinking_that_does_not_end_is_wrong(math_verify: None) -> None:
     [
         ("70.", 70),
         ("-.5", Fraction(-1, 2)),
-        ("+5", 5),
         ("-$5", -5),
         ("$-5", -5),
         ("1,234,567.25", Fraction(4938269, 4)),
-        ("5km", 5),
         ("10 km/h", 10),
         ("1e3", 1000),
-        ("-1 1/2", Fraction(-3, 2)),
         ("1/0", None),
-        ("5 or 6", None),
         ("apples", None),
-        ("", None),
         ("1e999999999", None),
     ],
 )
@@ -339,8 +297,8 @@ def test_no_response_breaks_a_grader(text: str) -> None:
     + ["1 ", "1 1/", "1 000 ", "5 a-", "\\frac1", "5 x 10^", "=", "= 5, ", "(1, "],
 )
 def test_degenerate_responses_take_linear_time(piece: str) -> None:
-    start, text = time.perf_counter(), piece * 20_000
+    start, text = time.process_time(), piece * 20_000
     for response in (text, f"The answer is {text}", f"\\boxed{{{text}}}"):
         for name in ("auto", "gsm8k", "choice", "exact"):
             GRADERS[name](response, "5")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

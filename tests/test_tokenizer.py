@@ -1,3 +1,5 @@
+"""Tokenizers: loading them, and comparing those of student, teacher and model."""
+
 from __future__ import annotations
 
 import json

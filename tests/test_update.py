@@ -24,6 +24,7 @@ from tiny_student import (
     with_rollout_logprobs,
 )
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from opd_titan.distill import head as head_module
 from opd_titan.distill.objectives import (
@@ -56,7 +57,7 @@ def rule(max_grad_norm: float = 0.0, **settings) -> UpdateRule:
 
 
 def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return parameters_to_vector(model.parameters()).detach()
 
 
 def run_update(model, plan: list[Minibatch], how: UpdateRule, lr: float = 1.0):
@@ -100,8 +101,7 @@ def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     assert both["policy/logprob_gap_max"] < 1e-5
 
 
-@pytest.mark.parametrize("c", [0.0, 1.0])
-@pytest.mark.parametrize("true_ratio", [False, True])
+@pytest.mark.parametrize(("c", "true_ratio"), [(0.0, False), (1.0, True)])
 def test_advantages_are_written_to_the_samples(c: float, true_ratio: bool) -> None:
     model = tiny_qwen3()
     samples = random_samples(LENGTHS)
@@ -114,16 +114,6 @@ def test_advantages_are_written_to_the_samples(c: float, true_ratio: bool) -> No
         truth = (s.teacher_logprobs - old) + c * (s.reference_logprobs - old)
         torch.testing.assert_close(s.advantages, truth, rtol=1e-5, atol=1e-5)
         assert s.advantages.dtype == torch.float32 and s.advantages.device.type == "cpu"
-
-
-def test_scalars_are_token_means() -> None:
-    model = tiny_qwen3()
-    samples = with_rollout_logprobs(model, random_samples(LENGTHS))
-    with torch.no_grad():
-        kl = torch.cat([s.student_logprobs - s.teacher_logprobs for s in samples])
-    plan = plan_minibatches(samples, 1, 10, ALONE)
-    scalars, _ = run_update(model, plan, rule())
-    assert scalars["loss/policy"] == pytest.approx(kl.mean().item(), rel=1e-5)
 
 
 def test_grad_norm_is_the_one_before_clipping() -> None:
@@ -150,8 +140,7 @@ def test_grad_norm_is_the_mean_over_updates() -> None:
     assert both == pytest.approx(sum(norms) / 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("objective", [policy_gradient, sft])
+@pytest.mark.parametrize(("bad", "objective"), [(math.nan, policy_gradient), (math.inf, sft)])
 def test_a_non_finite_update_is_skipped_and_the_next_one_made(bad, objective) -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
@@ -166,7 +155,7 @@ def test_a_non_finite_update_is_skipped_and_the_next_one_made(bad, objective) ->
         hit.teacher_logprobs[0] = bad
         result = update(model, optimizer, plan[:1], how, lone_world())
         assert result.suspects == [hit]
-    else:  # a gradient that overflows, behind a loss that does not
+    else:  # the gradient overflows, the loss does not
         gradient = next(model.parameters()).register_hook(lambda grad: grad * bad)
         result = update(model, optimizer, plan[:1], how, lone_world())
         gradient.remove()
@@ -199,12 +188,9 @@ def test_a_non_finite_loss_is_seen_though_its_gradient_is_finite() -> None:
 # ---------------------------------------------------------------- memory and frozen models
 
 
-@pytest.mark.parametrize("responses", [(20, 70, 30), (320, 270, 300)], ids=sum)
-def test_no_tensor_grows_with_tokens_times_vocabulary(
-    monkeypatch: pytest.MonkeyPatch, responses: tuple[int, ...]
-) -> None:
+def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prototype had [batch, time, vocabulary] log-probs of all three models."""
-    vocab, rows = 3000, 20
+    vocab, rows, responses = 3000, 20, (20, 70, 30)
     monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": rows * vocab * 4})
     case = Case("reverse_kl", REF)
     samples = random_samples([(6, n) for n in responses], vocab)

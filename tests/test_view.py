@@ -12,14 +12,13 @@ import html.parser
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from programs import run_python
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tiny_world import REPO, World, make_world, read_rollouts, train
+from tiny_world import World, make_world, read_rollouts, train
 
 from opd_titan.observability.events import EventFile
 from opd_titan.view.__main__ import main
@@ -165,36 +164,22 @@ def test_files_of_earlier_versions_are_shown(tmp_path: Path) -> None:
     assert chunk["words"][found["response"]] == "4" and found["ids"] == [0, 1]
 
 
-def test_a_graders_scores_are_shown(tmp_path: Path) -> None:
+def test_scores_and_numbers_that_are_no_log_probs(tmp_path: Path) -> None:
     """A user's own grader may give a score: `validation.grader`."""
     scores = [0.25, 1.0, 0.0, True, None]
     rows = [make_row(1, i, 0, ["4"], correct=score) for i, score in enumerate(scores)]
-    write_step(tmp_path, 1, rows)
-    assert page_of(tmp_path).block("index")["rollouts"]["correct"] == [0.25, 1, 0, 1, None]
-
-
-def test_numbers_that_are_no_log_probs_are_unknown(tmp_path: Path) -> None:
-    row = make_row(1, 0, 0, ["4", "5", "6"], teacher_logprobs=[math.nan, -math.inf, -1.0])
-    write_step(tmp_path, 1, [row])
+    unknown = [math.nan, -math.inf, -1.0]
+    write_step(tmp_path, 1, [*rows, make_row(1, 5, 0, ["4", "5", "6"], teacher_logprobs=unknown)])
     page = page_of(tmp_path)
-    (found,) = page.block("chunk-0")["rows"]
-    assert found["teacher"] == [None, None, -1000]
-    assert page.block("index")["rollouts"]["kl"] == [0.5]
+    assert page.block("index")["rollouts"]["correct"][:5] == [0.25, 1, 0, 1, None]
+    assert page.block("chunk-0")["rows"][5]["teacher"] == [None, None, -1000]
+    assert page.block("index")["rollouts"]["kl"][5] == 0.5
 
 
-def test_what_all_prompts_start_with_is_left_out_of_the_list(tmp_path: Path) -> None:
+def test_the_list_omits_the_words_that_all_prompts_start_with(tmp_path: Path) -> None:
     write_step(tmp_path, 1, [make_row(1, i, 0, ["4"]) for i in (10, 11)])
     questions = page_of(tmp_path).block("index")["rollouts"]["questions"]
     assert questions == ["10? Answer:", "11? Answer:"]
-
-
-def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
-    write_step(tmp_path, 1, [make_row(1, 0, 0, ["4"])])
-    first, second = tmp_path / "1.html", tmp_path / "2.html"
-    for out in (first, second):
-        assert main([str(tmp_path), "--out", str(out)]) == 0
-    assert first.read_bytes() == second.read_bytes()
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 # ------------------------------------------------------------------------------- safety
@@ -220,27 +205,16 @@ def test_only_the_pages_own_script_may_run_and_nothing_is_loaded(tmp_path: Path)
     assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_the_script_never_makes_markup_of_text() -> None:
-    for path in sorted((REPO / "opd_titan" / "view" / "static").glob("*.js")):
-        source = path.read_text("ascii")
-        for name in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-            assert name not in source, f"{path.name}: {name}"
-        assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|import)\b\s*\(", source), path.name
-
-
 # -------------------------------------------------------------------------- bad input
 
 GOOD = make_row(3, 0, 0, ["4", "<eos>"])
 WRONG: dict[str, tuple[bytes, str]] = {
     "cut off": (json.dumps(GOOD)[:-20].encode(), "line 1 is not a rollout"),
     "second line": (json.dumps(GOOD).encode() + b"\n{}\n", "line 2 .*no key 'response_tokens'"),
-    "a list": (b"[1]\n", "line 1 .*no JSON object"),
     "not UTF-8": (json.dumps(GOOD).encode() + b'\n{"step": "\xff"}\n', "line 2 .*can't decode"),
     "empty": (b"", "files are empty"),
     "deep": (b"[" * 100_000, "line 1 is not a rollout"),
-    "text": (json.dumps({**GOOD, "response": 4}).encode(), "line 1 is not a rollout"),
     "numbers": (json.dumps({**GOOD, "advantages": ["x", 1]}).encode(), "line 1 is not a rollout"),
-    "huge": (json.dumps({**GOOD, "teacher_ranks": [10**400, 1]}).encode(), "is not a rollout"),
     "too few": (json.dumps({**GOOD, "teacher_ranks": [1]}).encode(), "has 1 entries for 2 tokens"),
     "top": (json.dumps({**GOOD, "teacher_top": [[], [["4"]]]}).encode(), "line 1 is not a rollout"),
 }
@@ -266,58 +240,25 @@ def test_a_damaged_file_is_named_in_one_line(
     assert not (tmp_path / "rollouts.html").exists()
 
 
-def no_folder(dump: Path) -> list[str]:
-    return [str(dump / "nowhere")]
-
-
-def no_rollouts(dump: Path) -> list[str]:
-    (dump / "rollouts").mkdir()
-    (dump / "rollouts" / "notes.txt").write_text("mine")
-    (dump / "rollouts" / "step-1.jsonl.tmp").write_text("half")
-    return [str(dump)]
-
-
-def a_file(dump: Path) -> list[str]:
-    (dump / "file").write_text("")
-    return [str(dump / "file")]
-
-
-def out_is_a_folder(dump: Path) -> list[str]:
-    write_step(dump, 3, [GOOD])
-    return [str(dump), "--out", str(dump / "rollouts")]
-
-
-def out_has_no_name(dump: Path) -> list[str]:
-    write_step(dump, 3, [GOOD])
-    return [str(dump), "--out", "."]
-
-
-def out_is_nowhere(dump: Path) -> list[str]:
-    write_step(dump, 3, [GOOD])
-    return [str(dump), "--out", str(dump / "no" / "page.html")]
-
-
-MISTAKES: list[tuple[Callable[[Path], list[str]], str]] = [
-    (no_folder, "nowhere: has no folder rollouts"),
-    (a_file, "file: has no folder rollouts"),
-    (no_rollouts, "has no step-N.jsonl"),
-    (out_is_a_folder, "--out: .*rollouts cannot be written"),
-    (out_has_no_name, "--out: . cannot be written"),
-    (out_is_nowhere, "--out: .*page.html cannot be written"),
-    (lambda dump: [], "arguments are required: dump_folder"),
-    (lambda dump: [str(dump), "--output", "x"], "unrecognized arguments: --output"),
+MISTAKES = [
+    (["{dump}/nowhere"], "nowhere: has no folder rollouts"),
+    (["{dump}/empty"], "has no step-N.jsonl"),
+    (["{dump}", "--out", "{dump}/rollouts"], "--out: .*rollouts cannot be written"),
+    (["{dump}", "--out", "{dump}/no/page.html"], "--out: .*page.html cannot be written"),
+    ([], "arguments are required: dump_folder"),
+    (["{dump}", "--output", "x"], "unrecognized arguments: --output"),
 ]
 
 
-@pytest.mark.parametrize(("make", "why"), MISTAKES)
-def test_a_mistake_is_said_in_one_line(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    make: Callable[[Path], list[str]],
-    why: str,
+@pytest.mark.parametrize(("argv", "why"), MISTAKES)
+def test_a_mistake_is_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], why: str
 ) -> None:
-    assert re.search(why, refused(make(tmp_path), capsys))
-    assert not list(tmp_path.rglob("*.html*")) and not list(tmp_path.glob("*.tmp"))
+    write_step(tmp_path, 3, [GOOD])
+    (tmp_path / "empty" / "rollouts").mkdir(parents=True)
+    (tmp_path / "empty" / "rollouts" / "step-1.jsonl.tmp").write_text("half")
+    assert re.search(why, refused([a.format(dump=tmp_path) for a in argv], capsys))
+    assert not list(tmp_path.rglob("*.html*"))
 
 
 # ------------------------------------------------------------------------ the program

@@ -131,7 +131,7 @@ def test_pointing_at_a_token_says_what_each_model_thinks(
     assert_card(browser, row, widest)
 
 
-def test_the_keyboard_does_it_all(browser: Browser, run: tuple[Path, Rows]) -> None:
+def test_all_controls_have_a_key(browser: Browser, run: tuple[Path, Rows]) -> None:
     page, rows = run
     browser.open(page)
     first = chosen(browser)
@@ -225,7 +225,7 @@ def test_sorting_and_filtering(browser: Browser, run: tuple[Path, Rows]) -> None
 # ------------------------------------------------------------------------------- looks
 
 
-def test_what_a_run_may_lack(browser: Browser, tmp_path: Path) -> None:
+def test_missing_values_are_shown_as_missing(browser: Browser, tmp_path: Path) -> None:
     """No teacher, no text, numbers that are not finite, and nothing to grade."""
     nothing = dict.fromkeys(["teacher_logprobs", "teacher_ranks", "teacher_top", "advantages"])
     rows = [
@@ -265,7 +265,7 @@ ATTACKS = [
 ]
 
 
-def test_no_text_does_anything(browser: Browser, tmp_path: Path) -> None:
+def test_text_of_a_run_is_never_markup(browser: Browser, tmp_path: Path) -> None:
     dump = tmp_path / "<img src=x onerror=alert(1)>"
     rows = []
     for i, attack in enumerate(ATTACKS):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from opd_titan import __version__
 from opd_titan.cli.start import PROGRAMS as STARTED
 from opd_titan.cli.start import start
-from opd_titan.errors import ConfigError, UserError, for_a_pipe, tell
+from opd_titan.errors import ConfigError, UserError, for_a_pipe, print_error
 
 PROGRAMS = {
     "train": "distil a teacher into a student, on all GPUs of this machine (or NGPU processes)",
@@ -56,7 +56,7 @@ def main() -> int:
         if name in STARTED and not is_launched(os.environ):
             return start(name, rest)
     except UserError as error:
-        tell(error)
+        print_error(error)
         return 2
     module = f"opd_titan.{name}"
     sys.argv = [module, *rest]

@@ -83,7 +83,7 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def tell(text: object) -> None:
+def print_error(text: object) -> None:
     """Write one line on stderr in a single call, because several ranks write to it."""
     sys.stderr.write(f"opd_titan: {text}\n")
     sys.stderr.flush()

@@ -180,14 +180,14 @@ def test_a_rollback_is_what_a_resume_would_be(
 def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    send_back = Watchdog.send_back
+    roll_back = Watchdog.roll_back
 
     def then_stop(dog: Watchdog, state: dict[str, Any]) -> None:
-        send_back(dog, state)
-        if dog.sent_back == 1:
+        roll_back(dog, state)
+        if dog.rollbacks == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Watchdog, "send_back", then_stop)
+    monkeypatch.setattr(Watchdog, "roll_back", then_stop)
     options = (*TOO_FAST, "--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
     options += ("--export.interval", every)
     assert train(argv(tmp_path, *options)) == 75
@@ -198,7 +198,7 @@ def test_a_stop_right_after_a_rollback_keeps_its_smaller_steps(
     assert latest.exists() == (every == 1)
     assert every > 1 or latest.resolve() == tmp_path / "hf" / f"step-{step}"
     state = json.loads((tmp_path / f"checkpoint/step-{step}/train_state.json").read_text())
-    assert (state["watchdog"]["slowdown"], state["watchdog"]["sent_back"]) == (0.5, 1)
+    assert (state["watchdog"]["slowdown"], state["watchdog"]["rollbacks"]) == (0.5, 1)
     assert train(argv(tmp_path, *options)) == 0
     assert read_scalars(tmp_path)["lr"][step + 1] == pytest.approx(8e-3 * (step + 1) / 20 / 2)
 
@@ -216,7 +216,7 @@ def reading(kl: float) -> dict[str, float]:
 def test_a_run_that_was_killed_sees_the_same_signs() -> None:
     kls = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0]
     whole = watchdog("rollback")
-    expected = [whole.look_at(step, reading(kl)) for step, kl in enumerate(kls, 1)]
+    expected = [whole.observe(step, reading(kl)) for step, kl in enumerate(kls, 1)]
     # The weights of step 7 sampled the responses of step 8.
     assert expected == [None] * 7 + [6] + [None] * 5 + [12]
     resumed, found = watchdog("rollback"), []
@@ -224,16 +224,16 @@ def test_a_run_that_was_killed_sees_the_same_signs() -> None:
         state = json.loads(json.dumps(resumed.state_dict()))
         resumed = watchdog("rollback")
         resumed.load_state_dict(state)
-        found.append(resumed.look_at(step, reading(kl)))
+        found.append(resumed.observe(step, reading(kl)))
     assert found == expected
 
 
 def test_a_start_below_zero_is_noise() -> None:
     """The first step's estimate of a small KL may be negative; `max(0, start)` is doubled."""
     dog = watchdog("stop")
-    assert [dog.look_at(n, reading(kl)) for n, kl in enumerate([-0.06, *[0.08] * 9])] == [None] * 10
+    assert [dog.observe(n, reading(kl)) for n, kl in enumerate([-0.06, *[0.08] * 9])] == [None] * 10
     with pytest.raises(Fault, match="moves away"):
-        [dog.look_at(n, reading(0.2)) for n in range(10, 15)]
+        [dog.observe(n, reading(0.2)) for n in range(10, 15)]
 
 
 def test_a_figure_that_the_first_step_lacks_starts_later() -> None:
@@ -241,32 +241,32 @@ def test_a_figure_that_the_first_step_lacks_starts_later() -> None:
     dog = watchdog("stop")
     endless = {"rollout/eos_fraction": 0.0, "rollout/response_tokens_mean": 12.0}
     rows = [{"policy/entropy": 1.0}, *[endless] * 3]
-    assert [dog.look_at(n, row) for n, row in enumerate(rows, 1)] == [None] * 4
+    assert [dog.observe(n, row) for n, row in enumerate(rows, 1)] == [None] * 4
     with pytest.raises(Fault, match="no response ends .rollout/eos_fraction is 0, was 0"):
-        dog.look_at(5, endless)
+        dog.observe(5, endless)
     dog = watchdog("stop")
     loops = [{"policy/entropy": 1.0}, *({"rollout/repetition": r} for r in (0.1, 0.1, 0.9, 0.9))]
-    assert [dog.look_at(n, row) for n, row in enumerate(loops, 1)] == [None] * 5
+    assert [dog.observe(n, row) for n, row in enumerate(loops, 1)] == [None] * 5
     with pytest.raises(Fault, match="repeat themselves .* was 0.1 at the start"):
-        dog.look_at(6, {"rollout/repetition": 0.9})
+        dog.observe(6, {"rollout/repetition": 0.9})
 
 
 def test_a_step_without_samples_does_not_dilute_a_mean() -> None:
     dog = watchdog("stop")
     rows = [reading(0.1), {}, {}, reading(0.5)]
-    assert [dog.look_at(n, row) for n, row in enumerate(rows, 1)] == [None] * 4
+    assert [dog.observe(n, row) for n, row in enumerate(rows, 1)] == [None] * 4
     with pytest.raises(Fault, match="moves away"):
-        dog.look_at(5, reading(0.5))
+        dog.observe(5, reading(0.5))
 
 
 def test_after_three_rollbacks_the_run_ends() -> None:
     dog = watchdog("rollback")
     healthy = dog.state_dict()
     for slowdown in (0.5, 0.25, 0.125):
-        assert dog.look_at(1, reading(0.1)) is None
-        assert [dog.look_at(n, reading(9.0)) for n in range(2, 6)] == [None, None, None, 0]
-        dog.send_back(healthy)
+        assert dog.observe(1, reading(0.1)) is None
+        assert [dog.observe(n, reading(9.0)) for n in range(2, 6)] == [None, None, None, 0]
+        dog.roll_back(healthy)
         assert dog.slowdown == slowdown
-    assert dog.look_at(1, reading(0.1)) is None
+    assert dog.observe(1, reading(0.1)) is None
     with pytest.raises(Fault, match="stopped after 3 rollbacks"):
-        [dog.look_at(n, reading(9.0)) for n in range(2, 6)]
+        [dog.observe(n, reading(9.0)) for n in range(2, 6)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from opd_titan.errors import Fault, LostOthers, OneLineError, UserError, tell
+from opd_titan.errors import Fault, LostOthers, OneLineError, UserError, print_error
 
 
 def exit_code(job: Callable[[], int]) -> int:
@@ -38,7 +38,7 @@ def _tell(error: OneLineError) -> None:
         except OSError:  # no space: print it here, and remove the partial file
             with suppress(OSError):
                 Path(report).unlink(missing_ok=True)
-    tell(error)
+    print_error(error)
 
 
 def _leave(code: int) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.run import parse_args, run
 
 from opd_titan.cli.start import worker_environment
 from opd_titan.distributed.heartbeat import FOLDER, phase_of
-from opd_titan.errors import tell
+from opd_titan.errors import print_error
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 # The agent sends SIGKILL 30 s after its SIGTERM; the times that it keeps are whole seconds.
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         except ChildFailedError as error:
             return _tell(*_first(error.failures))
         except SignalException as error:
-            tell(f"launcher stopped by {error.sigval.name}")
+            print_error(f"launcher stopped by {error.sigval.name}")
             return 128 + error.sigval
     return 0
 
@@ -91,16 +91,16 @@ def _tell(rank: int, failure: Any) -> int:
     """Print what happened, once for all workers. Return the exit code."""
     code, said = failure.exitcode, failure.error_file_data.get("message")
     if code == 2:
-        tell(failure.message)
+        print_error(failure.message)
     if code in (2, 75):
         return code
     if isinstance(said, str) and said != "<NONE>":  # a Fault, which says where
-        tell(f"rank {rank}: {said}")
+        print_error(f"rank {rank}: {said}")
     else:
         place = phase_of(rank)
         where = f" in {place}" if place else ""
         how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
-        tell(f"rank {rank} {how}{where}")
+        print_error(f"rank {rank} {how}{where}")
     return 1 if code > 0 else 128 - code
 
 

@@ -68,11 +68,11 @@ DATASETS: dict[str, DatasetSpec] = {}
 def dataset(name: str, **spec: Any) -> Callable[[Callable], Callable]:
     """Register the decorated function under `name` in `DATASETS`."""
 
-    def enter(to_record: Callable) -> Callable:
+    def register(to_record: Callable) -> Callable:
         DATASETS[name] = DatasetSpec(name, to_record, **spec)
         return to_record
 
-    return enter
+    return register
 
 
 _GSM8K_ANSWER = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")

@@ -37,7 +37,7 @@ class Prompt:
 
 
 @dataclass
-class Standing:
+class TokenRanks:
     """Ranks of a response's tokens in a model's distribution, on the CPU.
 
     Attributes:
@@ -78,7 +78,7 @@ class Sample:
     advantages: Tensor | None = None
     teacher_hidden: Tensor | None = None
     reference_hidden: Tensor | None = None
-    inspection: dict[str, Standing] | None = None
+    inspection: dict[str, TokenRanks] | None = None
 
     @property
     def num_tokens(self) -> int:

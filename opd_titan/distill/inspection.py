@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd_titan.data.types import Sample, Standing
+from opd_titan.data.types import Sample, TokenRanks
 from opd_titan.distributed.tensor_parallel import concat_ranks
 from opd_titan.distributed.world import ALONE, Axis
 from opd_titan.models.kernels.head_plain import row_blocks
@@ -147,11 +147,11 @@ def watch_samples(samples: Sequence[Sample], role: str) -> Inspector | None:
     return Inspector(spans, ALTERNATIVES.get(role, 0)) if spans else None
 
 
-def note_standings(samples: Sequence[Sample], role: str, columns: Columns) -> None:
+def record_ranks(samples: Sequence[Sample], role: str, columns: Columns) -> None:
     """Write the columns of an inspector into the watched samples."""
     watched = [s for s in samples if s.inspection is not None]
     lengths = [len(s.response_ids) for s in watched]
     parts = zip(*(values.cpu().split(lengths) for values in columns), strict=True)
     for sample, part in zip(watched, parts, strict=True):
         assert sample.inspection is not None
-        sample.inspection[role] = Standing(*part)
+        sample.inspection[role] = TokenRanks(*part)

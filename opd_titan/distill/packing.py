@@ -88,7 +88,7 @@ def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
     return PackedBatch(tokens_T, attend, predict_R, targets_R)
 
 
-def made_ahead(
+def prefetched(
     microbatches: Iterable[list[Sample]], make: Callable[[list[Sample]], T]
 ) -> Iterator[tuple[list[Sample], T]]:
     """Yield each micro-batch with the result of `make`, which is called one micro-batch ahead.
@@ -288,7 +288,7 @@ def _microbatches(samples: Sequence[Sample], max_tokens: int, dp: Axis) -> list[
     return mine + [[] for _ in range(count - len(mine))]
 
 
-def taught_by(teacher: str, plan: Sequence[Minibatch]) -> list[Minibatch]:
+def minibatches_of(teacher: str, plan: Sequence[Minibatch]) -> list[Minibatch]:
     """Return the part of a plan that one teacher scores. It does not fit an update."""
     parts = [part for minibatch in plan for part in minibatch.by_teacher()]
     return [Minibatch(own, 0, [name] * len(own)) for name, own in parts if name == teacher]

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from opd_titan.data.types import Sample
 from opd_titan.distill.head import FrozenHeads, hidden_head, score_head
-from opd_titan.distill.inspection import Columns, note_standings, watch_samples
-from opd_titan.distill.packing import STAND_IN, Minibatch, made_ahead, pack
+from opd_titan.distill.inspection import Columns, record_ranks, watch_samples
+from opd_titan.distill.packing import STAND_IN, Minibatch, pack, prefetched
 from opd_titan.distributed.sharding import resharding
 from opd_titan.distributed.world import World
 from opd_titan.models.logits import Distribution, VocabHead
@@ -49,7 +49,7 @@ def score(
     seen: list[tuple[Sequence[Sample], Columns]] = []
     microbatches = [m for minibatch in plan for m in minibatch.microbatches]
     with resharding(model):
-        for samples, batch in made_ahead(microbatches, lambda m: pack(m or STAND_IN, world)):
+        for samples, batch in prefetched(microbatches, lambda m: pack(m or STAND_IN, world)):
             head: Callable[..., Any] = partial(hidden_head, predict_R=batch.predict_R)
             watch = None if keep_hidden else watch_samples(samples or STAND_IN, role)
             if not keep_hidden:
@@ -67,7 +67,7 @@ def score(
         values = values_R if keep_hidden else values_R.cpu()
         pairs += zip(those, values.split([len(s.response_ids) for s in those]), strict=True)
     for those, columns in seen:
-        note_standings(those, role, columns)
+        record_ranks(those, role, columns)
     return pairs
 
 

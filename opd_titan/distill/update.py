@@ -17,15 +17,15 @@ from torch.distributed.tensor import DTensor
 from opd_titan.config.job_config import Distill, Reference, Training
 from opd_titan.data.types import Sample, ScoredBy
 from opd_titan.distill.head import NONE_FROZEN, FrozenHeads, HeadStats, LossHead, LossRule
-from opd_titan.distill.inspection import note_standings, watch_samples
+from opd_titan.distill.inspection import record_ranks, watch_samples
 from opd_titan.distill.objectives import OBJECTIVES, ObjectiveSettings
 from opd_titan.distill.packing import (
     STAND_IN,
     Minibatch,
     PackedBatch,
-    made_ahead,
     pack,
     pack_values,
+    prefetched,
     unpack_values,
 )
 from opd_titan.distill.scoring import gathered_heads
@@ -164,7 +164,7 @@ def update(
             for teacher, microbatches in minibatch.by_teacher():
                 with gathered_heads(models_of(teacher, frozen)) as heads:
                     make = partial(pack_scored, world=world, heads=heads)
-                    for samples, packed in made_ahead(microbatches, make):
+                    for samples, packed in prefetched(microbatches, make):
                         left -= 1
                         exchange_gradients(model, last=left == 0, once=exchange_once)
                         tokens = minibatch.response_tokens
@@ -236,7 +236,7 @@ def _fill_in(samples: Sequence[Sample], stats: HeadStats) -> None:
     for sample, values in zip(samples, unpack_values(stats.advantage_R, samples), strict=True):
         sample.advantages = values
     for inspected, seen in stats.seen.items():
-        note_standings(samples, inspected, seen)
+        record_ranks(samples, inspected, seen)
     for sample in samples:
         sample.teacher_hidden = sample.reference_hidden = None
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from opd_titan.errors import tell
+from opd_titan.errors import print_error
 
 _SECONDS_TO_TELL = 5.0
 
@@ -137,7 +137,7 @@ class Heartbeat:
 
 def _tell(text: str) -> None:
     with suppress(OSError, ValueError):
-        tell(text)
+        print_error(text)
     logger.error("%s", text)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler) and handler.stream is not None:

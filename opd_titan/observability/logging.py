@@ -11,7 +11,7 @@ from contextlib import suppress
 from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
 
-from opd_titan.errors import reason, tell
+from opd_titan.errors import print_error, reason
 from opd_titan.observability.progress import Bar
 
 # A log file of this size is renamed to `.log.1` and replaces the previous one.
@@ -64,7 +64,7 @@ class _FileHandler(RotatingFileHandler):
             super().handleError(record)
         elif not self.reported:
             self.reported = True
-            tell(f"{self.baseFilename}: lines are missing: {reason(error)}")
+            print_error(f"{self.baseFilename}: lines are missing: {reason(error)}")
 
     def close(self) -> None:
         with suppress(OSError):  # the lines that are missing

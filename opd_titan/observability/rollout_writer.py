@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_titan.data.pieces import TokenTexts
-from opd_titan.data.types import Sample, Standing
+from opd_titan.data.types import Sample, TokenRanks
 from opd_titan.grading.answers import after_prompt
 
 # Legal inside JSON strings, but `str.splitlines` ends a line at each.
@@ -132,7 +132,7 @@ def _row(
     }
 
 
-def _inspected(found: Mapping[str, Standing], texts: TokenTexts | None) -> dict[str, Any]:
+def _inspected(found: Mapping[str, TokenRanks], texts: TokenTexts | None) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for role in ("student", "teacher", "reference"):
         ranks = found[role].ranks.tolist() if role in found else None

@@ -155,18 +155,18 @@ class Watchdog:
 
     Attributes:
         slowdown: factor of the learning rate.
-        sent_back: number of rollbacks so far.
+        rollbacks: number of rollbacks so far.
     """
 
     def __init__(self, job: ResolvedJob) -> None:
         self.action = job.config.watchdog.action
         self.limits = Limits(MAX_GAP[job.dtype], ends=not job.config.rollout.ignore_eos)
-        self.slowdown, self.sent_back = 1.0, 0
+        self.slowdown, self.rollbacks = 1.0, 0
         self._start: Figures = {}
         self._last: deque[Figures] = deque(maxlen=WINDOW)
         self._showing: list[str] = []  # names of signs that were reported and are still there
 
-    def look_at(self, step: int, scalars: Figures) -> int | None:
+    def observe(self, step: int, scalars: Figures) -> int | None:
         """Check the scalars of a step. All ranks call with the same scalars.
 
         Returns:
@@ -193,8 +193,8 @@ class Watchdog:
             logger.warning("Watchdog: step %s: %s", step, message)
         if not new or self.action == "warn":
             return None
-        if self.action == "stop" or self.sent_back == MAX_ROLLBACKS:
-            times = f" after {self.sent_back} rollbacks" if self.sent_back else ""
+        if self.action == "stop" or self.rollbacks == MAX_ROLLBACKS:
+            times = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
             raise Fault(f"watchdog: step {step}: {messages[0]}; stopped{times} (watchdog.action)")
         return self._last_good(step, new)
 
@@ -213,14 +213,14 @@ class Watchdog:
         # The weights of step n sample the responses of step n + 1.
         return step - len(self._last) + first_bad - 1
 
-    def send_back(self, state: dict[str, Any]) -> None:
+    def roll_back(self, state: dict[str, Any]) -> None:
         """Restore the `state_dict` of a checkpoint, with a smaller learning rate than now."""
         # A checkpoint from before an earlier rollback does not include that rollback.
-        slowdown, sent_back = self.slowdown * SLOWDOWN, self.sent_back + 1
-        self.load_state_dict({**state, "slowdown": slowdown, "sent_back": sent_back})
+        slowdown, rollbacks = self.slowdown * SLOWDOWN, self.rollbacks + 1
+        self.load_state_dict({**state, "slowdown": slowdown, "rollbacks": rollbacks})
         logger.warning(
             "Watchdog: rollback %s of at most %s: continuing with %g times optimizer.lr",
-            self.sent_back,
+            self.rollbacks,
             MAX_ROLLBACKS,
             self.slowdown,
         )
@@ -229,14 +229,14 @@ class Watchdog:
         """Return plain JSON values."""
         return {
             "slowdown": self.slowdown,
-            "sent_back": self.sent_back,
+            "rollbacks": self.rollbacks,
             "start": self._start,
             "last": list(self._last),
             "showing": self._showing,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.slowdown, self.sent_back = state["slowdown"], state["sent_back"]
+        self.slowdown, self.rollbacks = state["slowdown"], state["rollbacks"]
         self._start, self._showing = state["start"], state["showing"]
         self._last = deque(state["last"], maxlen=WINDOW)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from opd_titan.config import JobConfig, load_config
 from opd_titan.config.resolve import resolve
-from opd_titan.errors import ConfigError, UserError, tell
+from opd_titan.errors import ConfigError, UserError, print_error
 
 if TYPE_CHECKING:  # it imports torch
     from opd_titan.plan.cluster import Cluster
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
         config = load_config(rest)
         return _plan(config, options)
     except UserError as error:
-        tell(error)
+        print_error(error)
         return 2
 
 

@@ -22,7 +22,7 @@ from opd_titan.checkpoint.hf_folder import CONFIG
 from opd_titan.config.resolve import ResolvedJob, is_teacher
 from opd_titan.data.loader import share_out
 from opd_titan.data.types import Prompt, Sample, ScoredBy
-from opd_titan.distill.packing import Minibatch, cost, taught_by
+from opd_titan.distill.packing import Minibatch, cost, minibatches_of
 from opd_titan.distributed.monitor import Monitor, ProgressBar
 from opd_titan.distributed.tensor_parallel import local
 from opd_titan.distributed.world import World, axes, build_world
@@ -107,7 +107,7 @@ class Simulation:
 
     def microbatches(self, role: str = "student") -> list[list[Sample]]:
         """Return the micro-batches of this rank that a model sees."""
-        plan = taught_by(role, self.plan) if is_teacher(role) else self.plan
+        plan = minibatches_of(role, self.plan) if is_teacher(role) else self.plan
         return [samples for minibatch in plan for samples in minibatch.microbatches]
 
     @property

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from opd_titan.config.resolve import ResolvedJob, is_teacher
 from opd_titan.data.types import Prompt, Sample, ScoredBy
 from opd_titan.distill.optim import set_learning_rate
-from opd_titan.distill.packing import Minibatch, plan_minibatches, taught_by
+from opd_titan.distill.packing import Minibatch, minibatches_of, plan_minibatches
 from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateResult, UpdateRule, update
 from opd_titan.distributed.monitor import Monitor
@@ -86,7 +86,7 @@ class Phases:
         """Set the log-probs, or the hidden states, of a frozen model on its samples."""
         name: ScoredBy = "reference"
         if is_teacher(role):
-            name, plan = "teacher", taught_by(role, plan)
+            name, plan = "teacher", minibatches_of(role, plan)
         whole = self.rule.needs_vocabulary
         with self._sequence_bar(role, plan) as bar:
             scored = score(

@@ -129,7 +129,7 @@ class Trainer:
         stats = asdict(models.generator.stats)
         scalars = self.recorder.record(self.step, samples, result.scalars, **stats)
         self.nonfinite.check(self.step, result)
-        return self.watchdog.look_at(self.step, scalars)
+        return self.watchdog.observe(self.step, scalars)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -292,7 +292,7 @@ class Trainer:
         self.recorder.metrics.close()
         self._resume(start, "old")
         assert start.state is not None
-        self.watchdog.send_back(start.state["watchdog"])
+        self.watchdog.roll_back(start.state["watchdog"])
         # Save the smaller learning rate, for a run that resumes from here.
         self._save()
         self.saver.checkpoints.poll()

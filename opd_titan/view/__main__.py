@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from opd_titan.errors import ConfigError, UserError, tell
+from opd_titan.errors import ConfigError, UserError, print_error
 from opd_titan.view.page import write_page
 
 DESCRIPTION = """\
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         out = options.out or options.dump_folder / "rollouts.html"
         packed = write_page(options.dump_folder, out)
     except UserError as error:
-        tell(error)
+        print_error(error)
         return 2
     size = out.stat().st_size / 1e6
     print(f"{out}: {packed.count:,} rollouts of {len(packed.steps):,} steps, {size:.1f} MB")

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not there: spills, registers, shared memory.
+"""Registers, spills and shared memory of the Triton kernels, compiled without a GPU.
 
 `test_kernels.py` runs this file in a process of its own, in which Triton believes in a GPU. Kernels
 are launched as on one, and compiled for it, up to the launch itself.
@@ -116,7 +116,7 @@ def compile_launches(
 
 
 def assert_fits(kernel: Compiled, programs: dict[int, int] | None = None, warps: int = 1) -> None:
-    """Nothing is spilled, and a multiprocessor holds at least so many programs and warps."""
+    """Assert no spills, and this many resident programs and warps on a multiprocessor."""
     assert kernel.spilled == 0, kernel
     assert kernel.shared <= kernel.gpu.program_shared, kernel
     least = 1 if programs is None else programs[kernel.gpu.capability]

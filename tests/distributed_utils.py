@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes of this machine, and see what they send."""
+"""Run a function on several gloo processes of this machine, and record collectives."""
 
 from __future__ import annotations
 

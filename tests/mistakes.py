@@ -1,4 +1,4 @@
-"""Mistakes that a user can make: a name, how to make it, and what the one line must contain.
+"""User mistakes: a name, how to make the mistake, and what its one-line message must contain.
 
 A mistake is a function of the world (see `tiny_world`) and of an empty folder for new files. It
 returns options. `test_bad_input` runs each through the program. Most mistakes are tested where they

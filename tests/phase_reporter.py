@@ -1,4 +1,4 @@
-"""Tells a file what a run of `opd_titan.train` is doing, for a harness that kills it.
+"""Write to a file what a run of `opd_titan.train` is doing, for tests that kill it.
 
 It watches and changes nothing: the phases of `PhaseClock` and a few functions are noted as they
 begin and end, and an audit hook notes what is done to files of the dump folder. On request the

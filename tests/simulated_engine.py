@@ -1,4 +1,4 @@
-"""An engine with a cache of histories instead of keys and values, to test the scheduler with.
+"""An engine for tests of the scheduler: its cache holds histories, not keys and values.
 
 A cell of the cache holds a hash of all tokens up to its own, as keys and values depend on all of
 them. So pages that are lost, shared too long, or written by two sequences lead to a wrong history.

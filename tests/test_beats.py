@@ -1,4 +1,4 @@
-"""A run that is slow and healthy says so from its start to its end, or it would be ended."""
+"""Every slow part of a run sends heartbeats, so that a healthy run is not ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSORS = 4  # fewer than any model here has
 
 @pytest.fixture
 def beats(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a run in this process says that it goes on, by place; in the order of places."""
+    """Count the heartbeats of runs in this process by phase."""
     found: Counter[str] = Counter()
     own = Heartbeat.beat
 
@@ -58,7 +58,7 @@ def test_each_buffer_of_a_checksum_is_a_beat(
     finally:
         heartbeat.close()
     assert beats["the test"] == 1 + 10
-    beat()  # nobody listens any more
+    beat()  # the heartbeat is closed
     assert beats["the test"] == 1 + 10
 
 

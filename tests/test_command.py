@@ -22,7 +22,7 @@ from opd_titan.config.options import OPTIONS
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`opd-titan` as a user starts it, outside of any launcher."""
+    """Run `opd-titan` outside of any launcher."""
     env = {k: v for k, v in os.environ.items() if k not in (*command.LAUNCHED, "NGPU")}
     return subprocess.run(
         [sys.executable, "-m", "opd_titan", *words],
@@ -52,7 +52,7 @@ RECIPE = REPO / "train_configs" / "debug.toml"
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", ["--help", "train --help", f"config {RECIPE}", "completion bash"])
 def test_a_reader_that_leaves_is_no_error(words: str, unbuffered: str) -> None:
-    """As `opd-titan --help | head -1` and a pager do."""
+    """`opd-titan --help | head -1` closes the pipe, as a pager does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "opd_titan", *words.split()],
         env={**os.environ, "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": unbuffered},
@@ -154,7 +154,7 @@ def test_what_is_wrong_with_ngpu_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout's scripts, beside a Python that has pip and nothing else."""
+    """Return a folder with the scripts and a Python that has only pip."""
     folder = tmp_path_factory.mktemp("bare")
     shutil.copytree(REPO / "scripts", folder / "scripts")
     shutil.copy(REPO / "constraints.txt", folder)
@@ -237,7 +237,7 @@ def test_the_allocator_is_set_up_before_torch_is_imported(module: str, own: str 
 
 
 def completed(shell: str, line: str) -> list[str]:
-    """What the shell offers for the last word of the line."""
+    """Return the completions of the last word of the line."""
     words = line.split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     script = f"""
@@ -285,7 +285,7 @@ def test_zsh_reads_its_own() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_has_everything_and_brings_the_command(tmp_path: Path) -> None:
-    """Built from a copy, for setuptools leaves its build folder beside the sources."""
+    """Build from a copy, because setuptools leaves its build folder beside the sources."""
     pytest.importorskip("setuptools", reason="builds without downloads")
     source = tmp_path / "source"
     shutil.copytree(REPO / "opd_titan", source / "opd_titan")
@@ -302,10 +302,10 @@ def test_the_wheel_has_everything_and_brings_the_command(tmp_path: Path) -> None
     place = tmp_path / "venv"
     venv.create(place, with_pip=False, symlinks=True)
     target = ["--python", str(place / "bin" / "python"), "install", "--no-deps", str(wheel)]
-    # Nor may pip see the sources, which count as an installed package where they have an egg-info.
+    # pip must not see the sources: with an egg-info they count as an installed package.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *command.LAUNCHED)}
     subprocess.run([*pip, *target], check=True, env=env, cwd=tmp_path)
-    # Only now the packages that run this test: among them may be this one, where pip sees it.
+    # Add the packages that run this test only now, because opd_titan may be one of them.
     others = next(path for path in sys.path if path.endswith("site-packages"))
     (next(place.glob("lib/python*/site-packages")) / "others.pth").write_text(others)
     program = str(place / "bin" / "opd-titan")

@@ -25,7 +25,7 @@ def load(tmp_path: Path, toml: str | bytes, *argv: str) -> JobConfig:
 
 
 def refusal(argv: list[str]) -> str:
-    """The message of the ConfigError that `argv` must give, checked to be one clean line."""
+    """Return the message of the ConfigError for `argv`; assert that it is one printable line."""
     with pytest.raises(ConfigError) as caught:
         load_config(argv)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""The console and the log files: who writes, colors, bars, the step line, the start and the end."""
+"""The console and the log files of each rank."""
 
 from __future__ import annotations
 

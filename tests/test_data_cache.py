@@ -1,4 +1,4 @@
-"""The cache of tokenized prompts: what it saves, when it is stale, who shares it, and damage."""
+"""The cache of tokenized prompts: reuse, staleness, damage, several processes."""
 
 from __future__ import annotations
 

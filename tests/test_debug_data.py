@@ -1,4 +1,4 @@
-"""The embedded default's data: reproducible, held out for real, right where it says so."""
+"""The debug recipe's data is reproducible, correct, and its test set is held out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP = re.compile(r"([\d+*-]+)=(\d+)")
 
 
 def _load_generator() -> ModuleType:
-    """scripts/ is no package: import the file itself."""
+    """Import the file, because scripts/ is not a package."""
     path = REPOSITORY / "scripts" / "make_debug_data.py"
     spec = importlib.util.spec_from_file_location("make_debug_data", path)
     module = importlib.util.module_from_spec(spec)
@@ -40,7 +40,7 @@ def _final(answer: str) -> int:
 
 
 def _work_ends_in_its_number(answer: str) -> bool:
-    """Every equation holds, and the number after #### is made of their last digits."""
+    """Return whether each equation holds and the final number has their last digits."""
     (ones_left, ones), (tens_left, tens) = STEP.findall(answer)
     holds = eval(ones_left) == int(ones) and eval(tens_left) == int(tens)
     return holds and _final(answer) == 10 * int(tens) + int(ones) % 10
@@ -70,5 +70,5 @@ def test_train_and_test_answers_are_right(splits: dict) -> None:
 
 
 def test_the_prompt_is_the_raw_templates() -> None:
-    """The script keeps a copy, so that it runs without the package installed."""
+    """The script has a copy, so that it runs without the package."""
     assert generator.PROMPT.format(question="Q?") == QUESTION_FORMAT.format("Q?")

@@ -1,4 +1,4 @@
-"""The default command, as a newcomer runs it: what it promises and what its samples show."""
+"""The default command recovers the gap, and its samples show why."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_four_fifths_of_the_gap_are_recovered(finished: Path) -> None:
 
 
 def test_the_teacher_disagrees_exactly_at_the_misconception(finished: Path, repo: Path) -> None:
-    """In a wrong answer one token carries the blame: `carry 0`, `borrow 0`, or + where * is due."""
+    """One token of a wrong answer has a low advantage: `carry 0`, `borrow 0`, or + instead of *."""
     tokenizer = AutoTokenizer.from_pretrained(repo / "assets" / "debug" / "student")
     rows = [json.loads(line) for line in (finished / "rollouts" / "step-1.jsonl").open()]
     wrong = [row for row in rows if row["correct"] is False]

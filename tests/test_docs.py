@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ name exists: options, scalars, messages, files, links."""
+"""Options, scalars, messages, files and links in README, CONTRIBUTING and docs/ exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def prose(page: Path) -> str:
-    """Without fenced and indented blocks; of other programs' tables only what is ours."""
+    """Return the page without code blocks and without other programs' options."""
     text = _FENCE.sub("", text_of(page))
     if page.name == "coming_from.md":  # the first cell of a row is the other program's
         text = re.sub(r"^\|.*?(?<!\\)\|", "|", text, flags=re.MULTILINE)
@@ -47,7 +47,7 @@ def prose(page: Path) -> str:
 
 
 def code(page: Path) -> list[str]:
-    """Every `inline code`, on one line."""
+    """Return all `inline code`, each on one line."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
@@ -88,7 +88,7 @@ def test_options_exist(page: Path) -> None:
 
 @every_page
 def test_commands_can_be_started(page: Path) -> None:
-    """Every training command's recipe exists, and takes these options."""
+    """Each training command's recipe exists and accepts its options."""
     for words in commands(page):
         start = next((i for i, w in enumerate(words) if w.endswith("run_train.sh")), None)
         if start is None or "--plan" in words or "--help" in words or "<" in " ".join(words):
@@ -123,13 +123,13 @@ def test_scalars_exist(page: Path) -> None:
 
 
 def expanded(span: str) -> list[str]:
-    """`a/{b,c}` is a/b and a/c."""
+    """Expand `a/{b,c}` to a/b and a/c."""
     match = re.fullmatch(r"([^{}]*)\{([^{}]*)\}([^{}]*)", span)
     return [f"{match[1]}{part}{match[3]}" for part in match[2].split(",")] if match else [span]
 
 
 def is_named(known: str, name: str) -> bool:
-    """Units may be left out, `*` stands for anything, and <k> in a known name for a word."""
+    """Return whether a name, maybe with `*` and without its unit, is that known scalar."""
     pattern = re.sub(r"<\w+>", "*", known)
     return any(
         fnmatchcase(known, name) or fnmatchcase(name, p) for p in (pattern, pattern.split("(")[0])
@@ -205,7 +205,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes from headings."""
     headings = re.findall(r"^#+ (.*)$", _FENCE.sub("", text_of(page)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 

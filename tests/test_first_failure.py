@@ -1,4 +1,4 @@
-"""The launcher tells what the others follow from: who failed first, not whom the agent ended."""
+"""The launcher reports the rank that failed first, not those that it ended."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ ENDS = {
 
 @pytest.mark.long
 def test_a_rank_that_the_agent_has_to_kill_hides_nothing(tmp_path: Path) -> None:
-    """All at once, for each takes the agent's 30 s."""
+    """Run all at once, because the agent waits 30 s in each."""
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "opd_titan.cli.launch", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -107,4 +107,4 @@ def test_a_mistake_is_told_where_the_launcher_cannot_be_told(tmp_path: Path, fol
     done = run_python("-c", NO_SPACE, TORCHELASTIC_ERROR_FILE=str(report))
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("opd_titan: ") and "lrr" in line
-    assert not report.exists()  # the launcher would stumble over half of it
+    assert not report.exists()  # the launcher cannot parse half a report

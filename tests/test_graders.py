@@ -1,4 +1,4 @@
-"""How graders are loaded: built-in ones, a user's own, and the process that compares LaTeX."""
+"""Loading of graders, a user's own graders, and the process that compares LaTeX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graders on responses as models write them, on real gold answers, and on degenerate text."""
+"""Graders on typical responses, real gold answers and degenerate text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The logic of CUDA graphs, and of the kernel that reads pages through a table, on a CPU.
+"""CUDA graphs and the kernel that reads pages through a table, simulated on a CPU.
 
 A step is recorded as a list of operations on the tensors that it used, as a CUDA graph is. When it
 is replayed, it does the same to what these tensors then hold, without Python's part of the step.

@@ -1,4 +1,4 @@
-"""A process that stands still ends, whatever else hangs or is full."""
+"""A process that hangs ends itself, even if its log cannot be written."""
 
 from __future__ import annotations
 

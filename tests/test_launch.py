@@ -18,7 +18,7 @@ from opd_titan.checkpoint.steps import complete_steps
 
 
 def finish(argv: list[str], processes: int) -> tuple[int, str, str, float]:
-    """Exit code, stdout, stderr and seconds of run_train.sh."""
+    """Return exit code, stdout, stderr and seconds of run_train.sh."""
     begin = time.monotonic()
     run = script(argv, processes)
     out, err = run.communicate(timeout=TIMEOUT)

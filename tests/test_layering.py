@@ -1,4 +1,4 @@
-"""The house rules: which folder may import which, and how long files and functions may get."""
+"""Which folder may import which, and the maximum length of files and functions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def floor_of(module: str) -> str:
 
 
 def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """Everything imported, wherever it stands: inside functions and TYPE_CHECKING as well.
+    """Yield all imported names, also inside functions and TYPE_CHECKING.
 
     `from a import b` gives a.b, because b may be a module.
     """

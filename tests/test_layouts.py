@@ -1,4 +1,4 @@
-"""However the ranks are laid out, it is the same run, to fp32 rounding.
+"""A run is the same in any layout of ranks, up to fp32 rounding.
 
 One process, 2 x FSDP, 2 x TP, 2 x 2 (FSDP x TP), 2 x 2 (HSDP) and 2 x 1 x 2 (HSDP x TP), on the CPU
 over gloo: the same rollouts, losses, gradient norms and final weights (relative 1e-4). CI runs each
@@ -85,7 +85,7 @@ def arguments(world: World, variant: str, out: str, degrees: Degrees, *more: Any
 
 
 def resumed(world: World, name: str) -> Path:
-    """A copy of the FSDP x TP run as it was after its second step."""
+    """Copy the FSDP x TP run as it was after its second step."""
     out = world.folder / name
     shutil.copytree(world.folder / "tied-fsdp-tp", out, ignore=shutil.ignore_patterns("hf"))
     shutil.rmtree(out / "checkpoint" / "step-4")
@@ -151,7 +151,7 @@ def more_runs(runs: World) -> World:
 
 
 def assert_same_rollouts(ours: Path, truth: Path) -> None:
-    """The same tokens and texts; log-probs and advantages to 1e-4."""
+    """Assert the same tokens and texts, and log-probs and advantages within 1e-4."""
     mine, theirs = (list(chain(*read_rollouts(out).values())) for out in (ours, truth))
     assert len(mine) == len(theirs) > 0
     for row, expected in zip(mine, theirs, strict=True):
@@ -216,7 +216,7 @@ def test_any_variant_is_the_same_run_in_any_layout(
 
 
 def test_the_runs_show_what_they_are_to_show(runs: World) -> None:
-    """Otherwise the layouts could agree on less than is claimed."""
+    """The comparisons above mean little if, say, no response is ever clipped."""
     tied, untied = (read_scalars(runs.folder / f"{name}-one") for name in ("tied", "untied"))
     assert list(tied["validation/accuracy"]) == [0, 2, 4]
     assert min(tied["validation/teacher_accuracy"].values()) > 0

@@ -1,4 +1,4 @@
-"""A limit on a rollout's tokens: what it keeps depends on the responses alone."""
+"""With a limit on a rollout's tokens, what is kept depends only on the responses."""
 
 from __future__ import annotations
 

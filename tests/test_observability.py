@@ -1,4 +1,4 @@
-"""Scalars from a step to TensorBoard: windows, resumes, kills, full disks; times and memory."""
+"""Scalars on their way to TensorBoard: windows, resumes, full disks, times and memory."""
 
 from __future__ import annotations
 
@@ -216,6 +216,17 @@ def test_memory_on_cpu_is_the_peak_of_this_process_alone() -> None:
     assert after - before == pytest.approx(0.25, abs=0.02)
     assert before < 1.0 < memory_scalars("cpu")["memory/max_reserved(GiB)"]
     del blob
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_on_cuda_is_the_peak_since_the_last_call() -> None:
+    blob = torch.ones(2**28, device="cuda")
+    first = memory_scalars("cuda")
+    del blob
+    memory_scalars("cuda")
+    second = memory_scalars("cuda")
+    assert first["memory/max_active(GiB)"] >= 1.0 > second["memory/max_active(GiB)"]
+    assert first["memory/max_reserved(GiB)"] >= first["memory/max_active(GiB)"]
 
 
 # ----------------------------------------------------------------------------- KL

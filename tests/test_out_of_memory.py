@@ -1,4 +1,4 @@
-"""Running out of memory, for real: the system gives no more from some moment on."""
+"""A process that reaches its memory limit says so in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def starved(world: World, place: str, ranks: int = 1) -> tuple[int, list[str]]:
-    """Exit code and what the program says; the last rank gets no memory from a place on."""
+    """Return exit code and messages; the last rank gets no more memory after `place`."""
     options = ["--validation.enable", "false", "--checkpoint.enable", "false"]
     options += ["--rollout.group_size", "8"]
     command = [sys.executable, str(REPO / "tests" / "faulty_rank.py")]

@@ -53,7 +53,7 @@ def test_a_run_with_everything_on_the_host_is_the_same_run(world: World) -> None
 
 
 def held_bytes(weights: GeneratorWeights) -> int:
-    """Of the copies that hold memory now; the others read the training weights in place."""
+    """Return the bytes of the generator's own copies; others read the training weights in place."""
     stored = (p.to_local() for p in weights.source.parameters())
     own = {p.untyped_storage().data_ptr() for p in stored}
     storages = [p.untyped_storage() for p in weights.model.parameters()]
@@ -106,7 +106,7 @@ def check_ranks_agree() -> int:
 
 
 def check_joined_copies() -> None:
-    """They are one tensor, which follows the training weights and is released."""
+    """Assert that they are one tensor, which follows the training weights and is released."""
     model = sharded(build_world(CPU))
     weights = follow(model, torch.bfloat16, pack=False)
     source = {n: p for n, p in model.named_parameters()}
@@ -191,7 +191,7 @@ def held_after_rollouts(argv: list[str]) -> list[int]:
 
 @pytest.mark.slow
 def test_a_resumed_run_releases_its_copy_before_its_first_update(world: World) -> None:
-    """It has updated before, but not in this process, so what the update takes is unknown."""
+    """This process has not measured an update yet, so it cannot know what an update needs."""
     options = ("--training.dtype", "bfloat16", "--validation.enable", "false")
     fresh, resumed = (
         run_here(held_after_rollouts, world.argv("bf16", *options, "--training.steps", steps))

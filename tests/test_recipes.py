@@ -1,4 +1,4 @@
-"""Every recipe of train_configs/: it runs, small, and fits on what its head comment says."""
+"""Every recipe in train_configs/ runs on a tiny model, and fits the GPU that it names."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_table_of_the_docs_has_every_recipe() -> None:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By hub id, a folder with the model's config.json."""
+    """Return a folder with the model's config.json for each hub id."""
     root = tmp_path_factory.mktemp("shapes")
     made = {size: write_config(size, root / size) for size in NAMES}
     return {f"Qwen/Qwen3-{size}{base}": made[size] for size in NAMES for base in ("", "-Base")}
@@ -95,13 +95,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def inline(rows: list[Any]) -> str:
-    """Rows of a list as one TOML array, for the command line."""
+    """Return rows as one TOML array, for the command line."""
     pairs = [", ".join(f"{k} = {literal(v)}" for k, v in asdict(row).items()) for row in rows]
     return "[" + ", ".join("{" + row + "}" for row in pairs) + "]"
 
 
 def shrunken(world: World, name: str) -> list[str]:
-    """The recipe with tiny models and data and two steps; all else as it is written."""
+    """Return the recipe with tiny models and data and two steps, otherwise unchanged."""
     config = recipe(name)
     held_out = config.validation.dataset or config.data.dataset
     options = {
@@ -117,7 +117,7 @@ def shrunken(world: World, name: str) -> list[str]:
         "validation.path": world.folder / held_out,
         "validation.max_prompts": 4,
         "validation.max_new_tokens": 8,
-        # One process stands for all: how ranks share the work is tested elsewhere.
+        # One process: other tests compare layouts.
         "parallelism.data_parallel_replicate_degree": 1,
         "parallelism.tensor_parallel_degree": 1,
     }

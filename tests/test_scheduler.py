@@ -1,4 +1,4 @@
-"""The scheduler, run by an engine that checks each step."""
+"""The scheduler in an engine that checks each step."""
 
 from __future__ import annotations
 

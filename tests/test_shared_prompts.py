@@ -138,7 +138,7 @@ def test_sharing_changes_no_number_when_compiled() -> None:
 
 
 def lower_right(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: int, **options):
-    """Compute what `varlen_attn` does: with fewer queries than keys, the last sees the last."""
+    """Compute what `varlen_attn` does: its causal mask is aligned with the last key."""
     assert options == {"window_size": (-1, 0), "enable_gqa": True}
     outs = []
     for i in range(len(cu_q) - 1):

@@ -1,4 +1,4 @@
-"""scripts/multinode.slurm on clusters of two nodes, real but for sharing this machine.
+"""scripts/multinode.slurm on SLURM clusters of two nodes that share this machine.
 
 They need SLURM (Debian: `apt-get install --no-install-recommends slurm-wlm munge`), root, and the
 scripts that start them.
@@ -33,7 +33,7 @@ NETNS = "start_slurm_netns.sh"  # a network of its own for each node
 
 
 def clean_environment(**environment: str) -> dict[str, str]:
-    """This process's, with its Python first, and with nothing that says where to run."""
+    """Return this environment with this Python first and without SLURM's variables."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     for name in ("CONFIG_FILE", "NGPU", "CUDA_VISIBLE_DEVICES", "OPD_TITAN_ROOT"):
         env.pop(name, None)
@@ -132,7 +132,7 @@ def cluster(request: pytest.FixtureRequest, shared_slurm: Path) -> Iterator[Clus
 
 @pytest.fixture(scope="module")
 def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by torchrun: 4 processes on one machine."""
+    """Run the same job with torchrun, 4 processes on one machine."""
     out = tmp_path_factory.mktemp("torchrun") / "out"
     argv = ["--job.config_file", "", *OPTIONS, "--job.dump_folder", str(out)]
     run = script(argv, processes=4)
@@ -142,7 +142,7 @@ def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_numbers(a: Path, b: Path) -> None:
-    """The same tokens, and scalars equal to rounding."""
+    """Assert the same tokens, and equal scalars up to rounding."""
     rollouts = [read_rollouts(out) for out in (a, b)]
     assert list(rollouts[0]) == list(rollouts[1]) == list(range(1, STEPS + 1))
     tokens = [
@@ -216,7 +216,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: P
 
 @pytest.mark.long
 def test_stopped_before_any_checkpoint_it_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    """It would be, for ever, if its time limit is too short to get anywhere."""
+    """Otherwise a job with a time limit that is too short is requeued without end."""
     out = tmp_path / "out"
     job = cluster.submit(tmp_path, *OPTIONS, "--job.dump_folder", str(out), nodes="-N1")
     job.wait(lambda: "start 1: " in job.text())

@@ -1,4 +1,4 @@
-"""Runs that meet a second fault while they get over the first: nothing lost, nothing done twice."""
+"""A second fault during recovery from a first loses nothing and repeats nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from opd_titan.distributed.heartbeat import Heartbeat
 
 
 class Killed(Exception):
-    """In the place of SIGKILL, for a run in this process."""
+    """Stands for SIGKILL in a run in this process."""
 
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], None]:
-    """`at(place, act)`: do something, once, when the next run enters that place."""
+    """Return `at(place, act)`, which calls `act` once when the next run enters that phase."""
 
     def arrange(place: str, act: Callable[[], None]) -> None:
         monkeypatch.undo()
@@ -101,7 +101,7 @@ def test_a_run_sent_back_twice_keeps_what_was_there_first(world: World, at: Any)
 
 
 def test_an_optimizer_that_has_not_moved_yet_is_saved_as_such(tmp_path: Path) -> None:
-    """All updates so far were skipped: the first that is made must count as the first."""
+    """If all updates so far were skipped, the next one must count as the first."""
     with one_process_group():
         models = [nn.Linear(2, 1), nn.Linear(2, 1)]
         optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in models]

@@ -1,4 +1,4 @@
-"""Several teachers and data sets: who is asked what, who scores it, and what is reported of it."""
+"""Several teachers and data sets: which teacher scores which set, and what is reported."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ TP = ["--parallelism.tensor_parallel_degree", 2]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Of each set, the answers to validate with are mostly those of its own teacher."""
+    """Most validation answers of a set are those of its own teacher."""
     world = World(tmp_path_factory.mktemp("teachers"))
     make_model(world.student, seed=1)
     make_model(world.teacher, seed=2)
@@ -124,7 +124,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def runs(world: World) -> World:
-    """Each on one process, on two, and where a test wants it on two that split the layers."""
+    """Run each on one process, on two, and one also with tensor parallelism."""
     for name, options in RUNS.items():
         assert train(world.argv(f"{name}-1", *options)) == 0
     as_of_step_2(world, "sampled-1", "moved")
@@ -188,7 +188,7 @@ def test_any_number_of_processes_is_the_same_run(runs: World, name: str) -> None
 
 
 def test_a_run_goes_on_in_another_world(runs: World) -> None:
-    """From one process to two, in the midst of the epochs of both sets."""
+    """It resumes on two processes, in the middle of an epoch of both sets."""
     assert "Resumed from" in read_log(runs.folder / "moved")
     assert_same_rollouts(runs.folder / "moved", runs.folder / "sampled-1")
     assert_same_weights(runs.folder / "moved", runs.folder / "sampled-1", 4)
@@ -268,7 +268,7 @@ def test_each_set_is_validated_against_its_own_teacher(world: World) -> None:
 
 
 def accuracy_of(model: str, name: str, world: World) -> float:
-    """Its accuracy on one set, by the command for a single model."""
+    """Return the model's accuracy on one set, measured by `evaluate`."""
     folder = world.folder / f"evaluation-{name}"
     only = f"[{{name = 'a', path = '{world.folder / name}', dataset = '{KINDS[name]}'}}]"
     argv = world.argv("evaluated", "--evaluate.model", model, "--evaluate.folder", folder)
@@ -300,7 +300,7 @@ def test_a_change_of_weights_or_teachers_is_another_job(world: World, capsys: An
 
 
 def test_random_teachers_in_another_order_are_another_job(world: World) -> None:
-    """They draw their weights by their place in the list."""
+    """A random teacher's seed is its place in the list."""
     rows = [f"{{name = '{n}', hf_path = '{world.teacher}'}}" for n in ("small", "large")]
     found = []
     for models in (rows, rows[::-1]):
@@ -312,7 +312,7 @@ def test_random_teachers_in_another_order_are_another_job(world: World) -> None:
 
 
 def test_a_plan_holds_all_teachers_and_asks_each_its_own(world: World) -> None:
-    """Beside the plans with one of the teachers: weights add up, work is shared out."""
+    """Compare with plans for each teacher alone: weights add up, work is divided."""
     cluster = replace(H200, world_size=1)
     found, jobs = {}, []
     for name in ("teacher", "large"):

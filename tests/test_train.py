@@ -82,7 +82,7 @@ def variant(world: World, name: str, out: str, *options: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(world: World) -> Path:
-    """Four steps as a user runs them, graded on what the models do know."""
+    """Run four steps as a user does, validated on answers that the models give."""
     argv = world.argv("base", "--validation.path", world.folder / "graded.jsonl")
     run = start([*argv, "--validation.max_prompts", "0", "--export.interval", "2"])
     assert run.wait() == 0
@@ -91,7 +91,7 @@ def base(world: World) -> Path:
 
 @pytest.fixture(scope="module")
 def one(world: World) -> dict[str, Path]:
-    """Every variant on one process."""
+    """Run every variant on one process."""
     for name in VARIANTS:
         assert train(variant(world, name, f"one-{name}")) == 0
     return {name: world.folder / f"one-{name}" for name in VARIANTS}
@@ -247,7 +247,7 @@ def test_the_clip_acts_on_later_minibatches(one: dict[str, Path]) -> None:
 
 
 def assert_equivalent(a: Path, b: Path, *, on_policy: bool) -> None:
-    """The same tokens, and the same numbers to fp32 rounding."""
+    """Assert the same tokens, and the same numbers up to fp32 rounding."""
     if on_policy:
         tokens = [
             [(row["step"], row["prompt_index"], row["response_tokens"]) for row in chain(*run)]

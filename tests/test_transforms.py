@@ -1,4 +1,4 @@
-"""Activation checkpointing and compiling of blocks: less memory, other code, the same numbers.
+"""Activation checkpointing and compilation save memory and time and change no number.
 
 Shapes: T packed tokens, L layers.
 """
@@ -180,7 +180,7 @@ def test_what_each_mode_recomputes() -> None:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Restore the compiler's settings after this file; all tests share one cache of graphs."""
+    """Share one cache of graphs; restore the compiler's settings after this file."""
     import torch._dynamo
     import torch._inductor.config
 

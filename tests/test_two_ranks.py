@@ -358,7 +358,7 @@ def moved(model: nn.Module, world: World, once: bool = False) -> Tensor:
 
 
 def sent_and_moved(layout: str, dtype: str) -> list[tuple[Counter[str], Tensor]]:
-    """Return for each way the collectives of an update (small ones aside) and the weights then."""
+    """Return the large collectives of an update, and the weights after it, for each of `WAYS`."""
     world = build_world(CPU, *LAYOUTS[layout])
     found = []
     for kept, once in WAYS:
@@ -387,7 +387,7 @@ def test_what_is_kept_changes_what_is_sent_and_no_number(ranks: list[Results], i
 
 
 def left_half_way(layout: str, dtype: str) -> list[bool]:
-    """Return whether an interrupted update leaves gradients, and changes those that follow."""
+    """Return whether an interrupted update frees its gradients and changes no later update."""
     world, same = build_world(CPU, *LAYOUTS.get(layout, ())), []
     for kept, once in WAYS[::2]:
         twins = [student(world, dtype, kept) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The update on one process: one optimizer step per mini-batch, and what it reports.
+"""The update on one process: one optimizer step per mini-batch, and its scalars.
 
 `test_two_ranks` makes the same updates on two; `test_packing` in any micro-batches.
 """

@@ -1,4 +1,4 @@
-"""The page of rollouts in a real browser: its controls, and texts that try to break out."""
+"""The page of rollouts in a real browser: its controls and its safety."""
 
 from __future__ import annotations
 

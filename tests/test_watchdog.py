@@ -1,4 +1,4 @@
-"""Runs that go wrong as on-policy distillation does: what the watchdog reports and does.
+"""The watchdog on runs that collapse in the ways that on-policy distillation does.
 
 The models are those of the debug recipe. Options ruin them, and one fault is put into the program:
 weights that do not reach the generator.
@@ -249,6 +249,14 @@ def test_a_figure_that_the_first_step_lacks_starts_later() -> None:
     assert [dog.look_at(n, row) for n, row in enumerate(loops, 1)] == [None] * 5
     with pytest.raises(Fault, match="repeat themselves .* was 0.1 at the start"):
         dog.look_at(6, {"rollout/repetition": 0.9})
+
+
+def test_a_step_without_samples_does_not_dilute_a_mean() -> None:
+    dog = watchdog("stop")
+    rows = [reading(0.1), {}, {}, reading(0.5)]
+    assert [dog.look_at(n, row) for n, row in enumerate(rows, 1)] == [None] * 4
+    with pytest.raises(Fault, match="moves away"):
+        dog.look_at(5, reading(0.5))
 
 
 def test_after_three_rollbacks_the_run_ends() -> None:

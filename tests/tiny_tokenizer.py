@@ -1,4 +1,4 @@
-"""A tokenizer made on the spot, and the check that an error is for people."""
+"""A character-level tokenizer, and a check of one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A world small enough to train in: models, data and a recipe, and ways to run the program there.
+"""Tiny models, data and a recipe, and ways to run the program on them.
 
 world = make_world(tmp_path)
 assert train(world.argv("out")) == 0
@@ -208,13 +208,13 @@ def run_here(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers, with what it worked out for an operation, the mesh that it was of.
+    """Clear DTensor's sharding cache, which refers to the mesh of the last world.
 
     The next world's mesh may be equal to that one, but the old one's groups are gone.
     """
     from torch.distributed.tensor import debug
 
-    for which in ("python", "fast_path"):  # torch 2.10 may have but one
+    for which in ("python", "fast_path"):  # torch 2.10 may have only one
         getattr(debug, f"_clear_{which}_sharding_prop_cache", lambda: None)()
 
 
@@ -261,7 +261,7 @@ def _run_jobs(
 
 
 def start(argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start `python -m opd_titan.train` for the caller to disturb."""
+    """Start `python -m opd_titan.train`."""
     return subprocess.Popen(
         [sys.executable, "-m", "opd_titan.train", *argv],
         env={**os.environ, "PYTHONPATH": str(REPO)},
@@ -287,7 +287,7 @@ def script(argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
 
 
 def _free_port() -> int:
-    """Return a port that is free, and that the system will not give to a connection meanwhile.
+    """Return a free port that the system does not give to connections.
 
     The system takes the ports of connections from 32768 up (gloo makes dozens of them for each
     job): a port from there may be taken by the time that its job begins.
@@ -350,7 +350,7 @@ def read_log(out: Path, rank: int = 0) -> str:
 
 
 def assert_same_run(a: Path, b: Path, step: int) -> None:
-    """Bit for bit the same rollouts, scalars (measured ones aside) and final weights."""
+    """Assert bitwise equal rollouts, scalars (except measured ones) and final weights."""
     assert rollout_bytes(a) == rollout_bytes(b)
     assert read_scalars(a, measured=False) == read_scalars(b, measured=False)
     weights_a, weights_b = read_weights(a, step), read_weights(b, step)
@@ -379,7 +379,7 @@ def hf_logprobs(
 
 @torch.no_grad()
 def hf_greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-    """What transformers' own generate answers, the stop token included."""
+    """Return the response of transformers' `generate`, including the stop token."""
     ids = torch.tensor([prompt_ids])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
@@ -388,5 +388,5 @@ def hf_greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[in
 
 
 def own_output(out: str) -> str:
-    """What the program itself printed: torch 2.10's gloo writes a line of its own to stdout."""
+    """Return the output without the line that torch 2.10's gloo writes to stdout."""
     return "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))

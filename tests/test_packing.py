@@ -208,7 +208,7 @@ def test_the_token_budget_changes_neither_loss_nor_gradient(
 def test_shares_of_the_ranks_add_up(
     ranks: int, budget: int, samples: list[Sample], truth: tuple[float, Tensor]
 ) -> None:
-    """They do not if each rank divides by its own number of tokens: the lengths are ragged."""
+    """Each rank must divide by the global number of tokens."""
     losses, grads = zip(*(step(samples, budget, Axis(r, ranks)) for r in range(ranks)), strict=True)
     assert_same(sum(losses), sum(grads), truth)
 

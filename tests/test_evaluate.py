@@ -250,7 +250,7 @@ WRONG = {
     ),
     "a damaged checkpoint": (
         [MODEL, "{copy}/step-1", "--student.hf_path", "{world}/student", *DATA],
-        ["step-1/", "is truncated", "choose another checkpoint"],
+        ["step-1/", "were written", "choose another checkpoint"],
     ),
     "a set without its file": (
         [MODEL, "{world}/student", "--validation.sets", "[{{name='a',path='no.jsonl'}}]"],

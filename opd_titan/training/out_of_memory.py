@@ -35,7 +35,7 @@ def out_of_memory(error: BaseException, heartbeat: Heartbeat, job: ResolvedJob) 
 
 
 def remedies(phase: str, job: ResolvedJob) -> list[str]:
-    """Return the options that lower the memory of a phase, the cheapest in speed first."""
+    """Return the options that lower the memory of a phase, those that cost least speed first."""
     config = job.config
     tokens = f"training.max_tokens_per_microbatch (now {config.training.max_tokens_per_microbatch})"
     mode, found = config.activation_checkpoint.mode, []

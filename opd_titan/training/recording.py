@@ -26,7 +26,7 @@ def log_job(setup: Setup, models: JobModels) -> None:
 
 
 def make_recorder(setup: Setup, step: int, rule: UpdateRule) -> Recorder:
-    """Return the recorder of a run that goes on after `step`."""
+    """Return the recorder of a run that continues after `step`."""
     return Recorder(
         setup.job,
         world=setup.world,
@@ -43,13 +43,13 @@ def make_recorder(setup: Setup, step: int, rule: UpdateRule) -> Recorder:
 
 
 def make_profiler(setup: Setup, step: int) -> AbstractContextManager[Any]:
-    """Return the profiler of a run that goes on after `step`."""
+    """Return the profiler of a run that continues after `step`."""
     c = setup.job.config.profiling
     return maybe_profiler(c.enable, c.interval, setup.job.folder, dist.get_rank(), start_step=step)
 
 
 def log_new_graphs(step: int, known: int) -> int:
-    """Log how many graphs have been compiled since there were `known`; return their number now.
+    """Return the number of compiled graphs, and log it if there are more than `known`.
 
     Graphs are compiled in the first steps. New ones in later steps explain why these are slow.
     """

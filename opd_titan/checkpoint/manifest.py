@@ -1,7 +1,7 @@
 """Sizes and checksums of a folder's files, in a JSON file beside them.
 
 CRC-32 finds every run of up to 32 wrong bits, and misses other damage once in 4 billion times. It
-runs at several GB per second and thread, faster than disks. It does not protect from an attacker:
+runs at several GB per second and thread, faster than disks. It does not protect against attacks:
 checkpoints and exports are JSON and safetensors only, which cannot run code.
 """
 

@@ -54,8 +54,8 @@ def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> i
         at_most: ignore later steps.
 
     Raises:
-        CheckpointError: the step that was asked for is damaged or absent, or all steps are damaged;
-            or the ranks do not see the same folder.
+        CheckpointError: `load_step` is damaged or absent, or all steps are damaged, or the ranks
+            do not see the same folder.
     """
     damaged: list[str] = []
     for step in call_on_rank_0(lambda: _candidates(folder, load_step)):
@@ -88,7 +88,7 @@ def require_intact(path: Path) -> None:
 
 
 def _candidates(folder: Path, load_step: int) -> list[int]:
-    """Return the steps to try, in this order. Rank 0 calls: others may see another list."""
+    """Return the steps to try, in this order. Rank 0 calls, because others may see another list."""
     if load_step == 0:
         return []
     try:
@@ -102,7 +102,7 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
         have = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
             f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
-            f"complete steps: {have}; to go on with a run, -1 takes the newest intact one"
+            f"complete steps: {have}; to continue a run, -1 takes the newest intact one"
         )
     return [load_step]
 
@@ -128,12 +128,12 @@ def _require_everywhere(path: Path) -> None:
             )
 
 
-# ----------------------------------------------------------------- making room for new steps
+# ------------------------------------------------------------------ the folder of new steps
 
 
 @contextmanager
 def config_error_if_unwritable(folder: Path) -> Iterator[None]:
-    """Raise ConfigError, naming `job.dump_folder`, for an OSError of the body.
+    """Raise ConfigError, which names `job.dump_folder`, for an OSError of the body.
 
     Before the run begins, a folder that cannot be written is the user's mistake.
     """
@@ -212,7 +212,7 @@ def prune(folder: Path, newest: int, keep: int) -> None:
                 # Renamed first: after a kill half-way it must not look complete.
                 path.rename(tmp_of(path))
                 shutil.rmtree(tmp_of(path))
-            except OSError as error:  # the new checkpoint is safe: the run goes on
+            except OSError as error:  # the new checkpoint is safe: continue
                 logger.warning("Checkpoint: %s cannot be deleted: %s", path, reason(error))
 
     if keep > 0:

@@ -1,4 +1,4 @@
-"""Sampling a step's responses over all ranks, from prompts to gathered samples."""
+"""Sample a step's responses over all ranks, from prompts to gathered samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import UNLIMITED, Request, common_length
 
-# In place of a sample's index in the key of a prompt's draw: no sample has it.
+# Stands for the sample's index in the key of a prompt's draw. No sample has this index.
 _CHOICE = -1
 
 

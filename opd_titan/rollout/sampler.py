@@ -3,7 +3,7 @@
 The number depends only on (seed, step, prompt, sample, position). A counter-based generator makes
 it, so there is no state to save, and batch layout, world size and resuming do not change it.
 
-Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of that.
+Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of that part.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Sampler:
         return both[0].long(), both[1].float()
 
     def _blocks(self, hidden_ND: Tensor) -> Blocks:
-        """Exponentiate each chunk of the vocabulary while it is in the core's cache."""
+        """Exponentiate each chunk of the vocabulary while it is in the CPU's cache."""
         n = hidden_ND.shape[0]
         width, count = self._chunks(n)
         values = self.values[: count * n * width].view(count, n, width)

@@ -25,7 +25,7 @@ MaybeTensor = Any
 
 @dataclass
 class TokenScores:
-    """What is known of each response token before the update. None: not needed or not known.
+    """The scores of each response token before the update. None: not needed or not known.
 
     Attributes:
         rollout: log S at the time of sampling [R].
@@ -128,7 +128,7 @@ class Rows:
 
     Attributes:
         logprob_C: log S of the response tokens.
-        scores: what is known of the response tokens.
+        scores: the response tokens' scores by all models.
         student, teacher, reference: the `ModelLogits` of the models whose whole distributions are
             available, else None.
         entropy_C: of S.
@@ -197,11 +197,11 @@ class Rows:
         return kernels.kl_grad(student.logits_Cv, other.take_logits(), student.lse_C, mean_C, dtype)
 
     def spread(self, dlogits_CB: Tensor, rest_C: Tensor, ids_CK: Tensor) -> Tensor:
-        """Return the gradient [C, v] that follows from one with respect to buckets.
+        """Return the gradient [C, v] that results from a gradient with respect to buckets.
 
         Args:
             dlogits_CB: the gradient of these tokens and, last, its sum over all other tokens, which
-                have shares of it in proportion to the student's probabilities.
+                share it in proportion to the student's probabilities.
             rest_C: log S of all other tokens together.
         """
         row_CK, held_CK = self.head.locate(ids_CK)
@@ -239,8 +239,8 @@ class Rows:
     def buckets(self, ids_CK: Tensor, *logprobs_Cv: Tensor) -> tuple[Tensor, ...]:
         """Return each model's log-probs [C, B] of these tokens and, last, of all other tokens.
 
-        The last one is summed. One minus the others could be negative after rounding. It is -inf if
-        there are no other tokens.
+        The last one is a sum, because one minus the others could be negative after rounding. It is
+        -inf if there are no other tokens.
         """
         row_CK, held_CK = self.head.locate(ids_CK)
         parts = [_local_buckets(values_Cv, row_CK, held_CK) for values_Cv in logprobs_Cv]

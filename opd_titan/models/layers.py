@@ -36,7 +36,7 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
     def pack(self, weight: Tensor) -> None:
-        """Use a packed copy of this weight from now on, without gradients, not `self.weight`."""
+        """Use a packed copy of this weight instead of `self.weight`, without gradients."""
         self.packed = kernels.pack_weight(weight.detach())
 
 

@@ -1,4 +1,4 @@
-"""From hidden states to the logits of the distribution that is sampled from and scored.
+"""Compute the logits of the sampled and scored distribution from hidden states.
 
 The sampler and the training head use the same functions, so that a log-probability means the same
 thing everywhere: at the sampling temperature, over the same kept tokens, in fp32.
@@ -88,9 +88,9 @@ class VocabHead:
         return self.tp.rank * self.rows
 
     def locate(self, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's row on this rank (0 if it is on another), and if it is on this one.
+        """Return each token's row, and whether this rank holds it; the row is 0 if not.
 
-        The result has the shape of the tokens.
+        Both results have the shape of the tokens.
         """
         return locate_rows(tokens_N, self.start, self.rows)
 

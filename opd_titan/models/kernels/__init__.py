@@ -43,7 +43,7 @@ def pack_weight(weight_OI: Tensor) -> Tensor:
     """Return a copy of a linear layer's weight in the CPU's own layout, for `packed_linear`.
 
     A product with few rows is limited by reading the weight. It reads plain rows and columns at
-    half of the memory's bandwidth, and this layout at nearly all of it.
+    half of the memory's bandwidth, and this layout at nearly the full bandwidth.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI)
 
@@ -146,7 +146,7 @@ def invert_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return the first token of each row at which the running sum exceeds the target.
 
-    The running sum is that of exp(x - highest) in the order of token ids, x = logits / temperature.
+    The running sum adds exp(x - highest) in the order of token ids, x = logits / temperature.
 
     Args:
         logits_NV: fp32. Rows may be strided.
@@ -179,10 +179,10 @@ def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
 
 
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the lowest logit that top-k followed by top-p keeps, and how many of that value.
+    """Return the lowest logit that top-k followed by top-p keeps: the threshold, and a count.
 
-    Every logit above the threshold is kept. The second result says how many of the logits equal to
-    it are kept: those with the lowest token ids.
+    Every logit above the threshold is kept. The count is the number of logits equal to the
+    threshold that are kept; they have the lowest token ids.
 
     Args:
         logits_NV: fp32. Rows may be strided.
@@ -205,7 +205,7 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
 def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
     """Return statistics of each row, fp32 [2, C], or [3, C] with `mean`.
 
-    They are the logit at `row_C` (-inf where that is -1), the logsumexp (-inf if all logits are
+    They are the logit at `row_C` (-inf if `row_C` is -1), the logsumexp (-inf if all logits are
     -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
     """
     if fused(logits_Cv, (torch.float32,)):

@@ -1,4 +1,4 @@
-"""Make the recorder and the profiler of a run, and log its settings."""
+"""Make the recorder and the profiler of a run, and log compiled graphs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ import torch.distributed as dist
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.distill.update import UpdateRule
 from opd_titan.models.transforms import num_compiled_graphs
-from opd_titan.observability.console import report_job
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.recorder import Recorder
-from opd_titan.training.models import JobModels, compute_dtype
+from opd_titan.training.models import compute_dtype
 from opd_titan.training.setup import Setup
 
 logger = logging.getLogger("opd_titan")
-
-
-def log_job(setup: Setup, models: JobModels) -> None:
-    """Log the settings of the job, and how much memory of a rank its models take."""
-    report_job(setup.job, setup.total_steps, models.student, models.frozen)
 
 
 def make_recorder(setup: Setup, step: int, rule: UpdateRule) -> Recorder:

@@ -17,11 +17,12 @@ from opd_titan.distributed.monitor import Monitor
 from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.distributed.world import set_timeout
 from opd_titan.errors import OneLineError
+from opd_titan.observability.console import report_job
 from opd_titan.observability.watchdog import Watchdog
 from opd_titan.training.models import build_generator, compute_dtype, load_models
 from opd_titan.training.nonfinite import NonfiniteUpdates
 from opd_titan.training.phases import Phases
-from opd_titan.training.recording import log_job, log_new_graphs, make_profiler, make_recorder
+from opd_titan.training.recording import log_new_graphs, make_profiler, make_recorder
 from opd_titan.training.saving import Saver
 from opd_titan.training.self_check import probe, report
 from opd_titan.training.setup import Start, roll_back, set_up
@@ -55,7 +56,7 @@ class Trainer:
 
     def train(self) -> int:
         """Run the job until it ends or a signal stops it. Return the exit code (`train.main`)."""
-        log_job(self.setup, self.models)
+        report_job(self.job, self.total_steps, self.models.student, self.models.frozen)
         c = self.config
         self._resume(self.start, "damaged" if c.checkpoint.load_step < 0 else "old")
         if self.start.state is not None:

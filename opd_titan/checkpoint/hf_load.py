@@ -159,7 +159,7 @@ def _find_tensors(folder: Path) -> dict[str, FileSlice]:
         for name in header:
             if indexed.get(name) != path.name:
                 place = repr(indexed[name]) if name in indexed else "nowhere"
-                raise ModelError(f"{path}: holds {name}, which {INDEX} places {place}")
+                raise ModelError(f"{path}: contains {name}, which {INDEX} places {place}")
         stored |= header
     for name, shard in indexed.items():
         if name not in stored:

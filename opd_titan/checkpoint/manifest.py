@@ -46,7 +46,7 @@ def manifest_text(entries: Mapping[str, Entry]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
+def find_damage(path: Path, rank: int, world: int) -> str | None:
     """Return what is wrong with the files that a manifest describes, as one line, or None.
 
     Every rank checks the sizes of all files, and its share of the bytes.

@@ -75,7 +75,7 @@ class _Projection:
         head: VocabHead,
         dist: Distribution,
         chunks: Sequence[slice],
-        watch: Inspector | None = None,
+        watch: Inspector | None,
     ) -> None:
         self.head, self.dist, self.watch = head, dist, watch
         self.buffer = _buffer(head, chunks) if projects_in_place(head.weight_vD) else None

@@ -46,9 +46,7 @@ def claim_folder(job: ResolvedJob, name: str) -> Path:
             if not (folder / RESULTS).exists():
                 break
             if given:
-                raise ConfigError(
-                    f"{key}: {folder} contains an earlier result; choose another folder"
-                )
+                raise ConfigError(f"{key}: {folder} has an earlier result; choose another folder")
             folder = first.with_name(f"{first.name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()

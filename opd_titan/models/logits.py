@@ -174,7 +174,7 @@ def whole_logits(hidden_ND: Tensor, head: VocabHead, distribution: Distribution)
 
 
 def truncated_logits(
-    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None = None
+    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor
 ) -> Tensor:
     """Return this rank's columns [N, v] of `whole_logits` from its own scaled ones.
 

@@ -137,7 +137,7 @@ class DecodeAttention(_CachedAttention):
         cache: KVCache,
         positions_N: Tensor,
         table_NM: Tensor,
-        plan: PageParts | None = None,
+        plan: PageParts | None,
     ) -> None:
         number_N1 = (positions_N // cache.page_size)[:, None]
         super().__init__(cache, positions_N, table_NM.gather(1, number_N1).squeeze(1).long())

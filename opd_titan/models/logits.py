@@ -125,7 +125,7 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
 
     The nucleus is the smallest set of most likely tokens with a total probability of at least
     `top_p` (Holtzman et al. 2020, arXiv 1904.09751), chosen after the top-k cut. `top_k` 0 and
-    `top_p` 1.0 cut nothing. Of equal logits, those of lower token ids are kept.
+    `top_p` 1.0 cut nothing. Among equal logits, lower token ids are kept first.
 
     Args:
         keep_N: one token of each row that is always kept. A sampled token at the edge of the

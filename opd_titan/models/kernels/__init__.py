@@ -198,22 +198,22 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
 
 
 # Operations of the training head, on fp32 logits [C, v] of C tokens and this rank's v columns.
-# `row_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf marks
+# `column_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf marks
 # a truncated token, which contributes 0. Rows may be strided.
 
 
-def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
+def logit_stats(logits_Cv: Tensor, column_C: Tensor, mean: bool) -> Tensor:
     """Return statistics of each row, fp32 [2, C], or [3, C] with `mean`.
 
-    They are the logit at `row_C` (-inf if `row_C` is -1), the logsumexp (-inf if all logits are
+    They are the logit at `column_C` (-inf if `column_C` is -1), the logsumexp (-inf if all logits are
     -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
     """
     if fused(logits_Cv, (torch.float32,)):
-        return torch.ops.opd_titan.logit_stats(logits_Cv, row_C, mean)
-    return head_plain.logit_stats(logits_Cv, row_C, mean)
+        return torch.ops.opd_titan.logit_stats(logits_Cv, column_C, mean)
+    return head_plain.logit_stats(logits_Cv, column_C, mean)
 
 
-def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
+def kl_stats(student_Cv: Tensor, other_Cv: Tensor, column_C: Tensor) -> Tensor:
     """Return fp32 [6, C]: three statistics of the student, two of the other model, and a mean.
 
     The first three are the student's `logit_stats` with `mean`, the next two the other model's
@@ -221,20 +221,20 @@ def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
     model's logits must be finite.
     """
     if fused(student_Cv, (torch.float32,)):
-        return torch.ops.opd_titan.kl_stats(student_Cv, other_Cv, row_C)
-    return head_plain.kl_stats(student_Cv, other_Cv, row_C)
+        return torch.ops.opd_titan.kl_stats(student_Cv, other_Cv, column_C)
+    return head_plain.kl_stats(student_Cv, other_Cv, column_C)
 
 
 def softmax_grad(
-    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
+    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, column_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return g (onehot - exp(x - lse)) in `dtype`: g times the derivative of a row's log-prob.
 
     `logits_Cv` may be overwritten.
     """
     if fused(logits_Cv, (torch.float32,)):
-        return torch.ops.opd_titan.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
-    return head_plain.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
+        return torch.ops.opd_titan.softmax_grad(logits_Cv, lse_C, g_C, column_C, dtype)
+    return head_plain.softmax_grad(logits_Cv, lse_C, g_C, column_C, dtype)
 
 
 def kl_grad(

@@ -105,7 +105,7 @@ class Checkpointer:
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.keep_latest_k, self.background = keep_latest_k, background
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        # The save under way: its step, its train state, and what the thread will return.
+        # The save under way: its step, its train state, and what the result of the thread.
         self._pending: tuple[int, str, futures.Future[Entries]] | None = None
         self._secured: int | None = None
         self._fault: StorageError | None = None
@@ -250,7 +250,7 @@ def _write(tmp: Path, slices: dict[str, LocalSlice]) -> Entries:
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name in a checkpoint; a tied one has only its first name.
 
-    Under FSDP they are sharded: `state_dict` reshards what a forward has gathered.
+    Under FSDP they are sharded: `state_dict` reshards all that a forward gathered.
     """
     first: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)

@@ -47,7 +47,7 @@ def manifest_text(entries: Mapping[str, Entry]) -> str:
 
 
 def find_damage(path: Path, rank: int, world: int) -> str | None:
-    """Return what is wrong with the files that a manifest describes, as one line, or None.
+    """Return the first damage of the files that a manifest describes, as one line, or None.
 
     Every rank checks the sizes of all files, and its share of the bytes.
 

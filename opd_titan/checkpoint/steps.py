@@ -108,7 +108,7 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
 
 
 def _agree_on_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None. All ranks call; each checks its share."""
+    """Return the damage of a checkpoint, or None. All ranks call; each checks its share."""
     _require_everywhere(path)
     mine: str | None = f"{path}: is not a folder"
     found: list[Any] = [None] * dist.get_world_size()
@@ -172,8 +172,8 @@ def open_folder(folder: Path) -> None:
 def set_aside(folder: Path, after: int, suffix: str) -> None:
     """Rename the steps later than `after` to `step-N.<suffix>`. All ranks call.
 
-    The run will write those steps again. No run must resume from the present ones, and they must
-    not make `prune` delete the new ones.
+    The run will write these steps again. No run may resume from the old ones, and `prune` must not
+    count them.
 
     Args:
         suffix: "old" or "damaged", see above. A number is appended if the name is taken.

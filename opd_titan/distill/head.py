@@ -46,7 +46,7 @@ PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
-    """Return slices of `n` tokens, of which the first is the longest.
+    """Return slices of `n` tokens; the first slice is the longest.
 
     One tensor [C, v] takes at most CHUNK_BYTES, and `tensors` of them at most three times that
     (without the probe's copies of some rows).
@@ -400,7 +400,7 @@ def _token_stats(rows: Rows, result: TokenLoss) -> dict[str, Tensor | None]:
 
 
 def _concat(chunks: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
-    """Concatenate the chunks' tensors by name, without those that are None."""
+    """Concatenate the chunks' tensors by name; skip None."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for chunk in chunks:
         for name, value_C in chunk.items():

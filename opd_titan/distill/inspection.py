@@ -81,7 +81,7 @@ class Inspector:
         """
         logprob_W = torch.cat([logprob_R[span] for span in self.spans])
         ahead_W, target_W, values_WK, ids_WK = map(torch.cat, zip(*self._pieces, strict=True))
-        # fp64 holds all of these values exactly.
+        # fp64 represents all of these values exactly.
         own = torch.cat((ahead_W[:, None].double(), values_WK.double(), ids_WK.double()), dim=1)
         parts = concat_ranks(own[None], self.tp)
         ahead_PW1, values_PWK, ids_PWK = parts.split([1, *[values_WK.shape[1]] * 2], dim=2)

@@ -51,7 +51,7 @@ class UpdateRule(LossRule):
     def of(
         cls, distill: Distill, reference: Reference, training: Training, dist: Distribution
     ) -> UpdateRule:
-        """Return the rule of a configuration; `dist` is what the student samples from."""
+        """Return the rule of a configuration; `dist` is the student's sampling distribution."""
         settings = ObjectiveSettings.of(distill, reference)
         return cls(OBJECTIVES[distill.objective], settings, dist, training.max_grad_norm)
 

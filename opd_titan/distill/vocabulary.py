@@ -124,7 +124,7 @@ class ModelLogits:
 class Rows:
     """One chunk of response tokens. Tensors over the vocabulary are computed at their first use.
 
-    The tensors are for reading, except those that `ModelLogits` lets a caller take.
+    The tensors are for reading, except tensors that were taken from `ModelLogits`.
 
     Attributes:
         logprob_C: log S of the response tokens.
@@ -231,7 +231,7 @@ class Rows:
         if self.head.tp.size == 1:
             return ids_CK
         ids_CK = ids_CK + self.head.start
-        # fp64 holds values and ids exactly, so one exchange is enough.
+        # fp64 represents values and ids exactly, so one exchange is enough.
         pairs_P2CK = self.head.stack(torch.stack((values_CK.double(), ids_CK.double())))
         values, ids = pairs_P2CK.permute(1, 2, 0, 3).flatten(2)
         return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices).long()

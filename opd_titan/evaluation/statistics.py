@@ -86,8 +86,8 @@ def accuracy_interval(sets: Sequence[np.ndarray]) -> Interval:
 def pass_at_k(correct: int, samples: int, k: int) -> float:
     """Return the probability that at least one of k responses is correct, 1 - C(n-c,k) / C(n,k).
 
-    The k are drawn without replacement from the n responses to one prompt, of which c are correct:
-    the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374).
+    The k are drawn without replacement from the n responses to one prompt; c of the n are correct.
+    This is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374).
     """
     assert 1 <= k <= samples and 0 <= correct <= samples
     return 1.0 - comb(samples - correct, k) / comb(samples, k)

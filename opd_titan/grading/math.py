@@ -59,7 +59,7 @@ class MathJudge:
     def find(self, text: str, gold: str) -> tuple[bool, str | None]:
         """Return whether the last expression of a text equals the gold answer, and that expression.
 
-        The expression is None if there is none, or if the comparison was given up.
+        The expression is None if the text has none, or if the comparison was given up.
         """
         return self._ask(text[-LONGEST_TEXT:], gold, boxed=False)
 

@@ -42,7 +42,7 @@ _VALIDATION = {
     "gap_recovered_high": "upper end of its 95 % interval",
     "response_tokens_mean": "tokens",
 }
-# All scalars and what they count. A new scalar is a new row. A word in <> stands for any part of a
+# All scalars and their meanings. A new scalar is a new row. A word in <> stands for any part of a
 # name without a slash.
 SCALARS: dict[str, str] = {
     "loss/policy": "the objective, summed over response tokens / their global number",

@@ -207,7 +207,7 @@ class Watchdog:
         return f"{sign.name} ({figures} at the start): {sign.cause}; {sign.remedy}"
 
     def _last_good(self, step: int, signs: Sequence[Sign]) -> int:
-        """Return the newest step such that no response in the window up to it shows these signs."""
+        """Return the newest step with weights that sampled responses without these signs."""
         bad = (any(self._shows(sign, figures) for sign in signs) for figures in self._last)
         first_bad = next((i for i, found in enumerate(bad) if found), len(self._last))
         # The weights of step n sample the responses of step n + 1.

@@ -228,7 +228,7 @@ class _Step:
         self.monitor = _PassMonitor()
         self.response_tokens = len(result.samples[0].response_ids)
         mode = self.config.activation_checkpoint.mode
-        # Compiled code is not traced here. It keeps about what selective checkpointing keeps.
+        # Compiled code is not traced here. It keeps about as much as selective checkpointing.
         if job.compiled and mode == "none":
             mode = "selective"
         self.built = {
@@ -393,7 +393,7 @@ class _Step:
     # ------------------------------------------------------- scores and update
 
     def _begin(self, name: str, times: list[int]) -> None:
-        """Begin a phase. Each pass to run stands for as many passes of a step as `times` says."""
+        """Begin a phase. A step has `times[i]` passes like pass i of the simulation."""
         left = iter(times)
         self.monitor.pass_done = lambda: self.tracker.note(name, next(left))
         self.tracker.reset()

@@ -1,7 +1,7 @@
 """Memory and traffic of code that runs on tensors without data.
 
 Under `TensorsWithoutData` every operation knows the shapes of its results and computes nothing. The
-`Tracker` sees each operation, adds up the storages that are alive, and notes what collectives move.
+`Tracker` sees each operation, adds up the live storages, and counts the bytes of collectives.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Tracker(TorchDispatchMode):
         self._collectives: dict[str, int] = defaultdict(int)
 
     def note(self, name: str, times: float = 1.0, calls: float | None = None) -> None:
-        """Add to a phase what was done since the last reset, and reset.
+        """Add the counts since the last reset to a phase, and reset.
 
         Args:
             times: how often a step does it.

@@ -231,7 +231,7 @@ class Generator:
         return runner, scheduler
 
     def _suits(self, last: Runner, wanted: int, width: int, params: SamplingParams) -> bool:
-        """Return whether to use the last runner again. If memory limited it, it still does."""
+        """Return whether to reuse the last runner. One that memory limited is not replaced."""
         return (
             last.params == params
             and self._wanted >= wanted
@@ -259,7 +259,7 @@ class Generator:
     ) -> tuple[int, int]:
         """Return the number of sequences to decode at once, and of pages for them.
 
-        Responses are seldom as long as they may be. So there are slots for as many sequences as
+        Few responses reach the longest length. So there are slots for as many sequences as
         could have half of their pages each; a sequence that finds no free page waits.
         """
         per_page = self.page_size * bytes_per_token(self._sizes, self.dtype)

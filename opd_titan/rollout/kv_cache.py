@@ -129,7 +129,7 @@ class DecodeAttention(_CachedAttention):
     Args:
         positions_N: the position of each sequence's new token.
         table_NM: int32, the pages of each sequence.
-        plan: what `PagedAttention.plan` returned for these pages.
+        plan: the result of `PagedAttention.plan` for these pages.
     """
 
     def __init__(

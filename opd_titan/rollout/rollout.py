@@ -23,7 +23,7 @@ _CHOICE = -1
 def split_on_policy(
     prompts: Sequence[Prompt], on_policy_fraction: float, stream: tuple[int, ...]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the prompts that the student answers, and those that keep the data set's response.
+    """Return the prompts that the student answers, and the prompts with the data set's response.
 
     The mixture of generalised knowledge distillation (arXiv 2306.13649), drawn for each prompt: the
     student answers it with probability `on_policy_fraction`.

@@ -29,7 +29,7 @@ logger = logging.getLogger("opd_titan")
 # The host reads the stop flags of a step after it has launched this many more, so that a GPU does
 # not wait for the host.
 LAG = {"cpu": 0, "cuda": 1}
-# Columns of what the host sends for each slot before a decoding step.
+# Columns of the tensor that the host sends before a decoding step, with a row for each slot.
 _SOURCE, _TOKEN, _POSITION, _COUNT, _KEY, _RUNS, _PAGES = range(7)
 
 
@@ -156,7 +156,7 @@ class Runner:
     # ---------------------------------------------------------- changes of slots
 
     def _save(self, preempted: Sequence[tuple[SequenceState, int, int]]) -> None:
-        """Keep what preempted sequences have sampled. Waits for the device."""
+        """Keep the responses of preempted sequences. Wait for the device."""
         if preempted:
             sequences, slots, counts = zip(*preempted, strict=True)
             found = self.responses(slots, counts).get()

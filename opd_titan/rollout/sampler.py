@@ -87,7 +87,7 @@ class Sampler:
         return broadcast_tokens(*chosen, self.head.tp)
 
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `sample` returns for the whole logits.
+        """Return the result that `sample` has for the whole logits.
 
         Ranks exchange the maximum and the sum of each row, and then its token and log-prob.
         """

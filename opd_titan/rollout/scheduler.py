@@ -42,7 +42,7 @@ class SequenceState:
     """A request and its progress.
 
     Attributes:
-        response, logprobs: what was sampled before the last start; empty at the first start.
+        response, logprobs: tokens sampled before the last start; empty at the first start.
         pages: the pages of the tokens, in order. A sequence has pages exactly while it runs.
         slot: the row in a decoding step; -1 in line. It stays the same when the sequence ends.
         start: the number of the last start, counted over all sequences. The sequence with the
@@ -83,15 +83,15 @@ class Work:
 
     Attributes:
         preempted: sequences that lost their pages, as (sequence, slot, tokens sampled so far).
-            `response` and `logprobs` must be set to what was sampled before the next step.
+            Their `response` and `logprobs` must be set to the sampled tokens before the next step.
         moves: slots with contents that move to a free slot, as (from, to). No slot is in two moves.
         new_pages: pages for the next tokens of running sequences, as (slot, index in the sequence's
             pages, page). The slots are those after the moves.
         chunks: parts of prefixes to compute.
         copies: pages to copy, as (from, to).
         started: sequences that start, in the last slots.
-        running: the sequences in slots 0, 1, ..., those that start included. Each gets a token. It
-            is empty if a long prefix must be continued first.
+        running: the sequences in slots 0, 1, ..., including `started`. Each gets a token. It is
+            empty if a long prefix must be continued first.
     """
 
     preempted: list[tuple[SequenceState, int, int]]
@@ -333,7 +333,7 @@ class Scheduler:
             in_line += len(group)
 
     def _prefill(self) -> list[Chunk]:
-        """Return what to compute next for prefixes of sequences that have a slot waiting."""
+        """Return the next chunks of prefixes of sequences for which there is a slot."""
         budget, slots = self.max_prefill_tokens, self.slots - len(self.running)
         chunks: list[Chunk] = []
         if self._crowded or slots == 0:

@@ -267,7 +267,7 @@ def _read_state(setup: Setup, step: int) -> dict[str, Any]:
 
 
 def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
-    """Raise if the checkpoint belongs to another job, or log what differs; move the loader."""
+    """Raise if the checkpoint belongs to another job, or log the differences; move the loader."""
     allow_changes = setup.job.config.checkpoint.allow_changes
     differ = differences(state["fingerprint"], setup.fingerprint)
     changes = "; ".join(differ.values())

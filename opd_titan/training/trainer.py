@@ -161,7 +161,7 @@ class Trainer:
         self._do_pending()
 
     def after_step(self) -> None:
-        """Do what is due after a step: validation, export, checkpoint."""
+        """Validate, export and save a checkpoint, as far as they are due after a step."""
         if self.job.compiled:
             self.graphs = log_new_graphs(self.step, self.graphs)
         c, last = self.config, self.step == self.total_steps

@@ -86,7 +86,7 @@ class _Packer:
     tokens: int = 0
 
     def add(self, line: bytes) -> None:
-        """Add a line of a rollout file. `read_lines` reports what a damaged line raises."""
+        """Add a line of a rollout file. `read_lines` reports the errors of a damaged line."""
         row = json.loads(line.decode())
         if not isinstance(row, dict):
             raise TypeError("no JSON object")

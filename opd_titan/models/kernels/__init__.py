@@ -198,15 +198,15 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
 
 
 # Operations of the training head, on fp32 logits [C, v] of C tokens and this rank's v columns.
-# `column_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf marks
-# a truncated token, which contributes 0. Rows may be strided.
+# `column_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf
+# marks a truncated token, which contributes 0. Rows may be strided.
 
 
 def logit_stats(logits_Cv: Tensor, column_C: Tensor, mean: bool) -> Tensor:
     """Return statistics of each row, fp32 [2, C], or [3, C] with `mean`.
 
-    They are the logit at `column_C` (-inf if `column_C` is -1), the logsumexp (-inf if all logits are
-    -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
+    They are the logit at `column_C` (-inf if `column_C` is -1), the logsumexp (-inf if all logits
+    are -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
     """
     if fused(logits_Cv, (torch.float32,)):
         return torch.ops.opd_titan.logit_stats(logits_Cv, column_C, mean)

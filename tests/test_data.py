@@ -242,7 +242,7 @@ def test_a_lone_file_is_train_and_a_named_file_is_any_split(tiny, tmp_path) -> N
     file = write_lines(tmp_path / "questions.jsonl", QUESTIONS)
     assert len(build(tiny, "gsm8k", tmp_path).prompts) == 10
     assert len(build(tiny, "gsm8k", file, split="test[:4]").prompts) == 4
-    with pytest.raises(DataError, match='data.split = "test" .* it holds "questions"'):
+    with pytest.raises(DataError, match='data.split = "test" .* it has "questions"'):
         build(tiny, "gsm8k", tmp_path, split="test")
 
 
@@ -346,7 +346,7 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
     ("a.json", json.dumps({"data": [GOOD]}).encode(), "gsm8k", "no column 'question'.*has 'data'"),
     ("a.json", b"[]", "gsm8k", "a.json"),
     ("a.jsonl", b"", "gsm8k", "a.jsonl is empty"),
-    ("a.jsonl", b"\n \n\n", "gsm8k", "a.jsonl holds no rows"),
+    ("a.jsonl", b"\n \n\n", "gsm8k", "a.jsonl has no rows"),
     ("a.jsonl", jsonl(GOOD, b'{"question": "caf\xe9", "answer": "#### 1"}'), "gsm8k",
      "line 2: not UTF-8"),
     ("a.jsonl", jsonl(GOOD, "\xff".encode("latin1")), "gsm8k", "line 2: not UTF-8"),
@@ -379,7 +379,7 @@ BAD_FILES: list[tuple[str, bytes, str, str]] = [
      "openthoughts3", "line 2: field 'conversations' has no turn from 'human'"),
     ("a.jsonl", jsonl({"conversations": [HUMAN]}, {"conversations": [{"from": "human"}]}),
      "openthoughts3", r"line 2: field 'conversations\[\].value' is missing or null"),
-    ("a.jsonl", jsonl({"conversations": [HUMAN, "x"]}), "openthoughts3", "line 1: .* holds text"),
+    ("a.jsonl", jsonl({"conversations": [HUMAN, "x"]}), "openthoughts3", "line 1.* contains text"),
     ("a.jsonl", jsonl({"text": "x"}), "prompts", "no column 'prompt' or 'messages'.*it has 'text'"),
     ("a.jsonl", jsonl({"prompt": "x"}, {"prompt": None}), "prompts", "line 2: field 'prompt' is"),
     ("a.jsonl", jsonl({"prompt": 5}), "prompts", "line 1: field 'prompt' is a number, not text"),
@@ -427,8 +427,8 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"path": "some-org/some-set"}, r'data.path: "some-org/some-set" is not a local path, .* hub'),
     ({"path": ""}, r'data.path: "openai/gsm8k" is not a local path, .* of a downloaded copy'),
     ({"path": "", "dataset": "prompts"}, 'data.path = "" does not exist; give a folder'),
-    ({"split": "validation"}, 'data.split = "validation" is not in .* holds "test", "train"'),
-    ({"split": "train[5:3]"}, 'holds no rows in split "train.5:3."'),
+    ({"split": "validation"}, 'data.split = "validation" is not in .* has "test", "train"'),
+    ({"split": "train[5:3]"}, 'has no rows in split "train.5:3."'),
     ({"split": "train["}, r'data.split = "train\[" is not a split'),
     ({"split": ""}, 'data.split = "" is not a split'),
     ({"split": "train+test"}, r'data.split = "train\+test" is not a split; write "train", "train'),
@@ -451,21 +451,21 @@ def test_bad_settings_name_the_key(tiny, tmp_path, monkeypatch, change, says) ->
 def test_bad_folders(tiny, tmp_path) -> None:
     with pytest.raises(DataError) as error:
         build(tiny, "gsm8k", tmp_path)
-    one_line(error, "holds no data")
+    one_line(error, "contains no data")
     (tmp_path / "folder" / "a.jsonl").mkdir(parents=True)
     with pytest.raises(DataError) as error:
         build(tiny, "gsm8k", tmp_path / "folder" / "a.jsonl")
-    one_line(error, "a.jsonl.* holds no data")
+    one_line(error, "a.jsonl.* contains no data")
     write_lines(tmp_path / "train.jsonl", QUESTIONS)
     write_lines(tmp_path / "data" / "train.jsonl", QUESTIONS)
     with pytest.raises(DataError) as error:
         build(tiny, "gsm8k", tmp_path)
-    one_line(error, 'holds split "train" more than once')
+    one_line(error, 'has split "train" more than once')
     saved = tmp_path / "saved"
     datasets.DatasetDict({"a": datasets.Dataset.from_list(QUESTIONS)}).save_to_disk(saved)
     with pytest.raises(DataError) as error:
         build(tiny, "gsm8k", saved)
-    one_line(error, 'data.split = "train" is not in .* it holds "a"')
+    one_line(error, 'data.split = "train" is not in .* it has "a"')
     next((saved / "a").glob("*.arrow")).write_bytes(b"broken")
     with pytest.raises(DataError) as error:
         build(tiny, "gsm8k", saved, split="a")

@@ -191,7 +191,7 @@ def test_an_earlier_result_stays(
     assert [len(results(folder)["sets"]) for folder in folders] == [2, 1, 1]
     assert samples(folders[1]) == samples(folders[2])
     line = refused(capfd, *options, "--evaluate.folder", folders[1])
-    assert "[evaluate] folder: " in line and "holds an earlier result" in line
+    assert "[evaluate] folder: " in line and "has an earlier result" in line
 
 
 def test_written_rollouts_have_the_grader_of_validation(world: World) -> None:

@@ -51,13 +51,13 @@ def test_the_launcher_tells_what_the_others_follow_from(
 RANKS = """
 import os, signal, sys, time
 from opd_titan.errors import LostOthers
-from opd_titan.cli.exits import _tell
+from opd_titan.cli.exits import _report
 if os.environ["RANK"] == "1":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that cannot reach bytecode
     time.sleep(120)
 time.sleep(1)  # until it is deaf
 if sys.argv[1] == "lost":
-    _tell(LostOthers("another rank did not answer"))
+    _report(LostOthers("another rank did not answer"))
     os._exit(1)
 if sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)

@@ -193,7 +193,7 @@ def test_a_local_folder_is_returned_as_given(tmp_path: Path) -> None:
         ({"eos_token_id": [5, 99]}, 5, "generation_config.json: eos_token_id"),
         (None, -1, "config.json: eos_token_id"),
         (None, True, "config.json: eos_token_id"),
-        ([], 5, "generation_config.json: holds a JSON list"),
+        ([], 5, "generation_config.json: contains a JSON list"),
     ],
     ids=str,
 )

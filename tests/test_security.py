@@ -215,7 +215,7 @@ def test_code_and_pickles_in_a_data_folder_are_not_data(
     for name in ("train.pkl", "train.pt", "data.bin", "train.arrow"):
         (folder / name).write_bytes(pickle.dumps(Touch(marker)))
     line = refused(world.argv("set", "--data.path", folder), capfd, world.folder, tmp_path)
-    assert "holds no data" in line
+    assert "contains no data" in line
     for file in folder.iterdir():
         line = refused(world.argv("set", "--data.path", file), capfd, world.folder, tmp_path)
         assert "must end in one of .jsonl, .json, .parquet" in line
@@ -282,7 +282,7 @@ def test_a_column_that_names_files_is_refused(
     table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
     argv = world.argv("image", "--data.dataset", "prompts", "--data.path", path)
     line = refused(argv, capfd, world.folder, tmp_path)
-    assert "column 'prompt' holds Image, which names files to open; wanted text" in line
+    assert "column 'prompt' contains Image, which names files to open; wanted text" in line
 
 
 def test_names_in_the_data_are_only_text(

@@ -360,7 +360,7 @@ ALTERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no offset": (tensors(lambda t: t.update({"bias": t.pop(BIAS)})), "cannot be read"),
     "no tensors": (lambda s: (s / WEIGHTS).write_text("{}"), "not a safetensors file"),
-    "no state": (lambda s: (s / STATE).write_text("[]"), "holds a JSON list"),
+    "no state": (lambda s: (s / STATE).write_text("[]"), "contains a JSON list"),
     "of another version": (
         lambda s: (s / STATE).write_text('{"format": 2, "version": "0.1.0"}'),
         r"another version of opd_titan \(0.1.0, format 2; this one reads format ",

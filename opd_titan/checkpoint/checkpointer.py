@@ -5,16 +5,16 @@
         train_state.json       everything else that a run resumes from
         checksums.json         size and CRC-32 of every other file
 
-Each rank writes the slices that it holds to `step-N.tmp`, in several files if they are large. When
-all have, rank 0 adds the JSON files and renames the folder, so that a folder named `step-N` is
-complete. The sampler's random numbers have no state to save.
+Each rank writes the slices that it holds to `step-N.tmp`, in several files if they are large. Then
+rank 0 adds the JSON files and renames the folder, so that a folder named `step-N` is complete. The
+sampler's random numbers have no state to save.
 
 A storage fault does not end the run: it is logged, the last good checkpoint stays, and the next
 save tries again. Callers that need a step to be on the disk call `secured` or `finish`.
 
 torch.distributed.checkpoint can write safetensors too (HuggingFaceStorageWriter, torch 2.13) and
 reshards them. It is not used because it needs twice the state's size in host memory to write it
-(2.0 GiB for 1.0 GiB; `save_file` needs none), and because it has no checksums: where a file is
+(2.0 GiB for 1.0 GiB; `save_file` needs none), and because it has no checksums: if a file is
 missing, it loads the others and reports nothing.
 """
 
@@ -51,7 +51,7 @@ from opd_titan.errors import CheckpointError, ModelError, StorageError
 
 logger = logging.getLogger("opd_titan")
 
-# Version of all that a checkpoint contains. Only the same one can be read.
+# The version of a checkpoint's format. Checkpoints of other versions cannot be read.
 STATE_FORMAT = 4
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the tensors' names
 
@@ -90,7 +90,7 @@ class Checkpointer:
 
     Args:
         keep_latest_k: older checkpoints are deleted once a newer one is complete; 0 keeps all.
-        background: write while training goes on (the tensors are copied to host memory first).
+        background: write while training continues (the tensors are copied to host memory first).
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Checkpointer:
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.keep_latest_k, self.background = keep_latest_k, background
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        # The save under way: its step, its train state, and what the thread will return.
+        # The save under way: its step, its train state, and what the result of the thread.
         self._pending: tuple[int, str, futures.Future[Entries]] | None = None
         self._secured: int | None = None
         self._fault: StorageError | None = None
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Write the tensors of a checkpoint, or begin to in background mode. All ranks call.
+        """Write the tensors of a checkpoint, or start to in background mode. All ranks call.
 
         `poll` or `wait` completes the checkpoint. After a storage fault on any rank, they log an
         error and leave nothing of this step.
@@ -151,7 +151,7 @@ class Checkpointer:
                 self._publish(step, state, written)
 
     def secured(self) -> int | None:
-        """Return the newest step that was loaded or is on the disk. Waits. All ranks call."""
+        """Wait, then return the newest step that was loaded or is complete. All ranks call."""
         self.wait()
         return self._secured
 
@@ -159,7 +159,7 @@ class Checkpointer:
         """Complete the save under way. All ranks call.
 
         Raises:
-            StorageError: the newest save failed; says why.
+            StorageError: the newest save failed.
         """
         self.wait()
         if self._fault is not None:
@@ -199,11 +199,11 @@ class Checkpointer:
         for full_name in (n for n in index if n.startswith(OPTIMIZER)):
             name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
             parameter = weights[MODEL + name]
-            # As AdamW has it: two moments like the parameter, and a scalar for the step.
+            # AdamW's state: two moments with the parameter's shape, and a scalar step.
             moment = whole_shape(index[full_name]) == tuple(parameter.shape)
             value = torch.empty_like(parameter) if moment else torch.tensor(0.0)
             state.setdefault(number[id(parameter)], {})[key] = value
-        # It moves the steps to where the optimizer needs them.
+        # This moves the scalar steps to the device on which the optimizer needs them.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def _publish(self, step: int, state: str, written: Entries) -> None:
@@ -225,7 +225,7 @@ class Checkpointer:
 
     @contextmanager
     def _log_faults(self, step: int) -> Iterator[None]:
-        """Log a StorageError, which all ranks have raised, and delete what the save has left."""
+        """Log a StorageError, which all ranks have raised, and delete the incomplete folder."""
         try:
             yield
         except StorageError as error:
@@ -248,9 +248,9 @@ def _write(tmp: Path, slices: dict[str, LocalSlice]) -> Entries:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by their names in a checkpoint, a tied one under its first.
+    """Return parameters and buffers by name in a checkpoint; a tied one has only its first name.
 
-    Under FSDP they are the sharded ones: `state_dict` reshards what a forward has gathered.
+    Under FSDP they are sharded: `state_dict` reshards all that a forward gathered.
     """
     first: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)

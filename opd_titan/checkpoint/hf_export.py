@@ -56,21 +56,21 @@ def export_hf(
     """Write weights, config, generation config, tokenizer and model card to `out`. All ranks call.
 
     Parameters are gathered one at a time, and rank 0 keeps one file's worth of them. The folder
-    is complete or absent; an older `out` is replaced when the new one is complete. It has the
-    checksums of its files.
+    is complete or absent; an older `out` is replaced when the new one is complete. It contains
+    the checksums of its files.
 
     Args:
         source_folder: the folder the model came from; its JSON files are copied.
         stored: the tensors that the model was loaded from; None if its weights were random.
         key_table: native parameter of each Hugging Face tensor, without a tied head.
-        dtype: of the written tensors; None: the dtypes of `stored`, or of the source's config.
+        dtype: of the written tensors; None for the dtypes of `stored`, or the source config's.
         card: text of README.md.
         edits: by name of a JSON file, new values of some of its keys.
         max_shard_bytes: the largest size of a file with more than one tensor.
 
     Raises:
-        StorageError: on all ranks; a file could not be written, or one of the source not read.
-            Nothing of this export is left.
+        StorageError: on all ranks; a file could not be written, or a source file not read.
+            Nothing of this export remains.
     """
     native, tmp = native_tensors(model), tmp_of(out)
     tensors = {hf: native[name] for hf, name in key_table.items()}
@@ -106,7 +106,7 @@ def export_hf(
 
 
 def is_exported(out: Path) -> bool:
-    """Return whether an export is there, as rank 0 sees it. All ranks call."""
+    """Return whether rank 0 sees an export at `out`. All ranks call."""
     return call_on_rank_0((out / CONFIG).is_file)
 
 
@@ -144,7 +144,7 @@ def _copy_files(source: Path, target: Path, edits: Mapping[str, dict[str, Any]])
         if name in edits:
             _write_json(target / name, {**read_json(source / name), **edits[name]})
         else:
-            write_file(target / name, (source / name).read_bytes())  # the hub's cache has links
+            write_file(target / name, (source / name).read_bytes())  # the hub's cache has symlinks
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype | None:

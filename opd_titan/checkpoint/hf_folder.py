@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: where it is, and what its JSON files contain."""
+"""Find a Hugging Face model folder, and read its JSON files."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({reason(error)})") from error
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, too deeply nested
         raise ModelError(f"{path}: is not valid JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a JSON {type(content).__name__}; expected an object")
+        raise ModelError(f"{path}: contains a JSON {type(content).__name__}; expected an object")
     return content
 
 
@@ -123,9 +123,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path) -> None:
-    """Check the files of an export of this program against its checksums. No collective.
+    """Check an export of this program against its checksums; ignore other folders. No collective.
 
-    Each rank reads its share of them, so that the caller must raise the error on all ranks.
+    Each rank reads its share of the files, so the caller must raise the error on all ranks.
 
     Raises:
         ModelError: a file is missing, truncated or altered.
@@ -142,7 +142,7 @@ def check_unchanged(folder: Path) -> None:
 
 
 def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> set[int]:
-    """Return the token ids that end a response: generation_config.json's, else config.json's.
+    """Return the token ids that end a response, from generation_config.json or else config.json.
 
     Raises:
         ModelError: neither file has one, or one of them is not a token id of the model.

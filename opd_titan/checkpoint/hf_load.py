@@ -42,8 +42,8 @@ _ROWS_PER_COMPARE = 8192
 def native_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's parameters by name, detached but sharing their storage.
 
-    Under FSDP these are the sharded ones in their own dtype, never a gathered copy (`state_dict`
-    reshards first). A tied parameter appears under each of its names.
+    Under FSDP these are the shards in their own dtype, never a gathered copy (`state_dict` reshards
+    first). A tied parameter appears under each of its names.
     """
     return dict(model.state_dict())
 
@@ -51,15 +51,15 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
 def check_hf_weights(
     folder: Path, expected: dict[str, tuple[int, ...]], tied: dict[str, str]
 ) -> dict[str, FileSlice]:
-    """Check that the folder's safetensors hold exactly the model.
+    """Check that the folder's safetensors contain exactly the model's tensors.
 
-    Only headers are read, but all of an export of this program, to check it against its checksums.
+    Only headers are read, except in an export of this program: its checksums cover all bytes.
 
     Args:
         expected: shape of each tensor by its Hugging Face name.
         tied: optional tensors, and the expected tensor that each is tied to. If a file has one,
-            the two must be equal (this alone reads weights): if they differ, transformers 5 unties
-            them and transformers 4 does not.
+            the two must be equal (only this check reads weights): if they differ, transformers 5
+            unties them and transformers 4 does not.
 
     Returns:
         Where each expected tensor is stored.
@@ -102,7 +102,7 @@ def check_hf_weights(
 def load_hf_weights(
     model: nn.Module, stored: Mapping[str, FileSlice], key_table: dict[str, str]
 ) -> None:
-    """Copy each tensor, or this rank's slice of it, into the model's parameters, cast to theirs.
+    """Copy each tensor, or this rank's slice of it, into the model's parameters, in their dtype.
 
     Args:
         model: allocated (not on meta), its parameters plain tensors or DTensors.
@@ -119,8 +119,8 @@ def random_init_weights(model: nn.Module, seed: int, std: float) -> None:
     """Draw matrices from normal(0, std) and set vectors (norm weights) to one.
 
     Each parameter is drawn whole on the CPU from its own generator, keyed by the seed and the
-    parameter's name, and then sliced: the same values at any world size and sharding. (Random ops
-    on a CPU DTensor draw the same values on every rank.)
+    parameter's name, and then sliced. So the values are the same at any world size and sharding.
+    (Random ops on a CPU DTensor draw the same values on every rank.)
     """
     done: set[int] = set()
     for name, tensor in native_tensors(model).items():
@@ -142,7 +142,7 @@ def _find_tensors(folder: Path) -> dict[str, FileSlice]:
     """Return where each tensor of the folder is stored.
 
     Raises:
-        ModelError: a file is missing or corrupt, or the index does not say what the files hold.
+        ModelError: a file is missing or corrupt, or the index does not match the files.
     """
     if (folder / SINGLE).is_file():  # first, as transformers does
         return read_header(folder / SINGLE)
@@ -159,7 +159,7 @@ def _find_tensors(folder: Path) -> dict[str, FileSlice]:
         for name in header:
             if indexed.get(name) != path.name:
                 place = repr(indexed[name]) if name in indexed else "nowhere"
-                raise ModelError(f"{path}: holds {name}, which {INDEX} places {place}")
+                raise ModelError(f"{path}: contains {name}, which {INDEX} places {place}")
         stored |= header
     for name, shard in indexed.items():
         if name not in stored:

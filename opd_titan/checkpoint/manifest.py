@@ -1,7 +1,7 @@
 """Sizes and checksums of a folder's files, in a JSON file beside them.
 
 CRC-32 finds every run of up to 32 wrong bits, and misses other damage once in 4 billion times. It
-runs at several GB per second and thread, faster than disks. It does not protect from an attacker:
+runs at several GB per second and thread, faster than disks. It does not protect against attacks:
 checkpoints and exports are JSON and safetensors only, which cannot run code.
 """
 
@@ -46,8 +46,8 @@ def manifest_text(entries: Mapping[str, Entry]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def find_damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
-    """Return what is wrong with the files that a manifest describes, as one line, or None.
+def find_damage(path: Path, rank: int, world: int) -> str | None:
+    """Return the first damage of the files that a manifest describes, as one line, or None.
 
     Every rank checks the sizes of all files, and its share of the bytes.
 

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: where the weights come from and what was measured."""
+"""The README.md of an exported folder: the origin of the weights, and validation results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_card(job: ResolvedJob, step: int, scalars: Mapping[str, float]) -> str
     """Return the card: Markdown with the hub's front matter.
 
     Args:
-        scalars: the last values by TensorBoard name; the card omits those that are absent.
+        scalars: the last values by TensorBoard name; the card omits absent values.
     """
     config, r = job.config, job.config.rollout
     teachers = ((role.partition(".")[2], job.models[role].path) for role in job.teachers)
@@ -82,7 +82,7 @@ def model_card(job: ResolvedJob, step: int, scalars: Mapping[str, float]) -> str
 
 
 def _front_matter(job: ResolvedJob, title: str, scalars: Mapping[str, float]) -> ModelCardData:
-    """Return what the hub reads. It takes only hub ids; local paths are in the table alone."""
+    """Return the metadata for the hub. It has only hub ids; local paths are in the table alone."""
     sets, results = job.validation_sets, []
     for row in sets:
         name = "validation/accuracy" if len(sets) == 1 else f"validation/{row.name}/accuracy"

@@ -28,12 +28,12 @@ _REPLACED = ".replaced"
 
 
 def tmp_of(final: Path) -> Path:
-    """Return where a folder is until it is complete."""
+    """Return the path of a folder until it is complete."""
     return final.with_name(final.name + ".tmp")
 
 
 def fresh_tmp(final: Path) -> None:
-    """Make `tmp_of(final)`, empty. Delete what a killed run left there."""
+    """Make an empty `tmp_of(final)`. Delete what a killed run left there."""
     discard_tmp(final)
     tmp_of(final).mkdir(parents=True)
 
@@ -60,7 +60,7 @@ def publish(final: Path, manifest: str, known: Mapping[str, Entry] = MappingProx
     write_file(tmp / manifest, manifest_text({**known, **describe(tmp, others)}))
     for path in [*tmp.iterdir(), tmp]:
         sync_to_disk(path)
-    # A folder cannot be renamed to one that has files. Not ".old": that is a step set aside.
+    # A rename cannot replace a folder that has files. (".old" would mean a step set aside.)
     replaced = final.with_name(final.name + _REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -91,8 +91,7 @@ def clear_leftovers(folder: Path) -> None:
 def link_latest(folder: Path, step: int) -> None:
     """Make the link `latest` in `folder` point to `step-N`; delete it if there is no such folder.
 
-    The link is relative, so that `folder` can be moved. Where it cannot be written, a warning says
-    so.
+    The link is relative, so that `folder` can be moved. If it cannot be written, log a warning.
     """
     link, new = folder / LATEST, folder / f"{LATEST}.tmp"
     try:
@@ -124,7 +123,7 @@ def sync_to_disk(path: Path) -> None:
 
 @contextmanager
 def name_file_in_errors(path: Path | str) -> Iterator[None]:
-    """Make an OSError of the body, or one that safetensors wraps, name this file."""
+    """Add this file's name to an OSError of the body, also to one that safetensors wraps."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Read and write slices of tensors in safetensors files, for checkpoints and Hugging Face folders.
 
-Each rank saves the slices that it holds. A rank of another world, with other shards, copies from
-each file what overlaps with its own slices. No rank ever holds a whole model.
+Each rank saves the slices that it holds. A rank of another world, with other shards, copies the
+parts of each file that overlap with its own slices. No rank ever holds a whole model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LocalSlice(NamedTuple):
 
 
 class FileSlice(NamedTuple):
-    """The slice of a tensor that a safetensors file holds.
+    """The slice of a tensor that a safetensors file contains.
 
     Attributes:
         key: its name in the file.
@@ -170,7 +170,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file, and wait until it is on the disk.
 
     Raises:
-        OSError: it cannot be written; names the file.
+        OSError: the file cannot be written; the error names it.
     """
     with name_file_in_errors(path):
         path.touch()
@@ -198,7 +198,7 @@ def read_header(path: Path) -> dict[str, FileSlice]:
 
 @torch.no_grad()
 def read_slices(tensors: Mapping[str, Tensor], stored: Mapping[str, Sequence[FileSlice]]) -> None:
-    """Copy the values of this rank's slices from files into them, cast to their dtypes.
+    """Copy the values of this rank's slices from files into the tensors, cast to their dtypes.
 
     Args:
         tensors: plain tensors or DTensors.
@@ -218,7 +218,7 @@ def read_slices(tensors: Mapping[str, Tensor], stored: Mapping[str, Sequence[Fil
             if all(shared):  # no range is empty
                 copies[part.path].append((part, shared, part_of(local, shared, box)))
     for path, entries in copies.items():
-        # One file is open at a time: closing it gives back the pages that were mapped.
+        # Only one file is open at a time, because closing it unmaps its pages.
         with open_safetensors(path) as file:
             for part, shared, target in entries:
                 target.copy_(part_of(file.get_slice(part.key), shared, part.box))
@@ -230,7 +230,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file.
 
     Raises:
-        ModelError: it is not one.
+        ModelError: it is not a safetensors file.
     """
     try:
         file = safe_open(path, framework="pt")

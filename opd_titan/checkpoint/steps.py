@@ -54,8 +54,8 @@ def agree_on_step(folder: Path, load_step: int, at_most: int | None = None) -> i
         at_most: ignore later steps.
 
     Raises:
-        CheckpointError: the step that was asked for is damaged or absent, or all steps are damaged;
-            or the ranks do not see the same folder.
+        CheckpointError: `load_step` is damaged or absent, or all steps are damaged, or the ranks
+            do not see the same folder.
     """
     damaged: list[str] = []
     for step in call_on_rank_0(lambda: _candidates(folder, load_step)):
@@ -88,7 +88,7 @@ def require_intact(path: Path) -> None:
 
 
 def _candidates(folder: Path, load_step: int) -> list[int]:
-    """Return the steps to try, in this order. Rank 0 calls: others may see another list."""
+    """Return the steps to try, in this order. Rank 0 calls, because others may see another list."""
     if load_step == 0:
         return []
     try:
@@ -102,13 +102,13 @@ def _candidates(folder: Path, load_step: int) -> list[int]:
         have = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
             f"checkpoint.load_step: {folder}/step-{load_step} is not a complete checkpoint; "
-            f"complete steps: {have}; to go on with a run, -1 takes the newest intact one"
+            f"complete steps: {have}; to continue a run, -1 takes the newest intact one"
         )
     return [load_step]
 
 
 def _agree_on_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None. All ranks call; each checks its share."""
+    """Return the damage of a checkpoint, or None. All ranks call; each checks its share."""
     _require_everywhere(path)
     mine: str | None = f"{path}: is not a folder"
     found: list[Any] = [None] * dist.get_world_size()
@@ -128,12 +128,12 @@ def _require_everywhere(path: Path) -> None:
             )
 
 
-# ----------------------------------------------------------------- making room for new steps
+# ------------------------------------------------------------------ the folder of new steps
 
 
 @contextmanager
 def config_error_if_unwritable(folder: Path) -> Iterator[None]:
-    """Raise ConfigError, naming `job.dump_folder`, for an OSError of the body.
+    """Raise ConfigError, which names `job.dump_folder`, for an OSError of the body.
 
     Before the run begins, a folder that cannot be written is the user's mistake.
     """
@@ -172,8 +172,8 @@ def open_folder(folder: Path) -> None:
 def set_aside(folder: Path, after: int, suffix: str) -> None:
     """Rename the steps later than `after` to `step-N.<suffix>`. All ranks call.
 
-    The run will write those steps again. No run must resume from the present ones, and they must
-    not make `prune` delete the new ones.
+    The run will write these steps again. No run may resume from the old ones, and `prune` must not
+    count them.
 
     Args:
         suffix: "old" or "damaged", see above. A number is appended if the name is taken.
@@ -212,7 +212,7 @@ def prune(folder: Path, newest: int, keep: int) -> None:
                 # Renamed first: after a kill half-way it must not look complete.
                 path.rename(tmp_of(path))
                 shutil.rmtree(tmp_of(path))
-            except OSError as error:  # the new checkpoint is safe: the run goes on
+            except OSError as error:  # the new checkpoint is safe: continue
                 logger.warning("Checkpoint: %s cannot be deleted: %s", path, reason(error))
 
     if keep > 0:

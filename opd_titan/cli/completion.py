@@ -42,8 +42,8 @@ def script(shell: str, commands: Iterable[str], with_recipe: Iterable[str]) -> s
 
     Args:
         shell: one of `SHELLS`.
-        commands: all of them.
-        with_recipe: those that take every option of a recipe.
+        commands: all commands.
+        with_recipe: the commands that take every option of a recipe.
     """
     recipe = " ".join(f"--{name}" for name in OPTIONS)
     own = {"plan": " ".join(re.findall(r"--[a-z-]+", make_parser().format_usage()))}

@@ -1,7 +1,7 @@
 """Grade one model on held-out prompts: `python -m opd_titan.evaluate --evaluate.model PATH`.
 
 The model is a training checkpoint, a Hugging Face folder or hub id, or the student or a teacher of
-the recipe. The recipe's [validation] says which prompts, sampling and graders are used. Without a
+the recipe. The recipe's [validation] sets the prompts, the sampling and the graders. Without a
 recipe, a model in a run's dump folder is evaluated with the recipe of that run.
 """
 
@@ -55,7 +55,7 @@ def add_own_recipe(argv: list[str]) -> list[str]:
 
 
 def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
-    """Evaluate the model on all ranks, and write its results. All ranks call; returns 0."""
+    """Evaluate the model on all ranks, and write its results. Return 0. All ranks call."""
     import torch
     import torch.distributed as dist
 

@@ -19,32 +19,32 @@ def exit_code(job: Callable[[], int]) -> int:
     try:
         return job()
     except UserError as error:
-        _tell(error)
+        _report(error)
         return 2
     except Fault as error:
-        _tell(error)
+        _report(error)
         return 1
 
 
-def _tell(error: OneLineError) -> None:
+def _report(error: OneLineError) -> None:
     """Print one line on stderr, or give it to the launcher, which prints it once for all ranks."""
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
         message = {"message": str(error), "timestamp": int(time.time())}
         message["follows"] = isinstance(error, LostOthers)
         try:
-            Path(report).write_text(json.dumps(message), encoding="utf-8")
+            Path(path).write_text(json.dumps(message), encoding="utf-8")
             return
         except OSError:  # no space: print it here, and remove the partial file
             with suppress(OSError):
-                Path(report).unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)
     print_error(error)
 
 
 def _leave(code: int) -> None:
     """Exit without waiting for ranks that may never reach a collective."""
     if code == 1:
-        # Threads may wait for them too: a background save, or NCCL.
+        # Threads may also wait for those ranks: a background save, or NCCL.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""`torchrun` that keeps exit codes and signals: `python -m opd_titan.cli.launch [its options] ...`.
+"""Run torchrun, but keep exit codes and signals: `python -m opd_titan.cli.launch [options] ...`.
 
 torchrun turns every failure into exit code 1 and a long traceback. So it hides the exit codes 2
 (wrong input) and 75 (stopped by a signal; start again). On SIGTERM torchrun kills the workers after
@@ -31,10 +31,10 @@ _SECONDS_TO_AGENTS_SIGKILL = 25
 
 
 def main(argv: list[str]) -> int:
-    """Run the workers. Return the exit code of the one that failed first."""
+    """Run the workers. Return the exit code of the worker that failed first."""
     # The agent logs its own traceback for every failed worker.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # When all are done, the node that hosts the store may exit a moment before the others.
+    # When all workers are done, the node that hosts the store may exit a moment before the others.
     logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(
         lambda record: "exit barrier" not in str(record.msg)
     )
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         try:
             run(options)
         except ChildFailedError as error:
-            return _tell(*_first(error.failures))
+            return _report(*_first(error.failures))
         except SignalException as error:
             print_error(f"launcher stopped by {error.sigval.name}")
             return 128 + error.sigval
@@ -87,14 +87,14 @@ def _order(failure: Any, begin: int) -> tuple[int, int]:
     return rank, failure.timestamp
 
 
-def _tell(rank: int, failure: Any) -> int:
-    """Print what happened, once for all workers. Return the exit code."""
+def _report(rank: int, failure: Any) -> int:
+    """Print the failure, once for all workers. Return the exit code."""
     code, said = failure.exitcode, failure.error_file_data.get("message")
     if code == 2:
         print_error(failure.message)
     if code in (2, 75):
         return code
-    if isinstance(said, str) and said != "<NONE>":  # a Fault, which says where
+    if isinstance(said, str) and said != "<NONE>":  # a Fault, its message names the phase
         print_error(f"rank {rank}: {said}")
     else:
         place = phase_of(rank)

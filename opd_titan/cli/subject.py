@@ -22,8 +22,8 @@ class Subject:
 
     Attributes:
         name: a short name, for messages and for the folder of the results.
-        source: its files and sizes; for a training checkpoint those of the run's student.
-        tokenizer: makes the prompts.
+        source: its files and sizes; of the run's student for a training checkpoint.
+        tokenizer: the tokenizer of the prompts.
         checkpoint: a training checkpoint with the weights; None if the source has them.
     """
 
@@ -51,7 +51,7 @@ def find_subject(config: JobConfig) -> Subject:
     student = ModelSpec(
         "student", c.hf_path, "student.hf_path", c.random_init, config.training.seed
     )
-    # For the tokenizer and the sizes of the student, its weights need not exist.
+    # The student's weights need not exist if only its tokenizer and sizes are needed.
     template = replace(student, random_init=True)
     teachers = {spec.role: spec for spec in teacher_specs(config)}
     checkpoint = None

@@ -22,7 +22,7 @@ _NEED_MODEL = "give a local Hugging Face folder or a hub id"
 _NEED_PATH = 'required with dataset = "prompts"; give a file, a folder or a hub id'
 
 Problems = Iterator[tuple[str, str]]
-"""Pairs of an option (`table.key`, or `table.list[row].key`) and what is wrong with it."""
+"""Pairs of an option (`table.key`, or `table.list[row].key`) and its problem."""
 
 
 def check_consistency(config: JobConfig) -> None:
@@ -45,7 +45,7 @@ def _raise_first(problems: Problems) -> None:
 
 
 def _contradicts(c: JobConfig, name: str, reason: str, wanted: object) -> tuple[str, str]:
-    """Return the problem that the value of an option contradicts something else."""
+    """Return the problem of an option with a value that contradicts something else."""
     table, _, key = name.partition(".")
     value = getattr(getattr(c, table), key)
     return name, f"{show(value)} contradicts {reason}; wanted {wanted}"
@@ -99,7 +99,7 @@ def _data_problems(c: JobConfig) -> Problems:
 
 
 def _read_from(c: JobConfig) -> Iterator[tuple[str, str]]:
-    """Yield what the run reads: the option as in messages, and its path or hub id."""
+    """Yield the inputs of the run: the option as in messages, and its path or hub id."""
     for table in ("student", "teacher", "reference"):
         yield f"[{table}] hf_path", getattr(c, table).hf_path
     for table in ("data", "validation"):
@@ -126,7 +126,7 @@ def _validation_problems(c: JobConfig) -> Problems:
 
 
 def _routing_problems(c: JobConfig) -> Problems:
-    """Yield what is wrong with the teachers that the sets name."""
+    """Yield the problems with the teachers that the sets name."""
     known = [model.name for model in c.teacher.models] if teachers(c) else []
     wanted = " or ".join(known) or "a name in [[teacher.models]]"
     sets = data_sets(c)

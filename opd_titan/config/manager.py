@@ -41,7 +41,7 @@ else:
 Document = dict[str, Any]
 """Values by table and key, as in a TOML file."""
 Place = tuple[str | int, ...]
-"""Where a value is: table, key and, in a list, row and its key."""
+"""The place of a value: table, key and, in a list, row and the row's key."""
 
 _JOB_CONFIG = TypeAdapter(JobConfig)
 _LARGEST = 1 << 20  # bytes of a TOML file

@@ -29,7 +29,7 @@ LISTS: dict[str, Any] = {
 }
 # All options with a single value by their `table.key`.
 OPTIONS = {name: field for name, field in _FIELDS.items() if name not in LISTS}
-# These, and the keys of rows, for example "data.sets.name".
+# `OPTIONS` and the keys of rows, for example "data.sets.name".
 VALUES = OPTIONS | {
     n: f for name, row in LISTS.items() for n, f in fields_of(row, f"{name}.").items()
 }
@@ -49,7 +49,7 @@ def bounds(field: FieldInfo) -> list[tuple[str, float]]:
 
 
 def wanted(field: FieldInfo) -> str:
-    """Return in words which values a field allows."""
+    """Return the values that a field allows, in words."""
     if choices := get_args(field.annotation):
         return "one of " + ", ".join(choice or '""' for choice in choices)
     if any(hasattr(bound, "min_length") for bound in field.metadata):
@@ -65,7 +65,7 @@ def dotted(place: Sequence[str | int]) -> str:
 
 
 def in_recipe(place: Sequence[str | int]) -> str:
-    """Return the place of a value as in `[table] key`; that of a list or of a row is dotted."""
+    """Return the place of a value as in `[table] key`; the place of a list or row is dotted."""
     name = dotted(place)
     return f"[{place[0]}] {place[1]}" if len(place) == 2 and name not in LISTS else name
 
@@ -89,7 +89,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def explain(error: ErrorDetails) -> str:
-    """Return what is wrong with a value in a TOML file or on the command line."""
+    """Return the message for a wrong value in a TOML file or on the command line."""
     kind, value = error["type"], error["input"]
     name = ".".join(part for part in error["loc"] if isinstance(part, str))
     if kind == "unexpected_keyword_argument":

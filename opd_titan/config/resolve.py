@@ -23,8 +23,8 @@ class ModelSpec:
         role: "student", "teacher", "reference", or "teacher.<name>" of several teachers.
         path: a local Hugging Face folder or a hub id.
         key: the option that gives the path, for error messages.
-        random_init: the weights are drawn with `seed`; otherwise they are read.
-        cpu_offload: the weights stay on the host.
+        random_init: whether the weights are drawn with `seed`; otherwise they are read.
+        cpu_offload: whether the weights stay on the host.
         eos_token: a token that ends responses in addition to the model's own; "" for none.
     """
 
@@ -52,13 +52,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class ResolvedJob:
-    """A configuration, and what is derived from it, the device type and the number of ranks.
+    """A configuration with the values that depend on it, the device type and the number of ranks.
 
     Attributes:
         device_type: "cpu" or "cuda".
         dtype: the compute dtype, "float32" or "bfloat16".
         models: by role, the student first.
-        data_sets: with all defaults filled in. A row's `teacher` is the role that scores it.
+        data_sets: rows with all defaults filled in; `teacher` is the role that scores them.
         validation_sets: the same; empty if validation is off.
     """
 
@@ -175,7 +175,7 @@ def _layout(config: JobConfig, world_size: int) -> Layout:
 
 
 def _fitting(world_size: int, replicate: int, tensor: int) -> list[tuple[int, int, int]]:
-    """Return degrees with the world size as product, first those that keep a given degree."""
+    """Return degrees with the world size as product; the ones that keep a given degree first."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     found = [
         (r, world_size // r // t, t)

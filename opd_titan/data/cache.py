@@ -57,7 +57,8 @@ class Prompts(Sequence[Prompt]):
 
     Attributes:
         info: the values that `Make` returned, and `longest` and `digest`.
-        first_index: added to the number of each row. data_set, teacher: of each prompt.
+        first_index: added to the number of each row.
+        data_set, teacher: values of every prompt.
     """
 
     def __init__(self, table: pa.Table, info: dict[str, Any]) -> None:
@@ -167,7 +168,7 @@ def _turn(path: Path) -> Iterator[tuple[bool, Callable[[], None]]]:
 
 
 def _store(folder: Path, make: Make, progress: Callable[[], None]) -> Prompts:
-    """Make an entry. Returns its prompts, mapped."""
+    """Make an entry. Return its prompts, mapped."""
     import pyarrow as pa
 
     for old in folder.parent.glob(f"{folder.name}.*.tmp"):  # of processes that were killed

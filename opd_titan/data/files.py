@@ -1,4 +1,4 @@
-"""Data files on disk: the rows of JSON files, and whether any file has changed.
+"""Read the rows of JSON files, and detect changes of any data file.
 
 Arrow infers one type for each column of a JSON file and casts the values to it, which changes
 numbers, dates and texts. So this module parses these files, and keeps the values as written.
@@ -66,7 +66,7 @@ def read_json(file: Path) -> Iterator[tuple[str, Row]]:
             filled = ((n, line) for n, line in enumerate(lines, 1) if line.strip(_BLANK))
             first = next(filled, None)
             if first is None:
-                raise DataError(f"path: {file} {'holds no rows' if lines.tell() else 'is empty'}")
+                raise DataError(f"path: {file} {'has no rows' if lines.tell() else 'is empty'}")
             start = first[1].strip(_BLANK)
             if not start.startswith(b"[") and (start != b"{" or file.suffix == ".jsonl"):
                 for number, line in chain([first], filled):

@@ -76,10 +76,10 @@ class Rows:
                 raise row_error(place, f"{error} (dataset {self.spec.name})") from error
             yield number, place, record
         if number is None:
-            raise DataError(f'path: {self.where} holds no rows in split "{self.split}"')
+            raise DataError(f'path: {self.where} has no rows in split "{self.split}"')
 
     def place(self, number: int) -> str:
-        """Return where the row with this number is."""
+        """Return the place of the row with this number."""
         return next(place for n, (place, _) in enumerate(self.read()) if n == number)
 
     def _numbers(self) -> range:
@@ -99,10 +99,10 @@ def load_rows(dataset: str, path: str, split: str) -> Rows:
 
     Args:
         path: "" for the set's own hub id, or one of
-            - a `save_to_disk` folder; a plain Dataset serves as any split;
+            - a `save_to_disk` folder; a plain Dataset is used for any split;
             - a folder with `<split>.jsonl`, `.json`, `.parquet` or `<split>-*` shards, in it or in
-              its `data/` (for gsm8k also `main/`); a single data file serves as "train";
-            - a data file, which serves as any split;
+              its `data/` (for gsm8k also `main/`); a single data file is used for "train";
+            - a data file, which is used for any split;
             - a hub id, "org/name" or "org/name:config".
         split: one split or a slice of it: "train", "train[:100]", "train[10%:20%]".
 
@@ -117,7 +117,7 @@ def load_rows(dataset: str, path: str, split: str) -> Rows:
         )
     name, bounds = match[1], (match[2] or "", match[3] or "")
     local = Path(os.path.expanduser(path))
-    if not path or not os.path.exists(local):  # False also for what cannot be a path
+    if not path or not os.path.exists(local):  # False also for text that cannot be a path
         table, where = _load_hub(spec, path, name)
         read = partial(_read_table, spec, table, f"{where}, split {name}")
         return Rows(spec, where, split, bounds, read, version=table._fingerprint)
@@ -174,8 +174,8 @@ def _read_table(
     for name in names:
         if kind := _read_from_files(table.features[name]):
             raise DataError(
-                f"path: {label}: column '{name}' holds {kind}, which names files to open; wanted "
-                "text"
+                f"path: {label}: column '{name}' contains {kind}, which names files to open; "
+                "wanted text"
             )
     table = table.select_columns(names)
     try:
@@ -225,7 +225,7 @@ def _saved_folder(path: Path, name: str) -> Path:
 
 
 def _load_hub(spec: DatasetSpec, path: str, name: str) -> tuple[Dataset, str]:
-    """Load a split from the hub, or from an earlier download. Returns it with its hub id."""
+    """Load a split from the hub, or from an earlier download. Return it with its hub id."""
     import datasets
 
     hub_id, _, config = path.partition(":")
@@ -268,7 +268,7 @@ def _split_files(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
     if len({(f.parent, f.suffix) for f in mine}) > 1:
         shown = ", ".join(map(str, mine[:4]))
         raise DataError(
-            f'path: {folder} holds split "{name}" more than once ({shown}); give the file itself'
+            f'path: {folder} has split "{name}" more than once ({shown}); give the file itself'
         )
     if not mine and len(every) == 1 and name == "train":
         return every
@@ -280,11 +280,11 @@ def _split_files(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
 def _no_split(folder: Path, name: str, known: list[str]) -> DataError:
     if not known:
         return DataError(
-            f"path: {folder} holds no data; it must be a save_to_disk folder or hold "
+            f"path: {folder} contains no data; it must be a save_to_disk folder or contain "
             f"{name}.jsonl, {name}.json or {name}.parquet"
         )
     shown = ", ".join(f'"{split}"' for split in known)
-    return DataError(f'split = "{name}" is not in {folder}; it holds {shown}')
+    return DataError(f'split = "{name}" is not in {folder}; it has {shown}')
 
 
 def _split_name(file: Path) -> str:

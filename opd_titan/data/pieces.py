@@ -32,7 +32,7 @@ class TokenTexts:
         if _BROKEN not in "".join(alone) and "".join(alone) == self._decode(ids):
             return alone
         # Some tokens are parts of characters, or their text depends on their neighbours. So the
-        # text of a token is what it adds to the decoded text, without an incomplete end.
+        # text of a token is its addition to the decoded text, without an incomplete end.
         pieces = []
         for t in range(len(ids)):
             start, last = max(0, t - _CONTEXT), t == len(ids) - 1

@@ -37,7 +37,8 @@ class PromptSet:
     """The prompts that are kept, in the order of the source, and the numbers of dropped rows.
 
     Attributes:
-        source: where they come from, for messages. name: empty for the only set.
+        source: where they come from, for messages.
+        name: the name of the set; empty for the only set.
         num_rows: number of rows read.
         end: one more than the index of the last row; larger than num_rows for a slice of a split.
         num_duplicates, num_too_long: number of rows that were dropped for this reason.
@@ -86,12 +87,12 @@ def build_prompts(
 
     Args:
         keep_responses: keep the data set's own responses; every prompt must then have one. False:
-            drop them (those of OpenThoughts3 take gigabytes).
+            drop them (OpenThoughts3's take gigabytes).
         max_prompts: stop after this many prompts (0: take all).
-        answer_problem: returns what is wrong with an answer, "" if nothing is.
+        answer_problem: returns the problem with an answer, or "".
         section: the config table that errors name, "data" or "validation".
         first_index: index of the source's first row.
-        name, teacher: of each prompt.
+        name, teacher: the `data_set` and `teacher` of each prompt.
 
     Raises:
         DataError: the data cannot be used.
@@ -172,7 +173,7 @@ def _model_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _make(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: _Settings, write: Write
 ) -> dict[str, int]:
-    """Write the prompts in batches. Returns the counts of a PromptSet and the shortest length."""
+    """Write the prompts in batches. Return the counts of a PromptSet and the shortest length."""
     counts = {"num_rows": 0, "end": 0, "num_duplicates": 0, "num_too_long": 0}
     limit, left = settings.max_prompt_tokens, settings.max_prompts or sys.maxsize
     most_text = max(LARGE_TEXT, limit * max(map(len, tokenizer.get_vocab())))
@@ -200,7 +201,7 @@ def _make(
 def _rendered(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: _Settings, counts: dict[str, int]
 ) -> Iterator[tuple[int, str, Record, str]]:
-    """Yield number, place, record and text of each row that is no duplicate. Update `counts`."""
+    """Yield number, place, record and text of each row except duplicates. Update `counts`."""
     seen: set[bytes] = set()
     for number, place, record in rows.records():
         counts["num_rows"] += 1
@@ -247,7 +248,7 @@ def given_response(
 ) -> Sample:
     """Return the data set's own response as a sample, cut at `limit` tokens.
 
-    If the model has several stop tokens, the response ends with the one of the tokenizer.
+    If the model has several stop tokens, the response ends with the tokenizer's.
     """
     eos_id = tokenizer.eos_token_id
     ids = response_token_ids(prompt, tokenizer, eos_id if eos_id in stop_ids else min(stop_ids))

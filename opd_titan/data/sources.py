@@ -112,7 +112,9 @@ def openthoughts3(row: Mapping[str, Any]) -> Record:
     prompt = response = None
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise RowError(f"field 'conversations' holds {_kind(turn)}, not {{from, value}} turns")
+            raise RowError(
+                f"field 'conversations' contains {_kind(turn)}, not {{from, value}} turns"
+            )
         role = turn.get("from")
         if role in ("human", "user") and prompt is None:
             prompt = _text(turn, "value", "conversations[].value")
@@ -149,7 +151,7 @@ def _split_turns(turns: list[Any], field: str) -> tuple[list[Message], str | Non
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise RowError(f"field '{field}' holds {_kind(turn)}, not {{role, content}} turns")
+            raise RowError(f"field '{field}' contains {_kind(turn)}, not {{role, content}} turns")
         role = _text(turn, "role", f"{field}[].role")
         messages.append({"role": role, "content": _text(turn, "content", f"{field}[].content")})
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)

@@ -37,7 +37,7 @@ def render(
     """Return the text of the prompt.
 
     raw: `raw_format` around the only user turn. chat: the tokenizer's own template with a
-    generation prompt. Without `enable_thinking`, the one of Qwen3 ends in an empty, closed think
+    generation prompt. Without `enable_thinking`, Qwen3's template ends in an empty, closed think
     block.
 
     Raises:

@@ -58,8 +58,8 @@ class Sample:
 
     Attributes:
         response_ids: includes the stop token if `finish_reason` is "stop".
-        student_logprobs: natural logarithms, fp32 [tokens], on the CPU, from the sampling itself;
-            None if the student did not write the response.
+        student_logprobs: natural log-probs from the sampling, fp32 [tokens], on the CPU; None if
+            the student did not write the response.
         teacher_logprobs, reference_logprobs: as above; None if there is no such model.
         advantages: fp32 [tokens], on the CPU; None before the update.
         teacher_hidden, reference_hidden: [tokens, width], on the device; set between scoring and
@@ -94,7 +94,7 @@ class Sample:
         else:
             self.reference_logprobs = logprobs
 
-    def set_hidden(self, role: ScoredBy, hidden: Tensor | None) -> None:
+    def set_hidden(self, role: ScoredBy, hidden: Tensor) -> None:
         if role == "teacher":
             self.teacher_hidden = hidden
         else:

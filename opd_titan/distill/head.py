@@ -46,7 +46,7 @@ PROBE_TOP_K = 16
 
 
 def _chunks(n: int, head: VocabHead, dist: Distribution, tensors: int = 2) -> list[slice]:
-    """Return slices of `n` tokens, of which the first is the longest.
+    """Return slices of `n` tokens; the first slice is the longest.
 
     One tensor [C, v] takes at most CHUNK_BYTES, and `tensors` of them at most three times that
     (without the probe's copies of some rows).
@@ -67,7 +67,7 @@ class _Projection:
     """Project one model's hidden states, chunk by chunk.
 
     Args:
-        watch: looks at the logits of some rows before they are truncated.
+        watch: inspects the logits of some rows before they are truncated.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class _Projection:
         head: VocabHead,
         dist: Distribution,
         chunks: Sequence[slice],
-        watch: Inspector | None = None,
+        watch: Inspector | None,
     ) -> None:
         self.head, self.dist, self.watch = head, dist, watch
         self.buffer = _buffer(head, chunks) if projects_in_place(head.weight_vD) else None
@@ -140,7 +140,7 @@ def _columns(targets_C: Tensor, head: VocabHead) -> Tensor:
 
 @dataclass(frozen=True)
 class LossRule:
-    """Which loss is computed, with which settings, of which distribution of the student."""
+    """The loss, its settings, and the student's distribution."""
 
     objective: Objective
     settings: ObjectiveSettings
@@ -149,7 +149,7 @@ class LossRule:
 
 @dataclass(frozen=True)
 class FrozenHeads:
-    """The heads of frozen models that are kept as hidden states; None: not kept so."""
+    """The heads of the frozen models whose hidden states are kept; None for other models."""
 
     teacher: VocabHead | None = None
     reference: VocabHead | None = None
@@ -174,7 +174,7 @@ class HeadStats:
         teacher_R, reference_R: log-probs, if they were computed here.
         probe: by name, values of the tokens that `probed` chooses; empty without the teacher's
             whole distribution.
-        seen: by role, what the watches recorded.
+        seen: by role, the results of the inspectors.
     """
 
     logprob_R: Tensor
@@ -199,13 +199,13 @@ class LossHead:
         rule: the loss and the student's distribution.
         predict_R: for each target, the packed position of the hidden state that predicts it.
         targets_R: token ids.
-        scores: what is known of the targets.
+        scores: the targets' scores by all models.
         scale: one over the *global* number of response tokens of the update, so that micro-batches
             and ranks add up to the mean over tokens, never to a mean of means.
         frozen: the heads that project the hidden states in `scores`.
         probe_from: differs between micro-batches, so that different positions of responses are
             probed.
-        watches: by role, what records the ranks of some of the targets.
+        watches: by role, the inspector that records the ranks of some of the targets.
     """
 
     rule: LossRule
@@ -237,9 +237,9 @@ class LossHead:
     ) -> tuple[HeadStats, Tensor, Tensor]:
         """Return diagnostics and the gradients of both arguments.
 
-        The gradients are those of the objective's sum by the logits divided by the temperature:
-        they lack the factors of scale and temperature. Under tensor parallelism each rank has one
-        summand of the hidden states' gradient, and the backward of `gather_tokens` sums them.
+        They start from the gradient with respect to the logits after division by the temperature,
+        so they lack the factors of scale and temperature. Under tensor parallelism each rank has
+        one summand of the hidden states' gradient; the backward of `gather_tokens` sums them.
         """
         rule = self.rule
         # All models' logits, and the objective's own tensors.
@@ -354,9 +354,9 @@ class _Sum(torch.autograd.Function):
 def _statistics(
     logits: Mapping[str, Tensor], column_C: Tensor, head: VocabHead
 ) -> tuple[dict[str, ModelLogits], Tensor]:
-    """Return by role each model's logits with statistics, and the student's entropy [C].
+    """Return each model's logits with statistics, by role, and the student's entropy [C].
 
-    It takes one pass over the logits, and one exchange between the ranks for all models together.
+    This takes one pass over the logits, and one exchange between the ranks for all models.
 
     Args:
         logits: by role; the student's come first.
@@ -379,7 +379,7 @@ def _statistics(
             logits.items(), lse_MC, logprob_MC, strict=True
         )
     }
-    # The means are of differences of logits; those of log-probs differ by a constant.
+    # The means are of differences of logits; differences of log-probs are off by a constant.
     for other, mean_C in zip(list(models.values())[1:], mean_MC[1:], strict=True):
         other.kl_C = mean_C - lse_MC[0] + other.lse_C
     return models, lse_MC[0] - mean_MC[0]
@@ -400,7 +400,7 @@ def _token_stats(rows: Rows, result: TokenLoss) -> dict[str, Tensor | None]:
 
 
 def _concat(chunks: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
-    """Concatenate the chunks' tensors by name, without those that are None."""
+    """Concatenate the chunks' tensors by name; skip None."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for chunk in chunks:
         for name, value_C in chunk.items():
@@ -425,7 +425,7 @@ def probed(start: int, stop: int) -> Tensor:
 
 
 def _compare(rows: Rows, some_N: Tensor) -> dict[str, Tensor]:
-    """Compare student and teacher at some rows of a chunk; by name, a value [N] for each row."""
+    """Return comparisons of student and teacher at some rows of a chunk, by name, [N] each."""
     student_Nv, teacher_Nv = (m.copy_logprobs(some_N) for m in (rows.student, rows.teacher))
     probs_Nv, teacher_probs_Nv = student_Nv.exp(), teacher_Nv.exp()
     log_s_N, log_t_N, teacher_log_t_N, teacher_log_s_N = rows.expect_each(

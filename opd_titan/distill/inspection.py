@@ -1,8 +1,8 @@
 """Record the ranks of response tokens, and the likeliest other tokens, for written rollouts.
 
 Samples with an `inspection`, a dict that is empty at first, are watched when a model's logits are
-computed: the student's in the update, a frozen model's in scoring, or in the update if that
-compares whole distributions.
+computed: the student's in the update, a frozen model's in scoring, or in the update if the
+objective compares whole distributions.
 
 Shapes: R response tokens of a head, W watched tokens among them, C tokens of a chunk, v the part of
 the vocabulary that this rank holds, B blocks of b columns of it, P tensor-parallel ranks, K
@@ -36,7 +36,7 @@ class Inspector:
     """Record the ranks of the tokens at some rows in one model's distribution, chunk by chunk.
 
     Args:
-        spans: the watched rows, in order. Spans make a chunk's watched logits views of it.
+        spans: the watched rows, in order. Watched logits are views of a chunk, not copies.
         k: how many of the likeliest tokens to record; at most the whole vocabulary.
 
     Attributes:
@@ -73,7 +73,7 @@ class Inspector:
     def finish(self, logprob_R: Tensor) -> None:
         """Set `columns` from all chunks, with one exchange between the ranks.
 
-        Ranks count from 1, and equally likely tokens have the best of their ranks. The rank is 0 if
+        Ranks count from 1. Equally likely tokens all have the best of their ranks. The rank is 0 if
         the log-prob is not finite. The likeliest tokens are in descending order.
 
         Args:
@@ -81,7 +81,7 @@ class Inspector:
         """
         logprob_W = torch.cat([logprob_R[span] for span in self.spans])
         ahead_W, target_W, values_WK, ids_WK = map(torch.cat, zip(*self._pieces, strict=True))
-        # fp64 holds all of these values exactly.
+        # fp64 represents all of these values exactly.
         own = torch.cat((ahead_W[:, None].double(), values_WK.double(), ids_WK.double()), dim=1)
         parts = concat_ranks(own[None], self.tp)
         ahead_PW1, values_PWK, ids_PWK = parts.split([1, *[values_WK.shape[1]] * 2], dim=2)

@@ -1,7 +1,7 @@
 """The losses of response tokens, as functions that the head calls for each chunk.
 
-An objective is a function of `Rows` and settings with the decorator `objective`, and a row of the
-table at the end. An objective of the sampled token returns a loss that has a gradient with respect
+An objective is a function of `Rows` and settings with the decorator `objective`, and an entry of
+`OBJECTIVES`. An objective of the sampled token returns a loss that has a gradient with respect
 to `rows.logprob_C`. An objective over the vocabulary returns the gradient with respect to the
 logits. `docs/objectives.md` derives each of them.
 
@@ -100,7 +100,7 @@ class Objective:
         return self.loss(rows, settings)
 
     def needs_vocabulary(self, settings: ObjectiveSettings) -> bool:
-        """Whether the frozen models' whole distributions are needed."""
+        """Return whether the frozen models' whole distributions are needed."""
         return self.whole or settings.baseline != "none"
 
     def temporaries(self, settings: ObjectiveSettings) -> int:
@@ -310,7 +310,7 @@ def _bucketed(
 
 
 def _log_ratio(a_CB: Tensor, b_CB: Tensor) -> Tensor:
-    """Return log a - log b, and 0 for a bucket without tokens."""
+    """Return log a - log b, or 0 for a bucket without tokens."""
     return (a_CB - b_CB).masked_fill_(a_CB == -torch.inf, 0.0)
 
 

@@ -25,7 +25,7 @@ from opd_titan.models.attention import PackedAttention
 STAND_IN = (Sample(Prompt(-1, "", (0,)), 0, [0], "length"),)
 
 T = TypeVar("T")
-# Prompts are the same if their rows in the source and their tokens are.
+# Two prompts are the same if they have the same row in the source and the same tokens.
 PromptKey = tuple[int, tuple[int, ...]]
 # See `cost`.
 REPEATED_PART = 8
@@ -64,7 +64,7 @@ def pack(samples: Sequence[Sample], world: World) -> PackedBatch:
     predict: list[int] = []
     for s in samples:
         prompt, key = s.prompt.token_ids, _prompt_of(s)
-        # A response's last token is no input.
+        # A response's last token is not an input.
         if uses[key] == 1:
             first = layout.add([*prompt, *s.response_ids[:-1]])
             predict.extend(range(first + len(prompt) - 1, len(layout.tokens)))
@@ -93,7 +93,7 @@ def prefetched(
 ) -> Iterator[tuple[list[Sample], T]]:
     """Yield each micro-batch with the result of `make`, which is called one micro-batch ahead.
 
-    The tensors of the next micro-batch are then on the device when the present one is done.
+    The tensors of the next micro-batch are then on the device when the current one is done.
     """
     ready: list[tuple[list[Sample], T]] = []
     for samples in microbatches:
@@ -126,7 +126,7 @@ def pack_values(values: Sequence[Tensor | None], device: torch.device) -> Tensor
     there = [value for value in values if value is not None]
     if not there:
         return None
-    assert len(there) == len(values), "some samples have it and some have not"
+    assert len(there) == len(values), "only some samples have values"
     whole = torch.cat(there)
     return whole if whole.device == device else send(whole, device)
 
@@ -137,7 +137,7 @@ def unpack_values(values_R: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
 
 
 def split_minibatches(num_samples: int, minibatches: int) -> list[range]:
-    """Divide a step's samples into updates of nearly equal size, for any world size alike."""
+    """Divide a step's samples into updates of nearly equal size. The world size is irrelevant."""
     ends = [num_samples * (i + 1) // minibatches for i in range(minibatches)]
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
@@ -289,6 +289,6 @@ def _microbatches(samples: Sequence[Sample], max_tokens: int, dp: Axis) -> list[
 
 
 def minibatches_of(teacher: str, plan: Sequence[Minibatch]) -> list[Minibatch]:
-    """Return the part of a plan that one teacher scores. It does not fit an update."""
+    """Return the part of a plan that one teacher scores, for scoring only, not for an update."""
     parts = [part for minibatch in plan for part in minibatch.by_teacher()]
     return [Minibatch(own, 0, [name] * len(own)) for name, own in parts if name == teacher]

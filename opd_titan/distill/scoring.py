@@ -63,7 +63,7 @@ def score(
             on_sequences(len(samples))
     pairs: list[tuple[Sample, Tensor]] = []
     for those, values_R in scored:
-        # Only now: a copy to the host waits for the device, which should be busy meanwhile.
+        # Copied only now: a copy to the host waits for the device, which should stay busy.
         values = values_R if keep_hidden else values_R.cpu()
         pairs += zip(those, values.split([len(s.response_ids) for s in those]), strict=True)
     for those, columns in seen:

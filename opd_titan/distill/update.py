@@ -51,7 +51,7 @@ class UpdateRule(LossRule):
     def of(
         cls, distill: Distill, reference: Reference, training: Training, dist: Distribution
     ) -> UpdateRule:
-        """Return the rule of a configuration; `dist` is what the student samples from."""
+        """Return the rule of a configuration; `dist` is the student's sampling distribution."""
         settings = ObjectiveSettings.of(distill, reference)
         return cls(OBJECTIVES[distill.objective], settings, dist, training.max_grad_norm)
 
@@ -90,8 +90,8 @@ class _Totals:
     def __init__(self, world: World) -> None:
         self.world, device = world, world.device
         self.sums: dict[str, Tensor] = {}
-        self.gap_max = torch.full((), -1.0, device=device)  # below any gap: none is known
-        self.loss = torch.zeros((), device=device)  # of this rank's tokens in the present update
+        self.gap_max = torch.full((), -1.0, device=device)  # below any gap: unknown
+        self.loss = torch.zeros((), device=device)  # of this rank's tokens in the current update
         self.grad_norms: list[float] = []
 
     def begin_update(self) -> None:
@@ -148,10 +148,10 @@ def update(
     An update with a non-finite loss or gradient is skipped, on all ranks.
 
     Args:
-        on_sequences: called by all ranks with the number of sequences just done. Until the first
-            optimizer step it may raise, and nothing has changed.
-        frozen: by role, the models that made the hidden states of the samples. The log-probs are
-            set in place of the hidden states.
+        on_sequences: called by all ranks with the number of sequences just done. It may raise
+            before the first optimizer step, while nothing has changed.
+        frozen: by role, the models that computed the hidden states of the samples. Log-probs
+            replace the hidden states.
         exchange_once: see `exchange_gradients`.
     """
     totals, made = _Totals(world), []
@@ -181,7 +181,7 @@ def update(
         if made[-1]:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    # Only now: a copy to the host waits for the device, which should be busy meanwhile.
+    # Copied only now: a copy to the host waits for the device, which should stay busy.
     for part in done:
         for those, stats in part:
             _fill_in(those, stats)
@@ -250,11 +250,11 @@ def forward_backward(
     heads: FrozenHeads = NONE_FROZEN,
     packed: tuple[PackedBatch, TokenScores] | None = None,
 ) -> tuple[HeadStats, Tensor | None]:
-    """Run forward and backward of one micro-batch. It may be empty, because both are collective.
+    """Run forward and backward, which are collective, of one micro-batch, which may be empty.
 
     Args:
         update_tokens: response tokens of the whole update, over micro-batches and ranks.
-        heads: of the models that made the samples' hidden states.
+        heads: heads of the models that computed the samples' hidden states.
         packed: the result of `pack_scored`, if it was called ahead.
 
     Returns:

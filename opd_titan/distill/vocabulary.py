@@ -25,7 +25,7 @@ MaybeTensor = Any
 
 @dataclass
 class TokenScores:
-    """What is known of each response token before the update. None: not needed or not known.
+    """The scores of each response token before the update. None: not needed or not known.
 
     Attributes:
         rollout: log S at the time of sampling [R].
@@ -124,11 +124,11 @@ class ModelLogits:
 class Rows:
     """One chunk of response tokens. Tensors over the vocabulary are computed at their first use.
 
-    The tensors are for reading, except those that `ModelLogits` lets a caller take.
+    The tensors are for reading, except tensors that were taken from `ModelLogits`.
 
     Attributes:
         logprob_C: log S of the response tokens.
-        scores: what is known of the response tokens.
+        scores: the response tokens' scores by all models.
         student, teacher, reference: the `ModelLogits` of the models whose whole distributions are
             available, else None.
         entropy_C: of S.
@@ -197,11 +197,11 @@ class Rows:
         return kernels.kl_grad(student.logits_Cv, other.take_logits(), student.lse_C, mean_C, dtype)
 
     def spread(self, dlogits_CB: Tensor, rest_C: Tensor, ids_CK: Tensor) -> Tensor:
-        """Return the gradient [C, v] that follows from one with respect to buckets.
+        """Return the gradient [C, v] that results from a gradient with respect to buckets.
 
         Args:
             dlogits_CB: the gradient of these tokens and, last, its sum over all other tokens, which
-                have shares of it in proportion to the student's probabilities.
+                share it in proportion to the student's probabilities.
             rest_C: log S of all other tokens together.
         """
         row_CK, held_CK = self.head.locate(ids_CK)
@@ -231,7 +231,7 @@ class Rows:
         if self.head.tp.size == 1:
             return ids_CK
         ids_CK = ids_CK + self.head.start
-        # fp64 holds values and ids exactly, so one exchange is enough.
+        # fp64 represents values and ids exactly, so one exchange is enough.
         pairs_P2CK = self.head.stack(torch.stack((values_CK.double(), ids_CK.double())))
         values, ids = pairs_P2CK.permute(1, 2, 0, 3).flatten(2)
         return ids.gather(1, values.topk(min(k, values.shape[1]), dim=1).indices).long()
@@ -239,8 +239,8 @@ class Rows:
     def buckets(self, ids_CK: Tensor, *logprobs_Cv: Tensor) -> tuple[Tensor, ...]:
         """Return each model's log-probs [C, B] of these tokens and, last, of all other tokens.
 
-        The last one is summed. One minus the others could be negative after rounding. It is -inf if
-        there are no other tokens.
+        The last one is a sum, because one minus the others could be negative after rounding. It is
+        -inf if there are no other tokens.
         """
         row_CK, held_CK = self.head.locate(ids_CK)
         parts = [_local_buckets(values_Cv, row_CK, held_CK) for values_Cv in logprobs_Cv]

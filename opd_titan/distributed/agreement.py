@@ -62,7 +62,7 @@ def _wait_for_all_ranks() -> None:
 
 
 def call_on_rank_0(function: Callable[[], T]) -> T:
-    """Call the function on rank 0; return what it returned, or raise its error, on every rank.
+    """Call the function on rank 0; return its result, or raise its error, on every rank.
 
     All ranks must call. The function must not call collectives. Without a process group, only
     this rank takes part.

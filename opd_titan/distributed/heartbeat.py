@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from opd_titan.errors import print_error
 
-_SECONDS_TO_TELL = 5.0
+_SECONDS_TO_REPORT = 5.0
 
 T = TypeVar("T")
 logger = logging.getLogger("opd_titan")
@@ -65,8 +65,8 @@ def track_memory(name: str, owner: T, size: Callable[[T], float]) -> None:
 class Heartbeat:
     """End this process, with one line, after `limit_seconds` without a beat.
 
-    The timeout of a collective ends the ranks that wait for another one. The heartbeat ends the
-    rank that they wait for, which may hang in a file system or in a library.
+    The timeout of a collective ends the ranks that wait for another rank. The heartbeat ends that
+    other rank, which may hang in a file system or in a library.
     """
 
     current: ClassVar[Heartbeat | None] = None  # the newest of this process that is not closed
@@ -110,7 +110,7 @@ class Heartbeat:
         seen, still = self._moved_at, 0.0
         while True:
             # A library that does not release the GIL blocks this thread too.
-            _end_from_outside(self.limit - still + 2 * tick + _SECONDS_TO_TELL)
+            _end_from_outside(self.limit - still + 2 * tick + _SECONDS_TO_REPORT)
             began = time.monotonic()
             if self._over.wait(tick):
                 return
@@ -126,16 +126,16 @@ class Heartbeat:
             f"rank {self.rank} has made no progress for {still:.0f} s in {self.phase}; ended "
             f"(comm.train_timeout_seconds)"
         )
-        # In another thread, because the file system of the log, or its lock, may be what hangs.
-        telling = threading.Thread(target=_tell, args=(text,), daemon=True)
+        # In another thread, because the hang may be in the file system of the log, or in its lock.
+        thread = threading.Thread(target=_report, args=(text,), daemon=True)
         try:
-            telling.start()
-            telling.join(_SECONDS_TO_TELL)
+            thread.start()
+            thread.join(_SECONDS_TO_REPORT)
         finally:
             os._exit(1)
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     with suppress(OSError, ValueError):
         print_error(text)
     logger.error("%s", text)

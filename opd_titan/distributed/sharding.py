@@ -22,26 +22,21 @@ def fsdp_groups(model: nn.Module) -> list[FSDPModule]:
 
 
 def keep_gathered(model: nn.Module, keep: bool = True) -> None:
-    """Set whether weights stay gathered after a forward and a backward, until `reshard`."""
+    """Set whether weights stay gathered after a forward and a backward, until `resharding` ends."""
     for group in fsdp_groups(model):
-        # The root's are needed again as soon as its forward has ended.
+        # The root's weights are needed again as soon as its forward has ended.
         group.set_reshard_after_forward(not keep and group is not model, recurse=False)
         group.set_reshard_after_backward(not keep, recurse=False)
 
 
-def reshard(model: nn.Module) -> None:
-    """Free all gathered weights."""
-    for group in fsdp_groups(model):
-        group.reshard()
-
-
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """Reshard when the body ends, also by an exception, because later code may read the shards."""
+    """Free all gathered weights when the body ends or fails. Later code may read the shards."""
     try:
         yield
     finally:
-        reshard(model)
+        for group in fsdp_groups(model):
+            group.reshard()
 
 
 def exchange_gradients(model: nn.Module, last: bool, once: bool) -> None:
@@ -90,7 +85,7 @@ def device_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def _parameter_groups(model: nn.Module) -> Iterator[Any]:
-    # FSDP has no public list of a group's parameters, nor a public way to unexchanged gradients.
+    # FSDP has no public list of a group's parameters, nor public access to unreduced gradients.
     for group in fsdp_groups(model):
         if (parameters := group._get_fsdp_state()._fsdp_param_group) is not None:
             yield parameters

@@ -34,26 +34,26 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._said = False
-        self._look_at, self._rounds = 0.0, 0
+        self._shared = False  # through the store, with the other ranks
+        self._next_look, self._rounds = 0.0, 0
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: Any) -> None:
         self.signal = number
 
-    def _heard(self) -> bool:
+    def _knows(self) -> bool:
         """Return whether this rank knows of a signal (ranks may differ). Fast enough for loops."""
-        if dist.get_world_size() == 1 or self._said:
+        if dist.get_world_size() == 1 or self._shared:
             return self.signal > 0
         store = _get_default_store()
         if self.signal:
             store.set(_KEY, str(self.signal))
-            self._said = True
-        elif time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            self._shared = True
+        elif time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
             if store.check([_KEY]):
-                self.signal, self._said = int(store.get(_KEY)), True
+                self.signal, self._shared = int(store.get(_KEY)), True
         return self.signal > 0
 
     def check_axis(self, axis: Axis, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class StopRequest:
         """
         self._rounds += 1
         if axis.size == 1:
-            stopped = self._heard()
+            stopped = self._knows()
         elif self._rounds % _ROUNDS_BETWEEN_VOTES:
             return
         else:
@@ -78,7 +78,7 @@ class StopRequest:
             raise Stopped
 
     def _vote(self, group: dist.ProcessGroup | None, device: torch.device) -> bool:
-        vote = torch.tensor(self.signal if self._heard() else 0, device=device)
+        vote = torch.tensor(self.signal if self._knows() else 0, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
         number = int(vote)
         if number:  # if 0, keep a signal that arrived during the vote

@@ -38,9 +38,9 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def locate_rows(tokens_T: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Return each token's row in the `rows` rows from `first` on, and whether it is one of them.
+    """Return each token's row, and whether it has one, among the `rows` rows from `first` on.
 
-    The row is 0 if it is not.
+    The row of other tokens is 0.
     """
     row_T = tokens_T - first
     held_T = (row_T >= 0) & (row_T < rows)

@@ -132,7 +132,7 @@ class Measurement:
 class Comparison:
     """The student, its start (step 0) and its teacher on the same prompts.
 
-    Args:
+    Attributes:
         student, start, teacher: for each set, the mean score of each prompt.
     """
 
@@ -183,7 +183,7 @@ class Comparison:
         return [Comparison([student], [start], [teacher]) for student, start, teacher in models]
 
     def scalars(self, prefix: str = "validation/") -> dict[str, float]:
-        """Return the teacher's accuracy and, where there is one, the gap recovered."""
+        """Return the teacher's accuracy and, if there is a gap, the gap recovered."""
         found = {f"{prefix}teacher_accuracy": float(self.accuracies[2])}
         if self.gap is not None:
             found[f"{prefix}gap_recovered"] = self.gap

@@ -32,11 +32,11 @@ BOOTSTRAP = "percentile bootstrap over the prompts of each set"
 def claim_folder(job: ResolvedJob, name: str) -> Path:
     """Make the folder for the results and return it. Rank 0 calls.
 
-    It is `evaluate.folder`, else `<dump_folder>/evaluation/<name>` with the first free number after
-    it: "name", "name-2", "name-3".
+    It is `evaluate.folder`, else the first free one of `<dump_folder>/evaluation/<name>`, `-2`
+    appended, `-3` appended, ...
 
     Raises:
-        ConfigError: it cannot be written, or `evaluate.folder` holds a result already.
+        ConfigError: it cannot be written, or `evaluate.folder` contains a result already.
     """
     given = job.config.evaluate.folder
     key = "[evaluate] folder" if given else "[job] dump_folder"
@@ -46,7 +46,7 @@ def claim_folder(job: ResolvedJob, name: str) -> Path:
             if not (folder / RESULTS).exists():
                 break
             if given:
-                raise ConfigError(f"{key}: {folder} holds an earlier result; choose another folder")
+                raise ConfigError(f"{key}: {folder} has an earlier result; choose another folder")
             folder = first.with_name(f"{first.name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
@@ -70,8 +70,7 @@ def write_results(
 
     Args:
         model: the entry "model" of results.json: name, weights and size.
-        dtype: the dtype that the model computed in.
-        decode: from token ids to text.
+        decode: returns the text of token ids.
 
     Raises:
         OSError: a file could not be written; it names the file.

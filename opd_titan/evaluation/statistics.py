@@ -26,8 +26,8 @@ Interval = tuple[float, float]
 def wilson(mean: float, count: int) -> Interval:
     """Return Wilson's score interval for the mean of `count` independent trials (JASA 22, 1927).
 
-    Unlike mean +- 1.96 standard errors it holds its level for few trials and near 0 and 1 (Brown,
-    Cai and DasGupta, Statistical Science 16, 2001).
+    Unlike mean +- 1.96 standard errors it keeps its confidence level for few trials and near 0 and
+    1 (Brown, Cai and DasGupta, Statistical Science 16, 2001).
     """
     z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     scale = 1.0 + z**2 / count
@@ -43,10 +43,10 @@ def bootstrap_interval(
     """Return the paired percentile bootstrap interval of a statistic of accuracies.
 
     Prompts are drawn with replacement within each set, and the models' scores of a prompt stay
-    together (Efron and Tibshirani 1993, chapter 13; Koehn, EMNLP 2004). To each set the weight of
-    two prompts is added, spread evenly over all combinations of right and wrong, as Agresti and
-    Min do for two models (Statistics in Medicine 24, 2005). Without it, models with the same scores
-    on every prompt would have an interval of length zero.
+    together (Efron and Tibshirani 1993, chapter 13; Koehn, EMNLP 2004). Each set gets the weight of
+    two more prompts, spread evenly over all combinations of right and wrong, as Agresti and Min do
+    for two models (Statistics in Medicine 24, 2005). Without them, models with the same scores on
+    every prompt would have an interval of length zero.
 
     Args:
         sets: for each set, the mean score of each prompt for each model [P, M].
@@ -72,7 +72,7 @@ def bootstrap_interval(
 def accuracy_interval(sets: Sequence[np.ndarray]) -> Interval:
     """Return the interval of the plain mean of the sets' accuracies.
 
-    Wilson's for one set with one response to each prompt, else the bootstrap over prompts.
+    It is Wilson's for one set with one response to each prompt, else the bootstrap over prompts.
 
     Args:
         sets: the scores of each set [P, N].
@@ -86,15 +86,15 @@ def accuracy_interval(sets: Sequence[np.ndarray]) -> Interval:
 def pass_at_k(correct: int, samples: int, k: int) -> float:
     """Return the probability that at least one of k responses is correct, 1 - C(n-c,k) / C(n,k).
 
-    The k are drawn without replacement from the n responses to one prompt, of which c are correct:
-    the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374).
+    The k are drawn without replacement from the n responses to one prompt; c of the n are correct.
+    This is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374).
     """
     assert 1 <= k <= samples and 0 <= correct <= samples
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
 def ks_of(samples: int) -> list[int]:
-    """Return the k for which pass@k is reported: the powers of two, and all samples."""
+    """Return the k for which pass@k is reported: the powers of two, and the number of samples."""
     return sorted({*(1 << i for i in range(samples.bit_length()) if 1 << i <= samples), samples})
 
 

@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts, and how much of the gap to the teacher is closed."""
+"""Measure accuracy on held-out prompts, and the recovered share of the gap to the teacher."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from opd_titan.rollout.rollout import sample_responses
 
 logger = logging.getLogger("opd_titan")
 
-# Given the progress bar, returns what a rollout calls with the number of tokens just sampled.
+# Takes a progress bar; returns a function that a rollout calls with the number of sampled tokens.
 OnTokens = Callable[[Bar], Callable[[int], None]]
 
-# Added to the seed, it gives validation other random numbers than any training step.
+# Takes the place of the step in the keys of random numbers. No training step has this number.
 VALIDATION_STREAM = 1 << 62
 
 
@@ -60,14 +60,14 @@ class Baselines:
 
 
 class Validator:
-    """Measures models on the validation sets, always with the same prompts and random numbers.
+    """Measure models on the validation sets, always with the same prompts and random numbers.
 
     Args:
         sets: validation sets of prompts with gold answers. They have equal weight.
         samples_per_prompt: responses to each prompt.
         params: sampling parameters.
-        seed: of the sampling, unless it is greedy.
-        decode: from token ids to text.
+        seed: the seed of the sampling.
+        decode: returns the text of token ids.
         dp: the data-parallel ranks, which share the work.
         teacher: identifies the job's teachers, so that the baselines of other teachers are not
             taken from a checkpoint; None if there is no teacher.
@@ -139,7 +139,7 @@ class Validator:
     def measure_teacher(
         self, generator: Generator, role: str = "teacher", on_tokens: OnTokens = _update_bar
     ) -> None:
-        """Measure a teacher on the sets that the student is compared with it on.
+        """Measure a teacher on the sets on which the student is compared with this teacher.
 
         The baseline is complete when every set has been measured.
         """
@@ -154,7 +154,7 @@ class Validator:
     ) -> dict[str, float]:
         """Measure the student, log the result and return the `validation/*` scalars.
 
-        The result at step 0 is the start that later ones are compared with.
+        Later results are compared with the result at step 0, the start.
         """
         measured = self.measure(generator, "student", on_tokens)
         if step == 0:

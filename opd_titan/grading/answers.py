@@ -17,16 +17,16 @@ _BRACE = re.compile(r"\\[{}]|\\f?boxed\s*\{|[{}]")
 
 
 def after_prompt(prompt: str, response: str) -> str:
-    """Return the response with the `<think>` before it that its prompt may end with.
+    """Return the response, after `<think>` if its prompt ends with this tag.
 
-    The chat templates of DeepSeek-R1 and Qwen3-Thinking open it, so that a response that is cut off
+    The chat templates of DeepSeek-R1 and Qwen3-Thinking open the tag, so a response that is cut off
     while thinking has no tag of its own.
     """
     return "<think>" + response if prompt.rstrip().endswith("<think>") else response
 
 
 def without_thinking(response: str) -> str | None:
-    """Return what follows the last `</think>`; None if the thinking never ends."""
+    """Return the text after the last `</think>`; None if the thinking never ends."""
     _, end, answer = response.rpartition("</think>")
     return None if not end and "<think>" in response else answer
 
@@ -58,7 +58,7 @@ def extract_answer(text: str, numeric: bool = True) -> str | None:
 
 
 def same_answer(answer: str, gold: str) -> bool:
-    """Return whether two numbers are equal, or two texts the same except for case and spaces."""
+    """Return whether two numbers are equal, or two texts differ only in case and spaces."""
     number = parse_number(gold)
     if number is not None:
         return parse_number(answer) == number

@@ -1,4 +1,4 @@
-"""Find the letter that a response to a multiple-choice question commits itself to."""
+"""Find the letter that a response to a multiple-choice question chooses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STYLE = re.compile(
 
 
 def letter_of(text: str) -> str | None:
-    """Return the letter of a text that is one choice, as "B", "(b)" and "B) Paris"; else None."""
+    """Return the letter of a text that is one choice, like "B", "(b)", "B) Paris"; else None."""
     found = _ALONE.fullmatch(text) or _LABEL.match(text)
     return found[1].upper() if found else None
 
@@ -43,7 +43,8 @@ def letter_of(text: str) -> str | None:
 def find_choice(response: str) -> str | None:
     """Return the letter that a response gives, None if it gives none, or several.
 
-    In order: the last box, the last "answer is", the last or first line, "B is correct".
+    The order of trust is: the last box, the last "answer is", the last or first line, "B is
+    correct".
     """
     text = _STYLE.sub(r"\1", response)
     boxed = last_boxed(text)

@@ -91,8 +91,8 @@ class Grader:
     Attributes:
         name: its name in the configuration.
         grade: (response, gold answer) -> Grade.
-        can_grade: whether a gold answer is one that this grader can compare with.
-        golds: those gold answers in words, for error messages.
+        can_grade: returns whether this grader can compare with a gold answer.
+        golds: describes such gold answers, for error messages.
         package: an optional package that it imports, empty for none.
         sees_thinking: whether it is given the whole response, including the thinking.
     """
@@ -108,7 +108,7 @@ class Grader:
         """Grade one response.
 
         Raises:
-            ConfigError: the user's own grader raised, or returned something else than a score.
+            ConfigError: the user's own grader raised an error, or did not return a score.
         """
         beat()  # a user's own grader may be slow, asking a model on another machine
         answer = response if self.sees_thinking else without_thinking(response)

@@ -1,9 +1,9 @@
-"""Compare mathematical answers with math-verify, whatever text a model has written.
+"""Compare mathematical answers with math-verify, safely for any text that a model may write.
 
 An expression such as `9^{9^{9^9}}` takes forever to simplify, or all memory, in code that no Python
-signal can interrupt. Answers are therefore compared in a separate process with limits of
-memory and time. The kernel ends it when it exceeds them; the answer is then wrong, and the next
-comparison starts a new process.
+signal can interrupt. Answers are therefore compared in a separate process with limits of memory and
+time. The kernel ends the process when it exceeds a limit; the answer then counts as wrong, and the
+next comparison starts a new process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 
 
 class MathJudge:
-    """Compares answers in a separate process, which it starts at the first comparison.
+    """Compare answers in a separate process, which the first comparison starts.
 
     Args:
         seconds: processor time that one comparison may take.
@@ -59,7 +59,7 @@ class MathJudge:
     def find(self, text: str, gold: str) -> tuple[bool, str | None]:
         """Return whether the last expression of a text equals the gold answer, and that expression.
 
-        The expression is None if there is none, or if the comparison was given up.
+        The expression is None if the text has none, or if the comparison was given up.
         """
         return self._ask(text[-LONGEST_TEXT:], gold, boxed=False)
 
@@ -122,12 +122,15 @@ class MathJudge:
 
 
 def _same_text(a: str, b: str) -> bool:
-    """Ignore spaces, except those between two numbers or words: 3 1/2 is not 31/2."""
+    """Return whether two texts are equal. Only spaces between words or numbers count (3 1/2)."""
     return _SPACES.sub("", a.strip()) == _SPACES.sub("", b.strip())
 
 
 def _same_number(a: str, b: str) -> bool:
-    """Accept units and full stops, which math-verify does not read. Not of two equations."""
+    """Return whether two texts are one number; units and full stops confuse math-verify.
+
+    Two equations are left to math-verify.
+    """
     if "=" in a and "=" in b:
         return False
     number = parse_number(a)

@@ -34,14 +34,14 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             reply = compare(**question)
-        except (Exception, RecursionError):  # sympy raises almost every class there is
+        except (Exception, RecursionError):  # sympy raises errors of many classes
             reply = (False, None)
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(json.dumps(reply).encode())
 
 
 def compare(gold: str, text: str, boxed: bool) -> tuple[bool, str | None]:
-    """Return whether the answer in a text equals the gold answer, and that answer as text.
+    """Return whether the answer in a text equals the gold answer, and the answer as text.
 
     Args:
         boxed: whether the text is the content of a box; else the answer is its last expression.

@@ -26,7 +26,7 @@ _UNIT = (
 )
 _QUANTITY = re.compile(rf"({NUMBER.pattern})\.?\s*(?:{_UNIT})?\.?")
 
-# What follows a number that is only the first part of an expression or a list.
+# The text after a number that is only the first part of an expression or a list.
 CONTINUES = re.compile(
     r"\s*(?:\^|\\(?:pi|sqrt|times|cdot)|[\u03c0\u221a]|[*\u00d7+]\s*\d|[xyz](?!\w))|,\d"
 )
@@ -69,7 +69,7 @@ def plain_text(text: str) -> str:
 def parse_number(text: str) -> Fraction | None:
     """Return the value of a text that is one number, perhaps with a unit; None for other texts.
 
-    An equation has the value of its last side, "x = 5" that of 5.
+    An equation has the value of its last side: "x = 5" is 5.
     """
     if len(text) > _MAX_CHARACTERS:
         return None

@@ -33,7 +33,7 @@ class ModelFamily:
             split.
         join_ranks: registers the collectives between the parts.
         hf_to_native: returns our parameter names by Hugging Face's names.
-        tied_hf_keys: names that a file with tied weights may hold in addition.
+        tied_hf_keys: names that a file with tied weights may contain in addition.
     """
 
     args_from_hf_config: Callable[[dict[str, Any], str], Any]

@@ -64,7 +64,7 @@ class PackedAttention:
     """Each token attends to itself and to the earlier tokens of its own sequence.
 
     Tokens that several sequences begin with (the prompt of a group) are packed once. Such a
-    sequence consists of two pieces, of which the first is shared.
+    sequence consists of two pieces; the first piece is shared.
 
     Args:
         seq_lens: the length of each packed piece, in order; their sum is T.

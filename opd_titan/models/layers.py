@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
     Attributes:
         packed: the weight in the layout of `kernels.pack_weight`; see `pack`.
-        joined: this layer's weight followed by those of other layers; see `join`.
+        joined: this layer's weight followed by other layers' weights; see `join`.
     """
 
     packed: Tensor | None = None
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
     def pack(self, weight: Tensor) -> None:
-        """Use a packed copy of this weight from now on, without gradients, not `self.weight`."""
+        """Use a packed copy of this weight instead of `self.weight`, without gradients."""
         self.packed = kernels.pack_weight(weight.detach())
 
 
@@ -91,7 +91,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Embedding(nn.Embedding):
-    """An embedding of which this rank may hold a part.
+    """An embedding; this rank may hold only a part of its rows.
 
     Attributes:
         first_row: the token id of this rank's first row; None if it holds all rows.

@@ -1,4 +1,4 @@
-"""From hidden states to the logits of the distribution that is sampled from and scored.
+"""Compute the logits of the sampled and scored distribution from hidden states.
 
 The sampler and the training head use the same functions, so that a log-probability means the same
 thing everywhere: at the sampling temperature, over the same kept tokens, in fp32.
@@ -88,9 +88,9 @@ class VocabHead:
         return self.tp.rank * self.rows
 
     def locate(self, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's row on this rank (0 if it is on another), and if it is on this one.
+        """Return each token's row, and whether this rank holds it; the row is 0 if not.
 
-        The result has the shape of the tokens.
+        Both results have the shape of the tokens.
         """
         return locate_rows(tokens_N, self.start, self.rows)
 
@@ -125,7 +125,7 @@ def truncate_(logits_NV: Tensor, top_k: int, top_p: float, keep_N: Tensor | None
 
     The nucleus is the smallest set of most likely tokens with a total probability of at least
     `top_p` (Holtzman et al. 2020, arXiv 1904.09751), chosen after the top-k cut. `top_k` 0 and
-    `top_p` 1.0 cut nothing. Of equal logits, those of lower token ids are kept.
+    `top_p` 1.0 cut nothing. Among equal logits, lower token ids are kept first.
 
     Args:
         keep_N: one token of each row that is always kept. A sampled token at the edge of the
@@ -174,7 +174,7 @@ def whole_logits(hidden_ND: Tensor, head: VocabHead, distribution: Distribution)
 
 
 def truncated_logits(
-    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor | None = None
+    logits_Nv: Tensor, head: VocabHead, distribution: Distribution, keep_N: Tensor
 ) -> Tensor:
     """Return this rank's columns [N, v] of `whole_logits` from its own scaled ones.
 

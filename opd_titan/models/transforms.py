@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 HALVES = ("before_mixing", "after_mixing")
 # Graphs of a half: for each role and its sizes, with and without gradients, one token and many. For
-# a CPU, the compiler sums weight gradients over more than 1024, 2048 and 4096 tokens by other code.
+# a CPU, the compiler makes other code for weight gradients beyond 1024, 2048 and 4096 tokens.
 RECOMPILE_LIMIT = 32
 # Selective checkpointing keeps products, which are expensive to recompute. Norms, rotations and
 # activations are recomputed. Compiled halves use it too, because the compiler alone keeps a quarter

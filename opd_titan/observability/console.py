@@ -50,7 +50,7 @@ def console_line(
     """Return the line of a step, in color. It names every scalar that is not finite.
 
     Args:
-        columns: width of the terminal; figures that do not fit are left out. None shows all.
+        columns: width of the terminal; figures that do not fit are omitted. None shows all.
     """
     values: dict[str, Any] = {n: v for n, v in scalars.items() if math.isfinite(v)}
     if eta_seconds is not None:

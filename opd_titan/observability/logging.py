@@ -67,7 +67,7 @@ class _FileHandler(RotatingFileHandler):
             print_error(f"{self.baseFilename}: lines are missing: {reason(error)}")
 
     def close(self) -> None:
-        with suppress(OSError):  # the lines that are missing
+        with suppress(OSError):  # `handleError` has reported it
             super().close()
 
 

@@ -42,7 +42,7 @@ _VALIDATION = {
     "gap_recovered_high": "upper end of its 95 % interval",
     "response_tokens_mean": "tokens",
 }
-# All scalars and what they count. A new scalar is a new row. A word in <> stands for any part of a
+# All scalars and their meanings. A new scalar is a new row. A word in <> stands for any part of a
 # name without a slash.
 SCALARS: dict[str, str] = {
     "loss/policy": "the objective, summed over response tokens / their global number",
@@ -124,7 +124,7 @@ def has_details(step: int, total_steps: int) -> bool:
 class PhaseClock:
     """Add up wall-clock seconds by phase; the phase "step" is the whole step around them."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._seconds: dict[str, float] = defaultdict(float)
 
@@ -295,7 +295,10 @@ class MetricLogger:
         return step == 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def seconds_left(self, step: int) -> float | None:
-        """Estimate from the time per step of this process after its first step, with all pauses."""
+        """Return the estimated time to the end; None in this process's first step.
+
+        The estimate uses the mean time of its later steps, with all pauses.
+        """
         if self._began is None or step == self._began[0]:
             return None
         first, when = self._began
@@ -325,7 +328,7 @@ class MetricLogger:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain JSON values. With them a resumed run writes the same as a whole run."""
+        """Return plain JSON values, with which a resumed run writes the same as a whole run."""
         return {
             "window": {name: list(values) for name, values in self._window.items()},
             "last": dict(self.last),

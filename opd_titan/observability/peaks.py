@@ -61,7 +61,7 @@ def device_peaks(name: str) -> Peaks:
 
 
 def percent_of_peak(work: float, seconds: float, peak: float, world_size: int = 1) -> float:
-    """Return the per cent of the peak that was used: MFU for FLOPs, MBU for bytes.
+    """Return the percentage of the peak that was used: MFU for FLOPs, MBU for bytes.
 
     Args:
         work: of all ranks together.

@@ -49,10 +49,10 @@ class Recorder:
 
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
-        decode_bytes: of the student, (forwards, cached tokens, bytes per element) -> bytes read.
+        decode_bytes: the student's (forwards, cached tokens, bytes per element) -> bytes read.
         start_step: the last completed step, 0 for a new run.
-        whole: the update projects the frozen models' hidden states.
-        texts: of single tokens, for the files of rollouts.
+        whole: whether the update projects the frozen models' hidden states.
+        texts: returns the texts of single tokens, for the files of rollouts.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Recorder:
         """Record a step that has just ended and return its scalars.
 
         Args:
-            samples: of all ranks. Samples that this rank updates on have advantages; samples of the
-                student have its log-probs.
+            samples: samples of all ranks. They have advantages if this rank updates on them, and
+                the student's log-probs if the student wrote them.
             scalars: measured by the update.
             decode_forwards, preempted, seconds: of this rank's rollout, see `RolloutStats`.
         """

@@ -74,10 +74,11 @@ def write_rollouts(
     Args:
         samples: in the order of the step's prompts. They are written by prompt, in the order in
             which the prompts first appear, and then by sample index.
-        decode: response token ids to text.
-        grade: (response text, gold answer) to whether it is right, or a score from 0 to 1, or None
-            if it cannot be graded. Called only if there is an answer.
-        texts: of single tokens. None makes `response_pieces` and `teacher_top` null.
+        decode: returns the text of response token ids.
+        grade: called with the response's text and the gold answer, if there is one. Returns whether
+            it is right, or a score from 0 to 1, or None if it cannot be graded.
+        texts: returns the texts of single tokens. None makes `response_pieces` and `teacher_top`
+            null.
     """
     position: dict[int, int] = {}
     for sample in samples:
@@ -95,7 +96,7 @@ def write_rollouts(
 def json_line(row: dict[str, Any]) -> str:
     """Return one line of a JSONL file.
 
-    Write it as UTF-8 with errors="backslashreplace": a lone surrogate, which UTF-8 cannot hold,
+    Write it as UTF-8 with errors="backslashreplace": a lone surrogate, which UTF-8 cannot encode,
     becomes its JSON escape.
     """
     line = json.dumps(row, ensure_ascii=False, allow_nan=False)
@@ -156,7 +157,7 @@ def _rounded(values: Tensor | Sequence[float] | None, digits: int = 7) -> Any:
 
 
 def repetition(text: str) -> float:
-    """Return how repetitive a text is, from 0 to 1: 1 - compressed size / size under zlib.
+    """Return the repetitiveness of a text, from 0 to 1: 1 - compressed size / size under zlib.
 
     Ordinary prose of a few hundred characters has about 0.3 to 0.5, a loop over 0.9, and a text
     that is too short to compress 0. When on-policy distillation collapses, the mean rises together

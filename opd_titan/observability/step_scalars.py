@@ -122,7 +122,7 @@ def work(
 
     Args:
         forward_flops: by role, (lengths of the sequences, projected tokens) -> FLOPs.
-        whole: the frozen models' heads run in the update, not when they score.
+        whole: whether the frozen models' heads run in the update, not in scoring.
     """
     responses = sum(len(s.response_ids) for s in samples)
     lengths = [_fed_in(s) for s in samples]

@@ -1,7 +1,7 @@
 """A run in TensorBoard: scalars, a layout of charts, samples, histograms, the recipe.
 
 Everything is in one folder, `<dump_folder>/tb`. `log_freq` limits the number of scalars, and
-`metrics.has_details` that of samples and histograms; the recipe is written once.
+`metrics.has_details` limits samples and histograms; the recipe is written once.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def as_code(text: str, limit: int) -> str:
     """Return the text as a Markdown code block, so that nothing in it is markup.
 
     Args:
-        limit: in characters; the middle of a longer text is replaced by a note.
+        limit: the longest text in characters; a note replaces the middle of a longer one.
     """
     if len(text) > limit:
         head = limit * 2 // 3

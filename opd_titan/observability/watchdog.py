@@ -38,7 +38,7 @@ class Limits:
 
     Attributes:
         gap: in nats, see `MAX_GAP`.
-        ends: responses can end before they are cut.
+        ends: whether responses can end before they are cut.
     """
 
     gap: float
@@ -50,7 +50,7 @@ class Sign:
     """A sign of one way in which a run collapses.
 
     Attributes:
-        shows: (figures now, figures at the start, limits) to whether the run has the sign.
+        shows: (figures now, figures at the start, limits) -> whether the run has the sign.
         figures: the scalars that `shows` reads and the message quotes.
         cause: the most likely cause.
         remedy: the options to change.
@@ -96,7 +96,7 @@ SIGNS = (
         ("rollout/response_tokens_mean", "kl/student_teacher"),
         "the student learns to continue where it should end",
         "check that teacher and student end with the same token; lower optimizer.lr, or limit "
-        "rollout.max_new_tokens to where the teacher's answers end",
+        "rollout.max_new_tokens to the length of the teacher's answers",
     ),
     Sign(
         "entropy has collapsed away from the teacher",
@@ -164,7 +164,7 @@ class Watchdog:
         self.slowdown, self.rollbacks = 1.0, 0
         self._start: Figures = {}
         self._last: deque[Figures] = deque(maxlen=WINDOW)
-        self._showing: list[str] = []  # names of signs that were reported and are still there
+        self._showing: list[str] = []  # names of signs that the run still has, all reported
 
     def observe(self, step: int, scalars: Figures) -> int | None:
         """Check the scalars of a step. All ranks call with the same scalars.
@@ -207,7 +207,7 @@ class Watchdog:
         return f"{sign.name} ({figures} at the start): {sign.cause}; {sign.remedy}"
 
     def _last_good(self, step: int, signs: Sequence[Sign]) -> int:
-        """Return the newest step before which no response in the window shows these signs."""
+        """Return the newest step with weights that sampled responses without these signs."""
         bad = (any(self._shows(sign, figures) for sign in signs) for figures in self._last)
         first_bad = next((i for i, found in enumerate(bad) if found), len(self._last))
         # The weights of step n sample the responses of step n + 1.

@@ -1,1 +1,1 @@
-"""What a recipe will need on a cluster, from the program's own code and without a GPU."""
+"""Plan what a recipe needs on a cluster, with the program's own code and without a GPU."""

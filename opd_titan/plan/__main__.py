@@ -49,23 +49,28 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the cluster's options. All other options belong to the recipe."""
     parser = _Parser(prog="plan", description=DESCRIPTION, allow_abbrev=False)
-    number = _positive
     parser.add_argument(
         "--world-size", type=_counts, default=[8], help="number of devices, or several: 8,64,512"
     )
     parser.add_argument("--gpu", default="H200", help="device name, or cpu (default: H200)")
     parser.add_argument("--gpus-per-node", type=_count, default=8, help="default: 8")
-    parser.add_argument("--gpu-memory", type=number, help="GiB of one device")
-    parser.add_argument("--gpu-flops", type=number, help="dense bf16 TFLOP/s")
-    parser.add_argument("--gpu-bandwidth", type=number, help="GB/s of the device's memory")
+    parser.add_argument("--gpu-memory", type=_positive, help="GiB of one device")
+    parser.add_argument("--gpu-flops", type=_positive, help="dense bf16 TFLOP/s")
+    parser.add_argument("--gpu-bandwidth", type=_positive, help="GB/s of the device's memory")
     parser.add_argument(
-        "--node-bandwidth", type=number, default=450.0, help="GB/s per device inside a node (450)"
+        "--node-bandwidth",
+        type=_positive,
+        default=450.0,
+        help="GB/s per device inside a node (450)",
     )
     parser.add_argument(
-        "--network-bandwidth", type=number, default=50.0, help="GB/s per device between nodes (50)"
+        "--network-bandwidth",
+        type=_positive,
+        default=50.0,
+        help="GB/s per device between nodes (50)",
     )
     parser.add_argument(
-        "--reserve", type=number, help="GiB outside tensors: CUDA context, NCCL (default: 2.5)"
+        "--reserve", type=_positive, help="GiB outside tensors: CUDA context, NCCL (default: 2.5)"
     )
     parser.add_argument("--prompt-tokens", type=_count, help="default: data.max_prompt_tokens")
     parser.add_argument("--response-tokens", type=_count, help="default: rollout.max_new_tokens")
@@ -93,7 +98,7 @@ def _counts(text: str) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan. Returns 0 if the recipe fits on every cluster, 1 if not, 2 on bad input."""
+    """Print the plan. Return 0 if the recipe fits on every cluster, 1 if not, 2 on bad input."""
     try:
         options, rest = make_parser().parse_known_args(argv)
         config = load_config(rest)
@@ -109,7 +114,7 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
     from opd_titan.plan.report import assumptions, table
     from opd_titan.plan.simulate import Simulation, simulate
 
-    # This logger warns about layouts again and again during the simulation.
+    # This logger warns about layouts repeatedly during the simulation.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     prompt, response = _lengths(config, options)
     cluster = _cluster(options)
@@ -143,7 +148,7 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
 
 
 def _lengths(config: JobConfig, options: argparse.Namespace) -> tuple[int, int]:
-    """Return the tokens of each prompt and response: as given, or else the recipe's limits."""
+    """Return the tokens of each prompt and response, by default the recipe's limits."""
     limits = {
         "prompt-tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
         "response-tokens": ("rollout.max_new_tokens", config.rollout.max_new_tokens),

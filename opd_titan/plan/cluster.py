@@ -22,12 +22,12 @@ class Assumed:
         layer: seconds that the host takes to launch a layer's forward and backward; the update of
             a small model waits for it. Measured: 0.004.
         memory: share of the memory bandwidth that decoding and the optimizer reach. With `kernel`
-            it gives the measured steps of 0.6B to 8B, batch 1 to 256, within 11 %.
+            it reproduces measured decoding steps (0.6B to 8B, batch 1 to 256) within 11 %.
         links: share of a link's bandwidth that a collective reaches.
-        launch: seconds of the host per kernel of an eager forward; decoding waits for it where
-            there are no graphs. It is between that of a bare launch, 5e-6, and that of the eager
-            baseline in PyTorch's "Accelerating Generative AI II", 30e-6 (40 ms for a token of a 7B
-            model with about 1,300 kernels).
+        launch: seconds of the host per kernel of an eager forward; decoding without graphs waits
+            for it. Chosen between a bare launch, 5e-6, and the eager baseline in PyTorch's
+            "Accelerating Generative AI II", 30e-6 (40 ms for a token of a 7B model with about
+            1,300 kernels).
         kernel: seconds that each kernel of a CUDA graph adds to reading and computing, because it
             starts, fills the device and ends.
         latency: seconds per collective and rank of its ring, on top of its bytes.
@@ -52,7 +52,7 @@ class Cluster:
     """The devices of a plan. Bandwidths are per device and direction, in bytes/s.
 
     Attributes:
-        gpus_per_node: ranks that are joined by `node_bandwidth`; others by `network_bandwidth`.
+        gpus_per_node: ranks that `node_bandwidth` connects; `network_bandwidth` connects others.
         memory: bytes of one device.
         reserve: bytes outside tensors: CUDA's context, NCCL's buffers, kernels' workspaces. On
             a CPU: Python and its libraries.

@@ -57,12 +57,12 @@ class Estimate:
 
 
 def estimate(job: ResolvedJob, cluster: Cluster, simulation: Simulation) -> Estimate:
-    """Add up a simulation; see `cluster.Assumed` for the assumptions."""
+    """Return the estimate of a simulation; see `cluster.Assumed` for the assumptions."""
     peaks = {name: phase.peak for name, phase in simulation.phases.items()}
     if simulation.stays:
         copy, cache = simulation.resident["generator weights"], simulation.rollout.kept
         for name in peaks.keys() - {"rollout", "validation"}:
-            peaks[name] += cache + copy * (name != "sync")  # in a sync the copy is counted
+            peaks[name] += cache + copy * (name != "sync")  # the sync counts the copy itself
     worst = max(peaks, key=lambda name: peaks[name])
     peak = cluster.held(peaks[worst])
     forward = {role: shape.args.forward_flops for role, shape in simulation.shapes.items()}

@@ -17,7 +17,7 @@ def remedies(
     """Return options that make the recipe fit. They are tried one after another, cheapest first.
 
     Args:
-        planned: the estimate of a config on the cluster.
+        planned: returns the estimate of a config on the cluster.
 
     Returns:
         Command-line options, and the estimate with them; None if it does not fit with all of them.
@@ -43,7 +43,7 @@ def remedies(
 
 
 def _changes(config: JobConfig, cluster: Cluster) -> Iterator[tuple[str, str, object]]:
-    """Yield (table, key, value), first those that cost the least speed."""
+    """Yield (table, key, value), ordered by the speed that they cost."""
     if config.validation.enable:  # the teacher is gathered for it
         yield "validation", "enable", False
     if config.activation_checkpoint.mode == "none":

@@ -27,11 +27,11 @@ class PlannedRunner(Runner):
         response_tokens: the length of each response.
 
     Attributes:
-        chunks: of all prefills, as (start, end) in their prefix.
+        chunks: the chunks of all prefills, as (start, end) in their prefix.
         num_prefills: forwards of prefills.
         num_decodes: forwards of decoding steps.
         num_rows: rows of all decoding steps, idle ones included.
-        graph_memory: stands for what CUDA graphs keep; only held.
+        graph_memory: takes as much memory as CUDA graphs keep; never read.
     """
 
     graph_memory: Tensor | None = None
@@ -110,7 +110,7 @@ class PlannedRunner(Runner):
 
 
 class _Known:
-    """In place of a tensor that is on its way to the host."""
+    """A known value, in place of a tensor that is being copied to the host."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

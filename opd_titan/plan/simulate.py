@@ -1,8 +1,9 @@
 """Run one step of a job on tensors without data, as one rank of a fake process group.
 
-Nothing is computed and nothing is sent, so a laptop plans for 512 GPUs in seconds. The code is that
-of a run: `join_models`, `Phases`, the generator. Only a few micro-batches and the largest forwards
-of the rollout run; their traffic is multiplied by the number of those that they represent.
+Nothing is computed and nothing is sent, so a laptop plans for 512 GPUs in seconds. The simulation
+calls the code of a run: `join_models`, `Phases`, the generator. It runs only a few micro-batches
+and the largest forwards of the rollout, and multiplies their traffic by the number of forwards that
+they represent.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from opd_titan.training.models import (
 from opd_titan.training.phases import Phases
 from opd_titan.training.sources import ModelShape, inspect_shape
 
-# The size of the validation set if the recipe does not limit it: that of GSM8K.
+# The size of the validation set if the recipe does not limit it: the size of GSM8K's test set.
 _VALIDATION_PROMPTS = 1319
 _EOS_IDS = {0}
 # Phases in which a model samples.
@@ -55,7 +56,7 @@ _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 @dataclass(frozen=True)
 class RolloutFigures:
-    """What one rank's rollout takes.
+    """The sizes of one rank's rollout.
 
     Attributes:
         slots: the most sequences decoded at once.
@@ -128,7 +129,7 @@ def simulate(
     """Run a step's phases as rank 0 of the cluster would.
 
     Args:
-        prompt_tokens, response_tokens: of every sample.
+        prompt_tokens, response_tokens: the lengths of every sample.
 
     Raises:
         UserError: the recipe cannot run on so many ranks.
@@ -227,7 +228,7 @@ class _Step:
         self.monitor = _PassMonitor()
         self.response_tokens = len(result.samples[0].response_ids)
         mode = self.config.activation_checkpoint.mode
-        # Compiled code is not traced here. It keeps about what selective checkpointing keeps.
+        # Compiled code is not traced here. It keeps about as much as selective checkpointing.
         if job.compiled and mode == "none":
             mode = "selective"
         self.built = {
@@ -299,7 +300,7 @@ class _Step:
         return self.cluster.on_cuda and self.job.models[role].cpu_offload
 
     def _hold(self, name: str, size: int, role: str) -> None:
-        """Note what a model keeps, on the device or on the host."""
+        """Record the memory that a model keeps, on the device or on the host."""
         if self._is_on_host(role):
             self.tracker.on_host += size
             size = 0
@@ -370,7 +371,7 @@ class _Step:
         params: SamplingParams,
         times: int = 1,
     ) -> None:
-        """Note the largest decoding step and the largest prefill of a rollout, for all of them.
+        """Record the largest decoding step and prefill of a rollout, in place of all of them.
 
         Args:
             times: how often a step has such a rollout.
@@ -384,7 +385,7 @@ class _Step:
         tracker.note(name, times * runner.num_rows / rows, times * runner.num_decodes)
         tracker.phases[name].operations = operations
         if runner.static:
-            # What a step needs in addition stays with its graphs.
+            # The graphs keep the additional memory of a step.
             runner.graph_memory = torch.empty(needed, dtype=torch.uint8)
         tokens = max(1, runner.run_prefill())
         tracker.note(name, times * runner.num_prefilled / tokens, times * runner.num_prefills)
@@ -392,13 +393,13 @@ class _Step:
     # ------------------------------------------------------- scores and update
 
     def _begin(self, name: str, times: list[int]) -> None:
-        """Begin a phase, and say how often a step does each of the passes that will be run."""
+        """Begin a phase. A step has `times[i]` passes like pass i of the simulation."""
         left = iter(times)
         self.monitor.pass_done = lambda: self.tracker.note(name, next(left))
         self.tracker.reset()
 
     def _score(self, role: str) -> None:
-        """Run two micro-batches: the first one gathers what stays gathered for the others."""
+        """Run two micro-batches: the first one gathers the weights that stay gathered."""
         microbatches = self.result.microbatches(role)
         if not microbatches:
             return
@@ -407,7 +408,7 @@ class _Step:
         self._begin(name, [1, len(microbatches) - 1])
         self.phases.score(role, [Minibatch([largest] * passes, 1, [role] * passes)])
         self.tracker.note(name)
-        if self.phases.rule.needs_vocabulary:  # the others' hidden states wait for the update too
+        if self.phases.rule.needs_vocabulary:  # the hidden states of all others are kept too
             width, dtype = self.result.shapes[role].args.dim, compute_dtype(self.job)
             for sample in chain.from_iterable(microbatches):
                 tokens = len(sample.response_ids)

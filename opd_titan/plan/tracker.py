@@ -1,7 +1,7 @@
 """Memory and traffic of code that runs on tensors without data.
 
 Under `TensorsWithoutData` every operation knows the shapes of its results and computes nothing. The
-`Tracker` sees each operation, adds up the storages that are alive, and notes what collectives move.
+`Tracker` sees each operation, adds up the live storages, and counts the bytes of collectives.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PASSES = {
 
 
 class TensorsWithoutData(FakeTensorMode):
-    """Make tensors without data, which are stored as a CPU's.
+    """Make tensors without data, which are CPU tensors to torch.
 
     Args:
         stands_for: the device whose implementations run, see `device_of`.
@@ -62,8 +62,8 @@ class Phase:
     Attributes:
         peak: the most bytes alive on the device, everything resident included.
         sent: bytes that the rank sends in the whole step, by axis of the mesh.
-        collectives: their number in the whole step, by axis.
-        operations: of one decoding forward (rollout only).
+        collectives: number of collectives in the whole step, by axis.
+        operations: number of operations of one decoding forward (rollout only).
     """
 
     peak: int = 0
@@ -82,7 +82,7 @@ class Tracker(TorchDispatchMode):
     Attributes:
         live: bytes that are alive.
         peak: the most bytes that were alive since the last `reset`.
-        operations: their number since then, without views.
+        operations: the number of operations since then, without views.
         on_host: the bytes among `live` that the planned rank stores on its host.
         phases: by name.
     """
@@ -101,13 +101,13 @@ class Tracker(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
-        """Count operations and traffic anew, and the peak from what is alive."""
+        """Restart the counts of operations and traffic, and the peak from the live bytes."""
         self.peak, self.operations = self.live, 0
         self._sent: dict[str, float] = defaultdict(float)
         self._collectives: dict[str, int] = defaultdict(int)
 
     def note(self, name: str, times: float = 1.0, calls: float | None = None) -> None:
-        """Add to a phase what was done since the last reset, and reset.
+        """Add the counts since the last reset to a phase, and reset.
 
         Args:
             times: how often a step does it.
@@ -124,10 +124,10 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        # Half of all calls only ask where a tensor is.
+        # Half of all calls only ask for a tensor's device.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        # A number that is not known is 0, for example the norm of the gradients.
+        # An unknown number is 0, for example the norm of the gradients.
         if func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
             return 0.0 if args[0].is_floating_point() else 0
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -160,7 +160,7 @@ class Tracker(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
     def _communicate(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Call a collective, which leaves the numbers that this rank knows as they are."""
+        """Call a collective, but keep the numbers that this rank knows."""
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)]
         known = [tensor.constant for tensor in tensors]
         out = func(*args, **kwargs)
@@ -184,9 +184,9 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def watch(self) -> Iterator[Tracker]:
-        """Notice when FSDP frees storages and fills them again, by resizing them."""
+        """Count storages that FSDP frees and allocates again by resizing."""
         resize = torch.UntypedStorage.resize_
-        kind: Any = torch.UntypedStorage  # mypy: a class's methods are not to be replaced
+        kind: Any = torch.UntypedStorage  # mypy forbids replacing a class's method
 
         def tracked(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)

@@ -31,7 +31,7 @@ from opd_titan.rollout.scheduler import Request, Scheduler, SequenceState
 
 Group = Sequence[Request]  # the samples of one prompt
 
-# A cache that is made once may hold this share of the sequences that a new cache would hold.
+# A cache that stays in use must have room for this share of the sequences of a new cache.
 _ENOUGH = 0.75
 # All ranks count their rollouts in the same order, so that a number names the same rollout.
 _rollouts = count()
@@ -39,7 +39,7 @@ _rollouts = count()
 
 @dataclass
 class RolloutStats:
-    """What a rank's part of a rollout took.
+    """Statistics of a rank's part of a rollout.
 
     Attributes:
         decode_forwards: forwards of one token per sequence; each reads all weights once.
@@ -68,7 +68,7 @@ class FinishedResponses:
         self._coming: list[tuple[list[SequenceState], Responses]] = []
 
     def fetch(self, runner: Runner, lengths: Mapping[SequenceState, int]) -> None:
-        """Fetch the responses of sequences that ended, with these numbers of tokens."""
+        """Fetch the responses of sequences that ended; `lengths` are their numbers of tokens."""
         running = [s for s in lengths if s.slot >= 0]
         if running:
             slots, counts = [s.slot for s in running], [lengths[s] for s in running]
@@ -94,7 +94,7 @@ class FinishedResponses:
 
 
 class Generator:
-    """Sample responses with a model that holds plain (not sharded) weights.
+    """Sample responses with a model that has plain (not sharded) weights.
 
     Args:
         model: the decoder; its parameters are read, never written.
@@ -102,15 +102,15 @@ class Generator:
         max_concurrent: sequences decoded at once; 0 for as many as fit into the free memory.
         max_prefill_tokens: prompt tokens of one forward.
         tp: the ranks that the model is split over. They sample the same responses together.
-        page_size: tokens of a page of the cache; 0 for what suits the device.
+        page_size: tokens of a page of the cache; 0 for the device's default.
         max_pages: pages of the cache; 0 for as many as fit into the free memory.
         room: returns the bytes that may stay in use during other phases, or None if unknown.
         free: returns the free bytes of this rank's device; None to ask the device.
         runner: makes the runner, from the arguments of `Runner`.
 
     Attributes:
-        stats: of the last `generate`.
-        use_cuda_graphs: on CUDA, where a kernel reads the cache.
+        stats: statistics of the last `generate`.
+        use_cuda_graphs: whether to use CUDA graphs, if a kernel reads the cache.
     """
 
     use_cuda_graphs = True
@@ -139,7 +139,7 @@ class Generator:
         self.max_pages = max_pages
         self.stats = RolloutStats()
         self._runner: Runner | None = None
-        self._wanted = 0  # sequences that the runner should have had slots for
+        self._wanted = 0  # slots that the runner was asked to have
 
     @torch.no_grad()
     def generate(
@@ -192,7 +192,7 @@ class Generator:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the cache, and of what else is kept from one `generate` to the next."""
+        """Bytes of the cache, and of all else that is kept from one `generate` to the next."""
         return 0 if self._runner is None else self._runner.num_bytes
 
     def release(self) -> None:
@@ -231,7 +231,7 @@ class Generator:
         return runner, scheduler
 
     def _suits(self, last: Runner, wanted: int, width: int, params: SamplingParams) -> bool:
-        """Return whether the last runner will do; one that memory kept small would be no larger."""
+        """Return whether to reuse the last runner. One that memory limited is not replaced."""
         return (
             last.params == params
             and self._wanted >= wanted
@@ -240,7 +240,7 @@ class Generator:
         )
 
     def make_runner(self, wanted: int, width: int, params: SamplingParams) -> Runner:
-        """Return a runner for `wanted` sequences of `width` pages, or as many as memory holds."""
+        """Return a runner for `wanted` sequences of `width` pages, or for as many as fit."""
         slots, pages = self.count_slots_and_pages(wanted, width, params)
         cache = KVCache(self._sizes, pages, self.page_size, self.path, self.dtype, self.device)
         return self.runner(
@@ -259,7 +259,7 @@ class Generator:
     ) -> tuple[int, int]:
         """Return the number of sequences to decode at once, and of pages for them.
 
-        Responses are seldom as long as they may be. So there are slots for as many sequences as
+        Few responses reach the longest length. So there are slots for as many sequences as
         could have half of their pages each; a sequence that finds no free page waits.
         """
         per_page = self.page_size * bytes_per_token(self._sizes, self.dtype)
@@ -301,8 +301,8 @@ def divide_groups(
 
     At first each rank takes an even part, as many groups as it can run at once. Then a rank with a
     free slot takes the next of the rest, so that no rank waits long for another. A token depends
-    only on its own sequence, but the batches then depend on the speed of the ranks, and with them
-    the rounding of log-probs. So if torch has to be deterministic, the rest is divided evenly too.
+    only on its own sequence, but the batches, and with them the rounding of log-probs, then depend
+    on the speed of the ranks. If torch has to be deterministic, the rest is divided evenly too.
 
     Args:
         groups: the same on all ranks. All ranks must read to the end.

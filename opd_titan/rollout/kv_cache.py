@@ -129,7 +129,7 @@ class DecodeAttention(_CachedAttention):
     Args:
         positions_N: the position of each sequence's new token.
         table_NM: int32, the pages of each sequence.
-        plan: what `PagedAttention.plan` returned for these pages.
+        plan: the result of `PagedAttention.plan` for these pages.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class DecodeAttention(_CachedAttention):
         cache: KVCache,
         positions_N: Tensor,
         table_NM: Tensor,
-        plan: PageParts | None = None,
+        plan: PageParts | None,
     ) -> None:
         number_N1 = (positions_N // cache.page_size)[:, None]
         super().__init__(cache, positions_N, table_NM.gather(1, number_N1).squeeze(1).long())

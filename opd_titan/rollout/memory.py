@@ -17,7 +17,7 @@ _SPARE = 0.05
 
 
 class Holder(Protocol):
-    """What holds memory for rollouts.
+    """An object that holds memory for rollouts.
 
     Attributes:
         num_bytes: bytes, when they are not released.
@@ -33,8 +33,8 @@ class Holder(Protocol):
 class StepMemory:
     """Decide whether the memory of rollouts stays in use while scoring and updates run.
 
-    What these need is unknown before the first update, so the memory is freed for it. What the
-    first update leaves free is the room for the memory of rollouts from then on.
+    The needs of scoring and updates are unknown before the first update, so the memory is freed
+    for it. From then on, rollouts may keep the memory that the first update left free: the room.
 
     Attributes:
         room: bytes, the same on all ranks; None before the first update.
@@ -49,19 +49,19 @@ class StepMemory:
         return total_bytes(self.device)
 
     def free_bytes(self) -> int:
-        """Return what this rank can still use of it, see `free_bytes`."""
+        """Return the memory that this rank can still take, see `free_bytes`."""
         return free_bytes(self.device)
 
     def never_used_bytes(self) -> int:
-        """Return what no phase has used up to now, see `never_used_bytes`."""
+        """Return the memory that no phase has used up to now, see `never_used_bytes`."""
         return never_used_bytes(self.device)
 
     def measure(self, made: bool = True, most: float = math.inf) -> None:
         """Set the room after the first update that was made. All ranks must call.
 
         Args:
-            made: whether an update was made, alike on all ranks.
-            most: bytes that may be kept by what is known of later updates, which may be larger.
+            made: whether an update was made; the same on all ranks.
+            most: upper bound of the room, because later updates may need more than the first.
         """
         if made and self.room is None:
             spare = _SPARE * self.total_bytes()
@@ -80,7 +80,7 @@ class StepMemory:
             for holder in holders:
                 holder.release()
             if self.room is None and self.device.type == "cuda":
-                torch.cuda.empty_cache()  # so that what is in use after the update is what it took
+                torch.cuda.empty_cache()  # so that the update's peak shows what it needs
 
 
 def free_bytes(device: torch.device) -> int:
@@ -93,10 +93,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def never_used_bytes(device: torch.device) -> int:
-    """Return the memory of a GPU beyond the peak so far, which the allocator's cache holds.
-
-    For a host, return what is free now.
-    """
+    """Return the GPU memory that torch's allocator has never taken; on a host, the free memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes(device)
 
 

@@ -1,4 +1,4 @@
-"""Sampling a step's responses over all ranks, from prompts to gathered samples."""
+"""Sample a step's responses over all ranks, from prompts to gathered samples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.sampler import SamplingParams, sequence_key
 from opd_titan.rollout.scheduler import UNLIMITED, Request, common_length
 
-# In place of a sample's index in the key of a prompt's draw: no sample has it.
+# Stands for the sample's index in the key of a prompt's draw. No sample has this index.
 _CHOICE = -1
 
 
 def split_on_policy(
     prompts: Sequence[Prompt], on_policy_fraction: float, stream: tuple[int, ...]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the prompts that the student answers, and those that keep the data set's response.
+    """Return the prompts that the student answers, and the prompts with the data set's response.
 
     The mixture of generalised knowledge distillation (arXiv 2306.13649), drawn for each prompt: the
     student answers it with probability `on_policy_fraction`.

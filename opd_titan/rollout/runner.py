@@ -29,7 +29,7 @@ logger = logging.getLogger("opd_titan")
 # The host reads the stop flags of a step after it has launched this many more, so that a GPU does
 # not wait for the host.
 LAG = {"cpu": 0, "cuda": 1}
-# Columns of what the host sends for each slot before a decoding step.
+# Columns of the tensor that the host sends before a decoding step, with a row for each slot.
 _SOURCE, _TOKEN, _POSITION, _COUNT, _KEY, _RUNS, _PAGES = range(7)
 
 
@@ -80,8 +80,8 @@ class Runner:
         self.tokens_BR = self.answers_B2R[:, 0]
         self.logprobs_BR = self.answers_B2R.view(torch.float32)[:, 1]
         self.slot_B = torch.arange(slots, device=self.device)
-        # For each slot, the slot from which its contents come, or -1 and what a sequence starts
-        # with; then its pages.
+        # For each slot: the slot from which its contents come, or -1 and the state of a sequence
+        # that starts; then its pages.
         self._host_BX = torch.zeros(slots, _PAGES + max_pages, dtype=torch.int64)
         self._host_BX[:, _SOURCE] = torch.arange(slots)
         self._host_table_BM = self._host_BX[:, _PAGES:].fill_(cache.idle_page)
@@ -114,8 +114,8 @@ class Runner:
         """Do a step.
 
         Returns:
-            On the way to the host, which of `work.running` got a stop token. None if there is no
-            stop token, or nothing to decode.
+            Flags that are being copied to the host: which of `work.running` got a stop token. None
+            if there is no stop token, or nothing to decode.
         """
         self._save(work.preempted)
         self._move(work.moves, len(work.running) - len(work.started))
@@ -156,7 +156,7 @@ class Runner:
     # ---------------------------------------------------------- changes of slots
 
     def _save(self, preempted: Sequence[tuple[SequenceState, int, int]]) -> None:
-        """Keep what preempted sequences have sampled. Waits for the device."""
+        """Keep the responses of preempted sequences. Wait for the device."""
         if preempted:
             sequences, slots, counts = zip(*preempted, strict=True)
             found = self.responses(slots, counts).get()
@@ -190,7 +190,7 @@ class Runner:
             self._host_BX[s.slot, : _PAGES + len(s.pages)] = torch.tensor([*begin, *s.pages])
             self._num_pages_B[s.slot] = len(s.pages)
             self._changed.add("slots")
-            if s.response:  # it was preempted, and what it had comes back
+            if s.response:  # it was preempted, so its tokens must be sent back
                 self._resumed.append(s)
 
     def _send_changes(self) -> None:
@@ -244,7 +244,7 @@ class Runner:
         runs_N *= ~done_N
 
     def _plan_pages(self, n: int) -> PageParts | None:
-        """Return the attention's plan for the pages of n rows, made anew after changes."""
+        """Return the attention's plan for the pages of n rows. Changes need a new plan."""
         if self._plan is None or self._plan[0] != n:
             # An idle row attends to the idle page.
             table_NM, counts_N = self._host_table_BM[:n], self._num_pages_B[:n].clamp(min=1)
@@ -253,7 +253,7 @@ class Runner:
         return self._plan[1]
 
     def weights_stay(self) -> bool:
-        """Whether the weights are still at the addresses that the graphs read."""
+        """Return whether the weights are still at the addresses that the graphs read."""
         return self._addresses == self._weight_addresses()
 
     def _weight_addresses(self) -> list[int]:
@@ -311,7 +311,7 @@ class Responses:
         self._fetched, self._counts = fetched, counts
 
     def get(self) -> list[tuple[list[int], Tensor]]:
-        """Return each response's tokens and log-probs, fp32 [R]. Waits until they are there."""
+        """Wait for the copy. Return each response's tokens and log-probs, fp32 [R]."""
         answers_E2R = self._fetched.get()
         tokens, logprobs = answers_E2R[:, 0], answers_E2R.view(torch.float32)[:, 1]
         return [
@@ -321,11 +321,11 @@ class Responses:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream for captures: cuBLAS keeps a workspace for each stream that it saw."""
+    """Return the one stream for captures, because cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
 def bucket(n: int, slots: int) -> int:
-    """Return the number of rows that n sequences are decoded with: few graphs, few idle rows."""
+    """Return the rows of a step for n sequences, so that graphs and idle rows are few."""
     size = 1 << (n - 1).bit_length() if n <= 16 else n + -n % 16
     return min(size, slots)

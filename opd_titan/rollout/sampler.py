@@ -3,7 +3,7 @@
 The number depends only on (seed, step, prompt, sample, position). A counter-based generator makes
 it, so there is no state to save, and batch layout, world size and resuming do not change it.
 
-Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of that.
+Shapes: N rows, D model width, V vocabulary, v a rank's part of it, C a chunk of that part.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Sampler:
         return broadcast_tokens(*chosen, self.head.tp)
 
     def _draw(self, hidden_ND: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `sample` returns for the whole logits.
+        """Return the result that `sample` has for the whole logits.
 
         Ranks exchange the maximum and the sum of each row, and then its token and log-prob.
         """
@@ -115,7 +115,7 @@ class Sampler:
         return both[0].long(), both[1].float()
 
     def _blocks(self, hidden_ND: Tensor) -> Blocks:
-        """Exponentiate each chunk of the vocabulary while it is in the core's cache."""
+        """Exponentiate each chunk of the vocabulary while it is in the CPU's cache."""
         n = hidden_ND.shape[0]
         width, count = self._chunks(n)
         values = self.values[: count * n * width].view(count, n, width)

@@ -39,12 +39,12 @@ class Request:
 
 @dataclass(eq=False)
 class SequenceState:
-    """A request and how far it is.
+    """A request and its progress.
 
     Attributes:
-        response, logprobs: what was sampled before the last start; empty at the first start.
+        response, logprobs: tokens sampled before the last start; empty at the first start.
         pages: the pages of the tokens, in order. A sequence has pages exactly while it runs.
-        slot: the row in a decoding step; the last one after the sequence has ended, -1 in line.
+        slot: the row in a decoding step; -1 in line. It stays the same when the sequence ends.
         start: the number of the last start, counted over all sequences. The sequence with the
             highest number is preempted first.
         first_step: the number of the first decoding step after the last start.
@@ -83,15 +83,15 @@ class Work:
 
     Attributes:
         preempted: sequences that lost their pages, as (sequence, slot, tokens sampled so far).
-            `response` and `logprobs` must be set to what was sampled before the next step.
+            Their `response` and `logprobs` must be set to the sampled tokens before the next step.
         moves: slots with contents that move to a free slot, as (from, to). No slot is in two moves.
         new_pages: pages for the next tokens of running sequences, as (slot, index in the sequence's
             pages, page). The slots are those after the moves.
         chunks: parts of prefixes to compute.
         copies: pages to copy, as (from, to).
         started: sequences that start, in the last slots.
-        running: the sequences in slots 0, 1, ..., those that start included. Each gets a token. It
-            is empty if a long prefix must be continued first.
+        running: the sequences in slots 0, 1, ..., including `started`. Each gets a token. It is
+            empty if a long prefix must be continued first.
     """
 
     preempted: list[tuple[SequenceState, int, int]]
@@ -199,7 +199,7 @@ class Scheduler:
         self.pool = PagePool(num_pages)
         self.running: list[SequenceState] = []
         self._groups = iter(groups)
-        # Only the first prefix that is not ready, and those before it, have pages.
+        # Only the first prefix that is not ready, and the prefixes before it, have pages.
         self._waiting: deque[_Prefix] = deque()
         self._step, self._starts = 0, count()
         self._free_slots: set[int] = set()  # below len(self.running), until the next step
@@ -267,7 +267,7 @@ class Scheduler:
                 yield s
 
     def _beyond_limit(self) -> dict[SequenceState, int]:
-        """Return sequences that will be cut to what they have already, or to less."""
+        """Return sequences that will be cut to their present length or less."""
         if not self.max_tokens or self._sampled <= self.max_tokens:
             return {}
         # The tokens of the last `lag` steps do not count if they came after a stop token.
@@ -278,8 +278,8 @@ class Scheduler:
     def _grow(self) -> tuple[list[SequenceState], list[tuple[SequenceState, int, int]]]:
         """Give each running sequence a page for its next token.
 
-        If no page is free, first the prefixes in line lose theirs, the last one first; then the
-        sequences that started last are preempted.
+        If no page is free, first the prefixes in line lose their pages, the last one first; then
+        the sequences that started last are preempted.
         """
         grown: list[SequenceState] = []
         preempted: list[tuple[SequenceState, int, int]] = []
@@ -294,7 +294,7 @@ class Scheduler:
         return grown, preempted
 
     def _preempt(self, s: SequenceState) -> tuple[SequenceState, int, int]:
-        """Put a running sequence back in line, before those that started after it."""
+        """Put a running sequence back in line, before the sequences that started after it."""
         slot, sampled = s.slot, self._num_tokens(s)
         self._free(s)
         s.slot = -1
@@ -308,7 +308,7 @@ class Scheduler:
         self._free_slots.add(s.slot)
 
     def _close_gaps(self) -> list[tuple[int, int]]:
-        """Move the last sequences into free slots. Returns the moves as (from, to)."""
+        """Move the last sequences into free slots. Return the moves as (from, to)."""
         free, self._free_slots = self._free_slots, set()
         left = len(self.running) - len(free)
         targets = sorted(slot for slot in free if slot < left)
@@ -322,7 +322,7 @@ class Scheduler:
     # ------------------------------------------------------- sequences in line
 
     def _read_groups(self, wanted: int) -> None:
-        """Read groups until `wanted` sequences are in line, or none is left."""
+        """Read groups until `wanted` sequences are in line, or no group is left."""
         in_line = sum(len(p.members) for p in self._waiting)
         while in_line < wanted and (group := next(self._groups, None)):
             length = len(group[0].prompt.token_ids)
@@ -333,7 +333,7 @@ class Scheduler:
             in_line += len(group)
 
     def _prefill(self) -> list[Chunk]:
-        """Return what to compute next for prefixes of sequences that have a slot waiting."""
+        """Return the next chunks of prefixes of sequences for which there is a slot."""
         budget, slots = self.max_prefill_tokens, self.slots - len(self.running)
         chunks: list[Chunk] = []
         if self._crowded or slots == 0:
@@ -352,13 +352,13 @@ class Scheduler:
         return chunks
 
     def _make_room(self, prefix: _Prefix, end: int) -> int:
-        """Take pages for tokens up to `end` while there are free ones. Returns how far they go."""
+        """Take free pages for tokens up to `end`. Return the end of the tokens that have pages."""
         while len(prefix.pages) * self.page_size < end and self.pool.free:
             prefix.pages.append(self.pool.take())
         return min(end, len(prefix.pages) * self.page_size)
 
     def _empty_last(self, until: _Prefix | None = None) -> bool:
-        """Free a page by emptying prefixes from the end of the line, as far as after `until`."""
+        """Free a page by emptying prefixes from the end of the line, only those after `until`."""
         for prefix in reversed(self._waiting):
             if prefix is until:
                 return False
@@ -369,7 +369,7 @@ class Scheduler:
         return False
 
     def _leave_line(self, s: SequenceState) -> bool:
-        """Remove a preempted sequence from the line. Returns False if it is not there."""
+        """Remove a preempted sequence from the line. Return whether it was in line."""
         for prefix in self._waiting:
             if prefix.members[0] is s:
                 self.pool.give_back(prefix.pages)
@@ -397,7 +397,11 @@ class Scheduler:
         return started, copies
 
     def _give_pages(self, prefix: _Prefix, copies: list[tuple[int, int]]) -> bool:
-        """Give the first member pages for the prefix and one more token. False if none are free."""
+        """Give the first member pages for the prefix and one more token, if there are any.
+
+        Returns:
+            Whether it has the pages.
+        """
         full, in_last = divmod(prefix.length, self.page_size)
         if in_last and len(prefix.members) == 1:
             own = prefix.pages.pop()

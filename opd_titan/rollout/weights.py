@@ -34,7 +34,7 @@ class GeneratorWeights:
     Args:
         source: the FSDP-sharded model.
         build: returns the architecture of one rank's share, with the collectives between shares.
-        dtype: what the generator computes in; FSDP gathers in the same dtype.
+        dtype: the compute dtype of the generator; FSDP gathers in the same dtype.
         device: where the generator computes.
         pack: store the layers' weights in a CPU's own layout, if it has one for this dtype.
             Compiled layers do not support it.
@@ -108,7 +108,10 @@ class GeneratorWeights:
         return [*joined, *single.values()]
 
     def _own_storage(self, parameter: Tensor) -> Tensor | None:
-        """Return the rank's own storage of its whole share, if it has that; alike on all ranks."""
+        """Return the storage of this rank's whole share, or None if it has no such storage.
+
+        All ranks have one, or none has.
+        """
         if parameter.dtype != self.dtype:
             return None
         if not isinstance(parameter, DTensor):

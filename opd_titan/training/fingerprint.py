@@ -44,7 +44,7 @@ def fingerprint(
     d = config.distill
     objective = d.objective + (f" with beta {d.beta}" if d.objective == "jsd" else "")
     found["distill.objective"] = _entry(objective, objective)
-    if config.student.eos_token:  # what ends a response
+    if config.student.eos_token:  # it changes where responses end
         found["student.eos_token"] = _entry(config.student.eos_token, config.student.eos_token)
     found["reference.coef"] = _entry(str(config.reference.coef), str(config.reference.coef))
     return found

@@ -26,7 +26,7 @@ from opd_titan.training.sources import ModelShape
 logger = logging.getLogger("opd_titan")
 
 # Share of a device's memory that the choice may plan for. The rest is for fragmentation, the CUDA
-# context, buffers of NCCL and of kernels, and what the estimate leaves out.
+# context, buffers of NCCL and of kernels, and whatever the estimate omits.
 USABLE = 0.85
 _GiB = 2**30
 
@@ -100,10 +100,10 @@ def choose(
     tp, shards, usable = world.tp.size, axes(world.mesh)["dp_shard"], USABLE * memory
     whole = {r: sum(p.numel() for p in m.parameters()) / tp for r, m in models.items()}
     here = [role for role in models if not shapes[role].spec.cpu_offload]
-    # The student in fp32, with its gradients and two moments; the others as they compute.
+    # The student in fp32, with its gradients and two moments; the others in the compute dtype.
     stored = {role: 16 if role == "student" else dtype.itemsize for role in here}
     resident = sum(size * whole[role] / shards for role, size in stored.items())
-    resident += 4 * CHUNK_BYTES[job.device_type]  # logits, and what is made of them
+    resident += 4 * CHUNK_BYTES[job.device_type]  # logits, and tensors computed from them
     resident += _whole_distributions(job, shapes, world, dtype)
 
     tokens = max(config.training.max_tokens_per_microbatch, job.longest)
@@ -117,13 +117,13 @@ def choose(
 
     args = shapes["student"].args
     needed = resident + activations("student", config.activation_checkpoint.mode)
-    # The head's gradient in fp32, and cast to the type that it goes on in.
+    # The head's gradient in fp32, and its casts to the compute dtype.
     needed += (4 + 2 * dtype.itemsize) * args.dim * args.vocab_size / tp
     extra = 0.0
     size = dtype.itemsize * whole["student"]
     weights = "student" in here and needed + size <= usable
     extra += size * weights
-    size = 4 * whole["student"] * (1 - 1 / shards)  # beyond the sums' shards, counted above
+    size = 4 * whole["student"] * (1 - 1 / shards)  # without this rank's shard, counted above
     gradients = weights and needed + extra + size <= usable
     extra += size * gradients
     return Gathering(frozen, weights, gradients, extra, needed + extra, usable)

@@ -1,4 +1,4 @@
-"""Load the models of a job, sharded over all ranks, and build what samples from them."""
+"""Load the models of a job, sharded over all ranks, and build the generator."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def parallel_model(
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give the parameters storage without values, and tie those again that `to_empty` unties."""
+    """Give the parameters storage without values, and tie again what `to_empty` unties."""
     model.to_empty(device=device)
     model.tie_weights()  # type: ignore[operator]  # of our own models
 
@@ -180,10 +180,10 @@ def build_generator(
 
     Args:
         eos_ids: each of these tokens ends a response.
-        memory: says what is free, and what may stay in use between rollouts.
+        memory: reports the free memory, and how much may stay in use between rollouts.
         runner: see `Generator`.
     """
-    # On a device with fused kernels, they do what the compiler would do.
+    # Fused kernels, if the device has them, replace the compiler.
     compiled = job.compiled and bool(device_of(world.device).why_plain)
     build = partial(source.build_share, world.tp, compiled)
     # A model on the host has no storage that a GPU's generator can read.

@@ -79,7 +79,7 @@ class NonfiniteUpdates:
             return False
         folder = self.folder / f"rank-{dist.get_rank()}"
         try:
-            # Counted on disk: a run that is restarted again and again must not fill it.
+            # Counted on the disk, which a run that is restarted again and again must not fill.
             others = {path.name for path in folder.glob("step-*.jsonl")} - {f"step-{step}.jsonl"}
             if len(others) < _DUMPS:
                 write_rollouts(folder, step, suspects, self.decode, self.grade)

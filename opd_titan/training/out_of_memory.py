@@ -1,4 +1,4 @@
-"""Report an out-of-memory error in one line: the phase, what takes the memory, what to change."""
+"""Report an out-of-memory error in one line: the phase, the memory in use, and remedies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def out_of_memory(error: BaseException, heartbeat: Heartbeat, job: ResolvedJob) 
 
 
 def remedies(phase: str, job: ResolvedJob) -> list[str]:
-    """Return the options that lower the memory of a phase, the cheapest in speed first."""
+    """Return the options that lower the memory of a phase, in order of the speed that they cost."""
     config = job.config
     tokens = f"training.max_tokens_per_microbatch (now {config.training.max_tokens_per_microbatch})"
     mode, found = config.activation_checkpoint.mode, []

@@ -28,7 +28,7 @@ class Phases:
         bars: show a progress bar for each phase.
 
     Attributes:
-        step: the present step, for random numbers and progress bars.
+        step: the current step, for random numbers and progress bars.
         sampling: how the student samples.
         rule: the loss of the update.
     """
@@ -60,7 +60,7 @@ class Phases:
     def rollout(
         self, step: int, prompts: list[Prompt], given_response: Callable[[Prompt], Sample]
     ) -> list[Sample]:
-        """Begin a step: return the responses to its prompts, sampled or given.
+        """Begin a step, and return the responses to its prompts, sampled or given.
 
         Args:
             given_response: returns the data set's own response to a prompt.

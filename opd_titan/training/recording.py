@@ -1,4 +1,4 @@
-"""Make the recorder and the profiler of a run, and log its settings."""
+"""Make the recorder and the profiler of a run, and log compiled graphs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ import torch.distributed as dist
 from opd_titan.data.pieces import TokenTexts
 from opd_titan.distill.update import UpdateRule
 from opd_titan.models.transforms import num_compiled_graphs
-from opd_titan.observability.console import report_job
 from opd_titan.observability.profiling import maybe_profiler
 from opd_titan.observability.recorder import Recorder
-from opd_titan.training.models import JobModels, compute_dtype
+from opd_titan.training.models import compute_dtype
 from opd_titan.training.setup import Setup
 
 logger = logging.getLogger("opd_titan")
 
 
-def log_job(setup: Setup, models: JobModels) -> None:
-    """Log the settings of the job, and how much memory of a rank its models take."""
-    report_job(setup.job, setup.total_steps, models.student, models.frozen)
-
-
 def make_recorder(setup: Setup, step: int, rule: UpdateRule) -> Recorder:
-    """Return the recorder of a run that goes on after `step`."""
+    """Return the recorder of a run that continues after `step`."""
     return Recorder(
         setup.job,
         world=setup.world,
@@ -43,13 +37,13 @@ def make_recorder(setup: Setup, step: int, rule: UpdateRule) -> Recorder:
 
 
 def make_profiler(setup: Setup, step: int) -> AbstractContextManager[Any]:
-    """Return the profiler of a run that goes on after `step`."""
+    """Return the profiler of a run that continues after `step`."""
     c = setup.job.config.profiling
     return maybe_profiler(c.enable, c.interval, setup.job.folder, dist.get_rank(), start_step=step)
 
 
 def log_new_graphs(step: int, known: int) -> int:
-    """Log how many graphs have been compiled since there were `known`; return their number now.
+    """Return the number of compiled graphs, and log it if there are more than `known`.
 
     Graphs are compiled in the first steps. New ones in later steps explain why these are slow.
     """

@@ -66,7 +66,7 @@ class Saver:
             set_aside(folder, start.step, suffix)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, or begin to; see `Checkpointer.save`.
+        """Write a checkpoint, or start to; see `Checkpointer.save`.
 
         Args:
             state: JSON values to save beside the tensors.
@@ -79,7 +79,7 @@ class Saver:
 
         Args:
             results: validation results for the model card.
-            required: `finish` raises the fault. Without it the export may be missing, because the
+            required: whether `finish` raises the fault. Other exports may be missing, because the
                 checkpoint has the weights.
         """
         source, name = self.setup.sources["student"], self.config.export.dtype
@@ -106,11 +106,11 @@ class Saver:
         logger.info("Export: %s", out)
 
     def has_exported(self, step: int) -> bool:
-        """Return whether the export of this step exists and is of this run."""
+        """Return whether this run's export of this step exists."""
         return self.exported_at == step and is_exported(self._out(step))
 
     def finish(self) -> None:
-        """Wait for what is being written.
+        """Complete the save under way.
 
         Raises:
             StorageError: the newest checkpoint or a required export is not complete.

@@ -40,7 +40,7 @@ def probe(
     """Use the student as its own teacher on a few sampled tokens.
 
     Returns:
-        "kl": mean log S - log T with the student in the teacher's place; 0 to rounding.
+        "kl": mean log S - log T with the student as teacher; 0 except for rounding.
         "gap": the largest |rollout - update| log-prob of one token.
     """
     short = replace(params, max_new_tokens=min(PROBE_TOKENS, params.max_new_tokens), max_tokens=0)
@@ -65,7 +65,7 @@ def probe(
                 difference += (update_R - teacher_R).double().sum().item()
                 gaps.append((update_R - rollout_R).abs().max().item())
     total = sum_scalars({"tokens": tokens, "difference": difference}, world.device, world.dp)
-    gap = torch.tensor(gaps).max().item()  # unlike Python's max, it does not lose a NaN
+    gap = torch.tensor(gaps).max().item()  # Python's max may lose a NaN
     return {"kl": total["difference"] / total["tokens"], "gap": max_scalar(gap, world.device)}
 
 

@@ -50,7 +50,7 @@ class Start:
     Attributes:
         step: the step whose checkpoint it resumes from; 0 for a new run.
         reason: why that step, for the log.
-        state: what that checkpoint holds besides tensors; None for a new run.
+        state: what that checkpoint contains besides tensors; None for a new run.
     """
 
     step: int
@@ -64,8 +64,8 @@ class Setup:
 
     Attributes:
         sources: the models by role, the student first.
-        decode: from token ids to text without special tokens.
-        grade: the grader of written rollouts: response and answer to a score.
+        decode: returns the text of token ids, without special tokens.
+        grade: returns the score of a response, given the answer; for written rollouts.
         validator: None if validation is off.
     """
 
@@ -103,8 +103,8 @@ def set_up(job: ResolvedJob) -> tuple[Setup, Start]:
     """Join the world, check models, data and checkpoints, then open the dump folder.
 
     Raises:
-        UserError: something is wrong. Nothing has been written by then, unless the dump folder
-            itself is at fault.
+        UserError: a check failed. Nothing has been written, unless the dump folder itself is at
+            fault.
     """
     world = join_world(job)
     # A node without a cache of the prompts may take much longer than the others.
@@ -138,11 +138,11 @@ def join_world(job: ResolvedJob) -> World:
 
 
 def _inspect(job: ResolvedJob, world: World) -> Setup:
-    """Check models, tokenizers and data, all but the weights."""
+    """Check everything except the weights: models, tokenizers and data."""
     config = job.config
     sources = inspect_models(job)
     tokenizer = sources["student"].tokenizer
-    decode: Any = partial(tokenizer.decode, skip_special_tokens=True)  # one text gives a str
+    decode: Any = partial(tokenizer.decode, skip_special_tokens=True)  # a str for one text
     options = prompt_options(config.data, tokenizer)
     prompt_sets = _read_data(job, options)
     loader = PromptLoader(
@@ -255,7 +255,7 @@ def roll_back(setup: Setup, last_good: int) -> Start:
     state = _read_state(setup, step)
     setup.loader.load_state_dict(state["loader"])
     if dist.get_rank() == 0:
-        # The run has given up what it exported since.
+        # The run no longer includes the later exports.
         link_latest(setup.job.folder / "hf", state["exported_at"])
     return Start(step, "watchdog.action is rollback", state)
 
@@ -267,7 +267,7 @@ def _read_state(setup: Setup, step: int) -> dict[str, Any]:
 
 
 def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
-    """Raise if the checkpoint belongs to another job, or log what differs; move the loader."""
+    """Raise if the checkpoint belongs to another job, or log the differences; move the loader."""
     allow_changes = setup.job.config.checkpoint.allow_changes
     differ = differences(state["fingerprint"], setup.fingerprint)
     changes = "; ".join(differ.values())
@@ -294,7 +294,7 @@ def _check_same_job(path: Path, state: dict[str, Any], setup: Setup) -> None:
 
 
 def _open_folder(setup: Setup) -> None:
-    """Create the dump folder. All mistakes that can be found before have been found."""
+    """Create the dump folder, after all checks that are possible without it."""
     config, folder = setup.job.config, setup.job.folder
     resolved = to_toml(config)
     with raise_on_all_ranks(), config_error_if_unwritable(folder):

@@ -40,7 +40,7 @@ class ModelShape:
     """The architecture of a model, from its `config.json`.
 
     Attributes:
-        args: the family's sizes.
+        args: the model's sizes, in the dataclass of its family.
     """
 
     spec: ModelSpec
@@ -53,7 +53,7 @@ class ModelShape:
         return self.spec.role
 
     def build(self) -> nn.Module:
-        """Return the module; without storage under `torch.device("meta")`."""
+        """Return the module, without storage if under `torch.device("meta")`."""
         return self.family.build(self.args)
 
     def build_share(self, tp: Axis, compile: bool) -> nn.Module:
@@ -71,9 +71,9 @@ class ModelSource(ModelShape):
     """A model that has been checked, before its weights are read.
 
     Attributes:
-        key_table: from Hugging Face's names of the tensors to ours.
+        key_table: the native name of each Hugging Face tensor.
         files: where each tensor is stored; None for random weights.
-        edits: by file name, keys of its JSON files that an export replaces.
+        edits: by name of a JSON file, new values of some of its keys, for exports.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -106,20 +106,20 @@ def inspect_shape(
 
 
 def _check_plausible(args: Any, where: str) -> None:
-    """Raise if a size is beyond any model: the names of 1e9 layers alone would fill the memory."""
+    """Raise if a size is implausible: the names of 1e9 layers alone would fill the memory."""
     for size in fields(args):
         value, most = getattr(args, size.name), float(_LARGEST_SIZE)
         if size.name == "n_layers":
             most = _MOST_LAYERS
-        elif size.name == "max_seq_len" or size.type in ("float", float):  # only numbers
-            most = sys.float_info.max
+        elif size.name == "max_seq_len" or size.type in ("float", float):
+            most = sys.float_info.max  # any finite number
         if not value <= most:
             raise ModelError(f"{where}: {size.name} is {value}; wanted at most {most}")
 
 
 @contextmanager
 def _name_odd_values(where: str) -> Iterator[None]:
-    """Turn the errors of parsing code on unexpected JSON values into a ModelError.
+    """Raise ModelError for the errors of parsing code on unexpected JSON values.
 
     The body must only parse: the error blames the file for anything that fails inside.
     """
@@ -173,7 +173,7 @@ def inspect_models(job: ResolvedJob) -> dict[str, ModelSource]:
 
 
 def _with_eos_token(student: ModelSource, token: str) -> ModelSource:
-    """Add a token that ends responses, as the first of them."""
+    """Return the student with one more token that ends responses, as its first."""
     ids = student.tokenizer.get_vocab()
     if token not in ids:
         raise ModelError(

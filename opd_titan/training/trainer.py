@@ -17,11 +17,12 @@ from opd_titan.distributed.monitor import Monitor
 from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.distributed.world import set_timeout
 from opd_titan.errors import OneLineError
+from opd_titan.observability.console import report_job
 from opd_titan.observability.watchdog import Watchdog
 from opd_titan.training.models import build_generator, compute_dtype, load_models
 from opd_titan.training.nonfinite import NonfiniteUpdates
 from opd_titan.training.phases import Phases
-from opd_titan.training.recording import log_job, log_new_graphs, make_profiler, make_recorder
+from opd_titan.training.recording import log_new_graphs, make_profiler, make_recorder
 from opd_titan.training.saving import Saver
 from opd_titan.training.self_check import probe, report
 from opd_titan.training.setup import Start, roll_back, set_up
@@ -50,18 +51,18 @@ class Trainer:
         self.watchdog = Watchdog(job)
         self.step, self.total_steps = 0, self.setup.total_steps
         self.graphs = 0  # compiled up to now
-        # Of "validate", "export", "record" and "checkpoint": what the last step still needs.
+        # What the last step still needs: any of "validate", "export", "record" and "checkpoint".
         self.pending: set[str] = set()
 
     def train(self) -> int:
-        """Run the job to its end, or to a signal. Return the exit code, see `train.main`."""
-        log_job(self.setup, self.models)
+        """Run the job until it ends or a signal stops it. Return the exit code (`train.main`)."""
+        report_job(self.job, self.total_steps, self.models.student, self.models.frozen)
         c = self.config
         self._resume(self.start, "damaged" if c.checkpoint.load_step < 0 else "old")
         if self.start.state is not None:
             self.watchdog.load_state_dict(self.start.state["watchdog"])
             self.pending = set(self.start.state["pending"])
-        # Loading is over. From here on, ranks may be apart for as long as a rollout takes.
+        # Loading is over. From here on, a rank may wait for others as long as a rollout takes.
         set_timeout(c.comm.train_timeout_seconds, self.world.device)
         self.monitor.heartbeat.limit = c.comm.train_timeout_seconds
         stopped = False
@@ -78,7 +79,7 @@ class Trainer:
         except Stopped:
             stopped = True
         except OneLineError:  # on all ranks
-            # What is being written may be the only checkpoint.
+            # The save under way may be the only checkpoint.
             self.saver.checkpoints.wait()
             raise
         return self._finish(stopped)
@@ -92,7 +93,7 @@ class Trainer:
             The last good step, if the watchdog asks for a rollback; otherwise None.
 
         Raises:
-            Stopped: after a signal before the weights have changed; the step has not been done.
+            Stopped: a signal came before the weights changed; the step has not been done.
         """
         phase, phases, models = self._phase, self.phases, self.models
         position = self.setup.loader.state_dict()
@@ -154,13 +155,13 @@ class Trainer:
                 scalars = self._validate()
             self.recorder.record_pauses(0, scalars)
         if self.start.state is not None and self.step == self.total_steps:
-            # Its export failed or has been deleted, or it was not the last step of that run.
+            # The export failed or was deleted, or this was not the last step of the earlier run.
             if not self.saver.has_exported(self.step):
                 self.pending |= {"export", "checkpoint"}
         self._do_pending()
 
     def after_step(self) -> None:
-        """Do what is due after a step: validation, export, checkpoint."""
+        """Validate, export and save a checkpoint, as far as they are due after a step."""
         if self.job.compiled:
             self.graphs = log_new_graphs(self.step, self.graphs)
         c, last = self.config, self.step == self.total_steps
@@ -178,10 +179,10 @@ class Trainer:
         self._do_pending()
 
     def _do_pending(self) -> None:
-        """Do what is pending.
+        """Do the pending parts of the step.
 
         Raises:
-            Stopped: after a signal; the validation and all that follows are still pending.
+            Stopped: a signal came; the validation and all later parts are still pending.
         """
         found: dict[str, float] = {}
         if "validate" in self.pending and self.validator is not None:
@@ -194,7 +195,7 @@ class Trainer:
         if "checkpoint" in done:
             self._save()
         if "record" in done:
-            # Before the checkpoint is published: a run that is killed then would never record it.
+            # Before the checkpoint is published: a run killed in between would never record this.
             self.recorder.record_pauses(self.step, found)
         self.saver.checkpoints.poll()
 
@@ -203,7 +204,7 @@ class Trainer:
         self.models.weights.sync()
         generator, on_tokens = self.models.generator, self.monitor.on_tokens
         scalars = self.validator.measure_student(generator, self.step, on_tokens)
-        generator.release()  # its cache has the size of the validation
+        generator.release()  # its KV cache is sized for the validation
         self.recorder.metrics.validated(self.step, scalars)  # for the next export or checkpoint
         return scalars
 
@@ -211,7 +212,7 @@ class Trainer:
         assert self.validator is not None
         if role not in (s.teacher for s in self.validator.sets):
             return
-        # Two copies of weights at once would be the peak of the whole run.
+        # Two copies of weights at once would be the memory peak of the whole run.
         self.models.weights.release()
         self.models.generator.release()
         source, model = self.setup.sources[role], self.models.frozen[role]
@@ -230,7 +231,7 @@ class Trainer:
 
     def _finish(self, stopped: bool) -> int:
         saves = self.config.checkpoint.enable
-        # The newest complete checkpoint, not the newest attempt: the storage may have failed then.
+        # Compare with the newest complete checkpoint: a later attempt may have failed.
         if stopped and saves and self.step > 0:
             if self.saver.checkpoints.secured() != self.step:
                 self._save()
@@ -252,9 +253,9 @@ class Trainer:
     # ------------------------------------------------------------------- state
 
     def _save(self) -> None:
-        """Write a checkpoint, or begin to. `poll` or `finish` publishes it."""
-        # It is replaced when nothing is pending any more: otherwise the next run that resumes from
-        # it would do and record the same again.
+        """Write a checkpoint, or start to in background mode. `poll` or `finish` publishes it."""
+        # If parts of the step are pending, so is its final checkpoint. Without that one, each run
+        # that resumes from here would do and record the same parts again.
         pending = self.pending | {"checkpoint"} if self.pending else set()
         state = {
             "validator": self.validator.state_dict() if self.validator else None,

@@ -48,7 +48,7 @@ class Packed:
 
     Attributes:
         index: the columns of the page's list, with one entry per rollout.
-        chunks: blocks of the rollouts themselves; the index says which chunk has which.
+        chunks: blocks of the rollouts themselves; the index has the chunk of each rollout.
         texts: block of all prompts and responses, for searching.
     """
 
@@ -86,7 +86,7 @@ class _Packer:
     tokens: int = 0
 
     def add(self, line: bytes) -> None:
-        """Add a line of a rollout file. `read_lines` reports what a damaged line raises."""
+        """Add a line of a rollout file. `read_lines` reports the errors of a damaged line."""
         row = json.loads(line.decode())
         if not isinstance(row, dict):
             raise TypeError("no JSON object")
@@ -199,7 +199,7 @@ def _preview(text: str) -> str:
 
 
 def _common_start(prompts: list[str]) -> int:
-    """Return the length of the whole words that begin all prompts; the list omits them."""
+    """Return the length of the whole words that all prompts begin with; the list omits them."""
     start = os.path.commonprefix(prompts) if len(prompts) > 1 else ""
     while start and not start[-1].isspace():
         start = start[:-1]

@@ -33,7 +33,7 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
         The rollouts on the page.
 
     Raises:
-        DataError: there are no rollouts, or a file of them is damaged.
+        DataError: there are no rollouts, or one of their files is damaged.
         ConfigError: `out` cannot be written.
     """
     packed = pack(rollout_files(dump_folder))
@@ -57,7 +57,7 @@ def write_page(dump_folder: Path, out: Path) -> Packed:
 
 
 def _run(dump_folder: Path) -> dict[str, str]:
-    """Return the run's name and what its recipe says about it, if there is one."""
+    """Return the run's name and, if it has a recipe, its description, models and objective."""
     run = {"name": dump_folder.resolve().name}
     try:
         config = tomllib.loads((dump_folder / RECIPE_FILE).read_text(encoding="utf-8"))

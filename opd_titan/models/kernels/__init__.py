@@ -43,7 +43,7 @@ def pack_weight(weight_OI: Tensor) -> Tensor:
     """Return a copy of a linear layer's weight in the CPU's own layout, for `packed_linear`.
 
     A product with few rows is limited by reading the weight. It reads plain rows and columns at
-    half of the memory's bandwidth, and this layout at nearly all of it.
+    half of the memory's bandwidth, and this layout at nearly the full bandwidth.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI)
 
@@ -146,7 +146,7 @@ def invert_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return the first token of each row at which the running sum exceeds the target.
 
-    The running sum is that of exp(x - highest) in the order of token ids, x = logits / temperature.
+    The running sum adds exp(x - highest) in the order of token ids, x = logits / temperature.
 
     Args:
         logits_NV: fp32. Rows may be strided.
@@ -179,10 +179,10 @@ def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
 
 
 def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the lowest logit that top-k followed by top-p keeps, and how many of that value.
+    """Return the lowest logit that top-k followed by top-p keeps: the threshold, and a count.
 
-    Every logit above the threshold is kept. The second result says how many of the logits equal to
-    it are kept: those with the lowest token ids.
+    Every logit above the threshold is kept. The count is the number of logits equal to the
+    threshold that are kept; they have the lowest token ids.
 
     Args:
         logits_NV: fp32. Rows may be strided.
@@ -198,22 +198,22 @@ def truncation_threshold(logits_NV: Tensor, top_k: int, top_p: float) -> tuple[T
 
 
 # Operations of the training head, on fp32 logits [C, v] of C tokens and this rank's v columns.
-# `row_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf marks
-# a truncated token, which contributes 0. Rows may be strided.
+# `column_C` is the column of each target token, or -1 if another rank holds it. A logit of -inf
+# marks a truncated token, which contributes 0. Rows may be strided.
 
 
-def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
+def logit_stats(logits_Cv: Tensor, column_C: Tensor, mean: bool) -> Tensor:
     """Return statistics of each row, fp32 [2, C], or [3, C] with `mean`.
 
-    They are the logit at `row_C` (-inf where that is -1), the logsumexp (-inf if all logits are
-    -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
+    They are the logit at `column_C` (-inf if `column_C` is -1), the logsumexp (-inf if all logits
+    are -inf), and the mean of the logits under their own softmax (0 if all logits are -inf).
     """
     if fused(logits_Cv, (torch.float32,)):
-        return torch.ops.opd_titan.logit_stats(logits_Cv, row_C, mean)
-    return head_plain.logit_stats(logits_Cv, row_C, mean)
+        return torch.ops.opd_titan.logit_stats(logits_Cv, column_C, mean)
+    return head_plain.logit_stats(logits_Cv, column_C, mean)
 
 
-def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
+def kl_stats(student_Cv: Tensor, other_Cv: Tensor, column_C: Tensor) -> Tensor:
     """Return fp32 [6, C]: three statistics of the student, two of the other model, and a mean.
 
     The first three are the student's `logit_stats` with `mean`, the next two the other model's
@@ -221,20 +221,20 @@ def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
     model's logits must be finite.
     """
     if fused(student_Cv, (torch.float32,)):
-        return torch.ops.opd_titan.kl_stats(student_Cv, other_Cv, row_C)
-    return head_plain.kl_stats(student_Cv, other_Cv, row_C)
+        return torch.ops.opd_titan.kl_stats(student_Cv, other_Cv, column_C)
+    return head_plain.kl_stats(student_Cv, other_Cv, column_C)
 
 
 def softmax_grad(
-    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
+    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, column_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return g (onehot - exp(x - lse)) in `dtype`: g times the derivative of a row's log-prob.
 
     `logits_Cv` may be overwritten.
     """
     if fused(logits_Cv, (torch.float32,)):
-        return torch.ops.opd_titan.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
-    return head_plain.softmax_grad(logits_Cv, lse_C, g_C, row_C, dtype)
+        return torch.ops.opd_titan.softmax_grad(logits_Cv, lse_C, g_C, column_C, dtype)
+    return head_plain.softmax_grad(logits_Cv, lse_C, g_C, column_C, dtype)
 
 
 def kl_grad(

@@ -1,7 +1,7 @@
-"""What code has to know of a device to choose an implementation.
+"""The properties of a device that select an implementation.
 
 A tensor with data is on its device. A tensor without data (a `FakeTensor`) may stand for a tensor
-on another device, for example on a GPU that a run is planned for: then its mode says so.
+on another device, for example on a GPU that a run is planned for; its mode names that device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Device:
-    """A device, as far as implementations depend on it.
+    """The properties of a device that implementations depend on.
 
     Attributes:
         type: "cpu" or "cuda".
@@ -64,7 +64,7 @@ def _has_packed_products() -> bool:
 
 
 def _why_no_triton() -> str:
-    """Import the Triton kernels, which are the operators' implementation, or say why not."""
+    """Import the Triton kernels, which implement the operators. Return why they cannot run."""
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -119,31 +119,31 @@ def _kl_grad(
 
 
 @implement("logit_stats")
-def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
+def logit_stats(logits_Cv: Tensor, column_C: Tensor, mean: bool) -> Tensor:
     C, V = check_logits(logits_Cv)
     out = logits_Cv.new_empty(2 + mean, C)
-    _logit_stats[(C,)](logits_Cv, row_C, out, logits_Cv.stride(0), C, V, MEAN=mean, **_STATS)
+    _logit_stats[(C,)](logits_Cv, column_C, out, logits_Cv.stride(0), C, V, MEAN=mean, **_STATS)
     return out
 
 
 @implement("kl_stats")
-def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
+def kl_stats(student_Cv: Tensor, other_Cv: Tensor, column_C: Tensor) -> Tensor:
     C, V = check_logits(student_Cv, other_Cv)
     out_6C = student_Cv.new_empty(6, C)
     strides = student_Cv.stride(0), other_Cv.stride(0)
-    _kl_stats[(C,)](student_Cv, other_Cv, row_C, out_6C, *strides, C, V, **_STATS)
+    _kl_stats[(C,)](student_Cv, other_Cv, column_C, out_6C, *strides, C, V, **_STATS)
     return out_6C
 
 
 @implement("softmax_grad")
 def softmax_grad(
-    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
+    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, column_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     C, V = check_logits(logits_Cv)
     out_Cv = torch.empty(C, V, dtype=dtype, device=logits_Cv.device)
     grid = (C, triton.cdiv(V, _GRAD["BLOCK"]))
     _softmax_grad[grid](
-        logits_Cv, lse_C, g_C.contiguous(), row_C, out_Cv, logits_Cv.stride(0), V, **_GRAD
+        logits_Cv, lse_C, g_C.contiguous(), column_C, out_Cv, logits_Cv.stride(0), V, **_GRAD
     )
     return out_Cv
 

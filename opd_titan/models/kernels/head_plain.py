@@ -23,13 +23,13 @@ def row_blocks(logits_Cv: Tensor) -> Iterator[slice]:
     return (slice(i, i + rows) for i in range(0, C, rows))
 
 
-def _logit_at(logits_Cv: Tensor, row_C: Tensor) -> Tensor:
-    logit_C1 = logits_Cv.gather(1, row_C.clamp(min=0)[:, None])
-    return logit_C1.squeeze(1).masked_fill(row_C < 0, -torch.inf)
+def _logit_at(logits_Cv: Tensor, column_C: Tensor) -> Tensor:
+    logit_C1 = logits_Cv.gather(1, column_C.clamp(min=0)[:, None])
+    return logit_C1.squeeze(1).masked_fill(column_C < 0, -torch.inf)
 
 
-def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
-    target_C = _logit_at(logits_Cv, row_C)
+def logit_stats(logits_Cv: Tensor, column_C: Tensor, mean: bool) -> Tensor:
+    target_C = _logit_at(logits_Cv, column_C)
     if mean:
         parts = [_softmax_stats(logits_Cv[block]) for block in row_blocks(logits_Cv)]
         return torch.cat((target_C[None], torch.cat(parts, dim=1)))
@@ -37,14 +37,14 @@ def logit_stats(logits_Cv: Tensor, row_C: Tensor, mean: bool) -> Tensor:
     return torch.stack((target_C, torch.cat(lses)))
 
 
-def kl_stats(student_Cv: Tensor, other_Cv: Tensor, row_C: Tensor) -> Tensor:
+def kl_stats(student_Cv: Tensor, other_Cv: Tensor, column_C: Tensor) -> Tensor:
     parts = []
     for block in row_blocks(student_Cv):
         other_Bv = other_Cv[block]
         lse_B, mean_B, difference_B = _softmax_stats(student_Cv[block], other_Bv)
         parts.append(torch.stack((lse_B, mean_B, other_Bv.logsumexp(dim=1), difference_B)))
     found_4C = torch.cat(parts, dim=1)
-    student_C, other_C = (_logit_at(x_Cv, row_C) for x_Cv in (student_Cv, other_Cv))
+    student_C, other_C = (_logit_at(x_Cv, column_C) for x_Cv in (student_Cv, other_Cv))
     return torch.stack((student_C, *found_4C[:2], other_C, *found_4C[2:]))
 
 
@@ -65,13 +65,13 @@ def _softmax_stats(x_Bv: Tensor, other_Bv: Tensor | None = None) -> Tensor:
 
 
 def softmax_grad(
-    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, row_C: Tensor, dtype: torch.dtype
+    logits_Cv: Tensor, lse_C: Tensor, g_C: Tensor, column_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     lse_C1, g_C1 = lse_C[:, None], g_C[:, None]
     for block in row_blocks(logits_Cv):
         logits_Cv[block].sub_(lse_C1[block]).exp_().mul_(-g_C1[block])
-    target_g_C1 = g_C1.masked_fill((row_C < 0)[:, None], 0.0)
-    return logits_Cv.scatter_add_(1, row_C.clamp(min=0)[:, None], target_g_C1).to(dtype)
+    target_g_C1 = g_C1.masked_fill((column_C < 0)[:, None], 0.0)
+    return logits_Cv.scatter_add_(1, column_C.clamp(min=0)[:, None], target_g_C1).to(dtype)
 
 
 def kl_grad(

@@ -57,7 +57,7 @@ def _silu_mul_backward(gate, up, g, d_gate, d_up, F, gate_stride, up_stride, B: 
 
 @implement("silu_mul_backward")
 def silu_mul_backward(gate_TF: Tensor, up_TF: Tensor, g_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up from that of silu(gate) * up.
+    """Return the gradients of gate and up from the gradient of silu(gate) * up.
 
     Rows of gate and up may be strided.
     """
@@ -164,11 +164,11 @@ def _norm_backward(
 def norm_backward(
     x_TD: Tensor, weight_D: Tensor, eps: float, g_TD: Tensor, g_x_TD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the weight from that of the RMSNorm.
+    """Return the gradients of x and of the weight from the gradient of the RMSNorm.
 
     Args:
         x_TD: rows may be strided.
-        g_x_TD: a gradient that is added to that of x, or None.
+        g_x_TD: a gradient to add to the gradient of x, or None.
     """
     T, D = x_TD.shape
     assert x_TD.stride(1) == weight_D.stride(0) == 1 and g_TD.is_contiguous()
@@ -330,7 +330,7 @@ def norm_rope(
 def _norm_rotate_backward(
     x_Qh, g_Qh, d_x_Qh, is_row_Q1, weight, cos_h, sin_h, eps, K: tl.constexpr
 ):
-    """Store the gradients of rows' heads, and return those of the weight's halves.
+    """Store the gradients of rows' heads, and return the gradients of the weight's halves.
 
     Args:
         x_Qh, g_Qh, d_x_Qh: pointers to the first halves.
@@ -426,7 +426,7 @@ def norm_rope_backward(
     q_g_THK: Tensor,
     k_g_TGK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and their weights from those of `norm_rope`'s results.
+    """Return the gradients of queries, keys and weights from `norm_rope`'s output gradients.
 
     Tokens of queries and keys may be strided, heads may not.
     """

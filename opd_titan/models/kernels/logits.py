@@ -230,7 +230,7 @@ def _key(x):
 
 @triton.jit
 def _value(key):
-    """Return the fp32 number of a key; keys below that of -inf give -inf."""
+    """Return the fp32 number of a key; keys below the key of -inf give -inf."""
     key = tl.maximum(key, -0x7F800001)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -239,8 +239,8 @@ def _value(key):
 def _load_weighted(row, first, V, highest, edge, share, MASS: tl.constexpr, c: tl.constexpr):
     """Return the keys and the weights of columns.
 
-    Without MASS every weight is 1. With MASS it is exp(x - highest) above the key `edge`, `share`
-    times that at it, and 0 below it.
+    Without MASS every weight is 1. With MASS it is exp(x - highest) above the key `edge`,
+    share * exp(x - highest) at this key, and 0 below it.
     """
     column_c = first + tl.arange(0, c)
     x_c = tl.load(row + column_c, mask=column_c < V, other=float("-inf"))
@@ -258,7 +258,7 @@ def _search(
 ):
     """Return the largest key such that the columns at or above it weigh at least `target`.
 
-    It is found digit by digit from the highest digit, with one pass over the row for each.
+    The digits of the key are found from the highest down, with one pass over the row for each.
     """
     low = tl.full([], -0x80000000, tl.int32)
     digit_d = tl.arange(0, d)

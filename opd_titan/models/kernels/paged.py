@@ -90,7 +90,7 @@ class PagedAttention:
 
 
 def choose_path(head_dim: int, dtype: torch.dtype, x: Tensor | torch.device) -> PagedAttention:
-    """Return the fastest way that the device of `x`, the type and the version of torch have.
+    """Return the fastest implementation for the device of `x`, the dtype and torch's version.
 
     Our kernels come before torch's, which takes only pages of a multiple of 256 tokens.
     """
@@ -248,14 +248,14 @@ class PageParts:
         result_NM[used_NM] = result_E
         self.result_NM = result_NM.to(device)
         self.unused_NM = (~used_NM).to(device)
-        # The row and first position of each result. A page in place that no sequence has is
-        # computed with the first row.
+        # The row and first position of each result. A page in place that belongs to no sequence
+        # is computed with the first row.
         self.row_E = torch.cat((row_E[owner_P], row_E[copied])).to(device)
         self.first_E = torch.cat((number_E[owner_P], number_E[copied])).to(device) * page_size
         self.copied_E = page_E[copied].to(device)
 
     def masks(self, positions_N: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what to add to the scores of each result, 0 or -inf: [E, 1, 1, S]."""
+        """Return the summand of the scores of each result, 0 or -inf: [E, 1, 1, S]."""
         column_S = torch.arange(self.page_size, device=positions_N.device)
         left_E = positions_N[self.row_E] - self.first_E
         hidden_ES = column_S > left_E[:, None]

@@ -40,7 +40,7 @@ class PageTable(NamedTuple):
 
     Attributes:
         table_NM: int32, the pages of each sequence, in order.
-        used_N: int32, the number of tokens of each sequence, including those of its queries.
+        used_N: int32, the number of tokens of each sequence, including its queries' tokens.
         starts_N1: int32 [N + 1], where each sequence's queries begin among all queries.
         max_queries: the largest number of queries of a sequence, or more.
     """
@@ -207,7 +207,7 @@ def uniforms(keys_N: Tensor, positions_N: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Apply SplitMix64's finaliser to int64: products wrap, and shifts are made logical."""
+    """Apply SplitMix64's finaliser to int64. Products wrap; `_shift` shifts logically."""
     x = (x ^ _shift(x, 30)) * signed(MIX_1)
     x = (x ^ _shift(x, 27)) * signed(MIX_2)
     return x ^ _shift(x, 31)

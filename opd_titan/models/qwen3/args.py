@@ -47,7 +47,7 @@ class Qwen3Args:
             kind, wanted = _KINDS[str(f.type)]
             value = values[f.name]
             right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-            if not right or (kind is not bool and not 0 < value < inf):  # a NaN is neither
+            if not right or (kind is not bool and not 0 < value < inf):  # also refuses NaN
                 key = _HF_KEYS.get(f.name, (f.name,))[0]
                 raise ModelError(f"{where}: {key} is {value!r}; expected {wanted}")
         args = cls(**values)
@@ -61,7 +61,7 @@ class Qwen3Args:
         return args
 
     def forward_flops(self, seq_lens: Iterable[int], projected_tokens: int) -> float:
-        """Return the FLOPs of one forward over causal sequences. An update takes three times that.
+        """Return the FLOPs of a forward over causal sequences; an update takes three times as many.
 
         A token takes 2 for every parameter of Q, K, V, O and the three MLP matrices. A causal
         (query, key) pair takes 4 * head_dim for each head and layer (Q.K and P.V); a sequence of s
@@ -86,8 +86,8 @@ class Qwen3Args:
         """Return the bytes that decoding with a KV cache reads from memory, which limit its speed.
 
         A forward reads every matrix of the layers and the head once, tied or not, for any number of
-        sequences; norms (1e-4 of a 0.6B's bytes) and the embedding's rows are left out. A token
-        reads, in each layer, the key and the value of every token that it attends to, including
+        sequences; norms (1e-4 of a 0.6B's bytes) and the embedding's rows are not counted. In each
+        layer a token reads the key and the value of every token that it attends to, including
         itself. This is the count of arXiv 2211.05102, section 2, and of gpt-fast's model-bandwidth
         utilisation, but with true lengths.
 
@@ -136,8 +136,8 @@ class Qwen3Args:
         return self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
 
 
-# By mode of activation checkpointing, how many tensors with the width of the model, the MLP, all
-# queries, and all keys a layer keeps.
+# By mode of activation checkpointing: the number of tensors that a layer keeps with the width of
+# the model, of the MLP, of all queries, and of all keys.
 _KEPT = {"none": (5, 4, 5, 4), "selective": (4, 2, 4, 5), "full": (1, 0, 0, 0)}
 
 # The types that a field's value may have in config.json (1 is accepted for 1.0), and their names.

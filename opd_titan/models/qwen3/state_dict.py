@@ -20,7 +20,7 @@ _LAYER_KEYS = {
     "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
-# With tied weights: a name that a file may hold in addition, and the name of the same tensor.
+# With tied weights: a name that a file may contain in addition, and the name of the same tensor.
 TIED_HF_KEYS = {"lm_head.weight": "model.embed_tokens.weight"}
 
 

@@ -9,15 +9,14 @@ here imports torch.
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import sys
-from collections.abc import Mapping
 
 from opd_titan import __version__
 from opd_titan.cli.start import PROGRAMS as STARTED
 from opd_titan.cli.start import start
+from opd_titan.distributed.launched import is_launched
 from opd_titan.errors import ConfigError, UserError, for_a_pipe, print_error
 
 PROGRAMS = {
@@ -30,7 +29,6 @@ PROGRAMS = {
 COMPLETION = "completion"
 # Commands that take a recipe as their first argument, short for --job.config_file.
 TAKE_A_RECIPE = ("train", "plan", "evaluate", "config")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 
 
 def main() -> int:
@@ -53,7 +51,7 @@ def main() -> int:
         rest = argv[1:]
         if name in TAKE_A_RECIPE and rest and re.fullmatch(r"[^-].*\.toml", rest[0]):
             rest = ["--job.config_file", *rest]
-        if name in STARTED and not is_launched(os.environ):
+        if name in STARTED and not is_launched():
             return start(name, rest)
     except UserError as error:
         print_error(error)
@@ -77,11 +75,6 @@ def usage() -> str:
             "opd-titan <command> --help lists a command's options.",
         ]
     )
-
-
-def is_launched(environment: Mapping[str, str]) -> bool:
-    """Return whether this process is one of several that a launcher has started."""
-    return all(name in environment for name in LAUNCHED)
 
 
 def complete(argv: list[str]) -> int:

@@ -19,11 +19,12 @@ from tiny_world import REPO, World
 from opd_titan import __main__ as command
 from opd_titan.cli.start import num_processes
 from opd_titan.config.options import OPTIONS
+from opd_titan.distributed.launched import LAUNCHED
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `opd-titan` outside of any launcher."""
-    env = {k: v for k, v in os.environ.items() if k not in (*command.LAUNCHED, "NGPU")}
+    env = {k: v for k, v in os.environ.items() if k not in (*LAUNCHED, "NGPU")}
     return subprocess.run(
         [sys.executable, "-m", "opd_titan", *words],
         env={**env, "PYTHONPATH": str(REPO), **environment},
@@ -303,7 +304,7 @@ def test_the_wheel_has_everything_and_brings_the_command(tmp_path: Path) -> None
     venv.create(place, with_pip=False, symlinks=True)
     target = ["--python", str(place / "bin" / "python"), "install", "--no-deps", str(wheel)]
     # pip must not see the sources: with an egg-info they count as an installed package.
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *command.LAUNCHED)}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *LAUNCHED)}
     subprocess.run([*pip, *target], check=True, env=env, cwd=tmp_path)
     # Add the packages that run this test only now, because opd_titan may be one of them.
     others = next(path for path in sys.path if path.endswith("site-packages"))

@@ -117,7 +117,7 @@ CONTRADICTIONS = [
     (
         "--distill.objective jsd --rollout.on_policy_fraction 0.5 --distill.minibatches 33",
         "[distill] minibatches: 33 is more than the 32 responses of a step",
-        "prompts_per_step, if none is sampled",
+        "prompts_per_step, if the student samples none",
         "at most 32",
     ),
     ("--distill.minibatches 129", "[distill] minibatches: 129", "group_size", "at most 128"),

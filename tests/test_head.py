@@ -236,6 +236,18 @@ def test_the_probe_sees_the_same_tokens_in_any_chunks(
         assert stats.probe[name].tolist() == pytest.approx(values, rel=2e-5, abs=2e-6), name
 
 
+def test_a_rank_without_a_probed_token_has_the_same_names() -> None:
+    """Ranks sum the probe by name. A rank with few response tokens may probe none."""
+    m, case = Problem(), Case("reverse_kl")
+    _, stats = m.loss(case)
+    m.targets_R, m.predict_R, m.rollout_R = m.targets_R[:4], m.predict_R[:4], m.rollout_R[:4]
+    m.frozen = {role: (hidden[:4], head) for role, (hidden, head) in m.frozen.items()}
+    start = next(n for n in range(1000) if not probed(n, n + 4).numel())
+    _, few = m.loss(case, probe_from=start)
+    assert few.probe.keys() == stats.probe.keys()
+    assert all(value_N.numel() == 0 for value_N in few.probe.values())
+
+
 # ---------------------------------------------------------------- memory
 
 

@@ -328,4 +328,5 @@ def test_a_plan_holds_all_teachers_and_asks_each_its_own(world: World) -> None:
     simulations = zip(jobs, (*found.values(), both), strict=True)
     flops = [estimate(job, cluster, s).flops["teacher"] for job, s in simulations]
     assert flops[2] == pytest.approx(flops[0] * 2 / 3 + flops[1] / 3)
-    assert both.scored.keys() == {"teacher.small", "teacher.large"}
+    for role in ("teacher.small", "teacher.large"):
+        assert {s.prompt.teacher for m in both.microbatches(role) for s in m} == {role}

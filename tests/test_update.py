@@ -86,8 +86,9 @@ def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     run_update(moved, plan[:1], rule(true_ratio=True), lr=0.3)
     later = [s for microbatch in plan[1].microbatches for s in microbatch]
     with torch.no_grad():
-        ratio = torch.cat([(naive_logprobs(moved, s) - s.student_logprobs).exp() for s in later])
-    advantage = torch.cat([s.teacher_logprobs - s.student_logprobs for s in later])
+        now = torch.cat([naive_logprobs(moved, s) for s in later])
+    ratio = (now - torch.cat([s.student_logprobs for s in later])).exp()
+    advantage = torch.cat([s.teacher_logprobs for s in later]) - now
     clipped = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
     assert 0 < clipped.sum() < clipped.numel()
     second, _ = run_update(copy.deepcopy(moved), plan[1:], rule(true_ratio=True))
@@ -110,8 +111,7 @@ def test_advantages_are_written_to_the_samples(c: float, true_ratio: bool) -> No
     plan = plan_minibatches(samples, 2 if true_ratio else 1, 12, ALONE)
     run_update(model, plan, rule(true_ratio=true_ratio, reference_coef=c), lr=0.0)
     for s, current in zip(samples, now, strict=True):
-        old = s.student_logprobs if true_ratio else current
-        truth = (s.teacher_logprobs - old) + c * (s.reference_logprobs - old)
+        truth = (s.teacher_logprobs - current) + c * (s.reference_logprobs - current)
         torch.testing.assert_close(s.advantages, truth, rtol=1e-5, atol=1e-5)
         assert s.advantages.dtype == torch.float32 and s.advantages.device.type == "cpu"
 

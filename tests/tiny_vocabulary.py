@@ -205,7 +205,7 @@ def plain_policy_gradient(
     """Return the loss [C] of the policy gradient, and the advantage [C]."""
     s_C, t_C, r_C = (x.gather(1, tokens_C[:, None]).squeeze(1) for x in (s_CV, t_CV, r_CV))
     old_C = rollout_C if how.true_ratio else s_C.detach()
-    advantage_C = -plain_penalty(old_C, t_C, r_C, how)
+    advantage_C = -plain_penalty(s_C.detach(), t_C, r_C, how)
     s_CV = s_CV.detach()
     if how.baseline == "top_k":
         ids_CK = support(s_CV, how.top_k)

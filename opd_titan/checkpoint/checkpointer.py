@@ -151,9 +151,12 @@ class Checkpointer:
                 self._publish(step, state, written)
 
     def secured(self) -> int | None:
-        """Wait, then return the newest step that was loaded or is complete. All ranks call."""
+        """Wait, then return the newest step that was loaded or is complete. All ranks call.
+
+        Return None if the newest save failed, so that the caller tries it again.
+        """
         self.wait()
-        return self._secured
+        return self._secured if self._fault is None else None
 
     def finish(self) -> None:
         """Complete the save under way. All ranks call.

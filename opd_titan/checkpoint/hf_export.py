@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -79,12 +80,18 @@ def export_hf(
         fresh_tmp(out)
         config = read_hf_config(source_folder)
         if dtype is None and stored is not None:
-            return config, {hf: DTYPES[stored[hf].dtype] for hf in tensors}
-        only = dtype or _config_dtype(config) or next(iter(tensors.values())).dtype
+            dtypes = {hf: DTYPES[stored[hf].dtype] for hf in tensors}
+        else:
+            only = dtype or _config_dtype(config) or next(iter(tensors.values())).dtype
+            dtypes = dict.fromkeys(tensors, only)
+        sizes: Counter[torch.dtype] = Counter()
+        for hf, tensor in tensors.items():
+            sizes[dtypes[hf]] += tensor.numel()
+        ((most_weights, _),) = sizes.most_common(1)
         # Both versions of transformers read the old key.
         keys = [k for k in _DTYPE_KEYS if k in config] or ["torch_dtype"]
-        config |= dict.fromkeys(keys, str(only).removeprefix("torch."))
-        return config, dict.fromkeys(tensors, only)
+        config |= dict.fromkeys(keys, str(most_weights).removeprefix("torch."))
+        return config, dtypes
 
     def complete() -> None:
         write_file(tmp / MODEL_CARD, card)

@@ -205,7 +205,9 @@ def prune(folder: Path, newest: int, keep: int) -> None:
     """
 
     def delete() -> None:
-        for old in [n for n in complete_steps(folder) if n <= newest][:-keep]:
+        steps = [n for n in complete_steps(folder) if n <= newest]
+        # A step that has lost its files must not count as one that is kept.
+        for old in [n for n in steps if is_checkpoint(folder / f"step-{n}")][:-keep]:
             path = folder / f"step-{old}"
             try:
                 discard_tmp(path)

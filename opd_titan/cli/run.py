@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from opd_titan.config import JobConfig
 from opd_titan.config.resolve import ResolvedJob, resolve
 from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.launched import launched_rank
 from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.distributed.world import world_size
 from opd_titan.errors import LostOthers, OneLineError, first_line
@@ -38,7 +38,7 @@ def run(config: JobConfig, work: Work = _train) -> int:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     job, comm = resolve(config, device_type, world_size()), config.comm
     patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
-    heartbeat = Heartbeat(int(os.environ.get("RANK", 0)), patience)
+    heartbeat = Heartbeat(launched_rank(), patience)
     stop = StopRequest()  # before loading, because it may take longer than a scheduler waits
     try:
         return work(job, stop, heartbeat)

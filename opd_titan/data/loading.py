@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from opd_titan.data.files import Row, digest_of_files, is_plain_name, read_json
 from opd_titan.data.hub import hub_in_reach, looks_like_hub_id
 from opd_titan.data.sources import DATASETS, DatasetSpec, Record, RowError
+from opd_titan.distributed.launched import launched_rank
 from opd_titan.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def _silence() -> None:
     """Turn off the log of `datasets`, and its progress bars unless they show in a terminal."""
     import datasets
 
-    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
+    if not (sys.stderr.isatty() and launched_rank() == 0):
         datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
 

@@ -248,10 +248,12 @@ class LossHead:
         projections, buffer = self._projections(head, chunks), _buffer(head, chunks)
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_weight_vD = torch.zeros_like(head.weight_vD, dtype=torch.float32)
-        columns, probes = [], []
+        columns: list[dict[str, Tensor | None]] = []
+        probes: list[dict[str, Tensor]] = []
         for chunk, some_N in zip(chunks, self._probed(chunks, hidden_RD.device), strict=True):
             rows = self._rows(chunk, hidden_RD, projections, buffer)
-            if some_N.numel():
+            # Once also without a row: ranks sum the probe's figures by name, so all must have them.
+            if self.frozen.teacher is not None and (some_N.numel() or not probes):
                 probes.append(_compare(rows, some_N))
             result, dlogits_Cv = self._differentiate(rows)
             torch.mm(dlogits_Cv, head.weight_vD, out=grad_hidden_RD[chunk])

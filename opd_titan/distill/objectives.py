@@ -140,14 +140,14 @@ def penalty(
     return total
 
 
-def advantages(student_C: Tensor, rows: Rows, settings: ObjectiveSettings) -> Tensor:
+def advantages(rows: Rows, settings: ObjectiveSettings) -> Tensor:
     """Return A = -penalty of the sampled token + baseline, [C], detached.
 
-    Args:
-        student_C: log S at the time of sampling.
+    log S in it is the present value, also after the student has moved. Then E[grad r A] under S_old
+    is the gradient of the present penalty's mean under S.
     """
     scores = rows.scores
-    advantage_C = -penalty(student_C.detach(), scores.teacher, scores.reference, settings)
+    advantage_C = -penalty(rows.logprob_C.detach(), scores.teacher, scores.reference, settings)
     if settings.baseline == "none":
         return advantage_C
     return advantage_C + expected_penalty(rows, settings)
@@ -174,7 +174,7 @@ def expected_penalty(rows: Rows, settings: ObjectiveSettings) -> Tensor:
 def policy_gradient(rows: Rows, settings: ObjectiveSettings) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A), r = S / S_old (PPO, arXiv 1707.06347)."""
     old_C = rows.scores.rollout if settings.true_ratio else rows.logprob_C.detach()
-    advantage_C = advantages(old_C, rows, settings)
+    advantage_C = advantages(rows, settings)
     ratio_C = (rows.logprob_C - old_C).exp()
     clipped_ratio_C = ratio_C.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     unclipped_C, clipped_C = ratio_C * advantage_C, clipped_ratio_C * advantage_C

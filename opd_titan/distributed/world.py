@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from opd_titan.distributed.launched import is_launched
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -66,7 +68,7 @@ def axes(mesh: DeviceMesh) -> dict[str, int]:
 
 def world_size() -> int:
     """Return the number of ranks that the launcher has started; 1 without a launcher."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def init_world(init_timeout_seconds: int) -> torch.device:
@@ -76,13 +78,13 @@ def init_world(init_timeout_seconds: int) -> torch.device:
         The device of this rank: its own GPU, or the CPU if there is none.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    single = not is_launched()
+    local_rank = 0 if single else int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
     # gloo in addition to NCCL, because checkpoints and Python objects are sent from host memory.
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    single = "RANK" not in os.environ
     dist.init_process_group(
         backend,
         store=dist.HashStore() if single else None,

@@ -102,10 +102,14 @@ def main(argv: list[str]) -> int:
     try:
         options, rest = make_parser().parse_known_args(argv)
         config = load_config(rest)
+        # The trainer's code logs its choices, and torch warns about layouts, for every simulation.
+        logging.disable(logging.WARNING)
         return _plan(config, options)
     except UserError as error:
         print_error(error)
         return 2
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _plan(config: JobConfig, options: argparse.Namespace) -> int:
@@ -114,8 +118,6 @@ def _plan(config: JobConfig, options: argparse.Namespace) -> int:
     from opd_titan.plan.report import assumptions, table
     from opd_titan.plan.simulate import Simulation, simulate
 
-    # This logger warns about layouts repeatedly during the simulation.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     prompt, response = _lengths(config, options)
     cluster = _cluster(options)
     columns = []

@@ -58,8 +58,8 @@ def _describe(device: torch.device) -> Device:
 def _has_packed_products() -> bool:
     return (
         torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

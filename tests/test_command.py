@@ -136,6 +136,16 @@ def test_train_starts_as_many_processes_as_asked(world: World, processes: str) -
     assert len(list((out / "logs").iterdir())) == int(processes)
 
 
+@pytest.mark.slow
+def test_a_rank_without_a_launcher_is_ignored(world: World) -> None:
+    """A batch system may set some of a launcher's variables in every shell."""
+    out = world.folder / "alone"
+    options = ["--job.dump_folder", str(out), *BRIEF]
+    done = run("train", str(world.recipe), *options, NGPU="1", RANK="3", LOCAL_RANK="3")
+    assert done.returncode == 0, done.stderr
+    assert (out / "logs" / "rank-0.log").exists()
+
+
 @pytest.mark.long
 def test_under_a_launcher_it_is_one_of_the_processes(world: World) -> None:
     out = world.folder / "launched"

@@ -146,7 +146,7 @@ def test_bf16_is_within_its_rounding(monkeypatch: pytest.MonkeyPatch, case: Case
         assert mine.dtype == torch.bfloat16
         error, plain_error = ((g.float() - true.float()).norm() for g in (mine, plain_grad))
         assert error <= 2 * plain_error + 4e-3 * true.float().norm()
-        assert error <= 0.02 * true.float().norm()
+        assert error <= 0.04 * true.float().norm()
 
 
 @each_case

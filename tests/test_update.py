@@ -68,6 +68,9 @@ def run_update(model, plan: list[Minibatch], how: UpdateRule, lr: float = 1.0):
     return scalars, weights(model) - before
 
 
+LARGE = 0.6  # a learning rate at which an update moves ratios across the bounds of the clip
+
+
 def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     model = tiny_qwen3()
     samples = with_rollout_logprobs(model, random_samples(LENGTHS))
@@ -79,11 +82,11 @@ def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     assert first["policy/logprob_gap_max"] < 1e-5
 
     # Without true ratios the old value is the current one, and the clip never acts.
-    blind, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=False), lr=0.3)
+    blind, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=False), lr=LARGE)
     assert (blind["policy/ratio_mean"], blind["policy/clip_fraction"]) == (1.0, 0.0)
 
     moved = copy.deepcopy(model)
-    run_update(moved, plan[:1], rule(true_ratio=True), lr=0.3)
+    run_update(moved, plan[:1], rule(true_ratio=True), lr=LARGE)
     later = [s for microbatch in plan[1].microbatches for s in microbatch]
     with torch.no_grad():
         now = torch.cat([naive_logprobs(moved, s) for s in later])
@@ -95,7 +98,7 @@ def test_first_update_has_ratio_one_and_the_clip_acts_on_the_second() -> None:
     assert second["policy/clip_fraction"] == pytest.approx(clipped.double().mean().item())
     assert second["policy/ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
     # One call that makes both updates reports means over all tokens of the step.
-    both, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=True), lr=0.3)
+    both, _ = run_update(copy.deepcopy(model), plan, rule(true_ratio=True), lr=LARGE)
     tokens = sum(n for _, n in LENGTHS)
     assert both["policy/clip_fraction"] == pytest.approx(clipped.sum().item() / tokens)
     # Only the first update has the weights of the rollout, so only there the gap is measured.

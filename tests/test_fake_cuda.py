@@ -27,7 +27,7 @@ from opd_titan.distill.update import pack_scored
 from opd_titan.distill.vocabulary import TokenScores
 from opd_titan.distributed.world import ALONE, World
 from opd_titan.models.attention import PackedAttention
-from opd_titan.models.kernels.paged import choose_path
+from opd_titan.models.kernels.paged import choose_paged_attention
 from opd_titan.models.layers import join
 from opd_titan.models.logits import Distribution, VocabHead
 from opd_titan.models.qwen3.model import Qwen3Model
@@ -216,6 +216,6 @@ def test_a_micro_batch_is_sent_in_copies_that_nobody_waits_for(gpu, group: int) 
 
 @pytest.mark.parametrize("head_dim, dtype", [(96, torch.bfloat16), (64, torch.float32)])
 def test_a_slower_path_says_why(gpu, head_dim: int, dtype: torch.dtype) -> None:
-    path = choose_path(head_dim, dtype, CUDA)
+    path = choose_paged_attention(head_dim, dtype, CUDA)
     assert path.name != "triton"
     assert f"(slow: {path.why})" in str(path) and re.search(r"head sizes .*96|float32", path.why)

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import opd_titan.rollout.generator as generator_module
 from opd_titan.models.kernels import plain
-from opd_titan.models.kernels.paged import TableAttention, choose_path
+from opd_titan.models.kernels.paged import TableAttention, choose_paged_attention
 from opd_titan.rollout.generator import Generator
 from opd_titan.rollout.rollout import cut
 from opd_titan.rollout.runner import LAG, Runner, bucket
@@ -61,7 +61,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Runner, "_warm_up", lambda runner, n: None)
     monkeypatch.setattr(Runner, "_capture", capture)
-    monkeypatch.setattr(generator_module, "choose_path", through_table)
+    monkeypatch.setattr(generator_module, "choose_paged_attention", through_table)
     return sizes
 
 
@@ -93,7 +93,7 @@ def test_steps_played_again_sample_the_same(
         wanted = requests(prompts(), 2, (9, stream))
         samples = graphs.generate(wanted, params)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generator_module, "choose_path", choose_path)
+            patch.setattr(generator_module, "choose_paged_attention", choose_paged_attention)
             expected = Generator(model, EOS).generate(wanted, params)
         assert summary(samples) == summary(expected)
         for a, b in zip(samples, expected, strict=True):
@@ -141,7 +141,7 @@ def test_a_capture_that_fails_is_one_warning(
         assert summary(generator.generate(wanted, params)) == summary(samples)
     (warning,) = caplog.messages
     assert "not permitted when stream is capturing" in warning and "\n" not in warning
-    monkeypatch.setattr(generator_module, "choose_path", choose_path)
+    monkeypatch.setattr(generator_module, "choose_paged_attention", choose_paged_attention)
     assert summary(samples) == summary(Generator(tiny(), EOS).generate(wanted, params))
 
 

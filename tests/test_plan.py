@@ -21,7 +21,7 @@ from opd_titan.config import JobConfig, load_config
 from opd_titan.errors import UserError
 from opd_titan.models.kernels import fused
 from opd_titan.models.kernels.device import Device
-from opd_titan.models.kernels.paged import choose_path
+from opd_titan.models.kernels.paged import choose_paged_attention
 from opd_titan.plan.__main__ import main
 from opd_titan.plan.estimate import Estimate, estimate
 from opd_titan.plan.remedies import remedies
@@ -276,9 +276,9 @@ def test_tensors_without_data_take_the_implementations_of_the_planned_device() -
         half, both = planned + planned, planned.float()
         assert half.dtype == torch.bfloat16 and fused(half) and fused(planned[0])
         assert not fused(both) and fused(both, (torch.float32,))
-        assert choose_path(64, half.dtype, half).name == "triton"
+        assert choose_paged_attention(64, half.dtype, half).name == "triton"
     assert fused(planned) and not fused(real) and not fused(other)
-    assert choose_path(64, real.dtype, real).name == "pages"
+    assert choose_paged_attention(64, real.dtype, real).name == "pages"
 
 
 @pytest.mark.slow

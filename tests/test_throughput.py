@@ -29,7 +29,7 @@ from opd_titan.distill.scoring import score
 from opd_titan.distill.update import UpdateRule, forward_backward
 from opd_titan.distributed.world import ALONE, World, build_world
 from opd_titan.models.attention import PackedAttention
-from opd_titan.models.kernels.paged import choose_path
+from opd_titan.models.kernels.paged import choose_paged_attention
 from opd_titan.models.logits import Distribution
 from opd_titan.models.qwen3.args import Qwen3Args
 from opd_titan.models.qwen3.parallelize import rank_args
@@ -212,7 +212,7 @@ def test_decode_bytes_are_those_of_the_tensors(tied, dtype):
     assert len(matrices) == 7 * model.args.n_layers
     weights = sum(p.nbytes for p in [*matrices, model.lm_head.weight])
     assert model.args.decode_bytes(1, 0, dtype.itemsize) == weights
-    path = choose_path(model.args.head_dim, dtype, CPU)
+    path = choose_paged_attention(model.args.head_dim, dtype, CPU)
     cache = KVCache(model.args, num_pages=2, page_size=5, path=path, dtype=dtype, device=CPU)
     assert cache.num_bytes == sum(t.nbytes for t in (*cache.keys, *cache.values))
     size = cache.num_bytes  # of the two pages and the idle one

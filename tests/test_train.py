@@ -361,4 +361,4 @@ def test_another_end_token_is_a_warning_and_the_run_goes_on(world: World) -> Non
     (warning,) = [line for line in log.splitlines() if "WARNING" in line]
     assert "student ends with 1 ('<eos>'), 60" in warning
     assert "teacher ends with 1 ('<eos>')" in warning
-    assert "Preflight: student as its own teacher: KL " in log
+    assert "Self-check: student as its own teacher: KL " in log

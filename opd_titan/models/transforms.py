@@ -1,8 +1,8 @@
 """Activation checkpointing and torch.compile of a decoder's blocks, in place and without renaming.
 
-A block consists of two functions of tensors, `before_mixing(x, added, rope)` and
-`after_mixing(x, mixed)`, and the attention between them. The attention is never compiled, because
-its index tensors have other shapes in every batch.
+A block consists of two functions of tensors, `before_attention(x, added, rope)` and
+`after_attention(x, mixed)`, and the attention between them. The attention is never compiled,
+because its index tensors have other shapes in every batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-HALVES = ("before_mixing", "after_mixing")
+HALVES = ("before_attention", "after_attention")
 # Graphs of a half: for each role and its sizes, with and without gradients, one token and many. For
 # a CPU, the compiler makes other code for weight gradients beyond 1024, 2048 and 4096 tokens.
 RECOMPILE_LIMIT = 32
@@ -80,7 +80,7 @@ def apply_compile(blocks: Iterable[nn.Module]) -> None:
         for half in HALVES:
             compiled = torch.compile(getattr(block, half), dynamic=True, fullgraph=True)
             setattr(block, half, partial(_bounded, compiled))
-        block.before_mixing = _sum_first(block.before_mixing)
+        block.before_attention = _sum_first(block.before_attention)
 
 
 def _bounded(compiled: Callable[..., Any], *args: Any) -> Any:

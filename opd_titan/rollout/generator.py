@@ -21,7 +21,7 @@ from opd_titan.data.types import Sample
 from opd_titan.distributed.collectives import min_integer
 from opd_titan.distributed.transfer import Fetched
 from opd_titan.distributed.world import ALONE, Axis
-from opd_titan.models.kernels.paged import choose_path
+from opd_titan.models.kernels.paged import choose_paged_attention
 from opd_titan.models.logits import VocabHead
 from opd_titan.rollout.kv_cache import KVCache, bytes_per_token
 from opd_titan.rollout.memory import free_bytes
@@ -134,7 +134,7 @@ class Generator:
         self.head = VocabHead(model.get_parameter("lm_head.weight"), tp)
         self.device, self.dtype = self.head.weight_vD.device, self.head.weight_vD.dtype
         self.max_concurrent, self.max_prefill_tokens = max_concurrent, max_prefill_tokens
-        self.path = choose_path(self._sizes.head_dim, self.dtype, self.head.weight_vD)
+        self.path = choose_paged_attention(self._sizes.head_dim, self.dtype, self.head.weight_vD)
         self.page_size = page_size or self.path.page_size
         self.max_pages = max_pages
         self.stats = RolloutStats()

@@ -72,7 +72,7 @@ def probe(
 def report(result: dict[str, float], dtype: torch.dtype) -> None:
     """Log the result, and warn if two code paths disagree."""
     logger.info(
-        "Preflight: student as its own teacher: KL %.1e; rollout and update log-probs differ by "
+        "Self-check: student as its own teacher: KL %.1e; rollout and update log-probs differ by "
         "at most %.1e",
         result["kl"],
         result["gap"],
@@ -81,7 +81,7 @@ def report(result: dict[str, float], dtype: torch.dtype) -> None:
     # Negated, so that NaN fails too.
     if not (abs(result["kl"]) <= limit and result["gap"] <= limit):
         logger.warning(
-            "Preflight: more than %.0e in %s: log-probs of rollout, scoring and update are not "
+            "Self-check: more than %.0e in %s: log-probs of rollout, scoring and update are not "
             "comparable on this machine; try training.dtype float32",
             limit,
             str(dtype).removeprefix("torch."),

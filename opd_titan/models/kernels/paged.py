@@ -89,7 +89,9 @@ class PagedAttention:
         raise NotImplementedError
 
 
-def choose_path(head_dim: int, dtype: torch.dtype, x: Tensor | torch.device) -> PagedAttention:
+def choose_paged_attention(
+    head_dim: int, dtype: torch.dtype, x: Tensor | torch.device
+) -> PagedAttention:
     """Return the fastest implementation for the device of `x`, the dtype and torch's version.
 
     Our kernels come before torch's, which takes only pages of a multiple of 256 tokens.

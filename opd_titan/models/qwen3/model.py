@@ -90,7 +90,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def before_mixing(
+    def before_attention(
         self, x_TD: Tensor, added_TD: Tensor | None, rope: Rope, slots: CacheSlots | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the sum x + added [T, D], then queries [T, H, K], keys and values [T, G, K]."""
@@ -101,7 +101,7 @@ class Block(nn.Module):
             x_TD, normed_TD = kernels.add_norm(x_TD, added_TD, weight_D, self.eps)
         return x_TD, *self.attention(normed_TD, rope, slots)
 
-    def after_mixing(self, x_TD: Tensor, mixed_THK: Tensor) -> tuple[Tensor, Tensor]:
+    def after_attention(self, x_TD: Tensor, mixed_THK: Tensor) -> tuple[Tensor, Tensor]:
         """Return two tensors [T, D]; their sum is the block's output."""
         added_TD = self.attention.wo(mixed_THK.flatten(1))
         weight_D = local(self.ffn_norm.weight)
@@ -112,8 +112,8 @@ class Block(nn.Module):
         self, x_TD: Tensor, added_TD: Tensor | None, rope: Rope, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         slots = attend.slots(self.layer)
-        x_TD, q_THK, k_TGK, v_TGK = self.before_mixing(x_TD, added_TD, rope, slots)
-        return self.after_mixing(x_TD, attend(q_THK, k_TGK, v_TGK, self.layer))
+        x_TD, q_THK, k_TGK, v_TGK = self.before_attention(x_TD, added_TD, rope, slots)
+        return self.after_attention(x_TD, attend(q_THK, k_TGK, v_TGK, self.layer))
 
 
 class Qwen3Model(nn.Module):

@@ -160,7 +160,7 @@ def test_a_rollback_is_what_a_resume_would_be(
     saves = ("--checkpoint.interval", 1, "--checkpoint.keep_latest_k", 0)
     often = ("--validation.enable", True, "--validation.interval", 1, "--metrics.log_freq", 3)
     options = (*TOO_FAST, *teachers, *saves, *often, "--validation.max_prompts", 10)
-    options += ("--distill.minibatches", 2, "--checkpoint.async_mode", mode)
+    options += ("--distill.minibatches", 2, "--optimizer.lr", 6e-3, "--checkpoint.async_mode", mode)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train(argv(whole, *options)) == 0
     *_, step = sent_back_to(whole)

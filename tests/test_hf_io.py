@@ -209,7 +209,11 @@ def test_auto_dtype_is_the_sources_tensor_by_tensor_or_its_configs(tmp_path: Pat
     mixed["model.norm.weight"] = mixed["model.norm.weight"].float()
     save_file(mixed, source / SINGLE, metadata={"format": "pt"})
     model = load_plain(source)
+    config = read_hf_config(source)
+    # A config.json that is wrong or silent about it must not make a loader convert the weights.
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     export(model, source, tmp_path / "a")
+    (source / "config.json").write_text(json.dumps(config))
     assert_same_tensors(stored(tmp_path / "a"), mixed)
     export(model, source, tmp_path / "b", stored=None)  # random weights
     assert {t.dtype for t in stored(tmp_path / "b").values()} == {torch.bfloat16}

@@ -172,6 +172,13 @@ def test_newer_steps_of_another_run_do_not_push_out_the_good_ones(folder: Path) 
     assert names(folder) == ["step-2", "step-3", "step-90"]
 
 
+def test_a_step_without_its_state_is_not_one_of_those_kept(folder: Path) -> None:
+    (folder / "step-4" / STATE).unlink()
+    with one_process_group():
+        save(make_checkpointer(folder, keep=2), 6)
+    assert names(folder) == ["step-2", "step-4", "step-6"]
+
+
 def test_a_kill_between_two_renames_loses_nothing(folder: Path) -> None:
     shutil.copytree(folder / "step-4", folder / "step-4.tmp")
     (folder / "step-4").rename(folder / "step-4.replaced")

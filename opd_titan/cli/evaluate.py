@@ -61,6 +61,7 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
 
     from opd_titan.cli.subject import find_subject
     from opd_titan.distributed.agreement import raise_on_all_ranks
+    from opd_titan.distributed.heartbeat import set_phase
     from opd_titan.distributed.monitor import Monitor
     from opd_titan.distributed.world import set_timeout
     from opd_titan.evaluation.results import claim_folder, table, write_results
@@ -82,14 +83,14 @@ def evaluate(job: ResolvedJob, stop: StopRequest, heartbeat: Heartbeat) -> int:
         folder = claim_folder(job, subject.name) if dist.get_rank() == 0 else None
     monitor = Monitor(stop, heartbeat, world)
     torch.use_deterministic_algorithms(config.training.deterministic)
-    monitor.set_phase(f"the loading of {subject.name}")
+    set_phase(f"the loading of {subject.name}")
     stop.check()
     model = _load(job, subject, world)
     source, memory = subject.source, StepMemory(world.device)
     weights, generator = build_generator(job, source, model, source.eos_ids, world, memory)
     set_timeout(config.comm.train_timeout_seconds, world.device)
     heartbeat.limit = config.comm.train_timeout_seconds
-    monitor.set_phase(f"the evaluation of {subject.name}")
+    set_phase(f"the evaluation of {subject.name}")
     weights.sync()
     measured = validator.measure(generator, subject.name, monitor.on_tokens)
     with raise_on_all_ranks():

@@ -21,10 +21,6 @@ class Monitor:
     def __init__(self, stop: StopRequest, heartbeat: Heartbeat, world: World) -> None:
         self.stop, self.heartbeat, self.world = stop, heartbeat, world
 
-    def set_phase(self, phase: str) -> None:
-        """Record the phase that begins."""
-        self.heartbeat.set_phase(phase)
-
     def on_tokens(self, bar: ProgressBar) -> Callable[[int], None]:
         """Return the callback for rollouts, where only tensor-parallel ranks run in lockstep."""
 

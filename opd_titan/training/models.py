@@ -14,9 +14,9 @@ from torch import nn
 from opd_titan.checkpoint.hf_load import load_hf_weights, random_init_weights
 from opd_titan.config.resolve import ResolvedJob
 from opd_titan.distill.optim import build_optimizer
-from opd_titan.distributed.heartbeat import track_memory
-from opd_titan.distributed.monitor import Monitor
+from opd_titan.distributed.heartbeat import set_phase, track_memory
 from opd_titan.distributed.sharding import device_bytes
+from opd_titan.distributed.stopping import StopRequest
 from opd_titan.distributed.world import World
 from opd_titan.models.attention import why_padded
 from opd_titan.models.kernels.device import device_of
@@ -53,7 +53,7 @@ class JobModels:
 
 
 def load_models(
-    job: ResolvedJob, sources: dict[str, ModelSource], world: World, monitor: Monitor
+    job: ResolvedJob, sources: dict[str, ModelSource], world: World, stop: StopRequest
 ) -> JobModels:
     """Load every model of the job. All ranks call.
 
@@ -62,8 +62,8 @@ def load_models(
     """
     models: dict[str, nn.Module] = {}
     for role, source in sources.items():
-        monitor.set_phase(f"the loading of the {role}")
-        monitor.stop.check()
+        set_phase(f"the loading of the {role}")
+        stop.check()
         models[role] = load_model(job, source, world)
     return join_models(
         job, sources, models, sources["student"].eos_ids, world, StepMemory(world.device)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from opd_titan.config.resolve import ResolvedJob
-from opd_titan.distributed.heartbeat import Heartbeat
+from opd_titan.distributed.heartbeat import Heartbeat, set_phase
 from opd_titan.distributed.monitor import Monitor
 from opd_titan.distributed.stopping import Stopped, StopRequest
 from opd_titan.distributed.world import set_timeout
@@ -39,7 +39,7 @@ class Trainer:
         self.world, self.validator = self.setup.world, self.setup.validator
         self.monitor = Monitor(stop, heartbeat, self.world)
         torch.use_deterministic_algorithms(self.config.training.deterministic)
-        self.models = load_models(job, self.setup.sources, self.world, self.monitor)
+        self.models = load_models(job, self.setup.sources, self.world, stop)
         self.phases = Phases(job, self.world, self.models, self.monitor)
         self.saver = Saver(self.setup, self.models)
         self.nonfinite = NonfiniteUpdates(
@@ -134,7 +134,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.monitor.set_phase(f"phase {name} of step {self.step}")
+        set_phase(f"phase {name} of step {self.step}")
         with self.recorder.clock.phase(name):
             yield
 
@@ -142,7 +142,7 @@ class Trainer:
 
     def _before_first_step(self) -> None:
         if self.job.teachers:
-            self.monitor.set_phase("the comparison of rollout and training")
+            set_phase("the comparison of rollout and training")
             self.models.weights.sync()
             prompts, seed = self.setup.prompt_sets[0].prompts, self.config.training.seed
             student, generator = self.models.student, self.models.generator
@@ -275,7 +275,7 @@ class Trainer:
             suffix: see `Saver.load`.
         """
         if start.state is not None:
-            self.monitor.set_phase(f"the loading of the checkpoint of step {start.step}")
+            set_phase(f"the loading of the checkpoint of step {start.step}")
         self.saver.load(start, suffix)
         self.step, state = start.step, start.state
         self.recorder = make_recorder(self.setup, self.step, self.phases.rule)

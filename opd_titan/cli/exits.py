@@ -42,18 +42,21 @@ def _report(error: OneLineError) -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit without waiting for ranks that may never reach a collective."""
-    if code == 1:
-        # Threads may also wait for those ranks: a background save, or NCCL.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if "torch" in sys.modules:
+    """Exit at once, without the end of the interpreter.
+
+    A failed rank must not wait for threads (a background save, NCCL) that wait for other ranks.
+    Threads of libraries may also need the interpreter while it ends: of some hundred finished
+    processes, one was aborted there ("terminate called without an active exception").
+    """
+    if code != 1 and "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it
+            stream.flush()
+    os._exit(code)
 
 
 def run_and_leave(main: Callable[[list[str]], int]) -> None:

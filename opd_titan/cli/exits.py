@@ -45,8 +45,8 @@ def _leave(code: int) -> None:
     """Exit at once, without the end of the interpreter.
 
     A failed rank must not wait for threads (a background save, NCCL) that wait for other ranks.
-    Threads of libraries may also need the interpreter while it ends: of some hundred finished
-    processes, one was aborted there ("terminate called without an active exception").
+    Threads of libraries may also need the interpreter while it ends. One of several hundred
+    finished processes aborted there ("terminate called without an active exception").
     """
     if code != 1 and "torch" in sys.modules:
         import torch.distributed as dist

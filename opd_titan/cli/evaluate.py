@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from opd_titan.distributed.stopping import StopRequest
     from opd_titan.distributed.world import World
 
+PROGRAM = "opd_titan.evaluate"
+
 
 def main(argv: list[str]) -> int:
     """Evaluate one model. Return the exit code, see `train.main`."""
@@ -37,15 +39,14 @@ def main(argv: list[str]) -> int:
 
 def load_evaluation(argv: list[str]) -> JobConfig:
     """Return the checked configuration of an evaluation; see `load_config`."""
-    arguments = argv if {"-h", "--help"} & set(argv) else add_own_recipe(argv)
-    config = load_config(arguments, check_evaluation, "opd_titan.evaluate")
+    config = load_config(add_own_recipe(argv), check_evaluation, PROGRAM)
     config.validation.enable = True  # a training recipe may disable it
     return config
 
 
 def add_own_recipe(argv: list[str]) -> list[str]:
     """Return the arguments, with the recipe of the model's own run if they name none."""
-    given = load_config(argv, check=lambda config: None)
+    given = load_config(argv, lambda config: None, PROGRAM)
     model = given.evaluate.model
     if given.job.config_file or not model:
         return argv
